@@ -1,0 +1,1 @@
+"""The code that travels with a checkpoint; see `recap_hf` for the public names."""

@@ -1,0 +1,222 @@
+"""Reading audio: files, bytes, URLs and arrays become float32 waveforms, with no system package.
+
+soundfile's wheel brings libsndfile (WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF, CAF, ...); the optional PyAV wheel
+brings FFmpeg for m4a, webm and the audio tracks of videos; soxr resamples.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import soundfile
+except ImportError:
+    soundfile = None
+try:
+    import soxr
+except ImportError:
+    soxr = None
+try:
+    import av
+except ImportError:
+    av = None
+
+# Below telephone quality and above the fastest ultrasonic recorders, a header is broken rather than unusual.
+MIN_SAMPLING_RATE = 1_000
+MAX_SAMPLING_RATE = 1_000_000
+# One step of 16-bit audio. A recording that never leaves it holds nothing to describe.
+SILENCE_PEAK = 2.0**-15
+_URL_TIMEOUT_S = 30
+
+
+def load_audio(source: Any) -> tuple[np.ndarray, int]:
+    """Reads a recording.
+
+    Args:
+        source: a path, an `http(s)://` or `file://` URL, `bytes`, a binary file object, a `datasets` Audio value
+            (`{"path", "bytes"}` undecoded, `{"array", "sampling_rate"}` decoded, or a torchcodec decoder).
+
+    Returns:
+        `tuple`: the waveform, float32 of shape `(channels, num_samples)` in [-1, 1], and its sampling rate in Hz.
+
+    Raises:
+        `FileNotFoundError`, `IsADirectoryError`, `PermissionError`: as the system says.
+        `ValueError`: for what is no audio, is empty, or has an impossible sampling rate; the message names the
+            source and the reason.
+        `ImportError`: for a format whose reader is not installed, with the command that installs it.
+    """
+    if isinstance(source, Mapping):
+        return _load_mapping(source)
+    if hasattr(source, "get_all_samples"):
+        samples = source.get_all_samples()
+        return np.asarray(samples.data, dtype=np.float32), int(samples.sample_rate)
+    name, data = _open(source)
+    try:
+        waveform, sampling_rate = _decode(name, data)
+    finally:
+        if data is not source:
+            data.close()
+    if waveform.shape[1] == 0:
+        raise ValueError(f"{name}: the recording is empty (no samples).")
+    if not np.isfinite(waveform).all():
+        raise ValueError(f"{name}: the recording holds NaN or infinite samples.")
+    return waveform, sampling_rate
+
+
+def _load_mapping(source: Mapping[str, Any]) -> tuple[np.ndarray, int]:
+    array = source.get("array", source.get("raw"))
+    if array is not None:
+        if source.get("sampling_rate") is None:
+            raise ValueError("A decoded audio value needs its 'sampling_rate' in Hz beside 'array'; it has none.")
+        check_sampling_rate(source["sampling_rate"])
+        return np.atleast_2d(to_mono(array)), int(source["sampling_rate"])
+    if source.get("bytes") is not None:
+        return load_audio(source["bytes"])
+    if source.get("path") is not None:
+        return load_audio(source["path"])
+    raise ValueError(
+        "An audio value needs 'array' and 'sampling_rate', or 'bytes', or 'path'; it has the keys "
+        f"{sorted(map(str, source))}."
+    )
+
+
+def _open(source: Any) -> tuple[str, Any]:
+    """A name for messages and a seekable binary file."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"<{len(source)} bytes>", io.BytesIO(source)
+    if isinstance(source, (str, os.PathLike)):
+        text = os.fspath(source)
+        if text.startswith(("http://", "https://", "file://")):
+            with urllib.request.urlopen(text, timeout=_URL_TIMEOUT_S) as response:
+                return text, io.BytesIO(response.read())
+        path = Path(text)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path}: is a folder, not a recording.")
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file.")
+        return str(path), open(path, "rb")  # noqa: SIM115 (closed by the caller)
+    if hasattr(source, "read"):
+        return getattr(source, "name", "<stream>"), source
+    raise TypeError(
+        f"Audio must be a path, a URL, bytes, a binary file or a datasets Audio value, got {type(source).__name__}."
+    )
+
+
+def _decode(name: str, data: Any) -> tuple[np.ndarray, int]:
+    if soundfile is None:
+        raise ImportError("Reading audio files needs soundfile: pip install soundfile")
+    head = data.read(1)
+    if not head:
+        raise ValueError(f"{name}: the file is empty (0 bytes).")
+    data.seek(0)
+    try:
+        with soundfile.SoundFile(data) as file:
+            check_sampling_rate(file.samplerate, name)
+            waveform = file.read(dtype="float32", always_2d=True).T
+            return np.ascontiguousarray(waveform), file.samplerate
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        reason = str(error).rpartition(": ")[2].strip().rstrip(".") or "unreadable"
+    data.seek(0)
+    if av is not None:
+        return _decode_with_av(name, data, reason)
+    container = _container(data)
+    if container:
+        raise ImportError(f'{name}: {container} files need PyAV: pip install "recap-hf[av]"')
+    raise ValueError(
+        f"{name}: not a recording that can be read ({reason}). WAV, FLAC, Ogg, Opus and MP3 are read as they are; m4a, "
+        'webm and video with: pip install "recap-hf[av]"'
+    )
+
+
+def _container(data: Any) -> str:
+    """What a file that libsndfile refuses says it is, or an empty string."""
+    head = data.read(64)
+    data.seek(0)
+    if head[4:8] == b"ftyp":
+        return "m4a and mp4"
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return "webm and Matroska"
+    if head[:4] == b"\x30\x26\xb2\x75":
+        return "wma"
+    if head[:2] in (b"\xff\xf1", b"\xff\xf9"):
+        return "AAC"
+    return ""
+
+
+def _decode_with_av(name: str, data: Any, reason: str) -> tuple[np.ndarray, int]:
+    blocks = []
+    try:
+        with av.open(data) as container:
+            if not container.streams.audio:
+                raise ValueError(f"{name}: the file has no audio track.")
+            stream = container.streams.audio[0]
+            sampling_rate = int(stream.codec_context.sample_rate)
+            check_sampling_rate(sampling_rate, name)
+            resampler = av.AudioResampler(format="fltp", layout=stream.codec_context.layout, rate=sampling_rate)
+            for frame in container.decode(stream):
+                blocks += [block.to_ndarray() for block in resampler.resample(frame)]
+            blocks += [block.to_ndarray() for block in resampler.resample(None)]
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{name}: not a recording that can be read ({reason}; FFmpeg: {error}).") from error
+    if not blocks:
+        raise ValueError(f"{name}: the recording is empty (no samples).")
+    return np.concatenate(blocks, axis=1, dtype=np.float32), sampling_rate
+
+
+def check_sampling_rate(sampling_rate: Any, name: str = "") -> None:
+    """Raises `ValueError` for a sampling rate that no recording has."""
+    valid = isinstance(sampling_rate, (int, float, np.number)) and math.isfinite(sampling_rate)
+    if not valid or not MIN_SAMPLING_RATE <= sampling_rate <= MAX_SAMPLING_RATE:
+        raise ValueError(
+            f"{name + ': ' if name else ''}a sampling rate of {sampling_rate} Hz is not possible; expected "
+            f"{MIN_SAMPLING_RATE} to {MAX_SAMPLING_RATE} Hz."
+        )
+
+
+def to_mono(audio: Any) -> np.ndarray:
+    """The mean of the channels as float32 of shape `(num_samples,)`.
+
+    Args:
+        audio (array or tensor): `(num_samples,)`, `(channels, num_samples)` or `(num_samples, channels)`, where the
+            shorter side is the channels'. Floats as they are, integers scaled from the range of their type.
+    """
+    audio = audio.detach().cpu().numpy() if hasattr(audio, "detach") else np.asarray(audio)
+    if audio.ndim not in (1, 2):
+        raise ValueError(f"A clip must have the shape (samples,) or (channels, samples), got {audio.shape}.")
+    if audio.dtype.kind == "u":
+        middle = np.iinfo(audio.dtype).max // 2 + 1
+        audio = (audio.astype(np.float32) - middle) / middle
+    elif audio.dtype.kind == "i":
+        audio = audio.astype(np.float32) / (np.iinfo(audio.dtype).max + 1.0)
+    elif audio.dtype.kind != "f":
+        raise TypeError(f"A clip must hold numbers, got the type {audio.dtype}.")
+    if audio.ndim == 2:
+        audio = audio.mean(axis=0 if audio.shape[0] <= audio.shape[1] else 1)
+    return np.ascontiguousarray(audio, dtype=np.float32)
+
+
+def resample(waveform: np.ndarray, sampling_rate: float, target_rate: int) -> np.ndarray:
+    """Resamples `(num_samples,)` from `sampling_rate` to `target_rate` Hz with soxr's high quality."""
+    if sampling_rate == target_rate:
+        return waveform
+    if soxr is None:
+        raise ImportError(f"Resampling from {sampling_rate} to {target_rate} Hz needs soxr: pip install soxr")
+    resampled = soxr.resample(waveform, sampling_rate, target_rate, quality="HQ")
+    # A clip of a sample or two at a higher rate may round to none.
+    return resampled if resampled.size else waveform[:1]
+
+
+def is_silent(waveform: np.ndarray) -> bool:
+    """Whether a recording holds nothing louder than the smallest step of 16-bit audio."""
+    return float(np.abs(waveform).max(initial=0.0)) <= SILENCE_PEAK
+
+
+__all__ = ["check_sampling_rate", "is_silent", "load_audio", "resample", "to_mono"]

@@ -1,0 +1,165 @@
+"""Configuration of a RECAP captioner: a CLAP, a GPT-2 and what lies between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import ClapConfig, GPT2Config, PretrainedConfig
+
+from .prompt_recap import PAPER_PROMPT, PromptTemplate
+from .travelling_recap import AUTO_MAP, CUSTOM_PIPELINES
+
+CLAP_SAMPLING_RATE = 48_000
+
+
+class RecapConfig(PretrainedConfig):
+    r"""
+    Configuration of [`RecapForConditionalGeneration`].
+
+    Args:
+        clap (`ClapConfig` or `dict`, *optional*, defaults to `ClapConfig()`):
+            The audio and the text tower. The audio tower's last hidden state conditions the decoder, both towers'
+            projections make the queries and the datastore.
+        decoder (`GPT2Config` or `dict`, *optional*, defaults to `GPT2Config()`):
+            The language model. `add_cross_attention` and `is_decoder` are set here.
+        cross_attention_reduce_factor (`int`, *optional*, defaults to 4):
+            The width of the cross-attention is the decoder's divided by this. 4 gives 5.4 % trained parameters with
+            GPT-2 small, the paper's figure (Section 3.1); 1 is the stock layer of `add_cross_attention`.
+        num_retrieved_captions (`int`, *optional*, defaults to 4):
+            k, the number of captions in the prompt (Section 4 of the paper).
+        prompt_template (`str`, *optional*):
+            The prompt, with `{captions}` where the retrieved captions go. Defaults to the paper's (Section 3.1).
+        caption_separator (`str`, *optional*, defaults to `", "`):
+            What stands between two retrieved captions.
+        prompt_without_captions (`str`, *optional*, defaults to `"This audio sounds like:"`):
+            The prompt when there is nothing to retrieve.
+        target_prefix (`str`, *optional*, defaults to `" "`):
+            What joins prompt and caption when the target of the training is tokenized.
+        window_length_s (`float`, *optional*, defaults to 10.0):
+            Length in seconds of one window of the audio tower. A longer clip becomes several windows.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*):
+            Special tokens of the decoder; they default to the decoder configuration's. GPT-2 has no padding token:
+            its end-of-text token then pads, and masks alone tell what is padding.
+
+    Raises:
+        `ValueError`: if the parts do not fit each other; the message names both values.
+
+    Example:
+        >>> config = RecapConfig()
+        >>> config.cross_attention_width
+        192
+    """
+
+    model_type = "recap"
+    sub_configs = {"clap": ClapConfig, "decoder": GPT2Config}  # noqa: RUF012 (the base class's own convention)
+
+    def __init__(
+        self,
+        clap: ClapConfig | dict[str, Any] | None = None,
+        decoder: GPT2Config | dict[str, Any] | None = None,
+        cross_attention_reduce_factor: int = 4,
+        num_retrieved_captions: int = 4,
+        prompt_template: str = PAPER_PROMPT.template,
+        caption_separator: str = PAPER_PROMPT.separator,
+        prompt_without_captions: str = PAPER_PROMPT.without_captions,
+        target_prefix: str = PAPER_PROMPT.target_prefix,
+        window_length_s: float = 10.0,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.clap = _sub_config("clap", clap, ClapConfig)
+        self.decoder = _sub_config("decoder", decoder, GPT2Config)
+        self.decoder.add_cross_attention = True
+        self.decoder.is_decoder = True
+        self.cross_attention_reduce_factor = cross_attention_reduce_factor
+        self.num_retrieved_captions = num_retrieved_captions
+        self.prompt_template = prompt_template
+        self.caption_separator = caption_separator
+        self.prompt_without_captions = prompt_without_captions
+        self.target_prefix = target_prefix
+        self.window_length_s = window_length_s
+        eos_token_id = self.decoder.eos_token_id if eos_token_id is None else eos_token_id
+        bos_token_id = self.decoder.bos_token_id if bos_token_id is None else bos_token_id
+        pad_token_id = self.decoder.pad_token_id if pad_token_id is None else pad_token_id
+        self.eos_token_id = eos_token_id
+        self.bos_token_id = bos_token_id
+        self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
+        # A saved configuration carries these three with the values that the code knows anyway.
+        for key in ("is_encoder_decoder", "auto_map", "custom_pipelines", "decoder_start_token_id"):
+            kwargs.pop(key, None)
+        kwargs.setdefault("tie_word_embeddings", self.decoder.tie_word_embeddings)
+        super().__init__(is_encoder_decoder=True, **kwargs)
+        # Nothing is put before the prompt, so there is no start token (official code: decoder_start_token_id = None).
+        self.decoder_start_token_id = None
+        self._validate()
+
+    def _validate(self) -> None:
+        width, heads, factor = self.decoder.n_embd, self.decoder.n_head, self.cross_attention_reduce_factor
+        if not isinstance(factor, int) or factor < 1 or width % heads or (width // heads) % factor:
+            raise ValueError(
+                f"`cross_attention_reduce_factor` must be a positive integer that divides the decoder's head size: got "
+                f"{factor!r} for n_embd={width} and n_head={heads} (head size {width / heads:g})."
+            )
+        if not isinstance(self.num_retrieved_captions, int) or self.num_retrieved_captions < 0:
+            raise ValueError(
+                f"`num_retrieved_captions` must be an integer of at least 0, got {self.num_retrieved_captions!r}."
+            )
+        if not self.window_length_s > 0:
+            raise ValueError(f"`window_length_s` must be a positive number of seconds, got {self.window_length_s!r}.")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.decoder.vocab_size:
+                raise ValueError(
+                    f"`{name}` is {value}, outside the decoder's vocabulary of {self.decoder.vocab_size} tokens "
+                    f"(0 to {self.decoder.vocab_size - 1}): give an id that the decoder's tokenizer knows."
+                )
+        # The template checks itself.
+        self.prompt  # noqa: B018
+
+    @property
+    def prompt(self) -> PromptTemplate:
+        """The prompt settings as the object that builds prompts."""
+        return PromptTemplate(
+            template=self.prompt_template,
+            separator=self.caption_separator,
+            without_captions=self.prompt_without_captions,
+            target_prefix=self.target_prefix,
+        )
+
+    @property
+    def encoder_hidden_size(self) -> int:
+        """d, the width of the audio tower's last hidden state that the cross-attention reads."""
+        audio = self.clap.audio_config
+        return audio.patch_embeds_hidden_size * 2 ** (len(audio.depths) - 1)
+
+    @property
+    def cross_attention_width(self) -> int:
+        """Width of queries, keys and values in the cross-attention, over all heads."""
+        return self.decoder.n_embd // self.cross_attention_reduce_factor
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        # Every saved configuration can be loaded by `trust_remote_code=True` where the package is not installed.
+        output["auto_map"] = {name: AUTO_MAP[name] for name in ("AutoConfig", "AutoModel", "AutoModelForSpeechSeq2Seq")}
+        output["custom_pipelines"] = CUSTOM_PIPELINES
+        return output
+
+
+def _sub_config(name: str, value: Any, config_class: type[PretrainedConfig]) -> PretrainedConfig:
+    if value is None:
+        return config_class()
+    if isinstance(value, config_class):
+        return value
+    if isinstance(value, dict):
+        found = value.get("model_type", config_class.model_type)
+        if found != config_class.model_type:
+            raise ValueError(
+                f"`{name}` must be the configuration of a {config_class.model_type!r} model, got one of {found!r}."
+            )
+        return config_class(**{key: item for key, item in value.items() if key != "model_type"})
+    raise TypeError(f"`{name}` must be a {config_class.__name__}, a dict or None, got {type(value).__name__}.")
+
+
+__all__ = ["CLAP_SAMPLING_RATE", "RecapConfig"]

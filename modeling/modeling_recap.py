@@ -1,0 +1,536 @@
+"""The RECAP captioner: CLAP, GPT-2 and the cross-attention between them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import ClapModel, GenerationConfig, GenerationMixin, GPT2LMHeadModel, PreTrainedModel
+from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
+
+from .configuration_recap import RecapConfig
+from .travelling_recap import copy_travelling_files
+
+# CLAP's text branch was trained on at most this many tokens (LAION-AI/CLAP, training/data.py).
+MAX_CLAP_TEXT_TOKENS = 77
+# Neutral sentences whose embeddings tell one text encoder from another; see `embed_fingerprint`.
+FINGERPRINT_TEXTS = (
+    "a dog barks in the distance",
+    "rain falls on a metal roof",
+    "a violin plays a slow melody",
+    "an engine idles and then revs",
+)
+
+
+@dataclass
+class RecapEncoderOutput(ModelOutput):
+    """What one pass of the audio tower gives.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_windows * positions, hidden_size)`):
+            CLAP's last hidden state right before the projection (paper, Section 3.1), windows joined along time.
+            Within a window the positions run over the frequency bins first, then time, as CLAP lays them out.
+        attention_mask (`torch.LongTensor` of shape `(batch_size, num_windows * positions)`):
+            1 for the positions of a window that the clip has, 0 for padding.
+        audio_embeds (`torch.FloatTensor` of shape `(batch_size, num_windows, projection_dim)`):
+            L2-normalised query embeddings in float32, one per window; all zero where a clip has no such window.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+    audio_embeds: torch.FloatTensor | None = None
+
+
+class RecapCrossAttention(GPT2Attention):
+    """GPT-2's cross-attention at a reduced width, reading an encoder of any width.
+
+    The heads stay as many as the decoder's and become narrower. At factor 1 with an encoder as wide as the decoder
+    it is the stock layer, parameter by parameter.
+    """
+
+    def __init__(self, config: RecapConfig, layer_idx: int) -> None:
+        decoder = config.decoder
+        super().__init__(decoder, is_cross_attention=True, layer_idx=layer_idx)
+        width = config.cross_attention_width
+        self.split_size = width
+        self.head_dim = width // self.num_heads
+        if decoder.scale_attn_weights:
+            # The stock layer has put its own head size into the scale, next to the layer's factor.
+            self.scaling *= (decoder.n_embd // self.num_heads) ** 0.5 * self.head_dim**-0.5
+        self.c_attn = Conv1D(2 * width, config.encoder_hidden_size)
+        self.q_attn = Conv1D(width, decoder.n_embd)
+        self.c_proj = Conv1D(decoder.n_embd, width)
+
+
+class RecapPreTrainedModel(PreTrainedModel):
+    """Loading, saving and placement of [`RecapForConditionalGeneration`]."""
+
+    config_class = RecapConfig
+    base_model_prefix = "recap"
+    main_input_name = "input_features"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ClapAudioLayer", "ClapTextLayer", "GPT2Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class RecapForConditionalGeneration(RecapPreTrainedModel, GenerationMixin):
+    """Audio captioning by retrieval: a GPT-2 continues a prompt of retrieved captions while it listens.
+
+    `clap` is a whole `ClapModel`: its audio tower gives the hidden states that the cross-attention reads and the
+    query of the retrieval, its text tower embeds the captions of a datastore. `decoder` is a `GPT2LMHeadModel` whose
+    blocks have a [`RecapCrossAttention`]. Ghosh et al., "RECAP: Retrieval-Augmented Audio Captioning", ICASSP 2024.
+
+    An attention implementation given as a plain string (`attn_implementation="sdpa"`) is the decoder's: CLAP has
+    eager attention only.
+
+    Args:
+        config ([`RecapConfig`]): sizes of both parts and of the cross-attention.
+
+    Example:
+        >>> model = RecapForConditionalGeneration.from_clap_gpt2_pretrained("laion/clap-htsat-unfused", "gpt2")
+        >>> model.freeze_base()
+        7094016
+    """
+
+    def __init__(self, config: RecapConfig) -> None:
+        config.clap._attn_implementation = "eager"
+        super().__init__(config)
+        self.clap = ClapModel(config.clap)
+        self.decoder = GPT2LMHeadModel(config.decoder)
+        # The parts share the composite's configuration objects, so that they cannot drift apart.
+        self.clap.config, self.decoder.config = config.clap, config.decoder
+        for layer_idx, block in enumerate(self.decoder.transformer.h):
+            block.crossattention = RecapCrossAttention(config, layer_idx)
+            # The decoder has initialised itself already; its new layers follow its own scheme.
+            block.crossattention.apply(self.decoder._init_weights)
+        self._clap_is_frozen = False
+        self.generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+            # The decoding of the authors' code.
+            num_beams=3,
+            max_new_tokens=60,
+            length_penalty=0.0,
+            early_stopping=True,
+        )
+        self.post_init()
+
+    @classmethod
+    def from_clap_gpt2_pretrained(
+        cls,
+        clap: str | os.PathLike | ClapModel,
+        decoder: str | os.PathLike | GPT2LMHeadModel,
+        *,
+        clap_kwargs: dict[str, Any] | None = None,
+        decoder_kwargs: dict[str, Any] | None = None,
+        **config_kwargs: Any,
+    ) -> RecapForConditionalGeneration:
+        """Puts a pretrained CLAP and a pretrained GPT-2 together; only the cross-attention between them is new.
+
+        Args:
+            clap, decoder (`str`, path or module): Hub ids, folders, or loaded `ClapModel` and `GPT2LMHeadModel`.
+            clap_kwargs, decoder_kwargs (`dict`, *optional*): passed to the `from_pretrained` of the parts.
+            config_kwargs: fields of [`RecapConfig`], `cross_attention_reduce_factor=4` for one.
+
+        Raises:
+            `ValueError`: if the decoder's weights are not those of a GPT-2 language model; the keys are listed.
+        """
+        if not isinstance(clap, ClapModel):
+            clap = ClapModel.from_pretrained(clap, **(clap_kwargs or {}))
+        if not isinstance(decoder, GPT2LMHeadModel):
+            decoder = GPT2LMHeadModel.from_pretrained(decoder, **(decoder_kwargs or {}))
+        config = RecapConfig(clap=clap.config.to_dict(), decoder=decoder.config.to_dict(), **config_kwargs)
+        model = cls(config).to(decoder.dtype)
+        model.clap.load_state_dict(clap.state_dict())
+        missing, unexpected = model.decoder.load_state_dict(decoder.state_dict(), strict=False)
+        missing = [key for key in missing if ".crossattention." not in key and ".ln_cross_attn." not in key]
+        if missing or unexpected:
+            raise ValueError(
+                f"The decoder's weights do not fit a GPT-2 language model: missing {missing}, unexpected {unexpected}."
+            )
+        return model.eval()
+
+    # ---------------------------------------------------------------- parts
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.clap.audio_model
+
+    def get_decoder(self) -> nn.Module:
+        return self.decoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.decoder.set_output_embeddings(new_embeddings)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """A plain string sets the decoder's attention; CLAP has no other than eager."""
+        if isinstance(attn_implementation, str):
+            attn_implementation = {"": attn_implementation, "decoder": attn_implementation, "clap": "eager"}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def cross_attention_parameters(self) -> list[nn.Parameter]:
+        """The parameters that RECAP trains: 7,094,016 for GPT-2 small at factor 4."""
+        return [parameter for block in self.decoder.transformer.h for parameter in block.crossattention.parameters()]
+
+    def freeze_base(self) -> int:
+        """Freezes CLAP and GPT-2, leaves exactly the cross-attention trainable (paper, Section 3.1).
+
+        A frozen CLAP also stays in evaluation mode when the model is put in training mode: its dropout and its batch
+        norm would otherwise change what it hears.
+
+        Returns:
+            `int`: the number of parameters that remain trainable.
+        """
+        self.requires_grad_(False)
+        parameters = self.cross_attention_parameters()
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        self._clap_is_frozen = True
+        self.train(self.training)
+        return sum(parameter.numel() for parameter in parameters)
+
+    def train(self, mode: bool = True) -> RecapForConditionalGeneration:
+        super().train(mode)
+        if self._clap_is_frozen:
+            self.clap.eval()
+        return self
+
+    # ------------------------------------------------------------- encoders
+
+    def encode_audio(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        window_batch_size: int = 64,
+        **kwargs: Any,
+    ) -> RecapEncoderOutput:
+        """One pass of the audio tower: the states for the cross-attention and the queries for the retrieval.
+
+        Fused CLAP checkpoints see each window as a short clip, which is their path without fusion: the result depends
+        on nothing but the window. (The stock extractor declares a random clip of a batch to be a long one.)
+
+        Args:
+            input_features (`torch.Tensor` of shape `(batch_size, num_windows, num_frames, num_mel_bins)`):
+                Log-mel spectrograms in dB from [`RecapFeatureExtractor`].
+            input_features_mask (`torch.Tensor` of shape `(batch_size, num_windows)`, *optional*):
+                1 for the windows that a clip has. Default: all.
+            window_batch_size (`int`, *optional*, defaults to 64):
+                Windows in one forward pass: bounds the memory of many or long clips.
+            kwargs: further outputs of a feature extractor, which a pass by window does not need.
+
+        Returns:
+            [`RecapEncoderOutput`]
+        """
+        if input_features.dim() != 4:
+            raise ValueError(
+                "`input_features` must have the shape (batch_size, num_windows, num_frames, num_mel_bins), got "
+                f"{tuple(input_features.shape)}."
+            )
+        parameter = next(self.clap.audio_model.parameters())
+        input_features = input_features.to(device=parameter.device)
+        batch_size, num_windows = input_features.shape[:2]
+        if input_features_mask is None:
+            mask = torch.ones(batch_size, num_windows, dtype=torch.bool, device=parameter.device)
+        else:
+            mask = input_features_mask.to(device=parameter.device).bool()
+        windows = input_features[mask].unsqueeze(1).to(parameter.dtype)
+        states, embeds = [], []
+        for chunk in windows.split(window_batch_size):
+            state, embed = self._encode_windows(chunk)
+            states.append(state)
+            embeds.append(embed)
+        state, embed = torch.cat(states), torch.cat(embeds)
+        positions = state.shape[1]
+        hidden = state.new_zeros(batch_size, num_windows, positions, state.shape[-1])
+        hidden[mask] = state
+        audio_embeds = embed.new_zeros(batch_size, num_windows, embed.shape[-1])
+        audio_embeds[mask] = embed
+        return RecapEncoderOutput(
+            last_hidden_state=hidden.flatten(1, 2),
+            attention_mask=mask.long().repeat_interleave(positions, dim=1),
+            audio_embeds=audio_embeds,
+        )
+
+    def _encode_windows(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, 1, frames, mels) -> hidden states (N, n, d) and normalised embeddings (N, P)."""
+        is_longer = None
+        if self.config.clap.audio_config.enable_fusion:
+            # Four equal mels and "not longer": what the stock extractor makes of a clip of one window.
+            windows = windows.expand(-1, 4, -1, -1)
+            is_longer = torch.zeros(windows.shape[0], 1, dtype=torch.bool, device=windows.device)
+        output = self.clap.audio_model(input_features=windows, is_longer=is_longer)
+        embeds = self.clap.audio_projection(output.pooler_output).float()
+        # (N, d, frequency, time) -> (N, n, d); GPT-2's Conv1D calls `view`, hence contiguous.
+        states = output.last_hidden_state.flatten(2).transpose(1, 2).contiguous()
+        return states, nn.functional.normalize(embeds, dim=-1)
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """CLAP's text embeddings, L2-normalised, float32, of shape `(batch_size, projection_dim)`."""
+        pooled = self.clap.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return nn.functional.normalize(self.clap.text_projection(pooled).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_captions(self, captions: list[str], processor: Any, batch_size: int = 64) -> np.ndarray:
+        """Embeds captions for a datastore.
+
+        Args:
+            captions (`list[str]`): the texts, embedded verbatim.
+            processor ([`RecapProcessor`]): its `clap_tokenizer` is used.
+            batch_size (`int`, *optional*, defaults to 64): captions per forward pass, grouped by length.
+
+        Returns:
+            `np.ndarray` of shape `(len(captions), projection_dim)`, float32, rows of unit length.
+        """
+        text_config = self.config.clap.text_config
+        max_length = min(MAX_CLAP_TEXT_TOKENS, text_config.max_position_embeddings - 2)
+        embeddings = np.empty((len(captions), self.config.clap.projection_dim), dtype=np.float32)
+        # Long and short texts apart: padding is wasted work.
+        order = sorted(range(len(captions)), key=lambda row: len(captions[row]))
+        device = next(self.clap.text_model.parameters()).device
+        was_training = self.training
+        self.eval()
+        try:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                tokens = processor.clap_tokenizer(
+                    [captions[row] for row in rows],
+                    padding=True,
+                    truncation=True,
+                    max_length=max_length,
+                    return_tensors="pt",
+                ).to(device)
+                embeddings[rows] = self.encode_text(tokens.input_ids, tokens.attention_mask).cpu().numpy()
+        finally:
+            self.train(was_training)
+        return embeddings
+
+    def embed_fingerprint(self, processor: Any) -> np.ndarray:
+        """Embeddings of a few fixed texts, of shape `(4, projection_dim)`: they tell text encoders apart.
+
+        Cosines between two fingerprints stay near 1 over dtypes, devices and any training of the decoder, and fall
+        far below for another encoder; see `CaptionDatastore.check_encoder`.
+        """
+        return self.embed_captions(list(FINGERPRINT_TEXTS), processor)
+
+    # -------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: RecapEncoderOutput | tuple | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        r"""
+        Args:
+            input_features (`torch.Tensor` of shape `(batch_size, num_windows, num_frames, num_mel_bins)`, *optional*):
+                Log-mel spectrograms in dB; not needed with `encoder_outputs`.
+            input_features_mask (`torch.Tensor` of shape `(batch_size, num_windows)`, *optional*): see `encode_audio`.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch_size, target_length)`):
+                Prompt, and in training the caption after it.
+            decoder_attention_mask (`torch.Tensor` of shape `(batch_size, target_length)`, *optional*):
+                1 for tokens, 0 for padding on either side. Padding is told by this mask, never by token ids.
+            encoder_outputs ([`RecapEncoderOutput`], *optional*): what `encode_audio` returned.
+            attention_mask (`torch.Tensor` of shape `(batch_size, encoder_length)`, *optional*):
+                Mask over the encoder's positions; defaults to the one in `encoder_outputs`.
+            decoder_position_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
+                Defaults to positions counted over `decoder_attention_mask`.
+            labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
+                As long as `decoder_input_ids`, -100 on prompt and padding, shifted inside as in GPT-2. The loss is
+                the cross-entropy on the caption's tokens (paper, Section 3.1).
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): as in GPT-2: 0 keeps all.
+
+        Returns:
+            `Seq2SeqLMOutput`: `loss` and `logits` of shape `(batch_size, target_length, vocab_size)`.
+        """
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError(
+                "`decoder_input_ids` are missing: RECAP's decoder continues a prompt. Build one with "
+                "`processor.build_prompts(encoding.audio_embeds)`."
+            )
+        if encoder_outputs is None:
+            if input_features is None:
+                raise ValueError("Give either `input_features` or `encoder_outputs`; both are missing.")
+            encoder_outputs = self.encode_audio(input_features, input_features_mask)
+        elif not isinstance(encoder_outputs, ModelOutput):
+            encoder_outputs = RecapEncoderOutput(*encoder_outputs)
+        if attention_mask is None:
+            attention_mask = encoder_outputs.get("attention_mask")
+        if decoder_position_ids is None and decoder_attention_mask is not None and decoder_attention_mask.dim() == 2:
+            length = (decoder_inputs_embeds if decoder_input_ids is None else decoder_input_ids).shape[1]
+            decoder_position_ids = position_ids_of(decoder_attention_mask)[:, -length:]
+        for name in ("output_attentions", "output_hidden_states", "return_dict"):
+            if kwargs.get(name) is None:
+                kwargs.pop(name, None)
+        return_dict = kwargs.pop("return_dict", True)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        output = self.decoder(
+            input_ids=decoder_input_ids,
+            inputs_embeds=decoder_inputs_embeds,
+            attention_mask=decoder_attention_mask,
+            position_ids=decoder_position_ids,
+            encoder_hidden_states=encoder_outputs.last_hidden_state.to(self.decoder.dtype),
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        loss = None
+        if labels is not None:
+            loss_kwargs = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(output.logits, labels, vocab_size=self.config.decoder.vocab_size, **loss_kwargs)
+        result = Seq2SeqLMOutput(
+            loss=loss,
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+            decoder_hidden_states=output.hidden_states,
+            decoder_attentions=output.attentions,
+            cross_attentions=output.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+        )
+        return result if return_dict else result.to_tuple()
+
+    # ------------------------------------------------------------- generate
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, processor: Any = None, **kwargs: Any) -> Any:
+        """Captions: `GenerationMixin.generate` with the audio encoded, and with a `processor` the prompts built, first.
+
+        Args:
+            inputs or input_features, input_features_mask: see `encode_audio`; or
+            encoder_outputs ([`RecapEncoderOutput`]): what `encode_audio` returned. It is not changed.
+            processor ([`RecapProcessor`], *optional*): retrieves captions and builds the prompts where no
+                `decoder_input_ids` are given. Its datastore must come from this model's text encoder.
+            kwargs: everything else that `generate` takes; `retrieved`, which `build_prompts` returns, is accepted
+                and not needed.
+
+        Returns:
+            Token ids of shape `(batch_size * num_return_sequences, length)`, the prompt included, or a `ModelOutput`.
+        """
+        kwargs.pop("retrieved", None)
+        input_features = kwargs.pop("input_features", inputs)
+        input_features_mask = kwargs.pop("input_features_mask", None)
+        encoder_outputs = kwargs.pop("encoder_outputs", None)
+        if encoder_outputs is None:
+            if input_features is None:
+                raise ValueError("Give either `input_features` or `encoder_outputs`; both are missing.")
+            encoder_outputs = self.encode_audio(input_features, input_features_mask)
+        elif isinstance(encoder_outputs, ModelOutput):
+            # `generate` repeats what is in it once per beam: in a copy, so that the caller's stays as it was.
+            encoder_outputs = RecapEncoderOutput(**encoder_outputs)
+        else:
+            encoder_outputs = RecapEncoderOutput(*encoder_outputs)
+        if kwargs.get("decoder_input_ids") is None:
+            if processor is None:
+                raise ValueError(
+                    "RECAP's decoder continues a prompt and none was given: pass `decoder_input_ids` and "
+                    "`decoder_attention_mask` from `processor.build_prompts(encoding.audio_embeds)`, or "
+                    "`processor=processor` to have them built."
+                )
+            processor.check_model(self)
+            prompts = processor.build_prompts(encoder_outputs.audio_embeds)
+            kwargs["decoder_input_ids"] = prompts["decoder_input_ids"]
+            kwargs["decoder_attention_mask"] = prompts["decoder_attention_mask"]
+        device = encoder_outputs.last_hidden_state.device
+        for name in ("decoder_input_ids", "decoder_attention_mask"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name].to(device)
+        return super().generate(*args, encoder_outputs=encoder_outputs, **kwargs)
+
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        # The stock hook would put a start token before prompts, and for one batch but not for another: whether it
+        # does depends on the padding. The prompt is complete, only its positions have to follow its mask.
+        input_ids = model_kwargs.pop("decoder_input_ids")
+        if model_kwargs.get("decoder_attention_mask") is None:
+            model_kwargs["decoder_attention_mask"] = torch.ones_like(input_ids)
+        model_kwargs["decoder_position_ids"] = position_ids_of(model_kwargs["decoder_attention_mask"])
+        return input_ids, model_kwargs
+
+    @torch.no_grad()
+    def score_captions(
+        self,
+        encoder_outputs: RecapEncoderOutput,
+        sequences: torch.LongTensor,
+        prompts: dict[str, torch.Tensor],
+    ) -> list[float]:
+        """The exponential of the mean log-probability of each caption's tokens, its end token included.
+
+        Args:
+            encoder_outputs ([`RecapEncoderOutput`]): one entry per sequence.
+            sequences (`torch.LongTensor` of shape `(batch_size, length)`): what `generate` returned.
+            prompts (`dict`): the `decoder_input_ids` and `decoder_attention_mask` that it was given.
+
+        Returns:
+            `list[float]`: probabilities between 0 and 1, comparable between captions of different lengths; 0.0 for
+            a caption without a token.
+        """
+        start = prompts["decoder_input_ids"].shape[1]
+        mask = prompts["decoder_attention_mask"].to(sequences.device)
+        targets = sequences[:, start:]
+        eos = self.config.eos_token_id
+        ended = (targets == eos).int().cumsum(dim=1) - (targets == eos).int()
+        counted = ended == 0
+        full_mask = torch.cat([mask, counted.to(mask.dtype)], dim=1)
+        output = self(
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=sequences,
+            decoder_attention_mask=full_mask,
+            use_cache=False,
+            logits_to_keep=targets.shape[1] + 1,
+        )
+        log_probs = output.logits[:, :-1].float().log_softmax(dim=-1)
+        token_log_probs = log_probs.gather(2, targets.unsqueeze(2)).squeeze(2) * counted
+        totals, counts = token_log_probs.sum(dim=1), counted.sum(dim=1)
+        return [(total / count).exp().item() if count else 0.0 for total, count in zip(totals, counts, strict=True)]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the code travels along, so that `trust_remote_code=True` can load the folder."""
+        os.makedirs(save_directory, exist_ok=True)
+        # Before the weights: with `push_to_hub=True` the upload is part of the base class's call.
+        copy_travelling_files(save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def position_ids_of(attention_mask: torch.Tensor) -> torch.LongTensor:
+    """Positions of the tokens that a mask leaves, counted from 0; padding gets 0.
+
+    >>> position_ids_of(torch.tensor([[0, 0, 1, 1, 1]]))
+    tensor([[0, 0, 0, 1, 2]])
+    """
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+__all__ = ["FINGERPRINT_TEXTS", "RecapEncoderOutput", "RecapForConditionalGeneration", "position_ids_of"]

@@ -1,0 +1,169 @@
+"""`pipeline("audio-captioning")`: recordings in, captions with what they were prompted with out."""
+
+from __future__ import annotations
+
+import collections.abc
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, Pipeline
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+
+from .audio_recap import is_silent, load_audio, resample, to_mono
+from .captions_recap import open_datastore
+
+SILENCE_CAPTION = "silence"
+_GENERATION_KEYS = frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_")) | {
+    "generation_config",
+    "max_new_tokens",
+}
+
+
+class AudioCaptioningPipeline(Pipeline):
+    """Captions recordings: `pipeline("audio-captioning")`.
+
+    Args:
+        model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): loaded by `pipeline(...)`.
+        datastore (*optional*): captions to retrieve from instead of the checkpoint's: a [`CaptionDatastore`], a
+            folder or Hub id of one, a file of captions (text with one a line, CSV, JSON or JSONL), or a list of
+            captions. The last two are embedded on the spot.
+        k (`int`, *optional*): captions in the prompt, default the processor's.
+        generation parameters (`num_beams`, `max_new_tokens`, `do_sample`, ...): passed to `generate`.
+
+    Each input is a path, a URL, bytes, a waveform of shape `(samples,)` or `(channels, samples)` at the feature
+    extractor's rate, `{"array", "sampling_rate"}`, or a `datasets` row or Audio value, decoded or not. Lists,
+    generators and datasets of these are streamed, `batch_size` at a time.
+
+    Returns for each input `{"caption": str, "score": float, "retrieved": [{"caption": str, "score": float, ...}]}`:
+    `score` is the exponential of the mean log-probability of the caption's tokens. A recording that holds nothing
+    above the smallest step of 16-bit audio is captioned "silence" without asking the model.
+
+    Example:
+        >>> import recap_hf
+        >>> from transformers import pipeline
+        >>> captioner = pipeline("audio-captioning")
+        >>> captioner("dog.wav")["caption"]
+        'a dog barks twice'
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_video_processor = False
+
+    def __init__(self, *args: Any, datastore: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.processor is None:
+            raise ValueError(
+                "The audio-captioning pipeline needs a `processor`: give one, or a `model` as a folder or Hub id that "
+                "has one."
+            )
+        if datastore is not None:
+            self.processor.datastore = open_datastore(datastore, self.model, self.processor)
+        self.processor.check_model(self.model)
+
+    def _sanitize_parameters(
+        self, k: int | None = None, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        forward_params: dict[str, Any] = {}
+        unknown = [key for key in kwargs if key not in _GENERATION_KEYS]
+        if unknown:
+            raise TypeError(f"The audio-captioning pipeline does not know the arguments {', '.join(sorted(unknown))}.")
+        if k is not None:
+            forward_params["k"] = k
+        if generate_kwargs or kwargs:
+            forward_params["generate_kwargs"] = {**(generate_kwargs or {}), **kwargs}
+        return {}, forward_params, {}
+
+    def preprocess(self, input_: Any) -> dict[str, Any]:
+        rate = self.processor.feature_extractor.sampling_rate
+        if isinstance(input_, (np.ndarray, torch.Tensor, list)):
+            waveform = to_mono(input_)
+            if not waveform.size or not np.isfinite(waveform).all():
+                raise ValueError("The recording is empty or holds NaN or infinite samples.")
+        else:
+            # A row of a dataset with an audio column, or the audio itself.
+            if isinstance(input_, collections.abc.Mapping) and "audio" in input_:
+                input_ = input_["audio"]
+            waveform, source_rate = load_audio(input_)
+            waveform = resample(to_mono(waveform), source_rate, rate)
+        return {"waveform": waveform}
+
+    def _forward(
+        self, model_inputs: dict[str, Any], k: int | None = None, generate_kwargs: dict[str, Any] | None = None
+    ) -> dict[str, list[Any]]:
+        waveforms = model_inputs["waveform"]
+        if not isinstance(waveforms, list):
+            waveforms = [waveforms]
+        results: list[dict[str, Any]] = [
+            {"caption": SILENCE_CAPTION, "score": 1.0, "retrieved": []} for _ in waveforms
+        ]
+        heard = [index for index, waveform in enumerate(waveforms) if not is_silent(waveform)]
+        if heard:
+            captions = self.caption([waveforms[index] for index in heard], k, generate_kwargs or {})
+            for index, result in zip(heard, captions, strict=True):
+                results[index] = result
+        return {"result": results}
+
+    def caption(
+        self, waveforms: list[np.ndarray], k: int | None, generate_kwargs: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Captions of one batch of waveforms at the feature extractor's sampling rate."""
+        inputs = self.processor(
+            audio=waveforms,
+            sampling_rate=self.processor.feature_extractor.sampling_rate,
+            return_tensors="pt",
+            device=self.device,
+        )
+        encoding = self.model.encode_audio(**inputs)
+        prompts = self.processor.build_prompts(encoding.audio_embeds, k=k)
+        retrieved = prompts.pop("retrieved")
+        sequences = self.model.generate(encoder_outputs=encoding, **prompts, **generate_kwargs)
+        sequences = getattr(sequences, "sequences", sequences)
+        # Of several returned sequences per clip the first is the best.
+        sequences = sequences[:: len(sequences) // len(waveforms)]
+        captions = self.processor.batch_decode(sequences)
+        scores = self.model.score_captions(encoding, sequences, prompts)
+        return [
+            {"caption": caption, "score": score, "retrieved": hits}
+            for caption, score, hits in zip(captions, scores, retrieved, strict=True)
+        ]
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
+        result = model_outputs["result"]
+        return result[0] if isinstance(result, list) else result
+
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> PipelineIterator:
+        # The stock collation pads features and refuses the decoder's left padding beside them; waveforms need none.
+        if isinstance(inputs, collections.abc.Sized):
+            dataset = PipelineDataset(inputs, self.preprocess, preprocess_params)
+        else:
+            dataset = PipelineIterator(inputs, self.preprocess, preprocess_params)
+            num_workers = min(num_workers, 1)
+        loader = DataLoader(dataset, num_workers=num_workers, batch_size=batch_size, collate_fn=_collate)
+        batches = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(batches, self.postprocess, postprocess_params)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Saves model, processor, datastore and code: all that `pipeline(model=folder)` needs."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+def _collate(items: list[dict[str, Any]]) -> dict[str, list[np.ndarray]]:
+    return {"waveform": [item["waveform"] for item in items]}
+
+
+__all__ = ["SILENCE_CAPTION", "AudioCaptioningPipeline"]

@@ -1,0 +1,458 @@
+"""The caption datastore: texts, their CLAP embeddings, and exact search that leaves one's own captions out.
+
+On disk a datastore is a folder of data, never of code: `datastore.json` (what it is), `captions.jsonl` (one JSON
+object a line) and `embeddings.npy` (float32, memory-mapped when read). All names in the JSON are file names in that
+folder, all files are checked against their checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import cached_file
+
+try:
+    import faiss
+except ImportError:
+    faiss = None
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "datastore.json"
+_CAPTIONS_NAME = "captions.jsonl"
+_EMBEDDINGS_NAME = "embeddings.npy"
+# Another text encoder gives cosines near 0; bf16 weights or another device stay above 0.999.
+_SAME_ENCODER_COSINE = 0.99
+# Scores this close are the same score: float32 dot products of unit vectors differ by less between libraries.
+_TIE = 1e-6
+_AUDIO_SUFFIX = re.compile(r"\.(wav|flac|mp3|ogg|opus|m4a|webm|mp4|mkv|aiff?|au|caf|wma|aac)$", re.IGNORECASE)
+
+
+def normalize_text(text: str) -> str:
+    """A caption folded for comparison: case, punctuation and white space do not count.
+
+    >>> normalize_text("A dog barks, twice.") == normalize_text("a  dog barks twice")
+    True
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join("".join(char if char.isalnum() else " " for char in folded).split())
+
+
+def normalize_clip_id(clip_id: Any) -> str:
+    """A clip id folded for comparison: without folder and audio suffix; case and punctuation do not count.
+
+    >>> normalize_clip_id("development/Santa Motor.wav") == normalize_clip_id("Santa_Motor")
+    True
+    """
+    name = str(clip_id).replace("\\", "/").rpartition("/")[2]
+    return normalize_text(_AUDIO_SUFFIX.sub("", name)) or name
+
+
+class CaptionDatastore:
+    """Captions with their text embeddings, searched by cosine similarity (paper, Section 3.1).
+
+    Build one with [`CaptionDatastore.from_captions`], load one with [`CaptionDatastore.from_pretrained`].
+
+    Args:
+        records (`Sequence[Mapping]`): one mapping per caption: `caption` (kept verbatim) and any other JSON values,
+            of which `clip_id`, `source` and `licence` have a meaning here.
+        embeddings (`np.ndarray` of shape `(num_captions, dimension)`): rows of unit length.
+        fingerprint (`np.ndarray` of shape `(4, dimension)`, *optional*): `model.embed_fingerprint(processor)` of the
+            encoder that made the embeddings. Without it the encoder cannot be checked.
+
+    Raises:
+        `ValueError`: if captions and embeddings do not match, or a record has no caption.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Mapping[str, Any]],
+        embeddings: np.ndarray,
+        fingerprint: np.ndarray | None = None,
+    ) -> None:
+        embeddings = np.asanyarray(embeddings)
+        if embeddings.ndim != 2 or len(embeddings) != len(records):
+            raise ValueError(
+                f"A datastore needs one embedding per caption: got {len(records)} captions and embeddings of shape "
+                f"{embeddings.shape}, expected ({len(records)}, dimension)."
+            )
+        for row, record in enumerate(records):
+            if not isinstance(record.get("caption"), str) or not record["caption"].strip():
+                raise ValueError(f"Row {row} has no caption: expected a text under 'caption', got {record!r:.200}.")
+        self.records = [dict(record) for record in records]
+        self.embeddings = embeddings
+        self.fingerprint = None if fingerprint is None else np.asarray(fingerprint, dtype=np.float32)
+        self._index: Any = None
+        self._texts: list[str] | None = None
+        self._rows_of_clip: dict[str, list[int]] | None = None
+
+    # ---------------------------------------------------------- construction
+
+    @classmethod
+    def from_captions(
+        cls, captions: Sequence[str | Mapping[str, Any]], model: Any, processor: Any, batch_size: int = 64
+    ) -> CaptionDatastore:
+        """Embeds captions with the text tower of `model`.
+
+        Args:
+            captions (`Sequence[str | Mapping]`): texts, or mappings with a `caption` and, where known, `clip_id`,
+                `source`, `licence` and other values.
+            model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): the encoder and its tokenizer.
+            batch_size (`int`, *optional*, defaults to 64): captions per forward pass.
+        """
+        records = [{"caption": item} if isinstance(item, str) else dict(item) for item in captions]
+        for row, record in enumerate(records):
+            if not isinstance(record.get("caption"), str) or not record["caption"].strip():
+                raise ValueError(f"Caption {row} is empty or no text: {record.get('caption')!r}.")
+        embeddings = model.embed_captions([record["caption"] for record in records], processor, batch_size=batch_size)
+        return cls(records, embeddings, model.embed_fingerprint(processor))
+
+    @classmethod
+    def from_embeddings(
+        cls,
+        captions: Sequence[str | Mapping[str, Any]],
+        embeddings: np.ndarray,
+        fingerprint: np.ndarray | None = None,
+    ) -> CaptionDatastore:
+        """A datastore of captions whose embeddings are there already; rows are scaled to unit length."""
+        records = [{"caption": item} if isinstance(item, str) else dict(item) for item in captions]
+        embeddings = np.asarray(embeddings, dtype=np.float32)
+        norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
+        if not np.isfinite(norms).all() or (norms == 0).any():
+            raise ValueError("Embeddings must be finite and not zero: a cosine similarity with them is undefined.")
+        return cls(records, embeddings / norms, fingerprint)
+
+    # ------------------------------------------------------------ properties
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        return f"CaptionDatastore({len(self)} captions, dimension {self.dimension})"
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions, verbatim, in the order of the rows."""
+        return [record["caption"] for record in self.records]
+
+    @property
+    def dimension(self) -> int:
+        """Width of the embeddings: the projection dimension of the CLAP that made them."""
+        return self.embeddings.shape[1]
+
+    def check_encoder(self, fingerprint: np.ndarray) -> None:
+        """Refuses an encoder that did not make this datastore.
+
+        Args:
+            fingerprint (`np.ndarray` of shape `(4, dimension)`): `model.embed_fingerprint(processor)`.
+
+        Raises:
+            `ValueError`: if the dimensions differ or the lowest cosine is below 0.99.
+        """
+        if self.dimension != fingerprint.shape[1]:
+            raise ValueError(
+                f"The datastore's embeddings have {self.dimension} dimensions and the model's have "
+                f"{fingerprint.shape[1]}: it was made by another CLAP. Build it again with this model: "
+                "CaptionDatastore.from_captions(store.records, model, processor)."
+            )
+        if self.fingerprint is None:
+            return
+        cosine = float((self.fingerprint * fingerprint).sum(axis=1).min())
+        if cosine < _SAME_ENCODER_COSINE:
+            raise ValueError(
+                f"The datastore was made by another CLAP: embeddings of the same texts have a cosine of {cosine:.3f}, "
+                f"expected at least {_SAME_ENCODER_COSINE}. Build it again with this model: "
+                "CaptionDatastore.from_captions(store.records, model, processor)."
+            )
+
+    # ---------------------------------------------------------------- search
+
+    def search(
+        self,
+        queries: Any,
+        k: int = 4,
+        exclude_clip_ids: Sequence[Any] | None = None,
+        exclude_texts: Sequence[Sequence[str]] | None = None,
+    ) -> list[list[dict[str, Any]]]:
+        """The k captions nearest to each query, most similar first, ties to the lower row, no text twice.
+
+        Args:
+            queries (array or tensor of shape `(batch_size, dimension)` or `(batch_size, num_windows, dimension)`):
+                Unit vectors. The windows of a clip each retrieve, and their results are merged in turns, so that
+                every part of the clip has its say; windows of zeros are absent.
+            k (`int`, *optional*, defaults to 4): captions per clip; fewer where the datastore has fewer.
+            exclude_clip_ids (`Sequence`, *optional*): for each clip its id, or `None`. Captions of that id are left
+                out, and so is every caption with the text of one of them.
+            exclude_texts (`Sequence[Sequence[str]]`, *optional*): for each clip texts to leave out.
+
+        Returns:
+            `list[list[dict]]`: for each clip `{"caption", "score", "row", ...metadata}`; `score` is the cosine.
+        """
+        queries = queries.detach().float().cpu().numpy() if hasattr(queries, "detach") else np.asarray(queries)
+        queries = queries.astype(np.float32, copy=False)
+        if queries.ndim == 2:
+            queries = queries[:, None]
+        if queries.ndim != 3 or queries.shape[2] != self.dimension:
+            raise ValueError(
+                f"Queries must have the shape (batch_size, {self.dimension}) or (batch_size, num_windows, "
+                f"{self.dimension}), got {queries.shape}."
+            )
+        if not isinstance(k, (int, np.integer)) or k < 0:
+            raise ValueError(f"`k` must be an integer of at least 0, got {k!r}.")
+        for name, value in (("exclude_clip_ids", exclude_clip_ids), ("exclude_texts", exclude_texts)):
+            if value is not None and len(value) != len(queries):
+                raise ValueError(f"`{name}` needs one entry per clip: got {len(value)} for {len(queries)} clips.")
+        results = []
+        for clip, windows in enumerate(queries):
+            rows, texts = self._excluded(
+                None if exclude_clip_ids is None else exclude_clip_ids[clip],
+                () if exclude_texts is None else exclude_texts[clip],
+            )
+            present = windows[np.abs(windows).max(axis=1) > 0]
+            found = self._nearest(present, int(k), rows, texts) if k and len(self) else []
+            results.append([self._result(row, score) for row, score in self._take_turns(found, int(k))])
+        return results
+
+    def _excluded(self, clip_id: Any, texts: Sequence[str]) -> tuple[set[int], set[str]]:
+        """Rows and normalized texts that a clip must not retrieve."""
+        excluded_texts = {normalize_text(text) for text in texts}
+        if clip_id is None:
+            return set(), excluded_texts
+        if self._rows_of_clip is None:
+            self._rows_of_clip = defaultdict(list)
+            for row, record in enumerate(self.records):
+                if record.get("clip_id") is not None:
+                    self._rows_of_clip[normalize_clip_id(record["clip_id"])].append(row)
+        rows = self._rows_of_clip.get(normalize_clip_id(clip_id), [])
+        return set(rows), excluded_texts | {self._text(row) for row in rows}
+
+    def _text(self, row: int) -> str:
+        if self._texts is None:
+            self._texts = [""] * len(self)
+        if not self._texts[row]:
+            # Folded on first use: a store of a million captions must not be folded to answer one query.
+            self._texts[row] = normalize_text(self.records[row]["caption"]) or self.records[row]["caption"]
+        return self._texts[row]
+
+    def _nearest(
+        self, queries: np.ndarray, k: int, rows: set[int], texts: set[str]
+    ) -> list[list[tuple[int, float]]]:
+        """For each query up to k pairs (row, cosine), sorted, without excluded rows and repeated texts."""
+        results: list[list[tuple[int, float]]] = [[] for _ in queries]
+        pending = list(range(len(queries)))
+        fetch = min(len(self), max(4 * k, 32))
+        while pending:
+            candidates = self._candidates(queries[pending], fetch)
+            still_pending = []
+            for query, row_ids in zip(pending, candidates, strict=True):
+                scored = self._rescore(queries[query], row_ids)
+                kept = self._keep(scored, k, rows, texts)
+                # Complete when nothing that was not fetched can belong among the kept.
+                if fetch == len(self) or (len(kept) == k and scored[-1][1] < kept[-1][1] - _TIE):
+                    results[query] = kept
+                else:
+                    still_pending.append(query)
+            pending = still_pending
+            fetch = min(len(self), fetch * 4)
+        return results
+
+    def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """Rows of the `count` nearest embeddings for each query, in any order."""
+        if faiss is not None:
+            if self._index is None:
+                self._index = faiss.IndexFlatIP(self.dimension)
+                self._index.add(np.ascontiguousarray(self.embeddings, dtype=np.float32))
+            return self._index.search(np.ascontiguousarray(queries), count)[1]
+        scores = queries @ np.asarray(self.embeddings, dtype=np.float32).T
+        return np.argpartition(-scores, count - 1, axis=1)[:, :count]
+
+    def _rescore(self, query: np.ndarray, rows: np.ndarray) -> list[tuple[int, float]]:
+        """Pairs (row, cosine) in order: most similar first, ties to the lower row.
+
+        In float64 and row by row, so that a score does not depend on which rows or queries were computed with it.
+        """
+        # faiss pads with -1 where an index has fewer rows than asked for.
+        rows = np.unique(rows[rows >= 0])
+        scores = np.round((self.embeddings[rows].astype(np.float64) * query.astype(np.float64)).sum(axis=1), 9)
+        order = np.lexsort((rows, -scores))
+        return [(int(rows[i]), float(scores[i])) for i in order]
+
+    def _keep(
+        self, scored: list[tuple[int, float]], k: int, rows: set[int], texts: set[str]
+    ) -> list[tuple[int, float]]:
+        kept, seen = [], set(texts)
+        for row, score in scored:
+            if row in rows or self._text(row) in seen:
+                continue
+            seen.add(self._text(row))
+            kept.append((row, score))
+            if len(kept) == k:
+                break
+        return kept
+
+    def _take_turns(self, found: list[list[tuple[int, float]]], k: int) -> list[tuple[int, float]]:
+        """Merges the windows' results: all first choices, then all second ones, until k texts are together."""
+        if len(found) == 1:
+            return found[0]
+        merged: dict[str, tuple[int, float]] = {}
+        for rank in range(k):
+            for row, score in sorted((hits[rank] for hits in found if rank < len(hits)), key=_by_similarity):
+                text = self._text(row)
+                if text in merged:
+                    # Another window found it too: its best similarity counts.
+                    merged[text] = min(merged[text], (row, score), key=_by_similarity)
+                elif len(merged) < k:
+                    merged[text] = (row, score)
+        return sorted(merged.values(), key=_by_similarity)
+
+    def _result(self, row: int, score: float) -> dict[str, Any]:
+        record = self.records[row]
+        metadata = {key: value for key, value in record.items() if key != "caption" and value is not None}
+        return {"caption": record["caption"], "score": score, "row": row, **metadata}
+
+    # ------------------------------------------------------------ files, Hub
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes the datastore into a folder. The manifest comes last and at once: a reader sees all or nothing."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        captions = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
+        temporary = {name: folder / f".{name}.{os.getpid()}" for name in (_CAPTIONS_NAME, _EMBEDDINGS_NAME)}
+        temporary[_CAPTIONS_NAME].write_text(captions, encoding="utf-8")
+        with open(temporary[_EMBEDDINGS_NAME], "wb") as file:
+            np.save(file, np.asarray(self.embeddings, dtype=np.float32), allow_pickle=False)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "num_captions": len(self),
+            "dimension": self.dimension,
+            "fingerprint": None if self.fingerprint is None else self.fingerprint.round(7).tolist(),
+            "files": {name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for name, path in temporary.items()},
+        }
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+        temporary_manifest = folder / f".{MANIFEST_NAME}.{os.getpid()}"
+        temporary_manifest.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary_manifest, folder / MANIFEST_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        subfolder: str = "",
+        repo_type: str = "dataset",
+        verify: bool = True,
+        **hub_kwargs: Any,
+    ) -> CaptionDatastore:
+        """Loads a datastore from a folder or from the Hub.
+
+        Args:
+            name_or_path (`str` or path): a folder with a `datastore.json`, or a Hub id.
+            subfolder (`str`, *optional*): the folder inside.
+            repo_type (`str`, *optional*, defaults to `"dataset"`): kind of Hub repository; `"model"` for the
+                datastore inside a checkpoint.
+            verify (`bool`, *optional*, defaults to `True`): compare the files with their checksums.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and what else `cached_file` takes.
+
+        Raises:
+            `OSError`: if there is no datastore. `ValueError`: if it is damaged, tampered with or of a newer format.
+        """
+        local = Path(name_or_path, subfolder)
+        if local.is_dir():
+            def locate(name: str) -> str:
+                return str(local / name)
+        else:
+            def locate(name: str) -> str:
+                return cached_file(
+                    str(name_or_path), name, subfolder=subfolder, repo_type=repo_type, **hub_kwargs
+                )
+        manifest_path = Path(locate(MANIFEST_NAME))
+        if not manifest_path.is_file():
+            raise FileNotFoundError(
+                f"{local}: not a datastore, it has no {MANIFEST_NAME}. Write one with CaptionDatastore.save_pretrained."
+            )
+        manifest = _read_manifest(manifest_path)
+        paths = {name: Path(locate(name)) for name in (_CAPTIONS_NAME, _EMBEDDINGS_NAME)}
+        for name, path in paths.items():
+            _check_file(path, manifest["files"][name], verify)
+        records = _read_records(paths[_CAPTIONS_NAME])
+        try:
+            embeddings = np.load(paths[_EMBEDDINGS_NAME], mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{paths[_EMBEDDINGS_NAME]}: not a NumPy array ({error}).") from error
+        expected = (manifest["num_captions"], manifest["dimension"])
+        if len(records) != expected[0] or embeddings.shape != expected or embeddings.dtype != np.float32:
+            raise ValueError(
+                f"{manifest_path}: announces {expected[0]} captions of dimension {expected[1]} in float32, but there "
+                f"are {len(records)} captions and embeddings of shape {embeddings.shape} in {embeddings.dtype}."
+            )
+        return cls(records, embeddings, manifest["fingerprint"])
+
+
+def _by_similarity(hit: tuple[int, float]) -> tuple[float, int]:
+    return -hit[1], hit[0]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: the datastore has format version {version}, this package reads up to {FORMAT_VERSION}. "
+                "Update it: pip install -U recap-hf"
+            )
+        for name in (_CAPTIONS_NAME, _EMBEDDINGS_NAME):
+            int(manifest["files"][name]["bytes"])
+            str(manifest["files"][name]["sha256"])
+        manifest["num_captions"], manifest["dimension"] = int(manifest["num_captions"]), int(manifest["dimension"])
+        fingerprint = manifest["fingerprint"]
+        if fingerprint is not None and np.asarray(fingerprint, dtype=np.float32).shape[1:] != (manifest["dimension"],):
+            raise ValueError(f"{path}: the fingerprint does not have {manifest['dimension']} dimensions.")
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not the description of a caption datastore ({error!r}).") from error
+    return manifest
+
+
+def _check_file(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing, the datastore is incomplete.")
+    if path.stat().st_size != expected["bytes"]:
+        raise ValueError(
+            f"{path}: has {path.stat().st_size} bytes, expected {expected['bytes']}: truncated or not of this datastore."
+        )
+    if verify and _sha256(path) != expected["sha256"]:
+        raise ValueError(f"{path}: the checksum differs, the file was changed or damaged after it was written.")
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line.strip()!r:.80}.")
+            records.append(record)
+    return records
+
+
+__all__ = ["CaptionDatastore", "normalize_clip_id", "normalize_text"]

@@ -1,0 +1,81 @@
+"""The `recap` command: one table of sub-commands, each imported only when it is called.
+
+`recap --help` must answer at once, so nothing here imports torch or transformers; a sub-command's module does so
+inside its `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from recap_hf.version import __version__
+
+# name: (module with `add_arguments(parser)` and `run(args) -> int`, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "caption": ("recap_hf.cli.caption", "describe recordings in a sentence"),
+    "score": ("recap_hf.cli.score", "score predicted captions against their references"),
+    "compare": ("recap_hf.cli.compare", "compare two systems on the clips that both captioned"),
+    "convert": ("recap_hf.cli.convert", "bring weights of other layouts in, and back"),
+    "push": ("recap_hf.cli.push", "push a checkpoint or a datastore to the Hugging Face Hub"),
+}
+
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that also accepts `--snake_case` spellings of its `--kebab-case` flags."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [self._kebab(arg) for arg in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
+    @staticmethod
+    def _kebab(arg: str) -> str:
+        if not arg.startswith("--") or arg == "--":
+            return arg
+        flag, equals, value = arg.partition("=")
+        return flag.replace("_", "-") + equals + value
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `recap`. Only `command`'s own module is imported; the others show their line of help."""
+    parser = _Parser(prog="recap", description="Describe any sound in a sentence: retrieval-augmented audio captioning.")
+    parser.add_argument("--version", action="version", version=f"recap_hf {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, (module, text) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == command:
+            loaded = importlib.import_module(module)
+            loaded.add_arguments(subparser)
+            subparser.set_defaults(run=loaded.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `recap` with `argv` (default: the process's own) and returns the exit status.
+
+    0: everything worked; 1: the command failed, or part of its inputs did; 2: it was called wrongly.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((arg for arg in argv if not arg.startswith("-")), None)
+    parser = build_parser(command)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return EXIT_USAGE
+    try:
+        return args.run(args)
+    except BrokenPipeError:
+        # The reader (`head`, say) has gone: not an error, and Python must not complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except KeyboardInterrupt:
+        print(f"recap {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"recap {args.command}: error: {error}", file=sys.stderr)
+        return EXIT_FAILURE

@@ -1,0 +1,55 @@
+"""`recap push`: a checkpoint or a datastore to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="a saved checkpoint or datastore")
+    parser.add_argument("repo", metavar="REPO", help="repository, user/name; made if it does not exist")
+    parser.add_argument(
+        "--datastore-repo",
+        metavar="REPO",
+        help="put the datastore of the checkpoint into a dataset repository of its own and refer to it "
+        "(default: inside the checkpoint)",
+    )
+    parser.add_argument("--private", action="store_true", help="make new repositories private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="propose the change as a pull request")
+    parser.add_argument("--commit-message", metavar="TEXT", help="message of the commit")
+    parser.add_argument(
+        "--card-facts",
+        metavar="FILE",
+        help="JSON or YAML with what the card is to say (default: FOLDER/card_facts.json)",
+    )
+    parser.add_argument(
+        "--overwrite-card",
+        action="store_true",
+        help="replace the README.md that the repository has (default: keep it)",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="split weights above this size (default: 5GB)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from recap_hf.hub import CardFacts, PushOptions, push_folder
+
+    options = PushOptions(
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        commit_message=args.commit_message,
+        overwrite_card=args.overwrite_card,
+        max_shard_size=args.max_shard_size,
+    )
+    facts = CardFacts.from_file(args.card_facts) if args.card_facts else None
+    for result in push_folder(args.folder, args.repo, options, args.datastore_repo, facts):
+        if result.deleted:
+            print(f"{result.repo_id}: deleted {', '.join(result.deleted)}", file=sys.stderr)
+        if result.card_kept:
+            print(f"{result.repo_id}: kept its README.md; --overwrite-card replaces it", file=sys.stderr)
+        print(result.commit.pr_url or result.commit.commit_url)
+    return 0

@@ -1,0 +1,133 @@
+"""What a checkpoint's and a datastore's own files say, in the words of a card."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .cards import DatastoreFacts, ModelDescription
+from .facts import DataSource
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from recap_hf.modeling import CaptionDatastore, RecapConfig
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
+# Stored beside the parameters, trained by nobody (those of integers are told by their type).
+BUFFERS = ("running_mean", "running_var")
+UNNAMED = "unnamed"
+
+
+def describe_checkpoint(folder: str | Path) -> ModelDescription:
+    """Describes a saved RECAP checkpoint without loading its weights.
+
+    Args:
+        folder: holds `config.json`, and usually `generation_config.json` and the weights.
+
+    Raises:
+        OSError: there is no `config.json`.
+        ValueError: it is another model's.
+    """
+    from recap_hf.modeling import RecapConfig
+
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: expected a folder that `save_pretrained` wrote")
+    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    if model_type != RecapConfig.model_type:
+        raise ValueError(f"{path} is the configuration of a {model_type!r} model, expected {RecapConfig.model_type!r}")
+    config = RecapConfig.from_pretrained(folder)
+    sizes, dtypes, num_bytes, num_files = read_weights(folder)
+    cross_attention = sum(size for name, size in sizes.items() if ".crossattention." in name)
+    number = config.num_retrieved_captions
+    parts = {
+        "encoder": encoder_text(config),
+        "decoder": (
+            f"GPT-2, {config.decoder.n_layer} layers of width {config.decoder.n_embd}, {config.decoder.vocab_size:,} "
+            f"tokens, at most {config.decoder.n_positions:,} positions"
+        ),
+        "cross-attention": cross_attention_text(config, cross_attention),
+        "audio": f"48 kHz mono, in windows of {config.window_length_s:g} s; a longer recording is several windows",
+    }
+    if sizes:
+        files = f", {num_files} files" if num_files > 1 else ""
+        parts["parameters"] = f"{sum(sizes.values()):,} in {' and '.join(dtypes)} ({byte_text(num_bytes)}{files})"
+    if Path(folder, "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        parts["decoding"] = decoding_text(GenerationConfig.from_pretrained(folder))
+    captions = [f"caption {rank}" for rank in range(1, number + 1)]
+    if number > 3:
+        captions = ["caption 1", "caption 2", "...", f"caption {number}"]
+    prompt = config.prompt_template.format(captions=config.caption_separator.join(captions)) if number else ""
+    return ModelDescription(parts, prompt or config.prompt_without_captions, number)
+
+
+def encoder_text(config: RecapConfig) -> str:
+    """The CLAP of a checkpoint, in words."""
+    audio, text = config.clap.audio_config, config.clap.text_config
+    fused = ", fused" if audio.enable_fusion else ""
+    return (
+        f"CLAP: HTSAT audio tower{fused} (hidden states of width {config.encoder_hidden_size}), text tower "
+        f"({text.num_hidden_layers} layers of width {text.hidden_size}), shared embeddings of "
+        f"{config.clap.projection_dim} dimensions"
+    )
+
+
+def cross_attention_text(config: RecapConfig, num_parameters: int) -> str:
+    """The cross-attention of a checkpoint, in words."""
+    factor = config.cross_attention_reduce_factor
+    share = "the decoder's own" if factor == 1 else f"the decoder's divided by {factor}"
+    number = f", {num_parameters:,} parameters" if num_parameters else ""
+    return f"in every layer, of width {config.cross_attention_width} ({share}){number}: the part that RECAP trains"
+
+
+def decoding_text(generation: GenerationConfig) -> str:
+    """How captions are decoded by default, in words."""
+    beams = generation.num_beams or 1
+    how = f"{beams} beams" if beams > 1 else "greedy"
+    if generation.do_sample:
+        how = "sampling" if beams == 1 else f"sampling, {beams} beams"
+    length = generation.max_new_tokens
+    return f"{how}, at most {length} new tokens" if length else how
+
+
+def read_weights(folder: str | Path) -> tuple[dict[str, int], list[str], int, int]:
+    """Sizes of all parameters by name, their types, and bytes and number of the safetensors files."""
+    sizes: dict[str, int] = {}
+    dtypes: Counter[str] = Counter()
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    for path in files:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        for name, tensor in header.items():
+            if name != "__metadata__" and tensor["dtype"] in DTYPES and not name.endswith(BUFFERS):
+                sizes[name] = math.prod(tensor["shape"])
+                dtypes[DTYPES[tensor["dtype"]]] += sizes[name]
+    names = [name for name, _ in dtypes.most_common()]
+    return sizes, names, sum(path.stat().st_size for path in files), len(files)
+
+
+def byte_text(number: int) -> str:
+    """Bytes as people write them: 1.2 GB, 11 MB, 300 kB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            value = number / size
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    return f"{number} bytes"
+
+
+def describe_datastore(datastore: CaptionDatastore) -> DatastoreFacts:
+    """What a card says about a datastore: one source per name and licence, the largest first."""
+    counts = Counter((record.get("source") or UNNAMED, record.get("licence")) for record in datastore.records)
+    sources = tuple(
+        DataSource(str(name), licence=None if licence is None else str(licence), captions=number)
+        for (name, licence), number in counts.most_common()
+    )
+    return DatastoreFacts(len(datastore), datastore.dimension, "exact search", sources)

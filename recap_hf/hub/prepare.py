@@ -1,0 +1,82 @@
+"""What a repository should have beside the saved files: a card, and Parquet for a datastore."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .cards import render_datastore_card, render_model_card, save_card
+from .describe import describe_checkpoint, describe_datastore
+from .facts import FACTS_FILE, CardFacts
+from .parquet import PATTERN, write_parquet
+
+NUM_EXAMPLES = 5
+
+
+def prepare_folder(
+    folder: str | Path,
+    repo_id: str,
+    repo_type: str = "model",
+    tags: Sequence[str] | None = None,
+    facts: CardFacts | None = None,
+    datastore_folder: str | Path | None = None,
+) -> None:
+    """Adds a card to a saved checkpoint or datastore, and Parquet files to the latter.
+
+    A README.md that is there already stays as it is. Facts are read from `card_facts.json` in the folder where none
+    are given.
+
+    Args:
+        folder: what `save_pretrained` wrote; files are added to it.
+        repo_id: where it is going to be pushed.
+        repo_type: "model" or "dataset".
+        tags: added to the card's tags.
+        facts: what is known beyond the files.
+        datastore_folder: where the datastore of a checkpoint is, if the checkpoint only refers to it.
+    """
+    from recap_hf.modeling.hub_recap import CARD
+
+    folder = Path(folder)
+    if facts is None and (folder / FACTS_FILE).is_file():
+        facts = CardFacts.from_file(folder / FACTS_FILE)
+    facts = facts or CardFacts()
+    facts = replace(facts, tags=[*facts.tags, *(tags or [])])
+    if repo_type == "dataset":
+        prepare_datastore(folder, repo_id, facts)
+    elif (folder / "config.json").is_file() and not (folder / CARD).exists():
+        # A processor alone has no config.json: the card comes with the model.
+        prepare_checkpoint(folder, repo_id, facts, datastore_folder)
+
+
+def prepare_checkpoint(
+    folder: Path, repo_id: str, facts: CardFacts, datastore_folder: str | Path | None = None
+) -> None:
+    """Writes the card of a checkpoint, with what is known of the datastore inside or referred to."""
+    from recap_hf.modeling.hub_recap import DATASTORE_FOLDER
+    from recap_hf.modeling.retrieval_recap import MANIFEST_NAME, CaptionDatastore
+
+    manifest, datastore, reference = folder / DATASTORE_FOLDER / MANIFEST_NAME, None, None
+    if manifest.is_file():
+        datastore = describe_datastore(CaptionDatastore.from_pretrained(datastore_folder or manifest.parent))
+        referred = json.loads(manifest.read_text(encoding="utf-8")).get("reference")
+        reference = (referred["repo_id"], referred["revision"]) if referred else None
+    save_card(render_model_card(repo_id, describe_checkpoint(folder), facts, datastore, reference), folder)
+
+
+def prepare_datastore(folder: Path, repo_id: str, facts: CardFacts) -> None:
+    """Writes the Parquet files of a datastore and, unless it has one, its card."""
+    from recap_hf.modeling.hub_recap import CARD, PARQUET_FOLDER
+    from recap_hf.modeling.retrieval_recap import CaptionDatastore
+
+    datastore = CaptionDatastore.from_pretrained(folder)
+    columns = write_parquet(datastore.records, folder / PARQUET_FOLDER)
+    if (folder / CARD).exists():
+        return
+    step = max(1, len(datastore) // NUM_EXAMPLES)
+    examples = list(dict.fromkeys(datastore.captions[::step]))[:NUM_EXAMPLES]
+    card = render_datastore_card(
+        repo_id, describe_datastore(datastore), f"{PARQUET_FOLDER}/{PATTERN}", columns, examples, facts=facts
+    )
+    save_card(card, folder)

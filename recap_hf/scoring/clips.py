@@ -1,0 +1,134 @@
+"""Which clips a score is about: their names, their hash, and the restriction to a published list."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recap_hf.modeling.retrieval_recap import normalize_clip_id
+
+_EXTENSION = re.compile(r"\.(wav|flac|ogg|oga|opus|mp3|m4a|aac|webm|aiff?|npy|mp4|mkv)$", re.IGNORECASE)
+_YOUTUBE = re.compile(r"Y?([A-Za-z0-9_-]{11})(?:_\d+(?:\.\d+)?){0,2}")
+ID_COLUMNS = ("clip_id", "file_name", "fname", "filename", "file_path", "audio_id", "youtube_id", "id")
+
+
+def clip_stem(clip_id: str, youtube: bool = False) -> str:
+    """Name of a clip without folder and audio extension.
+
+    `youtube=True` also takes away what surrounds a YouTube id: a leading `Y` and the start and end times, so that
+    `Y7fmOlUlwoNg.wav`, `7fmOlUlwoNg_20.flac` and `7fmOlUlwoNg` are one clip.
+    """
+    stem = _EXTENSION.sub("", re.split(r"[/\\]", clip_id)[-1])
+    match = _YOUTUBE.fullmatch(stem) if youtube else None
+    return match[1] if match else stem
+
+
+def clip_list_hash(names: Iterable[str]) -> str:
+    """SHA-256 of the clips' names, whatever their order, folder, extension and spelling (case, punctuation).
+
+    Two scores with the same hash are about the same clips.
+    """
+    return sha256_of_lines(normalize_clip_id(clip_stem(name)) for name in names)
+
+
+def sha256_of_lines(lines: Iterable[str]) -> str:
+    """SHA-256 of the sorted lines, as 64 hexadecimal digits."""
+    return hashlib.sha256("\n".join(sorted(lines)).encode("utf-8", errors="replace")).hexdigest()
+
+
+def match_clips(first: Sequence[str], second: Sequence[str], youtube: bool = False) -> list[tuple[int, int]]:
+    """Pairs of positions (in `first`, in `second`) that name the same clip, in the order of `first`.
+
+    Stems that are equal are matched first. What is left is matched by folded spelling, since one published list writes
+    `Santa Motor` and another `Santa_Motor`, but only where one clip of either side is meant: Clotho has different
+    clips called `Watering Can` and `watering_can`.
+
+    Raises:
+        ValueError: if a side names a clip twice.
+    """
+    indices = [_by_stem(names, youtube) for names in (first, second)]
+    pairs = [(number, indices[1][stem]) for stem, number in indices[0].items() if stem in indices[1]]
+    folded = [_by_folding(index, other) for index, other in (indices, indices[::-1])]
+    pairs += [(number, folded[1][key]) for key, number in folded[0].items() if key in folded[1]]
+    return sorted(pairs)
+
+
+def _by_stem(names: Sequence[str], youtube: bool) -> dict[str, int]:
+    index: dict[str, int] = {}
+    for number, name in enumerate(names):
+        stem = clip_stem(name, youtube)
+        if stem in index:
+            raise ValueError(
+                f"the clip {stem!r} is named twice ({names[index[stem]]!r} in place {index[stem] + 1} and {name!r} in "
+                f"place {number + 1})"
+            )
+        index[stem] = number
+    return index
+
+
+def _by_folding(index: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    keys = {stem: normalize_clip_id(stem) for stem in index if stem not in other}
+    meant = Counter(keys.values())
+    return {key: index[stem] for stem, key in keys.items() if meant[key] == 1}
+
+
+@dataclass(frozen=True)
+class ClipList:
+    """A named list of clips, as published with a test set."""
+
+    name: str
+    clip_ids: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the list."""
+        return clip_list_hash(self.clip_ids)
+
+    def select(self, clip_ids: Sequence[str], youtube: bool = False) -> tuple[list[int], list[str]]:
+        """Positions in `clip_ids` of the clips on the list, and the names on the list that `clip_ids` lacks.
+
+        Raises:
+            ValueError: if none of the clips is on the list, or one is named twice.
+        """
+        pairs = match_clips(clip_ids, self.clip_ids, youtube)
+        if not pairs:
+            hint = "" if youtube else "; where both are AudioSet clips named in two ways, try --youtube-ids"
+            raise ValueError(
+                f"none of the {len(clip_ids)} clips is on the list {self.name} "
+                f"(clips like {clip_ids[0]!r}, list like {self.clip_ids[0]!r}){hint}"
+            )
+        found = {pair[1] for pair in pairs}
+        return [pair[0] for pair in pairs], [name for n, name in enumerate(self.clip_ids) if n not in found]
+
+
+def read_clip_list(path: str | os.PathLike, column: str | None = None) -> ClipList:
+    """A clip list from a text file with one name a line (`#` starts a comment line) or from a column of a CSV file.
+
+    A name that occurs several times (a CSV with one row a caption) counts once.
+
+    Raises:
+        ValueError: if the file holds no name, or the CSV no column of names.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        with open(path, encoding="utf-8-sig", newline="") as handle:
+            reader = csv.DictReader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+            columns = list(reader.fieldnames or [])
+            chosen = column or next((name for name in ID_COLUMNS if name in columns), None)
+            if chosen not in columns:
+                expected = repr(column) if column else f"one of {', '.join(ID_COLUMNS)}"
+                raise ValueError(f"{path} has the columns {', '.join(columns)}; expected {expected}")
+            names = [row[chosen] or "" for row in reader]
+    else:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        names = [line for line in lines if not line.lstrip().startswith("#")]
+    unique = {clip_stem(name.strip()): name.strip() for name in names if name.strip()}
+    if not unique:
+        raise ValueError(f"{path} names no clip")
+    return ClipList(path.stem, tuple(unique.values()))

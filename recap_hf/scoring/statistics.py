@@ -1,0 +1,52 @@
+"""What the captions are like, beside how good they are: words, lengths, novelty, and copying from the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from recap_hf.modeling.retrieval_recap import normalize_text
+
+
+def caption_statistics(tokenized: Sequence[str], tokenized_references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Vocabulary and lengths, in words of the tokenized text.
+
+    `reference_length` is the mean over clips of the mean length of their references.
+    """
+    lengths = [len(caption.split()) for caption in tokenized]
+    reference_lengths = [np.mean([len(text.split()) for text in refs]) for refs in tokenized_references]
+    return {
+        "vocabulary_size": len(_words(tokenized)),
+        "reference_vocabulary_size": len(_words(text for refs in tokenized_references for text in refs)),
+        "caption_length": float(np.mean(lengths)),
+        "shortest_caption": min(lengths),
+        "longest_caption": max(lengths),
+        "reference_length": float(np.mean(reference_lengths)),
+        "distinct_captions": len(set(tokenized)) / len(tokenized),
+        "empty_captions": sum(not length for length in lengths),
+    }
+
+
+def _words(texts: Iterable[str]) -> set[str]:
+    return {word for text in texts for word in text.split()}
+
+
+def novel_share(captions: Sequence[str], training_captions: Iterable[str]) -> float:
+    """Share of captions that say something other than every training caption, case and punctuation aside."""
+    known = {normalize_text(text) for text in training_captions}
+    return sum(normalize_text(caption) not in known for caption in captions) / len(captions)
+
+
+def copying(captions: Sequence[str], retrieved: Sequence[Sequence[str]]) -> dict[str, float]:
+    """How often a caption is a retrieved one, case and punctuation aside: any of them, and the first of them.
+
+    An empty caption copies nothing; a clip without retrieved captions counts as not copied.
+    """
+    any_copied = first_copied = 0
+    for caption, found in zip(captions, retrieved, strict=True):
+        folded = normalize_text(caption)
+        folded_found = [normalize_text(text) for text in found]
+        any_copied += bool(folded) and folded in folded_found
+        first_copied += bool(folded) and folded in folded_found[:1]
+    return {"copied_retrieved": any_copied / len(captions), "copied_first_retrieved": first_copied / len(captions)}

@@ -102,7 +102,7 @@ def _open(source: Any) -> tuple[str, Any]:
             raise IsADirectoryError(f"{path}: is a folder, not a recording.")
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file.")
-        return str(path), open(path, "rb")  # noqa: SIM115 (closed by the caller)
+        return str(path), open(path, "rb")
     if hasattr(source, "read"):
         return getattr(source, "name", "<stream>"), source
     raise TypeError(

@@ -10,6 +10,7 @@ from .prompt_recap import PAPER_PROMPT, PromptTemplate
 from .travelling_recap import AUTO_MAP, CUSTOM_PIPELINES
 
 CLAP_SAMPLING_RATE = 48_000
+MODEL_AUTO_MAP = {name: AUTO_MAP[name] for name in ("AutoConfig", "AutoModel", "AutoModelForSpeechSeq2Seq")}
 
 
 class RecapConfig(PretrainedConfig):
@@ -86,9 +87,12 @@ class RecapConfig(PretrainedConfig):
         self.eos_token_id = eos_token_id
         self.bos_token_id = bos_token_id
         self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
-        # A saved configuration carries these three with the values that the code knows anyway.
-        for key in ("is_encoder_decoder", "auto_map", "custom_pipelines", "decoder_start_token_id"):
+        # A saved configuration carries these with the values that the code knows anyway.
+        for key in ("is_encoder_decoder", "decoder_start_token_id"):
             kwargs.pop(key, None)
+        # AutoModel and `pipeline` look here for the code; loaded from the Hub, `auto_map` names the repository too.
+        self.auto_map = kwargs.pop("auto_map", None) or dict(MODEL_AUTO_MAP)
+        self.custom_pipelines = kwargs.pop("custom_pipelines", None) or CUSTOM_PIPELINES
         kwargs.setdefault("tie_word_embeddings", self.decoder.tie_word_embeddings)
         super().__init__(is_encoder_decoder=True, **kwargs)
         # Nothing is put before the prompt, so there is no start token (official code: decoder_start_token_id = None).
@@ -141,8 +145,8 @@ class RecapConfig(PretrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        # Every saved configuration can be loaded by `trust_remote_code=True` where the package is not installed.
-        output["auto_map"] = {name: AUTO_MAP[name] for name in ("AutoConfig", "AutoModel", "AutoModelForSpeechSeq2Seq")}
+        # Whatever repository this one was loaded from: the code lies beside what is saved.
+        output["auto_map"] = dict(MODEL_AUTO_MAP)
         output["custom_pipelines"] = CUSTOM_PIPELINES
         return output
 

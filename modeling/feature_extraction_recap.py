@@ -11,6 +11,7 @@ from transformers import BatchFeature, ClapFeatureExtractor
 from transformers.utils import TensorType
 
 from .audio_recap import check_sampling_rate, resample, to_mono
+from .travelling_recap import AUTO_MAP
 
 # CLAP's floor under the mel power and so under the decibels: 10 * log10(1e-10) = -100 dB.
 _MEL_FLOOR = 1e-10
@@ -165,6 +166,12 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         filters = torch.from_numpy(np.ascontiguousarray(filters)).to(device=windows.device, dtype=dtype)
         mel = torch.matmul(power.transpose(1, 2), filters)
         return mel.clamp(min=_MEL_FLOOR).log10().mul(10.0).float()
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        # Also inside a processor's file: AutoFeatureExtractor looks there for the code that travels.
+        output["auto_map"] = {"AutoFeatureExtractor": AUTO_MAP["AutoFeatureExtractor"]}
+        return output
 
 
 def _as_clips(audio: Any) -> list[Any]:

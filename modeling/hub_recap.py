@@ -34,6 +34,18 @@ PARQUET_FOLDER = "data"
 DEFAULT_SHARD_SIZE = "5GB"
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 DATASTORE_FOLDER = "datastore"
+DATASTORE_FILES = (f"{PARQUET_FOLDER}/*.parquet", "*.json", "*.jsonl", "*.npy", "*.faiss", "*.bin")
+PUSH_OPTIONS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+    "overwrite_card",
+)
 NEVER_PUSHED = (".git/*", ".git*", ".cache/*", "*/__pycache__/*", "__pycache__/*", "*.pyc", ".DS_Store")
 
 
@@ -174,7 +186,9 @@ def commit_folder(
             del files[CARD]
         patterns = tuple(replaces)
         deleted = sorted(
-            name for name in there - set(files) - {CARD} if any(fnmatch.fnmatch(name, each) for each in patterns)
+            name
+            for name in there - set(files) - {CARD, ".gitattributes"}
+            if any(fnmatch.fnmatch(name, each) for each in patterns)
         )
         commit = api.create_commit(
             repo_id,
@@ -260,6 +274,11 @@ def is_absent(error: BaseException | None) -> bool:
     return isinstance(error, absent) and not isinstance(error, GatedRepoError)
 
 
+def take_push_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Takes the arguments of [`HubPushMixin.push_to_hub`] out of those of a `save_pretrained`."""
+    return {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+
+
 def prepare_folder(folder: str | os.PathLike, repo_id: str, repo_type: str, tags: list[str] | None = None) -> None:
     """Adds what a repository should have beside the saved files: a card, and for a datastore its Parquet files.
 
@@ -333,6 +352,12 @@ class HubPushMixin:
             )
         return result.commit
 
+    def push_saved(self, save_directory: str | os.PathLike, options: dict[str, Any]) -> None:
+        """What `save_pretrained(..., push_to_hub=True)` does after saving: only this object goes to the Hub, not what
+        else the folder holds. `options` are arguments of [`push_to_hub`], `repo_id` by default the folder's name."""
+        options = dict(options)
+        self.push_to_hub(options.pop("repo_id", None) or Path(save_directory).resolve().name, **options)
+
     def save_for_hub(self, folder: str, max_shard_size: int | str | None) -> None:
         """Saves the object as it is to be pushed."""
         self.save_pretrained(folder)
@@ -340,6 +365,7 @@ class HubPushMixin:
 
 __all__ = [
     "CARD",
+    "DATASTORE_FILES",
     "DATASTORE_FOLDER",
     "DEFAULT_SHARD_SIZE",
     "PARQUET_FOLDER",
@@ -352,4 +378,5 @@ __all__ = [
     "files_to_push",
     "hub_errors",
     "prepare_folder",
+    "take_push_options",
 ]

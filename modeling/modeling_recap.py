@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from .configuration_recap import RecapConfig
+from .hub_recap import WEIGHT_FILES, HubPushMixin, take_push_options
 from .travelling_recap import copy_travelling_files
 
 # CLAP's text branch was trained on at most this many tokens (LAION-AI/CLAP, training/data.py).
@@ -69,9 +70,11 @@ class RecapCrossAttention(GPT2Attention):
         self.c_proj = Conv1D(decoder.n_embd, width)
 
 
-class RecapPreTrainedModel(PreTrainedModel):
+class RecapPreTrainedModel(HubPushMixin, PreTrainedModel):
     """Loading, saving and placement of [`RecapForConditionalGeneration`]."""
 
+    hub_name = "RECAP model"
+    hub_files = (*WEIGHT_FILES, "*_recap.py")
     config_class = RecapConfig
     base_model_prefix = "recap"
     main_input_name = "input_features"
@@ -113,8 +116,6 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, GenerationMixin):
         self.clap.config, self.decoder.config = config.clap, config.decoder
         for layer_idx, block in enumerate(self.decoder.transformer.h):
             block.crossattention = RecapCrossAttention(config, layer_idx)
-            # The decoder has initialised itself already; its new layers follow its own scheme.
-            block.crossattention.apply(self.decoder._init_weights)
         self._clap_is_frozen = False
         self.generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id,
@@ -127,6 +128,9 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, GenerationMixin):
             early_stopping=True,
         )
         self.post_init()
+        for block in self.decoder.transformer.h:
+            # `post_init` leaves new layers in an initialised decoder without GPT-2's scaling by depth.
+            block.crossattention.apply(self.decoder._init_weights)
 
     @classmethod
     def from_clap_gpt2_pretrained(
@@ -185,9 +189,15 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, GenerationMixin):
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """A plain string sets the decoder's attention; CLAP has no other than eager."""
-        if isinstance(attn_implementation, str):
-            attn_implementation = {"": attn_implementation, "decoder": attn_implementation, "clap": "eager"}
-        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        if not isinstance(attn_implementation, dict):
+            attn_implementation = {"decoder": attn_implementation}
+        # By part: the stock method of transformers 5.17 hands a string on to the towers inside CLAP, which refuse it.
+        if "clap" in attn_implementation:
+            self.clap.set_attn_implementation(attn_implementation["clap"], *args, **kwargs)
+        decoder = attn_implementation.get("decoder", attn_implementation.get(""))
+        if decoder is not None:
+            self.decoder.set_attn_implementation(decoder, *args, **kwargs)
+            self.config._attn_implementation_internal = self.config.decoder._attn_implementation
 
     def cross_attention_parameters(self) -> list[nn.Parameter]:
         """The parameters that RECAP trains: 7,094,016 for GPT-2 small at factor 4."""
@@ -281,8 +291,8 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, GenerationMixin):
             is_longer = torch.zeros(windows.shape[0], 1, dtype=torch.bool, device=windows.device)
         output = self.clap.audio_model(input_features=windows, is_longer=is_longer)
         embeds = self.clap.audio_projection(output.pooler_output).float()
-        # (N, d, frequency, time) -> (N, n, d); GPT-2's Conv1D calls `view`, hence contiguous.
-        states = output.last_hidden_state.flatten(2).transpose(1, 2).contiguous()
+        # (N, d, frequency, time) -> (N, n, d)
+        states = output.last_hidden_state.flatten(2).transpose(1, 2)
         return states, nn.functional.normalize(embeds, dim=-1)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -399,7 +409,8 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, GenerationMixin):
             inputs_embeds=decoder_inputs_embeds,
             attention_mask=decoder_attention_mask,
             position_ids=decoder_position_ids,
-            encoder_hidden_states=encoder_outputs.last_hidden_state.to(self.decoder.dtype),
+            # Contiguous, since GPT-2's Conv1D calls `view`: states that were cut or transposed are welcome too.
+            encoder_hidden_states=encoder_outputs.last_hidden_state.to(self.decoder.dtype).contiguous(),
             encoder_attention_mask=attention_mask,
             past_key_values=past_key_values,
             use_cache=use_cache,
@@ -516,12 +527,22 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, GenerationMixin):
         totals, counts = token_log_probs.sum(dim=1), counted.sum(dim=1)
         return [(total / count).exp().item() if count else 0.0 for total, count in zip(totals, counts, strict=True)]
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """As in transformers; the code travels along, so that `trust_remote_code=True` can load the folder."""
         os.makedirs(save_directory, exist_ok=True)
-        # Before the weights: with `push_to_hub=True` the upload is part of the base class's call.
         copy_travelling_files(save_directory)
-        return super().save_pretrained(save_directory, *args, **kwargs)
+        options = take_push_options(kwargs)
+        if "max_shard_size" in kwargs:
+            options["max_shard_size"] = kwargs["max_shard_size"]
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if push_to_hub:
+            self.push_saved(save_directory, options)
+
+    def save_for_hub(self, folder: str, max_shard_size: int | str) -> None:
+        """Saves the model as it is to be pushed."""
+        self.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
 def position_ids_of(attention_mask: torch.Tensor) -> torch.LongTensor:

@@ -12,17 +12,17 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .configuration_recap import RecapConfig
 from .feature_extraction_recap import RecapFeatureExtractor
+from .hub_recap import DATASTORE_FOLDER, HubPushMixin, take_push_options
 from .prompt_recap import PAPER_PROMPT, PromptTemplate
 from .retrieval_recap import CaptionDatastore
 from .travelling_recap import AUTO_MAP, copy_travelling_files
 
-DATASTORE_FOLDER = "datastore"
 # GPT-2 has 1,024 positions, a caption at most 60 tokens (official code) and its end token.
 DEFAULT_MAX_PROMPT_TOKENS = 1024 - 61
 DEFAULT_MAX_CAPTION_TOKENS = 60
 
 
-class RecapProcessor(ProcessorMixin):
+class RecapProcessor(HubPushMixin, ProcessorMixin):
     r"""
     Everything between a recording and the model, and between the model and a caption.
 
@@ -45,6 +45,9 @@ class RecapProcessor(ProcessorMixin):
         >>> processor.batch_decode(ids, skip_special_tokens=True)
         ['a dog barks twice']
     """
+
+    hub_name = "RECAP processor"
+    hub_files = (f"{DATASTORE_FOLDER}/*", "*_recap.py")
 
     def __init__(
         self,
@@ -335,7 +338,11 @@ class RecapProcessor(ProcessorMixin):
         copy_travelling_files(save_directory)
         if self.datastore is not None:
             self.datastore.save_pretrained(Path(save_directory) / DATASTORE_FOLDER)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        options = take_push_options(kwargs)
+        saved = super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub:
+            self.push_saved(save_directory, options)
+        return saved
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> RecapProcessor:
@@ -350,7 +357,7 @@ def _find_datastore(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> 
     """The datastore inside a checkpoint, or `None`: a processor without one is complete too."""
     hub_kwargs = {
         name: kwargs[name]
-        for name in ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+        for name in ("cache_dir", "force_download", "local_files_only", "revision", "token")
         if name in kwargs
     }
     subfolder = os.path.join(kwargs.get("subfolder", ""), DATASTORE_FOLDER)

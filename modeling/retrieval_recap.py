@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils import cached_file
+
+from .hub_recap import DATASTORE_FILES, HubPushMixin, fetch_datastore
 
 try:
     import faiss
@@ -56,7 +57,7 @@ def normalize_clip_id(clip_id: Any) -> str:
     return normalize_text(_AUDIO_SUFFIX.sub("", name)) or name
 
 
-class CaptionDatastore:
+class CaptionDatastore(HubPushMixin):
     """Captions with their text embeddings, searched by cosine similarity (paper, Section 3.1).
 
     Build one with [`CaptionDatastore.from_captions`], load one with [`CaptionDatastore.from_pretrained`].
@@ -71,6 +72,10 @@ class CaptionDatastore:
     Raises:
         `ValueError`: if captions and embeddings do not match, or a record has no caption.
     """
+
+    hub_name = "caption datastore"
+    hub_repo_type = "dataset"
+    hub_files = DATASTORE_FILES
 
     def __init__(
         self,
@@ -242,9 +247,7 @@ class CaptionDatastore:
             self._texts[row] = normalize_text(self.records[row]["caption"]) or self.records[row]["caption"]
         return self._texts[row]
 
-    def _nearest(
-        self, queries: np.ndarray, k: int, rows: set[int], texts: set[str]
-    ) -> list[list[tuple[int, float]]]:
+    def _nearest(self, queries: np.ndarray, k: int, rows: set[int], texts: set[str]) -> list[list[tuple[int, float]]]:
         """For each query up to k pairs (row, cosine), sorted, without excluded rows and repeated texts."""
         results: list[list[tuple[int, float]]] = [[] for _ in queries]
         pending = list(range(len(queries)))
@@ -334,7 +337,9 @@ class CaptionDatastore:
             "num_captions": len(self),
             "dimension": self.dimension,
             "fingerprint": None if self.fingerprint is None else self.fingerprint.round(7).tolist(),
-            "files": {name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for name, path in temporary.items()},
+            "files": {
+                name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for name, path in temporary.items()
+            },
         }
         for name, path in temporary.items():
             os.replace(path, folder / name)
@@ -348,7 +353,7 @@ class CaptionDatastore:
         name_or_path: str | os.PathLike,
         *,
         subfolder: str = "",
-        repo_type: str = "dataset",
+        repo_type: str | None = None,
         verify: bool = True,
         **hub_kwargs: Any,
     ) -> CaptionDatastore:
@@ -357,30 +362,33 @@ class CaptionDatastore:
         Args:
             name_or_path (`str` or path): a folder with a `datastore.json`, or a Hub id.
             subfolder (`str`, *optional*): the folder inside.
-            repo_type (`str`, *optional*, defaults to `"dataset"`): kind of Hub repository; `"model"` for the
-                datastore inside a checkpoint.
+            repo_type (`str`, *optional*): kind of Hub repository, `"dataset"` or `"model"` for the datastore inside
+                a checkpoint. By default the first that there is.
             verify (`bool`, *optional*, defaults to `True`): compare the files with their checksums.
-            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and what else `cached_file` takes.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and what else `snapshot_download` takes.
+
+        A datastore may be a reference to another repository at a fixed revision, as `recap push --datastore-repo`
+        leaves it in a checkpoint: it is followed.
 
         Raises:
             `OSError`: if there is no datastore. `ValueError`: if it is damaged, tampered with or of a newer format.
         """
-        local = Path(name_or_path, subfolder)
-        if local.is_dir():
-            def locate(name: str) -> str:
-                return str(local / name)
-        else:
-            def locate(name: str) -> str:
-                return cached_file(
-                    str(name_or_path), name, subfolder=subfolder, repo_type=repo_type, **hub_kwargs
-                )
-        manifest_path = Path(locate(MANIFEST_NAME))
+        folder = Path(name_or_path, subfolder)
+        if not Path(name_or_path).is_dir():
+            folder = fetch_datastore(str(name_or_path), repo_type=repo_type, subfolder=subfolder, **hub_kwargs)
+        manifest_path = folder / MANIFEST_NAME
         if not manifest_path.is_file():
             raise FileNotFoundError(
-                f"{local}: not a datastore, it has no {MANIFEST_NAME}. Write one with CaptionDatastore.save_pretrained."
+                f"{folder}: not a datastore, it has no {MANIFEST_NAME}. Write one with "
+                "CaptionDatastore.save_pretrained."
             )
+        reference = _read_reference(manifest_path)
+        if reference is not None:
+            # Once only: what is referred to must be a datastore, not the next reference.
+            folder = fetch_datastore(repo_type="dataset", **{**hub_kwargs, **reference})
+            manifest_path = folder / MANIFEST_NAME
         manifest = _read_manifest(manifest_path)
-        paths = {name: Path(locate(name)) for name in (_CAPTIONS_NAME, _EMBEDDINGS_NAME)}
+        paths = {name: folder / name for name in (_CAPTIONS_NAME, _EMBEDDINGS_NAME)}
         for name, path in paths.items():
             _check_file(path, manifest["files"][name], verify)
         records = _read_records(paths[_CAPTIONS_NAME])
@@ -407,6 +415,23 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _read_reference(path: Path) -> dict[str, str] | None:
+    """Repository and revision of the datastore that a manifest only refers to, or `None` if it describes its own."""
+    try:
+        reference = json.loads(path.read_text(encoding="utf-8")).get("reference")
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
+        # No description of a datastore at all: the reading of the manifest says so.
+        return None
+    if reference is None:
+        return None
+    try:
+        return {"repo_id": str(reference["repo_id"]), "revision": str(reference["revision"])}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: the reference to a datastore must name 'repo_id' and 'revision', got {reference!r:.200}."
+        ) from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

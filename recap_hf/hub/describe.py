@@ -15,7 +15,7 @@ from .facts import DataSource
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
-    from recap_hf.modeling import CaptionDatastore, RecapConfig
+    from recap_hf import CaptionDatastore, RecapConfig
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 # Stored beside the parameters, trained by nobody (those of integers are told by their type).
@@ -33,7 +33,7 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
         OSError: there is no `config.json`.
         ValueError: it is another model's.
     """
-    from recap_hf.modeling import RecapConfig
+    from recap_hf import RecapConfig
 
     path = Path(folder, "config.json")
     if not path.is_file():

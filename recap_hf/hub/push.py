@@ -158,7 +158,7 @@ def push_datastore(
     Raises:
         OSError: the push failed; the message names repository, revision and remedy.
     """
-    from recap_hf.modeling.hub_recap import commit_folder
+    from recap_hf.modeling.hub_recap import DATASTORE_FILES, commit_folder
 
     options = options or PushOptions()
     with tempfile.TemporaryDirectory() as stage:
@@ -168,7 +168,7 @@ def push_datastore(
             stage,
             repo_id,
             repo_type="dataset",
-            replaces=("*",),
+            replaces=DATASTORE_FILES,
             **commit_arguments(options, "Upload caption datastore"),
         )
 

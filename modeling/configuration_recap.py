@@ -92,7 +92,10 @@ class RecapConfig(PretrainedConfig):
             kwargs.pop(key, None)
         # AutoModel and `pipeline` look here for the code; loaded from the Hub, `auto_map` names the repository too.
         self.auto_map = kwargs.pop("auto_map", None) or dict(MODEL_AUTO_MAP)
-        self.custom_pipelines = kwargs.pop("custom_pipelines", None) or CUSTOM_PIPELINES
+        custom_pipelines = kwargs.pop("custom_pipelines", None) or CUSTOM_PIPELINES
+        # `pipeline` demands trust_remote_code for a task named here; the installed package has its own.
+        if not __name__.startswith("recap_hf."):
+            self.custom_pipelines = custom_pipelines
         kwargs.setdefault("tie_word_embeddings", self.decoder.tie_word_embeddings)
         super().__init__(is_encoder_decoder=True, **kwargs)
         # Nothing is put before the prompt, so there is no start token (official code: decoder_start_token_id = None).

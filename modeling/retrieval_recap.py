@@ -34,7 +34,10 @@ _EMBEDDINGS_NAME = "embeddings.npy"
 _SAME_ENCODER_COSINE = 0.99
 # Scores this close are the same score: float32 dot products of unit vectors differ by less between libraries.
 _TIE = 1e-6
-_AUDIO_SUFFIX = re.compile(r"\.(wav|flac|mp3|ogg|opus|m4a|webm|mp4|mkv|aiff?|au|caf|wma|aac)$", re.IGNORECASE)
+# Audio, and the features that published lists name in its place.
+_AUDIO_SUFFIX = re.compile(r"\.(wav|flac|mp3|ogg|opus|m4a|webm|mp4|mkv|aiff?|au|caf|wma|aac|npy)$", re.IGNORECASE)
+# AudioSet releases put a Y before the 11 characters of a YouTube id.
+_YOUTUBE_PREFIX = re.compile(r"^Y(?=[A-Za-z0-9_-]{11}$)")
 
 
 def normalize_text(text: str) -> str:
@@ -48,13 +51,15 @@ def normalize_text(text: str) -> str:
 
 
 def normalize_clip_id(clip_id: Any) -> str:
-    """A clip id folded for comparison: without folder and audio suffix; case and punctuation do not count.
+    """A clip id folded for comparison: no folder, audio suffix or AudioSet's Y; case and punctuation do not count.
 
     >>> normalize_clip_id("development/Santa Motor.wav") == normalize_clip_id("Santa_Motor")
     True
+    >>> normalize_clip_id("Y7fmOlUlwoNg.wav") == normalize_clip_id("7fmOlUlwoNg")
+    True
     """
     name = str(clip_id).replace("\\", "/").rpartition("/")[2]
-    return normalize_text(_AUDIO_SUFFIX.sub("", name)) or name
+    return normalize_text(_YOUTUBE_PREFIX.sub("", _AUDIO_SUFFIX.sub("", name))) or name
 
 
 class CaptionDatastore(HubPushMixin):

@@ -136,6 +136,9 @@ def test_normalisation():
     assert normalize_clip_id("folder/Santa Motor.wav") == normalize_clip_id("Santa_Motor") == "santa motor"
     assert normalize_clip_id("v1.5 take") == normalize_clip_id("v1.5 take.FLAC")
     assert normalize_clip_id(17) == "17"
+    # The same clip in EnCLAP's list of features, in AudioSet's spelling, and in a CSV of AudioCaps.
+    assert normalize_clip_id("train/Santa Motor.npy") == "santa motor"
+    assert normalize_clip_id("Y7fmOlUlwoNg.wav") == normalize_clip_id("7fmOlUlwoNg") != normalize_clip_id("Y7fmOlUlw")
 
 
 def test_captions_stay_verbatim_through_files(tmp_path, store):

@@ -1,0 +1,71 @@
+"""The CSVs that the authors of RECAP published: a row per caption, the clip's weakly labelled captions on each."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from .audiocaps import YouTubeIndex, unique
+from .files import AudioIndex, first_existing, read_table
+from .options import LoadOptions
+from .schema import CaptionData, ClipRecord, Problem, build_caption_data, require_columns
+
+PUBLISHED_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
+_EXPECTED = {"file_name": "name of the audio file", "caption": "the caption"}
+
+
+def load_recap(options: LoadOptions) -> CaptionData:
+    """Clips of one split from `file_name, caption_num, caption, abstract_captions`.
+
+    The weakly labelled captions are not targets; `parse_abstract_captions` reads them for datastores.
+    """
+    table_name = _find_table(options)
+    table = read_table(table_name, mapping=options.columns)
+    require_columns(table.column_names, _EXPECTED, str(table_name))
+    audio = youtube = None
+    if options.needs_audio:
+        audio = AudioIndex(Path(options.audio_dir) if options.audio_dir else table_name.parent)
+        youtube = YouTubeIndex(audio.paths())
+    domain = "audiocaps" if "audiocaps" in table_name.name.lower() else "clotho"
+    records, problems = [], []
+    for row in table:
+        name = row["file_name"]
+        path = (audio.find(name) or youtube.find(Path(name).stem, 0.0)) if audio else None
+        if audio and path is None:
+            problems.append(Problem(name, "missing", f"no audio file {name}"))
+            continue
+        records.append(ClipRecord(name, path, [row["caption"]], options.split, f"recap-{domain}", None))
+    return build_caption_data(records, unique(problems))
+
+
+def _find_table(options: LoadOptions) -> Path:
+    folder = Path(options.data_dir)
+    if folder.is_file():
+        return folder
+    split = PUBLISHED_SPLITS[options.split]
+    fitting = sorted(folder.glob(f"recap_{split}_*.csv")) if folder.is_dir() else []
+    if len(fitting) > 1:
+        names = ", ".join(path.name for path in fitting)
+        raise ValueError(f"{folder} holds several RECAP files of this split ({names}): give one as --data-dir")
+    return fitting[0] if fitting else first_existing(folder, [f"{split}.csv", f"recap_{split}.csv"], "caption file")
+
+
+def parse_abstract_captions(cell: str) -> list[str]:
+    """Weakly labelled captions from a cell such as `"[['A', 'B'], ['C']]"`: flat, in order, each once.
+
+    Raises:
+        ValueError: where the cell is not a Python list of lists of strings.
+    """
+    try:
+        nested = ast.literal_eval(cell) if cell.strip() else []
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"abstract_captions: expected a list of lists of captions, found {cell[:80]!r}") from error
+    flat: dict[str, None] = {}
+    pending = list(nested) if isinstance(nested, (list, tuple)) else [nested]
+    while pending:
+        item = pending.pop(0)
+        if isinstance(item, (list, tuple)):
+            pending = list(item) + pending
+        elif isinstance(item, str) and item.strip():
+            flat[item.strip()] = None
+    return list(flat)

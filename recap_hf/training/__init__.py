@@ -1,0 +1,1 @@
+"""Training a RECAP captioner: `recap train`, or `accelerate launch train.py`."""

@@ -1,0 +1,105 @@
+"""The captioner that a run starts from, and which of its parts are trained."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .arguments import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+
+def assemble(config: TrainingConfig) -> tuple[Any, Any]:
+    """Model and processor: from two bases, from a RECAP checkpoint, or from the embedded default's bases.
+
+    New cross-attention is drawn from `config.seed`.
+
+    Raises:
+        OSError, ValueError: where a part cannot be loaded or does not fit.
+    """
+    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
+
+    torch.manual_seed(config.seed)
+    if config.clap:
+        from transformers import AutoTokenizer
+
+        model = RecapForConditionalGeneration.from_clap_gpt2_pretrained(
+            config.clap, config.decoder, cross_attention_reduce_factor=config.cross_attention_reduce_factor
+        )
+        tokenizer, clap_tokenizer = (AutoTokenizer.from_pretrained(name) for name in (config.decoder, config.clap))
+        processor = RecapProcessor.from_config(model.config, tokenizer, clap_tokenizer)
+    else:
+        name = config.model or default_model_path()
+        if not config.model and not Path(name).is_dir():
+            raise FileNotFoundError(
+                "this installation has no embedded model: name one with --model, or --clap and --decoder"
+            )
+        model = RecapForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
+        processor = RecapProcessor.from_pretrained(name)
+        keep = bool(config.model) if config.keep_cross_attention is None else config.keep_cross_attention
+        if not keep:
+            reset_cross_attention(model, config.seed)
+    model.config.num_retrieved_captions = processor.num_retrieved_captions = config.num_retrieved
+    model.set_attn_implementation(config.attn_implementation)
+    return model.eval(), processor
+
+
+def reset_cross_attention(model: Any, seed: int) -> None:
+    """Draws the cross-attention anew, as in an untrained captioner."""
+    torch.manual_seed(seed)
+    for block in model.decoder.transformer.h:
+        block.crossattention.apply(model.decoder._init_weights)
+
+
+def prepare_for_training(model: Any, config: TrainingConfig) -> dict[str, nn.Parameter]:
+    """Freezes what is not trained and sets the dropout; returns the trained parameters by name."""
+    count = model.freeze_base()
+    if config.train_decoder:
+        for parameter in model.decoder.parameters():
+            parameter.requires_grad_(True)
+    if config.gradient_checkpointing:
+        # Renamed within the supported range of transformers.
+        enable = getattr(model.decoder, "activation_checkpointing_enable", None)
+        (enable or model.decoder.gradient_checkpointing_enable)()
+    for name, module in model.decoder.named_modules():
+        if isinstance(module, nn.Dropout):
+            # A frozen language model is not regularised by noise in it.
+            trained = config.train_decoder or ".crossattention." in name
+            module.p = config.dropout if trained else 0.0
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = sum(parameter.numel() for parameter in model.decoder.parameters())
+    logger.info(
+        "Training %s parameters (%.1f %% of the decoder's %s)%s",
+        f"{sum(p.numel() for p in trained.values()):,}",
+        100 * sum(p.numel() for p in trained.values()) / total,
+        f"{total:,}",
+        f": the cross-attention ({count:,}) and the language model"
+        if config.train_decoder
+        else ": the cross-attention",
+    )
+    return trained
+
+
+def load_trained(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Puts saved trained weights back.
+
+    Raises:
+        ValueError: where they are not those of this model.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = sorted(set(weights) - set(parameters))
+    if unknown:
+        raise ValueError(f"the checkpoint holds weights that this model does not have: {', '.join(unknown[:5])}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            if tensor.shape != parameters[name].shape:
+                raise ValueError(
+                    f"the checkpoint's {name} has the shape {tuple(tensor.shape)}, "
+                    f"the model's {tuple(parameters[name].shape)}"
+                )
+            parameters[name].copy_(tensor)

@@ -1,0 +1,239 @@
+"""Encoded audio on disk: the frozen CLAP runs once per clip, whatever is trained on it afterwards.
+
+A store is a folder per encoder (weights and window settings have a fingerprint). In it, shards of some hundred clips:
+hidden states in fp16 and query embeddings in float32, both plain `.npy` files that are memory-mapped, and a JSON
+that says which clips they hold. Clips are addressed by their content. A shard's JSON is written last and by renaming,
+so a killed run leaves whole shards and nothing else that counts; which clips share a shard, and so a batch of the
+encoder, depends on the clips alone, so that a resumed run writes the very same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+CLIPS_PER_SHARD = 256
+_READ_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredClip:
+    """Where a clip's windows lie."""
+
+    shard: str
+    start: int
+    windows: int
+
+
+class FeatureStore:
+    """Encoded clips of one encoder.
+
+    Args:
+        folder: the cache; the encoder's own folder is made in it.
+        encoder: what the features depend on (see `encoder_identity`).
+    """
+
+    def __init__(self, folder: str | Path, encoder: dict[str, Any]) -> None:
+        self.encoder = encoder
+        self.fingerprint = fingerprint_of(encoder)
+        self.folder = Path(folder) / self.fingerprint
+        self.folder.mkdir(parents=True, exist_ok=True)
+        description = self.folder / "encoder.json"
+        if not description.exists():
+            write_atomically(description, json.dumps(encoder, indent=2, sort_keys=True).encode())
+        self._clips: dict[str, StoredClip] = {}
+        self._embeds: dict[str, np.ndarray] = {}
+        self._open_hidden = lru_cache(maxsize=128)(self._memory_map)
+        self.refresh()
+
+    def other_encoders(self) -> list[str]:
+        """Fingerprints of other encoders whose features lie in the same cache."""
+        return sorted(
+            path.parent.name
+            for path in self.folder.parent.glob("*/encoder.json")
+            if path.parent.name != self.fingerprint
+        )
+
+    def refresh(self) -> None:
+        """Take in the shards that are on disk now."""
+        for path in sorted(self.folder.glob("shard-*.json")):
+            name = path.stem
+            if name in self._embeds:
+                continue
+            contents = json.loads(path.read_text(encoding="utf-8"))
+            start = 0
+            for key, windows in zip(contents["keys"], contents["windows"], strict=True):
+                self._clips[key] = StoredClip(name, start, windows)
+                start += windows
+            self._embeds[name] = np.load(self.folder / f"{name}.embeds.npy", allow_pickle=False)
+            if len(self._embeds[name]) != start:
+                raise ValueError(
+                    f"{path}: {start} windows are listed, {len(self._embeds[name])} stored. Delete this shard's files"
+                )
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._clips
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def windows(self, key: str) -> int:
+        """Number of windows of a clip."""
+        return self._clips[key].windows
+
+    def hidden_states(self, key: str) -> np.ndarray:
+        """fp16 array of shape `(windows * positions, d)`, a view of the file."""
+        clip = self._clips[key]
+        block = self._open_hidden(clip.shard)[clip.start : clip.start + clip.windows]
+        return block.reshape(-1, block.shape[-1])
+
+    def audio_embeds(self, key: str) -> np.ndarray:
+        """float32 array of shape `(windows, projection_dim)`, rows of unit length."""
+        clip = self._clips[key]
+        return self._embeds[clip.shard][clip.start : clip.start + clip.windows]
+
+    def add_shard(self, keys: list[str], hidden: list[np.ndarray], embeds: list[np.ndarray]) -> None:
+        """Write a shard.
+
+        Args:
+            keys: the clips.
+            hidden: per clip, hidden states of shape `(windows, positions, d)`.
+            embeds: per clip, query embeddings of shape `(windows, projection_dim)`.
+
+        Raises:
+            ValueError: where the states do not fit into fp16.
+        """
+        name = "shard-" + hashlib.blake2b("\n".join(keys).encode(), digest_size=12).hexdigest()
+        with np.errstate(over="ignore"):
+            states = np.concatenate(hidden).astype(np.float16)
+        if not np.isfinite(states).all():
+            raise ValueError("the encoder's hidden states hold NaN or exceed fp16 (65,504): this CLAP is not usable")
+        _save_array(self.folder / f"{name}.hidden.npy", states)
+        _save_array(self.folder / f"{name}.embeds.npy", np.concatenate(embeds).astype(np.float32))
+        contents = {"format_version": FORMAT_VERSION, "keys": keys, "windows": [len(block) for block in embeds]}
+        write_atomically(self.folder / f"{name}.json", json.dumps(contents).encode())
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed run left half-written."""
+        for path in self.folder.glob("*.partial-*"):
+            path.unlink(missing_ok=True)
+
+    def _memory_map(self, shard: str) -> np.ndarray:
+        return np.load(self.folder / f"{shard}.hidden.npy", mmap_mode="r", allow_pickle=False)
+
+
+def encoder_identity(model: Any, feature_extractor: Any) -> dict[str, Any]:
+    """All that encoded audio depends on: a hash of the audio tower's weights, its dtype, and the mel's settings."""
+    digest = hashlib.blake2b(digest_size=16)
+    parts = (("audio_model", model.clap.audio_model), ("audio_projection", model.clap.audio_projection))
+    for part, module in parts:
+        for name, tensor in sorted(module.state_dict().items()):
+            array = tensor.detach().cpu().contiguous().flatten()
+            digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            # `view` as bytes: NumPy knows no bfloat16.
+            digest.update(array.view(dtype=_byte_dtype()).numpy().tobytes())
+    settings = {
+        name: value
+        for name, value in feature_extractor.to_dict().items()
+        if isinstance(value, (int, float, str, bool)) and not name.startswith("_")
+    }
+    return {"format_version": FORMAT_VERSION, "weights": digest.hexdigest(), "features": settings}
+
+
+def _byte_dtype() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def fingerprint_of(encoder: dict[str, Any]) -> str:
+    """Short name of an encoder's identity."""
+    return hashlib.blake2b(json.dumps(encoder, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def content_key(audio: dict[str, Any]) -> str:
+    """Hash of a clip's encoded bytes, whatever its name.
+
+    Raises:
+        OSError: where the file cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if audio.get("bytes") is not None:
+        digest.update(audio["bytes"])
+        return digest.hexdigest()
+    with open(audio["path"], "rb") as file:
+        while block := file.read(_READ_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ContentIndex:
+    """Content keys of files that have not changed since they were hashed (by path, size and time of change).
+
+    Each process appends to a file of its own and reads all of them.
+    """
+
+    def __init__(self, folder: str | Path, process_index: int = 0) -> None:
+        self._folder = Path(folder)
+        self._own = self._folder / f"content-{process_index}.jsonl"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._known: dict[str, tuple[int, int, str]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what all processes have written."""
+        for path in sorted(self._folder.glob("content-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    name, size, changed, key = json.loads(line)
+                except ValueError:
+                    # The last line of a killed run; the file is simply hashed again.
+                    continue
+                self._known[name] = (size, changed, key)
+
+    def lookup(self, path: str) -> str | None:
+        """Key of a file, if it is known and unchanged."""
+        status = os.stat(path)
+        size, changed, key = self._known.get(os.path.abspath(path), (-1, -1, None))
+        return key if (size, changed) == (status.st_size, status.st_mtime_ns) else None
+
+    def add(self, entries: Iterable[tuple[str, str]]) -> None:
+        """Remember (path, key) pairs."""
+        lines = []
+        for path, key in entries:
+            status = os.stat(path)
+            name = os.path.abspath(path)
+            self._known[name] = (status.st_size, status.st_mtime_ns, key)
+            lines.append(json.dumps([name, status.st_size, status.st_mtime_ns, key]))
+        if lines:
+            with open(self._own, "a", encoding="utf-8") as file:
+                # A line break first: the line before may be half of one.
+                file.write("\n" + "\n".join(lines) + "\n")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or all of the new one, also after a crash."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    with open(partial, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

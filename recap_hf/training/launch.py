@@ -1,0 +1,108 @@
+"""Starting a run: in this process, or in as many processes as were asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from .arguments import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+_PARENT = "RECAP_TRAINING_PARENT"
+
+
+def launch(config: TrainingConfig) -> int:
+    """Run a training as configured; the exit status.
+
+    Raises:
+        RuntimeError: where another number of processes runs than `--num-processes` says.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+        return _start_processes(config)
+    if config.num_processes and world != config.num_processes:
+        raise RuntimeError(
+            f"--num-processes {config.num_processes}, but this was launched as {world} (WORLD_SIZE): "
+            "leave one of the two away"
+        )
+    _follow_parent()
+    from .main import train
+
+    train(config)
+    return 0
+
+
+def _start_processes(config: TrainingConfig) -> int:
+    """Start the processes on this machine, wait for all, end the others when one fails."""
+    import torch
+
+    count, devices = config.num_processes, torch.cuda.device_count()
+    on_cpu = config.device == "cpu" or not devices
+    if not on_cpu and devices < count:
+        raise RuntimeError(
+            f"--num-processes {count}, but there are {devices} GPUs: ask for {devices}, or give --device cpu"
+        )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = config.num_threads or (max(1, (os.cpu_count() or 1) // count) if on_cpu else 1)
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "config.json"
+        recipe.write_text(json.dumps(asdict(config)), encoding="utf-8")
+        processes = []
+        for rank in range(count):
+            environment = os.environ | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "LOCAL_WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": str(threads),
+                _PARENT: str(os.getpid()),
+            }
+            if on_cpu:
+                environment["ACCELERATE_USE_CPU"] = "true"
+            command = [sys.executable, "-m", "recap_hf.cli", "train", "--config", str(recipe)]
+            processes.append(subprocess.Popen(command, env=environment))
+        return _wait(processes)
+
+
+def _wait(processes: list[subprocess.Popen]) -> int:
+    try:
+        while any(process.poll() is None for process in processes):
+            failed = [process.returncode for process in processes if process.poll() not in (None, 0)]
+            if failed:
+                return 1
+            time.sleep(0.2)
+        return max(abs(process.returncode) for process in processes) and 1
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in processes:
+            process.wait()
+
+
+def _follow_parent() -> None:
+    """End with the process that started this one: an orphan would go on writing into the run's folder."""
+    parent = os.environ.get(_PARENT)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="follow-parent", daemon=True).start()

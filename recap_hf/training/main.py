@@ -1,0 +1,123 @@
+"""A training run from settings to a folder with a captioner."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .arguments import TrainingConfig
+from .assemble import assemble, prepare_for_training
+from .checkpoints import Checkpoints
+from .corpus import build_corpus
+from .trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainingConfig) -> dict[str, Any]:
+    """Train a captioner and write it to `config.output_dir`.
+
+    Returns:
+        The report (see `recap_hf.training.report`), on every process.
+
+    Raises:
+        ValueError, OSError, RuntimeError: with what to change.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from .report import finish
+
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    trackers = [name for name in config.report_to if name != "none"]
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=config.device == "cpu",
+        log_with=trackers or None,
+        project_dir=config.output_dir,
+    )
+    _log_to_stderr(accelerator.is_main_process)
+    if config.num_processes and accelerator.num_processes != config.num_processes:
+        raise RuntimeError(f"--num-processes {config.num_processes}, but {accelerator.num_processes} run")
+    logger.info(
+        "World size %d, %d torch threads each, on %s, mixed precision %s",
+        accelerator.num_processes, torch.get_num_threads(), accelerator.device, accelerator.mixed_precision,
+    )  # fmt: skip
+    checkpoint = _checkpoint_to_resume(config, accelerator)
+    set_seed(config.seed)
+    started = time.monotonic()
+    model, processor = assemble(config)
+    model.to(accelerator.device)
+    corpus = build_corpus(config, model, processor)
+    prepared = time.monotonic() - started
+    _log_data(corpus)
+    # The text tower and the audio tower have done their work; the decoder has the device to itself.
+    model.clap.to("cpu")
+    trained = prepare_for_training(model, config)
+    if trackers:
+        accelerator.init_trackers("recap", config={name: str(value) for name, value in vars(config).items()})
+    trainer = Trainer(config, model, corpus, trained, accelerator)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    with logging_redirect_tqdm(loggers=[logging.getLogger("recap_hf")]):
+        progress = trainer.run()
+    report = finish(config, model, processor, corpus, trainer, progress, prepared)
+    accelerator.end_training()
+    return report
+
+
+def _checkpoint_to_resume(config: TrainingConfig, accelerator: Any) -> Path | None:
+    """The checkpoint to go on from; a folder with checkpoints is never overwritten by accident."""
+    checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.save_total_limit)
+    if accelerator.is_main_process:
+        checkpoints.clean()
+    accelerator.wait_for_everyone()
+    if config.resume_from_checkpoint and config.resume_from_checkpoint != "latest":
+        return Path(config.resume_from_checkpoint)
+    latest = checkpoints.latest()
+    if config.resume or config.resume_from_checkpoint == "latest":
+        if latest is None:
+            logger.info("No checkpoint in %s yet: starting at the beginning", checkpoints.folder)
+        return latest
+    if latest is not None and not config.overwrite_output_dir:
+        raise ValueError(
+            f"{config.output_dir} holds checkpoints of a run (up to {latest.name}): go on with --resume, start afresh "
+            "with --overwrite-output-dir, or give another --output-dir"
+        )
+    if latest is not None and accelerator.is_main_process:
+        checkpoints.remove_all()
+    accelerator.wait_for_everyone()
+    return None
+
+
+def _log_data(corpus: Any) -> None:
+    for split, counts in corpus.counts.items():
+        logger.info("%s: %s", split, ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+    for split, problem in corpus.problems:
+        logger.warning("left out (%s, %s): %s", split, problem.kind, problem.detail)
+
+
+def _log_to_stderr(is_main: bool) -> None:
+    """Log lines of the main process, warnings of the others, on stderr."""
+    root = logging.getLogger("recap_hf")
+    if not any(isinstance(handler, logging.StreamHandler) for handler in root.handlers):
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        root.addHandler(handler)
+        root.propagate = False
+    root.setLevel(logging.INFO if is_main else logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not is_main or not sys.stderr.isatty():
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()

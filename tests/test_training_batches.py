@@ -1,0 +1,192 @@
+"""Batches: every caption once, keyed randomness, and the loss of the stock forward whatever the layout."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from training_parts import captions_of, make_captioner
+
+from recap_hf.modeling.modeling_recap import RecapEncoderOutput
+from recap_hf.training.batches import (
+    BatchBuilder,
+    Clip,
+    PromptOptions,
+    Row,
+    plan_epoch,
+    plan_validation,
+    split_batch,
+    tokenize_targets,
+)
+from recap_hf.training.neighbours import Neighbours
+from recap_hf.training.step import CaptionLoss, branched_mask, caption_sums, to_tensors
+
+
+class Features:
+    """Random stored features; clips of different lengths."""
+
+    def hidden_states(self, key: str) -> np.ndarray:
+        rng = np.random.default_rng(int(key))
+        return rng.normal(size=(4 + 2 * (int(key) % 2), 16)).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    model, processor = make_captioner()
+    clips = []
+    for number in range(6):
+        captions = captions_of(number)
+        clips.append(Clip(str(number), f"clip {number}", captions, tokenize_targets(captions, processor, 60)))
+    store_captions = [text for number in range(6) for text in captions_of(number, 2)]
+    rows = np.array([[(2 * clip + 5 * place + 2) % 12 for place in range(8)] for clip in range(6)], dtype=np.int32)
+    return model.eval(), processor, clips, Neighbours(rows, store_captions)
+
+
+def builder(parts, **options) -> BatchBuilder:
+    _, processor, clips, neighbours = parts
+    return BatchBuilder(clips, Features(), processor, [neighbours], PromptOptions(**{"k": 4, "seed": 7, **options}))
+
+
+def stock_loss(parts, pairs: list[tuple[int, int]]) -> tuple[float, int]:
+    """Sum of the token losses by the model's own forward, one example at a time, and the number of tokens."""
+    model, processor, clips, neighbours = parts
+    total, tokens = 0.0, 0
+    for clip, caption in pairs:
+        retrieved = [neighbours.captions[row] for row in neighbours.rows[clip][:4]]
+        inputs = processor.build_training_inputs([retrieved], [clips[clip].captions[caption]])
+        states = torch.from_numpy(Features().hidden_states(clips[clip].key)).float()[None]
+        encoding = RecapEncoderOutput(last_hidden_state=states, attention_mask=torch.ones(states.shape[:2]))
+        count = int((inputs["labels"] != -100).sum())
+        total += model(encoder_outputs=encoding, **inputs).loss.item() * count
+        tokens += count
+    return total, tokens
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("together", [False, True])
+def test_loss_equals_the_stock_forward(parts, together: bool, attention: str):
+    model = parts[0]
+    model.set_attn_implementation(attention)
+    pairs = [(clip, caption) for clip in (0, 1, 4) for caption in range(5)]
+    rows = [Row(clip, tuple(range(5))) for clip in (0, 1, 4)] if together else [Row(c, (i,)) for c, i in pairs]
+    batch = to_tensors(builder(parts).build(rows), "cpu", torch.float32)
+    with torch.no_grad():
+        losses = CaptionLoss(model.decoder)(batch)
+    expected, tokens = stock_loss(parts, pairs)
+    assert len(losses) == tokens
+    assert float(losses.sum()) == pytest.approx(expected, rel=1e-5)
+    sums, counts = caption_sums(losses, batch)
+    assert counts.tolist() == [len(parts[2][clip].targets[caption]) for clip, caption in pairs]
+    assert float(sums.sum()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_of_both_layouts_are_equal(parts):
+    model = parts[0]
+    model.freeze_base()
+    layouts = ([Row(2, (0, 1, 2, 3, 4))], [Row(2, (caption,)) for caption in range(5)])
+    gradients = []
+    for rows in layouts:
+        model.zero_grad()
+        CaptionLoss(model.decoder)(to_tensors(builder(parts).build(rows), "cpu", torch.float32)).sum().backward()
+        gradients.append([p.grad.clone() for p in model.cross_attention_parameters()])
+    for shared, apart in zip(*gradients, strict=True):
+        torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-6)
+
+
+def test_branched_mask_by_hand():
+    mask = branched_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
+    assert mask == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_an_epoch_has_every_caption_once(parts, share_prompts: bool, group_by_length: bool):
+    clips = parts[2]
+    options = {"share_prompts": share_prompts, "group_by_length": group_by_length}
+    lengths = [9, 3, 5, 1, 7, 2]
+    batches = plan_epoch(clips, lengths, 8, 1, 0, **options)
+    seen = Counter((row.clip, caption) for batch in batches for row in batch for caption in row.captions)
+    assert seen == Counter({(clip, caption): 1 for clip in range(6) for caption in range(5)})
+    # 30 captions in steps of 8: three full steps and one of six, in whatever order.
+    assert sorted(sum(len(row.captions) for row in batch) for batch in batches) == [6, 8, 8, 8]
+    assert plan_epoch(clips, lengths, 8, 1, 0, **options) == batches
+    assert plan_epoch(clips, lengths, 8, 1, 1, **options) != batches
+    assert plan_epoch(clips, lengths, 8, 2, 0, **options) != batches
+
+
+def test_parts_of_a_batch_are_the_batch():
+    rows = [Row(0, (0, 1, 2)), Row(1, (0,)), Row(2, (1, 2)), Row(3, (0, 1))]
+    for parts in (1, 2, 3, 8):
+        divided = split_batch(rows, parts)
+        assert len(divided) == parts
+        assert [row for part in divided for row in part] == rows
+    assert [sum(len(row.captions) for row in part) for part in split_batch(rows, 2)] == [4, 4]
+
+
+def test_validation_plan_is_complete_and_fixed(parts):
+    batches = plan_validation(parts[2], [3] * 6, 8)
+    assert sum(len(row.captions) for batch in batches for row in batch) == 30
+    assert plan_validation(parts[2], [3] * 6, 8) == batches
+
+
+def test_draws_are_keyed_by_seed_epoch_and_example(parts):
+    drawn = builder(parts, draw_from=8)
+    row = Row(1, (2,))
+    assert drawn.retrieved(row, 3) == builder(parts, draw_from=8).retrieved(row, 3)
+    assert len({tuple(drawn.retrieved(row, epoch)) for epoch in range(20)}) > 5
+    pool = [parts[3].captions[number] for number in parts[3].rows[1]]
+    for epoch in range(20):
+        chosen = drawn.retrieved(row, epoch)
+        assert len(set(chosen)) == 4
+        # Most similar first, unless shuffled.
+        assert [pool.index(text) for text in chosen] == sorted(pool.index(text) for text in chosen)
+    shuffled = builder(parts, shuffle=True)
+    assert {frozenset(shuffled.retrieved(row, epoch)) for epoch in range(9)} == {frozenset(pool[:4])}
+    assert len({tuple(shuffled.retrieved(row, epoch)) for epoch in range(9)}) > 3
+
+
+def test_audio_dropout_hides_its_share(parts):
+    hiding = builder(parts, audio_dropout=0.3)
+    flags = [
+        hiding.audio_is_hidden(Row(clip, (caption,)), epoch)
+        for clip in range(6)
+        for caption in range(5)
+        for epoch in range(40)
+    ]
+    assert sum(flags) / len(flags) == pytest.approx(0.3, abs=0.05)
+    epoch = next(epoch for epoch in range(40) if hiding.audio_is_hidden(Row(0, (0,)), epoch))
+    assert not hiding.build([Row(0, (0,))], epoch).hidden.any()
+
+
+def test_epochs_take_turns_with_the_datastores(parts):
+    _, processor, clips, first = parts
+    second = Neighbours(first.rows, [f"other {text}" for text in first.captions])
+    both = BatchBuilder(clips, Features(), processor, [first, second], PromptOptions(k=2))
+    assert not both.retrieved(Row(0, (0,)), 0)[0].startswith("other")
+    assert both.retrieved(Row(0, (0,)), 1)[0].startswith("other")
+    assert not both.retrieved(Row(0, (0,)), 2)[0].startswith("other")
+
+
+def test_no_retrieval_uses_the_prompt_without_captions(parts):
+    _, processor, clips, _ = parts
+    batch = BatchBuilder(clips, Features(), processor, [], PromptOptions(k=0)).build([Row(0, (0,))])
+    prompt = batch.input_ids[0][batch.segments[0] == 0]
+    assert processor.tokenizer.decode(prompt) == processor.prompt_without_captions
+
+
+def test_prompt_lengths_measure_the_captions(parts):
+    made = builder(parts)
+    lengths = made.prompt_lengths()
+    counted = [
+        len(made.processor.tokenizer("".join(made.retrieved(Row(clip, (0,)), 0)))["input_ids"]) for clip in range(6)
+    ]
+    assert np.corrcoef(lengths, counted)[0, 1] > 0.95

@@ -1,0 +1,221 @@
+"""Encode once, retrieve once: what is stored is what the model gives, read again, and told apart by encoder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from training_parts import captions_of, make_captioner, write_clip, write_clotho
+
+from recap_hf import CaptionDatastore, load_audio
+from recap_hf.data import load_captions
+from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
+from recap_hf.training import encoding
+from recap_hf.training.encoding import EncodingOptions, encode_dataset
+from recap_hf.training.features import FeatureStore, content_key, encoder_identity
+from recap_hf.training.neighbours import Query, find_neighbours, search_key
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    return make_captioner()
+
+
+@pytest.fixture
+def data(tmp_path: Path):
+    folder = write_clotho(tmp_path / "clotho", train=5, validation=1)
+    write_clip(folder / "development" / "clip 0.wav", 0, seconds=12.0)
+    return load_captions("clotho", folder).dataset
+
+
+def options(tmp_path: Path) -> EncodingOptions:
+    return EncodingOptions(str(tmp_path / "features"))
+
+
+def test_stored_features_are_the_models(captioner, data, tmp_path: Path):
+    model, processor = captioner
+    encoded = encode_dataset(data, model, processor, options(tmp_path))
+    assert (encoded.encoded, encoded.reused, encoded.problems) == (5, 0, [])
+    for row, key in enumerate(encoded.keys):
+        waveform, rate = load_audio(data[row]["audio"])
+        inputs = processor(audio=[waveform], sampling_rate=rate, return_tensors="pt")
+        with torch.no_grad():
+            expected = model.encode_audio(**inputs)
+        stored = encoded.store.hidden_states(key)
+        assert stored.dtype == np.float16
+        assert isinstance(stored.base, np.memmap) or isinstance(stored, np.memmap)
+        np.testing.assert_allclose(stored, expected.last_hidden_state[0], atol=2e-3)
+        np.testing.assert_allclose(encoded.store.audio_embeds(key), expected.audio_embeds[0], atol=1e-5)
+    # Twelve seconds are two windows.
+    assert encoded.store.windows(encoded.keys[0]) == 2
+
+
+def test_a_second_run_reads_everything(captioner, data, tmp_path: Path):
+    model, processor = captioner
+    first = encode_dataset(data, model, processor, options(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in first.store.folder.iterdir()}
+    second = encode_dataset(data, model, processor, options(tmp_path))
+    assert (second.encoded, second.reused, second.keys) == (0, 5, first.keys)
+    assert {path: path.stat().st_mtime_ns for path in second.store.folder.iterdir()} == before
+
+
+def test_a_changed_encoder_is_noticed(captioner, data, tmp_path: Path, caplog):
+    model, processor = captioner
+    first = encode_dataset(data, model, processor, options(tmp_path))
+    other, _ = make_captioner(seed=1)
+    with caplog.at_level("WARNING", logger="recap_hf"):
+        second = encode_dataset(data, other, processor, options(tmp_path))
+    assert second.encoded == 5
+    assert second.store.fingerprint != first.store.fingerprint
+    assert f"holds features of other encoders or settings ({first.store.fingerprint})" in caplog.text
+    identity = encoder_identity(model, processor.feature_extractor)
+    processor.feature_extractor.compute_dtype = "float64"
+    try:
+        assert encoder_identity(model, processor.feature_extractor) != identity
+    finally:
+        processor.feature_extractor.compute_dtype = "float32"
+
+
+def test_a_killed_run_goes_on_and_writes_the_same_numbers(captioner, data, tmp_path: Path, monkeypatch):
+    """Whole shards survive; what was half-written is done again, in the same batches."""
+    model, processor = captioner
+    monkeypatch.setattr(encoding, "CLIPS_PER_SHARD", 2)
+    whole = encode_dataset(data, model, processor, options(tmp_path))
+    cut = EncodingOptions(str(tmp_path / "cut"))
+    shutil.copytree(tmp_path / "features", cut.cache)
+    folder = Path(cut.cache) / whole.store.fingerprint
+    lost = sorted(folder.glob("shard-*.json"))[1]
+    keys = json.loads(lost.read_text())["keys"]
+    lost.unlink()
+    (folder / "shard-x.hidden.npy.partial-1").write_bytes(b"half")
+    again = encode_dataset(data, model, processor, cut)
+    assert (again.encoded, again.reused) == (len(keys), 5 - len(keys))
+    assert not list(folder.glob("*.partial-*"))
+    for key in whole.keys:
+        assert np.array_equal(again.store.hidden_states(key), whole.store.hidden_states(key))
+
+
+def test_equal_recordings_are_encoded_once(captioner, tmp_path: Path):
+    model, processor = captioner
+    folder = tmp_path / "clotho"
+    write_clotho(folder, train=3, validation=1)
+    shutil.copy(folder / "development" / "clip 0.wav", folder / "development" / "clip 2.wav")
+    encoded = encode_dataset(load_captions("clotho", folder).dataset, model, processor, options(tmp_path))
+    assert encoded.encoded == 2
+    assert encoded.keys[0] == encoded.keys[2]
+
+
+def test_an_edited_recording_is_encoded_again(captioner, data, tmp_path: Path):
+    model, processor = captioner
+    first = encode_dataset(data, model, processor, options(tmp_path))
+    write_clip(Path(data[3]["audio"]["path"]), 40)
+    second = encode_dataset(data, model, processor, options(tmp_path))
+    assert (second.encoded, second.reused) == (1, 4)
+    assert second.keys[3] != first.keys[3]
+
+
+def test_broken_recordings_are_named_and_the_rest_is_encoded(captioner, tmp_path: Path):
+    model, processor = captioner
+    folder = write_clotho(tmp_path / "clotho", train=6, validation=1)
+    clips = folder / "development"
+    (clips / "clip 1.wav").write_bytes(b"no audio at all")
+    (clips / "clip 2.wav").write_bytes(b"")
+    soundfile.write(clips / "clip 3.wav", np.array([0.5], dtype=np.float32), 8000)
+    soundfile.write(clips / "clip 4.wav", np.full(800, np.nan, dtype=np.float32), 8000, subtype="FLOAT")
+    encoded = encode_dataset(load_captions("clotho", folder).dataset, model, processor, options(tmp_path))
+    assert [key is None for key in encoded.keys] == [False, True, True, True, True, False]
+    reasons = {problem.clip_id: problem.detail for problem in encoded.problems}
+    assert list(reasons) == [f"clip {number}.wav" for number in (1, 2, 3, 4)]
+    assert "1 samples (0.125 ms) are too short" in reasons["clip 3.wav"]
+    assert "NaN" in reasons["clip 4.wav"]
+    assert all(problem.kind == "unreadable" for problem in encoded.problems)
+
+
+def test_content_key_ignores_the_name(tmp_path: Path):
+    path = write_clip(tmp_path / "a.wav", 3)
+    content = path.read_bytes()
+    assert content_key({"path": str(path), "bytes": None}) == content_key({"path": None, "bytes": content})
+    assert content_key({"path": None, "bytes": content + b"x"}) != content_key({"path": None, "bytes": content})
+
+
+def test_hidden_states_beyond_fp16_are_refused(tmp_path: Path):
+    store = FeatureStore(tmp_path, {"weights": "x"})
+    with pytest.raises(ValueError, match="exceed fp16"):
+        store.add_shard(["k"], [np.full((1, 2, 3), 1e6)], [np.ones((1, 4))])
+
+
+# ------------------------------------------------------------------ neighbours
+
+
+class Embeds:
+    """Stored query embeddings without the rest of a feature store."""
+
+    fingerprint = "test"
+
+    def __init__(self, embeds: dict[str, np.ndarray]) -> None:
+        self._embeds = embeds
+
+    def audio_embeds(self, key: str) -> np.ndarray:
+        return self._embeds[key]
+
+
+@pytest.fixture
+def search():
+    """Four clips of three captions; a clip's own captions are the nearest to it, and one text stands twice."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 8))
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    records, vectors = [], []
+    for clip in range(4):
+        for number, text in enumerate(captions_of(clip, 3)):
+            records.append({"caption": text, "clip_id": f"train/Clip {clip}.wav"})
+            vectors.append(centres[clip] + 0.01 * number * rng.normal(size=8))
+    # The text of clip 0's first caption, spelt another way, under another clip.
+    records.append({"caption": captions_of(0)[0].upper() + "!", "clip_id": "other.wav"})
+    vectors.append(centres[0])
+    store = CaptionDatastore.from_embeddings(records, np.array(vectors))
+    features = Embeds({str(clip): centres[clip][None].astype(np.float32) for clip in range(4)})
+    queries = [Query(str(clip), f"clip_{clip}", tuple(captions_of(clip, 3))) for clip in range(4)]
+    return store, features, queries
+
+
+def test_own_captions_are_never_retrieved(search, tmp_path: Path):
+    store, features, queries = search
+    # The premise: without the exclusion, a clip's own captions come first.
+    assert {hit["clip_id"] for hit in store.search(features.audio_embeds("1"), k=3)[0]} == {"train/Clip 1.wav"}
+    found = find_neighbours(store, features, queries, 6, tmp_path)
+    for clip, query in enumerate(queries):
+        rows = found.of(clip)
+        assert len(rows) == 6
+        own = {normalize_text(text) for text in query.captions}
+        assert not own & {normalize_text(found.captions[row]) for row in rows}
+        ids = {normalize_clip_id(store.records[row]["clip_id"]) for row in rows}
+        assert normalize_clip_id(query.clip_id) not in ids
+
+
+def test_fewer_captions_than_asked_for(search, tmp_path: Path):
+    store, features, queries = search
+    found = find_neighbours(store, features, queries, 50, tmp_path)
+    # 13 captions less the three own; the doubled text counts once, and not at all for its own clip.
+    assert [len(found.of(clip)) for clip in range(4)] == [9, 9, 9, 9]
+
+
+def test_search_again_only_when_something_changed(search, tmp_path: Path):
+    store, features, queries = search
+    first = find_neighbours(store, features, queries, 4, tmp_path)
+    (path,) = tmp_path.glob("neighbours-*.npy")
+    stored = np.load(path)
+    np.save(path, stored[:, ::-1])
+    assert np.array_equal(find_neighbours(store, features, queries, 4, tmp_path).rows, first.rows[:, ::-1])
+    key = search_key(store, features, queries, 4)
+    assert search_key(store, features, queries, 5) != key
+    assert search_key(store, features, queries[:3], 4) != key
+    smaller = CaptionDatastore(store.records[:-1], store.embeddings[:-1])
+    assert search_key(smaller, features, queries, 4) != key
+    moved = CaptionDatastore(store.records, store.embeddings[::-1])
+    assert search_key(moved, features, queries, 4) != key

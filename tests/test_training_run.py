@@ -1,0 +1,219 @@
+"""Whole runs of a tiny captioner: it learns, resumes exactly, reports, and its folder loads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_parts import make_captioner, write_clotho
+
+from recap_hf import RecapForConditionalGeneration, RecapProcessor
+from recap_hf.training.arguments import TrainingConfig
+from recap_hf.training.main import train
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A folder with an untrained captioner, data in Clotho's layout, and a cache of features."""
+    folder = tmp_path_factory.mktemp("training")
+    model, processor = make_captioner()
+    model.save_pretrained(folder / "untrained")
+    processor.save_pretrained(folder / "untrained")
+    write_clotho(folder / "clotho")
+    return folder
+
+
+def config(start: Path, output: Path, **changes: Any) -> TrainingConfig:
+    settings = {
+        "dataset": ["clotho"],
+        "data_dir": [str(start / "clotho")],
+        "model": str(start / "untrained"),
+        "feature_cache": str(start / "features"),
+        "output_dir": str(output),
+        "batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "save_total_limit": 99,
+        "device": "cpu",
+    }
+    return TrainingConfig(**{**settings, **changes}).validate()
+
+
+@pytest.fixture(scope="module")
+def finished(start: Path) -> tuple[Path, dict[str, Any]]:
+    output = start / "finished"
+    return output, train(config(start, output))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_validation_loss_falls(finished):
+    losses = [entry["loss"] for entry in finished[1]["evaluations"]]
+    assert [entry["step"] for entry in finished[1]["evaluations"]] == [0, 5, 10]
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_only_the_cross_attention_changes(start: Path, finished):
+    before, after = weights(start / "untrained"), weights(finished[0])
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(
+        re.fullmatch(r"decoder\.transformer\.h\.\d+\.crossattention\.\w+\.(weight|bias)", name) for name in changed
+    )
+
+
+def test_the_folder_captions_through_the_pipeline(start: Path, finished):
+    from transformers import pipeline
+
+    clip = str(start / "clotho" / "validation" / "clip 8.wav")
+    result = pipeline("audio-captioning", model=str(finished[0]))(clip)
+    assert isinstance(result["caption"], str)
+    assert len(result["retrieved"]) == 4
+    processor = RecapProcessor.from_pretrained(finished[0])
+    assert len(processor.datastore) == 40
+    assert {"clip_id", "source", "licence"} <= set(processor.datastore.records[0])
+    RecapForConditionalGeneration.from_pretrained(finished[0])
+
+
+def test_the_report_tells_what_happened(finished):
+    folder, report = finished
+    written = json.loads((folder / "report.json").read_text())
+    assert {name: written[name] for name in report} == report
+    assert report["data"]["splits"]["train"]["captions"] == 40
+    assert (report["steps"], report["steps_per_epoch"], report["global_batch_size"]) == (10, 5, 8)
+    assert report["machine"]["world_size"] == 1
+    assert len(report["losses"]) == 10
+    assert report["best"]["value"] == min(entry["loss"] for entry in report["evaluations"])
+    card = (folder / "README.md").read_text()
+    assert "clotho" in card
+    assert "Tampere University" in card
+    assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("step", [3, 5, 6])
+def test_a_resumed_run_ends_with_the_same_weights(start: Path, finished, tmp_path: Path, step: int):
+    """The state in which a SIGKILL after the checkpoint of `step` leaves the folder."""
+    checkpoints = tmp_path / "checkpoints"
+    for name in ("checkpoint-3", "checkpoint-5", "checkpoint-6"):
+        if int(name.rpartition("-")[2]) <= step:
+            shutil.copytree(finished[0] / "checkpoints" / name, checkpoints / name)
+    (checkpoints / ".partial-checkpoint-9").mkdir()
+    report = train(config(start, tmp_path, resume=True))
+    assert same(weights(tmp_path), weights(finished[0]))
+    # Losses too, those from before the kill included.
+    assert report["losses"] == finished[1]["losses"]
+    assert report["evaluations"] == finished[1]["evaluations"]
+    assert not list(checkpoints.glob(".partial-*"))
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten_by_accident(start: Path, finished):
+    with pytest.raises(ValueError, match=re.escape("holds checkpoints of a run (up to checkpoint-10)")):
+        train(config(start, finished[0]))
+
+
+def test_a_changed_setting_is_named_on_resume(start: Path, finished, tmp_path: Path, caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("recap_hf"), "propagate", True)
+    checkpoint = str(finished[0] / "checkpoints" / "checkpoint-6")
+    train(config(start, tmp_path, resume_from_checkpoint=checkpoint, learning_rate=1e-3, max_steps=7))
+    assert "learning_rate 0.005 -> 0.001" in caplog.text
+
+
+def test_accumulated_passes_give_the_same_losses(start: Path, finished, tmp_path: Path):
+    report = train(config(start, tmp_path, batch_size=1, per_device_train_batch_size=4, gradient_accumulation_steps=2))
+    assert report["global_batch_size"] == 8
+    for ours, whole in zip(report["losses"], finished[1]["losses"], strict=True):
+        assert ours["loss"] == pytest.approx(whole["loss"], abs=1e-4)
+    assert report["best"]["value"] == pytest.approx(finished[1]["best"]["value"], abs=1e-4)
+
+
+def test_the_options_for_transfer_run_and_repeat(start: Path, tmp_path: Path):
+    changes = {
+        "draw_from": 15,
+        "shuffle_prompt": True,
+        "audio_dropout": 0.3,
+        "dropout": 0.1,
+        "train_decoder": True,
+        "share_prompts": True,
+        "gradient_checkpointing": True,
+        "generation_clips": 2,
+        "max_steps": 3,
+        "warmup_steps": 1,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.01,
+    }
+    first = train(config(start, tmp_path / "a", **changes))
+    second = train(config(start, tmp_path / "b", **changes))
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert first["losses"] == second["losses"]
+    assert {"rouge_l", "cider_d"} <= set(first["evaluations"][-1])
+    before, after = weights(start / "untrained"), weights(tmp_path / "a")
+    assert not torch.equal(before["decoder.transformer.wte.weight"], after["decoder.transformer.wte.weight"])
+    assert torch.equal(before["clap.audio_projection.linear1.weight"], after["clap.audio_projection.linear1.weight"])
+
+
+def test_no_retrieval_trains_and_saves_a_captioner_without_captions(start: Path, tmp_path: Path):
+    train(config(start, tmp_path, num_retrieved=0, max_steps=2))
+    processor = RecapProcessor.from_pretrained(tmp_path)
+    assert processor.num_retrieved_captions == 0
+    assert processor.datastore is None
+
+
+def test_early_stopping(start: Path, tmp_path: Path):
+    report = train(config(start, tmp_path, early_stopping_patience=1, learning_rate=30.0, num_train_epochs=9))
+    assert report["stopped_early"]
+    assert report["steps"] < 45
+    # What is saved is the best, not the last.
+    assert report["best"]["step"] < report["steps"]
+
+
+def test_held_out_events_are_left_out_and_scored(start: Path, tmp_path: Path):
+    events = tmp_path / "events.json"
+    events.write_text(json.dumps({"dog": r"\bdogs?\b"}))
+    report = train(
+        config(start, tmp_path / "out", held_out_events=str(events), metric_for_best_model="held_out_f1", max_steps=2)
+    )
+    processor = RecapProcessor.from_pretrained(tmp_path / "out")
+    assert processor.datastore.captions
+    assert not any("dog" in caption.lower() for caption in processor.datastore.captions)
+    assert {"held_out_precision", "held_out_recall", "held_out_f1"} <= set(report["evaluations"][-1])
+    assert report["best"]["metric"] == "held_out_f1"
+
+
+def test_missing_and_broken_clips_are_counted(start: Path, tmp_path: Path):
+    shutil.copytree(start / "clotho", tmp_path / "clotho")
+    (tmp_path / "clotho" / "development" / "clip 1.wav").unlink()
+    (tmp_path / "clotho" / "development" / "clip 2.wav").write_bytes(b"x")
+    settings = {"data_dir": [str(tmp_path / "clotho")], "max_steps": 1}
+    with pytest.raises(FileNotFoundError, match="1 clips have no audio file"):
+        train(config(start, tmp_path / "out", **settings))
+    report = train(config(start, tmp_path / "out", allow_missing=True, **settings))
+    assert report["left_out"]["counts"] == {"missing": 1, "unreadable": 1}
+    assert [item["clip_id"] for item in report["left_out"]["clips"]] == ["clip 1.wav", "clip 2.wav"]
+    assert report["data"]["splits"]["train"]["clips"] == 6
+
+
+def test_a_split_that_is_not_there_names_the_remedies(start: Path, tmp_path: Path):
+    shutil.copytree(start / "clotho", tmp_path / "clotho")
+    (tmp_path / "clotho" / "clotho_captions_validation.csv").unlink()
+    settings = {"data_dir": [str(tmp_path / "clotho")], "max_steps": 1}
+    with pytest.raises(FileNotFoundError, match=re.escape("give --validation-split none")):
+        train(config(start, tmp_path / "out", **settings))
+    report = train(config(start, tmp_path / "out", validation_share=0.25, **settings))
+    assert report["data"]["splits"]["validation"]["clips"] == 2
+    assert train(config(start, tmp_path / "none", validation_split="none", **settings))["evaluations"] == []

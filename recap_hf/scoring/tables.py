@@ -36,7 +36,8 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
         if kind in (".csv", ".tsv"):
             rows = _read_csv(path, "\t" if kind == ".tsv" else ",")
         elif kind in (".jsonl", ".ndjson"):
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            # Not splitlines: a caption may hold a line separator other than \n.
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         elif kind == ".json":
             rows = _rows_of(json.loads(path.read_text(encoding="utf-8-sig")), path)
         else:

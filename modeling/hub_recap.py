@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 )
 
 CARD = "README.md"
+AGAIN = "Run the same command again: what has arrived is not sent a second time."
 PREPARERS = "recap_hf.hub"
 PARQUET_FOLDER = "data"
 DEFAULT_SHARD_SIZE = "5GB"
@@ -100,10 +101,11 @@ def hub_errors(action: str, repo_id: str, repo_type: str = "model", revision: st
     except HfHubHTTPError as error:
         raise OSError(f"{where}: {http_reason(error)}") from error
     except HTTPError as error:
-        raise OSError(
-            f"{where}: the connection failed ({type(error).__name__}: {error}). Run the same command again: what has "
-            "arrived is not sent a second time."
-        ) from error
+        raise OSError(f"{where}: the connection failed ({type(error).__name__}: {error}). {AGAIN}") from error
+    except RuntimeError as error:
+        # So the client reports an upload that failed after several tries; the reason is its cause.
+        reason = f" ({error.__cause__})" if error.__cause__ else ""
+        raise OSError(f"{where}: {str(error).rstrip('.')}{reason}. {AGAIN}") from error
 
 
 def token_state() -> str:
@@ -125,7 +127,7 @@ def http_reason(error: HfHubHTTPError) -> str:
     if status == 412:
         return f"somebody else has pushed in the meantime: {said} Run the same command again."
     if status >= 500:
-        return f"the Hub answered {status}: {said} Run the same command later: what has arrived is not sent again."
+        return f"the Hub answered {status}: {said} Try later. {AGAIN}"
     return f"the Hub answered {status}: {said}"
 
 

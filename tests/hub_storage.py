@@ -59,10 +59,13 @@ class File:
 
 @dataclass
 class Commit:
+    """A commit: all files of its tree, and the `paths` that the request named."""
+
     oid: str
     parent: str | None
     title: str
     tree: dict[str, File]
+    paths: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -199,4 +202,6 @@ class Storage:
         ref = f"refs/pr/{pull['num']}" if pull else revision
         if ref not in repo.refs:
             raise HubError(400, None, f"cannot commit to {revision}: it is not a branch")
-        return repo.commit(ref, header["summary"], tree, base.oid), pull
+        commit = repo.commit(ref, header["summary"], tree, base.oid)
+        commit.paths = [item["value"]["path"] for item in items if item["key"] != "header"]
+        return commit, pull

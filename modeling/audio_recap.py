@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,10 +121,15 @@ def _decode(name: str, data: Any) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(data) as file:
             check_sampling_rate(file.samplerate, name)
-            waveform = file.read(dtype="float32", always_2d=True).T
-            return np.ascontiguousarray(waveform), file.samplerate
+            announced, log = file.frames, file.extra_info
+            waveform, sampling_rate = file.read(dtype="float32", always_2d=True).T, file.samplerate
     except (soundfile.LibsndfileError, RuntimeError) as error:
         reason = str(error).rpartition(": ")[2].strip().rstrip(".") or "unreadable"
+    else:
+        if _is_truncated(data, log, announced, waveform.shape[1]):
+            seconds = waveform.shape[1] / sampling_rate
+            raise ValueError(f"{name}: the recording is truncated, the file ends early ({seconds:.1f} s are there).")
+        return np.ascontiguousarray(waveform), sampling_rate
     data.seek(0)
     if av is not None:
         return _decode_with_av(name, data, reason)
@@ -134,6 +140,28 @@ def _decode(name: str, data: Any) -> tuple[np.ndarray, int]:
         f"{name}: not a recording that can be read ({reason}). WAV, FLAC, Ogg, Opus and MP3 are read as they are; m4a, "
         'webm and video with: pip install "recap-hf[av]"'
     )
+
+
+def _is_truncated(data: Any, log: str, announced: int, read: int) -> bool:
+    """Whether a file that libsndfile reads without an error ends before its own header says so."""
+    # An MP3 header counts in blocks, hence the tolerance.
+    if read < 0.98 * announced:
+        return True
+    # libsndfile's log of WAV and AIFF. A size of 2 GiB and more stands for "unknown" in streamed WAV files.
+    found = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    if found and int(found[2]) < int(found[1]) < 0x7FFFF000:
+        return True
+    if "> file length" in log:
+        return True
+    # Ogg marks its last page as such, in the sixth byte.
+    data.seek(0)
+    if data.read(4) != b"OggS":
+        return False
+    data.seek(0, io.SEEK_END)
+    data.seek(max(0, data.tell() - 65_536 - 300))
+    tail = data.read()
+    last_page = tail.rfind(b"OggS")
+    return last_page == -1 or last_page + 5 >= len(tail) or not tail[last_page + 5] & 4
 
 
 def _container(data: Any) -> str:

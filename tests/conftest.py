@@ -157,7 +157,7 @@ def synthetic_clip(seconds: float, seed: int, sampling_rate: int = 48_000) -> np
     generator = np.random.default_rng(seed)
     time = np.arange(int(seconds * sampling_rate)) / sampling_rate
     tone = np.sin(2 * np.pi * (200 + 150 * seed + 90 * time) * time)
-    noise = generator.standard_normal(len(time)) * np.exp(-time % 1.7)
+    noise = generator.standard_normal(len(time)) * np.exp(-(time % 1.7))
     return (0.4 * tone + 0.1 * noise).astype(np.float32)
 
 
@@ -165,3 +165,14 @@ def synthetic_clip(seconds: float, seed: int, sampling_rate: int = 48_000) -> np
 def clips() -> list[np.ndarray]:
     """Seven clips at 48 kHz: shorter than a window, one window, longer, and very short."""
     return [synthetic_clip(seconds, seed) for seed, seconds in enumerate((2.5, 10.0, 24.3, 0.4, 7.0, 10.01, 3.3))]
+
+
+def same_results(actual, expected) -> bool:
+    """Whether pipeline results say the same: texts exactly, scores to float32's precision over batch sizes."""
+    if isinstance(expected, float):
+        return actual == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    if isinstance(expected, list):
+        return len(actual) == len(expected) and all(map(same_results, actual, expected))
+    if isinstance(expected, dict):
+        return actual.keys() == expected.keys() and all(same_results(actual[key], expected[key]) for key in expected)
+    return actual == expected

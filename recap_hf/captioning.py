@@ -1,0 +1,105 @@
+"""From names on a command line to captions: which files are meant, and captions of all that can be read."""
+
+from __future__ import annotations
+
+import glob
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+AUDIO_SUFFIXES = frozenset(
+    ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .m4a .aac .mp4 .m4v .mov .mkv "
+    ".webm .avi .wma .amr .3gp".split()
+)
+STANDARD_INPUT = "-"
+# What a broken recording can raise; anything else is a fault of ours and must be seen.
+_READ_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError)
+
+
+def expand_inputs(names: Sequence[str]) -> list[str]:
+    """The recordings that the names on a command line stand for.
+
+    Args:
+        names (`Sequence[str]`): files, folders (all entries with an audio suffix in them and below, sorted), glob
+            patterns, URLs, and `-` for standard input.
+
+    Raises:
+        `ValueError`: if a folder has no recordings or a pattern matches nothing.
+    """
+    files: list[str] = []
+    for name in names:
+        path = Path(name)
+        if name == STANDARD_INPUT or "://" in name or path.is_file():
+            files.append(name)
+        elif path.is_dir() and path.suffix.lower() not in AUDIO_SUFFIXES:
+            # A folder named like a recording is listed too, so that its name is reported rather than passed over.
+            found = sorted(str(entry) for entry in path.rglob("*") if entry.suffix.lower() in AUDIO_SUFFIXES)
+            if not found:
+                raise ValueError(f"{name}: no recordings in this folder (looked for {_suffixes()}).")
+            files += found
+        elif glob.has_magic(name):
+            found = sorted(glob.glob(name, recursive=True))
+            if not found:
+                raise ValueError(f"{name}: no file matches this pattern.")
+            files += found
+        else:
+            files.append(name)
+    return files
+
+
+def _suffixes() -> str:
+    return ", ".join(sorted(AUDIO_SUFFIXES))
+
+
+@dataclass
+class Captioned:
+    """What became of one recording: a result of the pipeline, or the reason why there is none."""
+
+    name: str
+    result: dict[str, Any] | None = None
+    error: str | None = None
+
+
+def caption_files(captioner: Any, names: Iterable[str], batch_size: int = 8) -> Iterator[Captioned]:
+    """Captions recordings in batches and yields them in order; one that cannot be read stops no other.
+
+    Args:
+        captioner ([`AudioCaptioningPipeline`]): the pipeline, with its parameters.
+        names (`Iterable[str]`): paths, URLs, or `-` for standard input.
+        batch_size (`int`, *optional*, defaults to 8): recordings per pass of the model.
+    """
+    waiting: list[Captioned] = []
+    waveforms: list[dict[str, Any]] = []
+    for name in names:
+        entry = Captioned(name)
+        try:
+            source = sys.stdin.buffer.read() if name == STANDARD_INPUT else name
+            waveforms.append(captioner.preprocess(source))
+        except _READ_ERRORS as error:
+            entry.error = _reason(name, error)
+        waiting.append(entry)
+        if len(waveforms) == batch_size:
+            yield from _caption_batch(captioner, waiting, waveforms)
+            waiting, waveforms = [], []
+    yield from _caption_batch(captioner, waiting, waveforms)
+
+
+def _caption_batch(
+    captioner: Any, entries: list[Captioned], waveforms: list[dict[str, Any]]
+) -> Iterator[Captioned]:
+    readable = [entry for entry in entries if entry.error is None]
+    if readable:
+        batch = {"waveform": [waveform["waveform"] for waveform in waveforms]}
+        results = captioner.forward(batch, **captioner._forward_params)["result"]
+        for entry, result in zip(readable, results, strict=True):
+            entry.result = result
+    yield from entries
+
+
+def _reason(name: str, error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror[0].lower()}{error.strerror[1:]}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.removeprefix(f"{name}: ")

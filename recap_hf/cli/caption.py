@@ -1,0 +1,191 @@
+"""`recap caption`: recordings in, captions out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from typing import IO, Any
+
+FORMATS = ("text", "json", "jsonl", "csv")
+_CSV_COLUMNS = ("file", "caption", "score", "retrieved", "error")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs", nargs="+", metavar="FILE|FOLDER|GLOB|URL|-", help="recordings; - reads one from standard input"
+    )
+    parser.add_argument("--model", help="folder or Hub id of a captioner (default: the embedded recap-tiny)")
+    parser.add_argument(
+        "--datastore", help="captions to retrieve from: a datastore, or a .txt, .csv, .json or .jsonl file of captions"
+    )
+    parser.add_argument("--k", type=_count, help="captions in the prompt (default: the model's, 4 in the paper)")
+    parser.add_argument("--num-beams", type=_positive, help="beams of the search (default: the model's, 3)")
+    parser.add_argument("--max-new-tokens", type=_positive, help="longest caption in tokens (default: the model's, 60)")
+    parser.add_argument("--batch-size", type=_positive, default=8, help="recordings per pass (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
+    parser.add_argument("--output", metavar="FILE", help="write there instead of standard output")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0 if every recording was captioned, 1 if some could not be, 2 if nothing was found to caption."""
+    from recap_hf.captioning import caption_files, expand_inputs
+
+    try:
+        names = expand_inputs(args.inputs)
+    except ValueError as error:
+        print(f"recap caption: error: {error}", file=sys.stderr)
+        return 2
+    captioner = load_captioner(args)
+    failed = 0
+    with _output(args.output) as file, _progress(len(names)) as progress:
+        writer = _WRITERS[args.format](file)
+        for entry in caption_files(captioner, names, args.batch_size):
+            if entry.error is not None:
+                failed += 1
+                progress.write(f"recap caption: {entry.name}: {entry.error}")
+            writer.write(entry)
+            progress.update(1)
+        writer.close()
+    if failed:
+        print(f"recap caption: {failed} of {len(names)} recordings could not be captioned.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def load_captioner(args: argparse.Namespace) -> Any:
+    """The pipeline that the options `--model`, `--datastore`, `--device`, `--dtype` and the decoding options name."""
+    import torch
+    from transformers.utils import logging
+
+    from recap_hf.assets import default_model_path
+    from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
+    from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
+    from recap_hf.modeling.processing_recap import RecapProcessor
+
+    # Loading bars and hints of the library would stand between the results on a terminal.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    name = args.model or default_model_path()
+    model = RecapForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, args.dtype))
+    processor = RecapProcessor.from_pretrained(name)
+    decoding = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "k": args.k}
+    return AudioCaptioningPipeline(
+        model=model.eval(),
+        processor=processor,
+        datastore=args.datastore,
+        device=args.device,
+        **{key: value for key, value in decoding.items() if value is not None},
+    )
+
+
+@contextlib.contextmanager
+def _output(path: str | None) -> Iterator[IO[str]]:
+    if path is None:
+        yield sys.stdout
+        return
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    # `disable=None` shows the bar on a terminal alone; results go to standard output, the bar to standard error.
+    with tqdm(total=total, unit="clip", disable=None if total > 1 else True, file=sys.stderr, leave=False) as bar:
+        bar.write = _write_to_stderr
+        yield bar
+
+
+def _write_to_stderr(message: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
+
+
+class _TextWriter:
+    """A caption a file, and under it what it was prompted with."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    def write(self, entry: Any) -> None:
+        if entry.result is None:
+            return
+        lines = [f"{entry.name}: {entry.result['caption']}"]
+        lines += [f"    {hit['score']:.2f}  {' '.join(hit['caption'].split())}" for hit in entry.result["retrieved"]]
+        self._print("\n".join(lines) + "\n")
+
+    def _print(self, text: str) -> None:
+        # At once: whoever reads along, or interrupts, has what is done.
+        self.file.write(text)
+        self.file.flush()
+
+    def close(self) -> None:
+        """Nothing stands open."""
+
+
+class _JsonlWriter(_TextWriter):
+    """An object a line, failures included."""
+
+    def write(self, entry: Any) -> None:
+        self._print(json.dumps(_as_object(entry), ensure_ascii=False) + "\n")
+
+
+class _JsonWriter(_TextWriter):
+    """One list of objects, written as they come."""
+
+    def __init__(self, file: IO[str]) -> None:
+        super().__init__(file)
+        self.separator = "[\n"
+
+    def write(self, entry: Any) -> None:
+        self._print(self.separator + json.dumps(_as_object(entry), ensure_ascii=False))
+        self.separator = ",\n"
+
+    def close(self) -> None:
+        self._print("[]\n" if self.separator == "[\n" else "\n]\n")
+
+
+class _CsvWriter(_TextWriter):
+    """A row a file; the retrieved captions as JSON in their cell."""
+
+    def __init__(self, file: IO[str]) -> None:
+        super().__init__(file)
+        self.rows = csv.DictWriter(file, _CSV_COLUMNS, restval="", lineterminator="\n")
+        self.rows.writeheader()
+
+    def write(self, entry: Any) -> None:
+        row = _as_object(entry)
+        if "retrieved" in row:
+            row["retrieved"] = json.dumps(row["retrieved"], ensure_ascii=False)
+        self.rows.writerow(row)
+        self.file.flush()
+
+
+def _as_object(entry: Any) -> dict[str, Any]:
+    return {"file": entry.name, **(entry.result or {"error": entry.error})}
+
+
+_WRITERS = {"text": _TextWriter, "json": _JsonWriter, "jsonl": _JsonlWriter, "csv": _CsvWriter}

@@ -1,0 +1,160 @@
+"""`recap caption`: good recordings captioned, bad ones named, formats, exit status, never a traceback."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import synthetic_clip
+from test_audio import BROKEN, encode
+
+from recap_hf.captioning import expand_inputs
+from recap_hf.cli import main
+
+
+@pytest.fixture(scope="module")
+def model_folder(request, tmp_path_factory):
+    """A saved tiny captioner; module-scoped, so built from the session's parts."""
+    from recap_hf import CaptionDatastore, RecapProcessor
+
+    model = request.getfixturevalue("_tiny_model")
+    processor = RecapProcessor.from_config(
+        model.config, request.getfixturevalue("decoder_tokenizer"), request.getfixturevalue("clap_tokenizer")
+    )
+    processor.datastore = CaptionDatastore.from_captions(["a dog barks", "rain falls"], model, processor)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    folder = tmp_path / "recordings"
+    (folder / "deeper").mkdir(parents=True)
+    soundfile.write(folder / "b.wav", synthetic_clip(1.0, 1), 48_000)
+    soundfile.write(folder / "deeper" / "c.flac", synthetic_clip(2.0, 2), 48_000)
+    soundfile.write(folder / "silent.wav", np.zeros(4_800), 48_000)
+    (folder / "notes.txt").write_text("not a recording")
+    return folder
+
+
+def run(capsys, *argv):
+    status = main(["caption", *map(str, argv)])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err
+
+
+def test_text(capsys, recordings, model_folder):
+    status, out, _ = run(capsys, recordings / "b.wav", "--model", model_folder, "--max-new-tokens", 5)
+    assert status == 0
+    first, *hits = out.splitlines()
+    assert first.startswith(f"{recordings / 'b.wav'}: ")
+    assert {hit.split("  ")[-1] for hit in hits} == {"a dog barks", "rain falls"}
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv"])
+def test_machine_formats(capsys, recordings, model_folder, form, tmp_path):
+    arguments = [recordings, "--model", model_folder, "--max_new_tokens=5", "--format", form]
+    status, out, _ = run(capsys, *arguments)
+    assert status == 0
+    rows = {
+        "json": lambda: json.loads(out),
+        "jsonl": lambda: [json.loads(line) for line in out.splitlines()],
+        "csv": lambda: list(csv.DictReader(io.StringIO(out))),
+    }[form]()
+    assert [os.path.relpath(row["file"], recordings) for row in rows] == ["b.wav", "deeper/c.flac", "silent.wav"]
+    assert rows[2]["caption"] == "silence"
+    retrieved = rows[0]["retrieved"] if form != "csv" else json.loads(rows[0]["retrieved"])
+    assert len(retrieved) == 2
+    run(capsys, *arguments, "--output", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == out
+
+
+def test_broken_recordings_are_named_and_the_others_captioned(capsys, recordings, model_folder):
+    for name, (data, _) in BROKEN.items():
+        (recordings / f"bad {name}.wav").write_bytes(data)
+    (recordings / "bad folder.wav").mkdir()
+    (recordings / "bad codec.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(300))
+    locked = recordings / "bad locked.wav"
+    locked.write_bytes(encode("wav"))
+    locked.chmod(0)
+    if os.access(locked, os.R_OK):
+        # Root may read everything: nothing can be locked for it.
+        locked.unlink()
+    bad = sorted(path.name for path in recordings.glob("bad *"))
+    status, out, err = run(
+        capsys, recordings, "--model", model_folder, "--max-new-tokens", 3, "--batch-size", 2, "--format", "jsonl"
+    )
+    assert status == 1
+    rows = {os.path.basename(row["file"]): row for row in map(json.loads, out.splitlines())}
+    assert sorted(name for name, row in rows.items() if "error" in row) == bad
+    assert sorted(name for name, row in rows.items() if "caption" in row) == ["b.wav", "c.flac", "silent.wav"]
+    for name in bad:
+        assert f"{name}: {rows[name]['error']}" in err
+        assert rows[name]["error"].strip()
+    assert f"{len(bad)} of {len(bad) + 3} recordings could not be captioned" in err
+
+
+def test_standard_input(capsys, model_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(encode("flac"))))
+    status, out, _ = run(capsys, "-", "--model", model_folder, "--max-new-tokens", 3)
+    assert status == 0
+    assert out.startswith("-: ")
+
+
+def test_another_datastore(capsys, recordings, model_folder, tmp_path):
+    (tmp_path / "mine.txt").write_text("church bells ring\n")
+    _, out, _ = run(
+        capsys, recordings / "b.wav", "--model", model_folder, "--datastore", tmp_path / "mine.txt", "--format", "json"
+    )
+    assert [hit["caption"] for hit in json.loads(out)[0]["retrieved"]] == ["church bells ring"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["nothing/*.wav"], 2, "no file matches"),
+        ([], 2, "the following arguments are required"),
+        (["a.wav", "--num-beams", "0"], 2, "must be at least 1, got 0"),
+        (["a.wav", "--format", "xml"], 2, "invalid choice: 'xml'"),
+        (["a.wav", "--model", "/no/such/folder"], 1, "/no/such/folder"),
+    ],
+)
+def test_wrong_calls(capsys, arguments, status, message):
+    try:
+        actual = main(["caption", *arguments])
+    except SystemExit as stop:
+        actual = stop.code
+    captured = capsys.readouterr()
+    assert actual == status
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_bad_datastore_is_a_message(capsys, recordings, model_folder, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    status, _, err = run(
+        capsys, recordings / "b.wav", "--model", model_folder, "--datastore", tmp_path / "empty.txt"
+    )
+    assert status == 1
+    assert "holds no captions" in err
+
+
+def test_expansion(recordings):
+    assert expand_inputs([str(recordings / "*.wav")]) == [str(recordings / "b.wav"), str(recordings / "silent.wav")]
+    assert expand_inputs(["-", "https://example.org/a.wav", "missing.wav"]) == [
+        "-",
+        "https://example.org/a.wav",
+        "missing.wav",
+    ]
+    (recordings / "empty").mkdir()
+    with pytest.raises(ValueError, match="no recordings in this folder"):
+        expand_inputs([str(recordings / "empty")])

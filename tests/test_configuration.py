@@ -1,0 +1,79 @@
+"""RecapConfig: defaults, round trip, checks."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+
+import pytest
+from conftest import tiny_clap_config, tiny_gpt2_config
+from transformers import ClapConfig, GPT2Config
+
+from recap_hf import PROMPT_PRESETS, RecapConfig
+
+
+def test_defaults_are_the_papers():
+    config = RecapConfig()
+    assert config.num_retrieved_captions == 4
+    assert config.cross_attention_reduce_factor == 4
+    assert config.prompt == PROMPT_PRESETS["paper"]
+    assert (config.encoder_hidden_size, config.cross_attention_width) == (768, 192)
+    assert config.is_encoder_decoder
+    assert config.decoder.add_cross_attention
+    assert (config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) == (50256, 50256, None)
+
+
+def test_round_trip(tmp_path):
+    config = RecapConfig(
+        clap=tiny_clap_config(),
+        decoder=tiny_gpt2_config(),
+        cross_attention_reduce_factor=2,
+        num_retrieved_captions=7,
+        caption_separator=" | ",
+        window_length_s=5.0,
+        pad_token_id=3,
+    )
+    saved = config.to_dict()
+    before = copy.deepcopy(saved)
+    again = RecapConfig.from_dict(saved)
+    assert saved == before
+    assert again.to_dict() == config.to_dict()
+    config.save_pretrained(tmp_path)
+    loaded = RecapConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
+    assert isinstance(loaded.clap, ClapConfig)
+    assert isinstance(loaded.decoder, GPT2Config)
+    assert loaded.get_text_config(decoder=True) is loaded.decoder
+
+
+def test_unknown_keys_are_kept():
+    assert RecapConfig(a_note="kept").to_dict()["a_note"] == "kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cross_attention_reduce_factor": 3}, "divides the decoder's head size: got 3 for n_embd=768 and n_head=12"),
+        ({"cross_attention_reduce_factor": 0}, "must be a positive integer"),
+        ({"num_retrieved_captions": -1}, "at least 0, got -1"),
+        ({"window_length_s": 0}, "positive number of seconds, got 0"),
+        ({"pad_token_id": 50257}, "`pad_token_id` is 50257, outside the decoder's vocabulary of 50257"),
+        ({"prompt_template": "nothing"}, "exactly once"),
+        ({"clap": {"model_type": "bert"}}, "must be the configuration of a 'clap' model, got one of 'bert'"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RecapConfig(**arguments)
+
+
+def test_documented_defaults_are_the_signatures():
+    documented = dict(re.findall(r"(\w+) \(`[^`]+`, \*optional\*, defaults to (?:`)?\"?(.*?)\"?`?\):", RecapConfig.__doc__))
+    signature = inspect.signature(RecapConfig.__init__).parameters
+    checked = 0
+    for name, value in documented.items():
+        if "Config()" not in value:
+            assert str(signature[name].default) == value, name
+            checked += 1
+    assert checked >= 5

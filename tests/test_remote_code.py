@@ -1,0 +1,111 @@
+"""A saved folder in a process where `recap_hf` cannot be imported: it must bring all that it needs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recap_hf import AudioCaptioningPipeline
+from recap_hf.modeling.travelling_recap import travelling_files
+
+ALLOWED = {"numpy", "torch", "transformers"} | set(sys.stdlib_module_names)
+
+SCRIPT = """
+import json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "recap_hf":
+            raise ModuleNotFoundError(f"{name} must not be needed here")
+
+sys.meta_path.insert(0, Blocker())
+for name in [name for name in sys.modules if name.partition(".")[0] == "recap_hf"]:
+    del sys.modules[name]
+import numpy as np
+import torch
+from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForSpeechSeq2Seq, AutoProcessor,
+                          AutoTokenizer, pipeline)
+
+folder, clip = sys.argv[1], np.load(sys.argv[2])
+trust = {"trust_remote_code": True}
+config = AutoConfig.from_pretrained(folder, **trust)
+model = AutoModel.from_pretrained(folder, **trust)
+seq2seq = AutoModelForSpeechSeq2Seq.from_pretrained(folder, **trust)
+processor = AutoProcessor.from_pretrained(folder, **trust)
+extractor = AutoFeatureExtractor.from_pretrained(folder, **trust)
+tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+inputs = processor(audio=clip, sampling_rate=48_000, return_tensors="pt")
+features = extractor(clip, sampling_rate=48_000, return_tensors="pt")["input_features"]
+ids = model.generate(**inputs, processor=processor)
+print(json.dumps({
+    "model_type": config.model_type,
+    "module": type(model).__module__,
+    "same_features": torch.equal(features, inputs["input_features"]),
+    "ids": ids.tolist(),
+    "seq2seq_ids": seq2seq.generate(**inputs, processor=processor).tolist(),
+    "caption": processor.batch_decode(ids)[0],
+    "tokens": tokenizer("a dog barks")["input_ids"],
+    "with_task": pipeline("audio-captioning", model=folder, **trust)(clip),
+    "without_task": pipeline(model=folder, **trust)(clip),
+}))
+"""
+
+
+def test_everything_travels(tiny_model, tiny_processor, clips, tmp_path):
+    tiny_model.generation_config.max_new_tokens = 8
+    tiny_model.save_pretrained(tmp_path / "saved")
+    tiny_processor.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    np.save(tmp_path / "clip.npy", clips[2])
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "moved"), str(tmp_path / "clip.npy")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    result = json.loads(process.stdout.strip().splitlines()[-1])
+    assert result["model_type"] == "recap"
+    assert result["module"].startswith("transformers_modules")
+    assert result["same_features"]
+    inputs = tiny_processor(audio=clips[2], sampling_rate=48_000, return_tensors="pt")
+    ids = tiny_model.generate(**inputs, processor=tiny_processor)
+    assert result["ids"] == result["seq2seq_ids"] == ids.tolist()
+    assert result["caption"] == tiny_processor.batch_decode(ids)[0]
+    assert result["tokens"] == tiny_processor.tokenizer("a dog barks")["input_ids"]
+    here = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor)(clips[2])
+    assert result["with_task"] == result["without_task"]
+    assert result["with_task"]["caption"] == here["caption"]
+    assert result["with_task"]["score"] == pytest.approx(here["score"], rel=1e-4)
+    assert [hit["row"] for hit in result["with_task"]["retrieved"]] == [hit["row"] for hit in here["retrieved"]]
+
+
+@pytest.mark.parametrize("path", travelling_files(), ids=lambda path: path.name)
+def test_travelling_code_is_closed(path: Path):
+    """transformers copies siblings named in `from .x import y` lines and demands every other import it finds."""
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    guarded = [node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and node not in guarded:
+            assert all(alias.name.partition(".")[0] in ALLOWED for alias in node.names), ast.unparse(node)
+        if isinstance(node, ast.ImportFrom) and node not in guarded:
+            if node.level:
+                assert node.level == 1, ast.unparse(node)
+                assert node.module, "`from . import x` is not seen by transformers"
+                assert (path.parent / f"{node.module}.py").is_file(), ast.unparse(node)
+            else:
+                assert node.module.partition(".")[0] in ALLOWED, ast.unparse(node)
+    in_code = len(re.findall(r"^\s*from\s+\.", source, flags=re.MULTILINE))
+    relative = sum(isinstance(node, ast.ImportFrom) and node.level > 0 for node in ast.walk(tree))
+    assert in_code == relative, "a line of text that begins like a relative import is taken for one"

@@ -1,0 +1,378 @@
+"""RECAP as ONNX graphs: the audio tower, and the decoder with its caches.
+
+Three graphs and what the runner (`recap_hf.onnx_runtime`) needs beside them:
+
+- ``audio_encoder.onnx``: log-mel windows to the states that the cross-attention reads and the retrieval queries;
+- ``cross_attention.onnx``: those states to the keys and values of every block, computed once per clip;
+- ``decoder.onnx``: tokens and caches to the next token's logits and the grown caches. The same graph takes the prompt
+  (with empty caches) and each later token.
+
+The exporter is PyTorch's dynamo-based one with dynamic shapes; the older tracing exporter writes a decoder that is
+wrong without an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
+from recap_hf.modeling.processing_recap import RecapProcessor
+from recap_hf.onnx_runtime import (
+    AUDIO_ENCODER,
+    CROSS_ATTENTION,
+    DATASTORE_FOLDER,
+    DECODER,
+    FORMAT_VERSION,
+    MEL_FILTERS,
+    SETTINGS,
+    TOKENIZER,
+    OnnxCaptioner,
+)
+
+from .output import finished_folder
+from .state_dicts import ConversionError
+
+_LOGIT_TOLERANCE = 1e-4
+_CHECK_SECONDS = (3.0, 10.0, 14.0)
+
+
+class AudioEncoderGraph(nn.Module):
+    """Log-mel windows (windows, frames, mels) to states (windows, n, d) and unit queries (windows, P)."""
+
+    def __init__(self, model: RecapForConditionalGeneration) -> None:
+        super().__init__()
+        self.tower = copy.deepcopy(model.clap.audio_model)
+        self.projection = model.clap.audio_projection
+        # RECAP shows every window to a fused checkpoint as a short clip, which is its path without fusion; that path
+        # alone is exported, since whether a clip is long is a question that no fixed graph can ask.
+        self.tower.audio_encoder.enable_fusion = False
+        self.tower.audio_encoder.patch_embed.enable_fusion = False
+
+    def forward(self, input_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.tower(input_features=input_features.unsqueeze(1))
+        embeds = nn.functional.normalize(self.projection(output.pooler_output), dim=-1)
+        return output.last_hidden_state.flatten(2).transpose(1, 2), embeds
+
+
+class CrossAttentionGraph(nn.Module):
+    """``hidden_states`` (batch, n, d) to a key and a value (batch, heads, n, head size) for every block."""
+
+    def __init__(self, model: RecapForConditionalGeneration) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(block.crossattention for block in model.decoder.transformer.h)
+
+    def forward(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            _heads(part, layer.num_heads)
+            for layer in self.layers
+            for part in layer.c_attn(hidden_states).chunk(2, dim=-1)
+        ]
+
+
+class DecoderGraph(nn.Module):
+    """GPT-2's forward with every cache as a plain tensor.
+
+    ``input_ids`` (batch, length), ``attention_mask`` (batch, past + length) and ``encoder_attention_mask`` (batch, n),
+    1 for what counts; ``past`` and ``cross``: a key and a value (batch, heads, past or n, head size) per block.
+    Returns the logits of the last token (batch, vocabulary) and the grown ``past``.
+    """
+
+    def __init__(self, model: RecapForConditionalGeneration) -> None:
+        super().__init__()
+        self.transformer, self.head = model.decoder.transformer, model.decoder.lm_head
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        encoder_attention_mask: torch.Tensor,
+        past: list[torch.Tensor],
+        cross: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        length, total = input_ids.shape[1], attention_mask.shape[1]
+        positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)[:, total - length :]
+        hidden = self.transformer.wte(input_ids) + self.transformer.wpe(positions)
+        place = torch.arange(total, device=input_ids.device)
+        causal = place[None] <= place[total - length :, None]
+        bias = _bias(causal[None, None] & attention_mask[:, None, None].bool(), hidden.dtype)
+        encoder_bias = _bias(encoder_attention_mask[:, None, None].bool(), hidden.dtype)
+        present = []
+        for index, block in enumerate(self.transformer.h):
+            update, cache = _self_attention(block.attn, block.ln_1(hidden), past[2 * index : 2 * index + 2], bias)
+            hidden = hidden + update
+            present.extend(cache)
+            keys, values = cross[2 * index : 2 * index + 2]
+            queries = block.crossattention.q_attn(block.ln_cross_attn(hidden))
+            hidden = hidden + _attend(block.crossattention, queries, keys, values, encoder_bias)
+            hidden = hidden + block.mlp(block.ln_2(hidden))
+        return self.head(self.transformer.ln_f(hidden[:, -1])), present
+
+
+def _heads(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return tensor.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _bias(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # Finite: a query that may see nothing (padding) must not become NaN.
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def _self_attention(
+    layer: nn.Module, hidden: torch.Tensor, past: list[torch.Tensor], bias: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    queries, keys, values = layer.c_attn(hidden).chunk(3, dim=-1)
+    cache = [
+        torch.cat([old, _heads(new, layer.num_heads)], dim=2) for old, new in zip(past, (keys, values), strict=True)
+    ]
+    return _attend(layer, queries, *cache, bias), cache
+
+
+def _attend(
+    layer: nn.Module, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    scores = _heads(queries, layer.num_heads) @ keys.transpose(2, 3) * layer.scaling + bias
+    return layer.c_proj((scores.softmax(dim=-1) @ values).transpose(1, 2).flatten(2))
+
+
+def export_onnx(source: str | Path, out: str | Path, overwrite: bool = False) -> dict[str, object]:
+    """Export a RECAP folder; it appears only after its captions agreed with PyTorch's.
+
+    Args:
+        source: folder or Hub id of a RECAP model with its processor.
+        out: folder to make; `OnnxCaptioner` runs it.
+        overwrite: replace an existing folder.
+
+    Returns:
+        Graphs with their sizes in bytes, differences of embeddings and logits, and the captions that were compared.
+
+    Raises:
+        ImportError: onnx and onnxscript are not installed.
+        ConversionError: the model asks for a generation that the runner does not know, or the graphs do not agree.
+    """
+    require_exporter()
+    model = RecapForConditionalGeneration.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    processor = RecapProcessor.from_pretrained(source)
+    processor.check_model(model)
+    settings = _settings(model, processor)
+    extractor = processor.feature_extractor
+    mel_shape = (int(extractor.nb_max_samples) // extractor.hop_length + 1, extractor.feature_size)
+    with finished_folder(out, overwrite) as folder:
+        _export_graphs(model, folder, mel_shape)
+        _export_companions(processor, settings, folder)
+        differences = _compare_graphs(model, folder, mel_shape)
+        captions = _compare_captions(model, processor, folder)
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.onnx*"))}
+    return {"files": sizes, "differences": differences, "captions": captions}
+
+
+def require_exporter() -> None:
+    """Raise an `ImportError` that names the extra where the exporter's packages are missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"ONNX export needs {error.name}: pip install 'recap-hf[onnx]'") from error
+
+
+def _settings(model: RecapForConditionalGeneration, processor: RecapProcessor) -> dict[str, object]:
+    generation = model.generation_config
+    known = {"num_beams": generation.num_beams or 1, "max_new_tokens": generation.max_new_tokens}
+    known["length_penalty"] = 1.0 if generation.length_penalty is None else generation.length_penalty
+    known["early_stopping"] = bool(generation.early_stopping)
+    unknown = {
+        name: value
+        for name, neutral in _NEUTRAL_GENERATION.items()
+        if (value := getattr(generation, name, None)) not in (None, neutral)
+    }
+    if unknown or generation.early_stopping == "never":
+        raise ConversionError(
+            f"the ONNX runner knows greedy and beam search; this model's generation config also asks for {unknown}"
+        )
+    extractor, config = processor.feature_extractor, model.config
+    return {
+        "format_version": FORMAT_VERSION,
+        "generation": {**known, "eos_token_id": config.eos_token_id},
+        "prompt": {
+            "template": processor.prompt_template,
+            "separator": processor.caption_separator,
+            "without_captions": processor.prompt_without_captions,
+            "target_prefix": processor.target_prefix,
+        },
+        "num_retrieved_captions": processor.num_retrieved_captions,
+        "max_prompt_tokens": processor.max_prompt_tokens,
+        "special_token_ids": sorted(processor.tokenizer.all_special_ids),
+        "mel": {
+            "sampling_rate": extractor.sampling_rate,
+            "window_samples": int(extractor.nb_max_samples),
+            "fft_window_size": extractor.fft_window_size,
+            "hop_length": extractor.hop_length,
+            "padding": extractor.padding,
+        },
+        "num_layers": config.decoder.n_layer,
+        "num_heads": config.decoder.n_head,
+        "head_size": config.decoder.n_embd // config.decoder.n_head,
+        "fingerprint": model.embed_fingerprint(processor).round(7).tolist(),
+    }
+
+
+_NEUTRAL_GENERATION = {
+    "do_sample": False,
+    "num_beam_groups": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+}
+
+
+def _export_graphs(model: RecapForConditionalGeneration, folder: Path, mel_shape: tuple[int, int]) -> None:
+    dynamic = torch.export.Dim.DYNAMIC
+    config = model.config.decoder
+    layers, heads = config.n_layer, config.n_head
+    sizes = {"past": config.n_embd // heads, "cross": model.config.cross_attention_width // heads}
+    # Sizes in the examples differ from each other and from 1, so that no dimension is mistaken for a constant.
+    batch, past_length, length, positions = 2, 5, 3, 7
+    pairs = [f"{index}.{kind}" for index in range(layers) for kind in ("key", "value")]
+    cache = [torch.zeros(batch, heads, past_length, sizes["past"]) for _ in pairs]
+    cross = [torch.zeros(batch, heads, positions, sizes["cross"]) for _ in pairs]
+    caches = [{0: dynamic, 2: dynamic} for _ in pairs]
+    _export(
+        AudioEncoderGraph(model),
+        (torch.zeros(2, *mel_shape),),
+        {"input_features": {0: dynamic}},
+        (["input_features"], ["hidden_states", "audio_embeds"]),
+        folder / AUDIO_ENCODER,
+    )
+    _export(
+        CrossAttentionGraph(model),
+        (torch.zeros(batch, positions, model.config.encoder_hidden_size),),
+        {"hidden_states": {0: dynamic, 1: dynamic}},
+        (["hidden_states"], [f"cross.{pair}" for pair in pairs]),
+        folder / CROSS_ATTENTION,
+    )
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    masks = torch.ones(batch, past_length + length, dtype=torch.long), torch.ones(batch, positions, dtype=torch.long)
+    names = ["input_ids", "attention_mask", "encoder_attention_mask"]
+    _export(
+        DecoderGraph(model),
+        (ids, *masks, cache, cross),
+        {**{name: {0: dynamic, 1: dynamic} for name in names}, "past": caches, "cross": caches},
+        (
+            [*names, *(f"past.{pair}" for pair in pairs), *(f"cross.{pair}" for pair in pairs)],
+            ["logits", *(f"present.{pair}" for pair in pairs)],
+        ),
+        folder / DECODER,
+    )
+
+
+def _export(module: nn.Module, args: tuple, shapes: dict, names: tuple[list[str], list[str]], path: Path) -> None:
+    # The exporter's notes on its own internals (operators of torchvision, say) are nothing to act on; what it writes
+    # is compared with PyTorch afterwards.
+    notes = logging.getLogger("torch.onnx")
+    level = notes.level
+    notes.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                module.eval(),
+                args,
+                path,
+                input_names=names[0],
+                output_names=names[1],
+                dynamic_shapes=shapes,
+                dynamo=True,
+                verbose=False,
+                external_data=True,
+            )
+    finally:
+        notes.setLevel(level)
+
+
+def _export_companions(processor: RecapProcessor, settings: dict[str, object], folder: Path) -> None:
+    extractor = processor.feature_extractor
+    filters = extractor.mel_filters_slaney if extractor.truncation == "rand_trunc" else extractor.mel_filters
+    np.save(folder / MEL_FILTERS, np.ascontiguousarray(filters, dtype=np.float64), allow_pickle=False)
+    processor.tokenizer.backend_tokenizer.save(str(folder / TOKENIZER))
+    if processor.datastore is not None:
+        processor.datastore.save_pretrained(folder / DATASTORE_FOLDER)
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.inference_mode()
+def _compare_graphs(
+    model: RecapForConditionalGeneration, folder: Path, mel_shape: tuple[int, int]
+) -> dict[str, float]:
+    """Audio tower, prompt and a later token against PyTorch, at other sizes than those of the export."""
+    generator = torch.Generator().manual_seed(0)
+    mel = -35 + 17 * torch.randn(3, *mel_shape, generator=generator)
+    ids = torch.randint(0, model.config.decoder.vocab_size, (1, 12), generator=generator)
+    captioner = OnnxCaptioner(folder)
+    encoding = model.encode_audio(mel[None])
+    hidden, embeds = captioner.encode(mel.numpy())
+    cross = captioner.cross_caches(hidden)
+    prompt, past = captioner.step(ids[:, :11].numpy(), captioner.empty_caches(1), cross)
+    later, _ = captioner.step(ids[:, 11:].numpy(), past, cross)
+    logits = model(encoder_outputs=encoding, decoder_input_ids=ids).logits[0]
+    differences = {
+        "hidden states": _relative(hidden, encoding.last_hidden_state),
+        "audio embeddings": _relative(embeds, encoding.audio_embeds[0]),
+        "logits of the prompt": _relative(prompt[0], logits[10]),
+        "logits of a later token": _relative(later[0], logits[11]),
+    }
+    if worse := {name: value for name, value in differences.items() if not value <= _LOGIT_TOLERANCE}:
+        raise ConversionError(f"the ONNX graphs compute something else than the model (relative differences): {worse}")
+    return differences
+
+
+def _relative(actual: np.ndarray, reference: torch.Tensor) -> float:
+    expected = reference.numpy()
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+@torch.inference_mode()
+def _compare_captions(
+    model: RecapForConditionalGeneration, processor: RecapProcessor, folder: Path
+) -> list[dict[str, object]]:
+    """Greedy and the model's own beam search on synthetic clips: the same captions, or an error."""
+    captioner = OnnxCaptioner(folder)
+    rate = processor.feature_extractor.sampling_rate
+    compared = []
+    for seconds in _CHECK_SECONDS:
+        clip = _synthetic_clip(seconds, rate)
+        for num_beams in sorted({1, captioner.num_beams}):
+            inputs = processor(audio=[clip], sampling_rate=rate, return_tensors="pt")
+            ids = model.generate(**inputs, processor=processor, num_beams=num_beams)
+            expected = processor.batch_decode(ids)[0]
+            actual = captioner(clip, rate, num_beams=num_beams)["caption"]
+            if actual != expected:
+                raise ConversionError(
+                    f"the exported model captions differently ({num_beams} beams): {actual!r}, PyTorch {expected!r}"
+                )
+            compared.append({"seconds": seconds, "num_beams": num_beams, "caption": actual})
+    return compared
+
+
+def _synthetic_clip(seconds: float, rate: int) -> np.ndarray:
+    """A tone that fades under bursts of noise: something in every band, the same on every machine."""
+    generator = np.random.default_rng(0)
+    time = np.arange(int(seconds * rate)) / rate
+    bursts = generator.standard_normal(len(time)) * (np.sin(2 * math.pi * 1.5 * time) > 0.6)
+    return (0.2 * np.sin(2 * math.pi * 440 * time) * np.exp(-time / 3) + 0.1 * bursts).astype(np.float32)

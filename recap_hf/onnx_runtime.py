@@ -1,0 +1,308 @@
+"""Captions from an exported model, without torch and transformers: ONNX Runtime, NumPy and tokenizers.
+
+`recap export onnx FOLDER OUT` writes the folder that `OnnxCaptioner` runs. Audio is read, captions are retrieved and
+prompts are built by the same code as with torch; the log-mel, greedy search and beam search are here, in NumPy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recap_hf.modeling.audio_recap import is_silent, load_audio, resample, to_mono
+from recap_hf.modeling.prompt_recap import PromptTemplate
+from recap_hf.modeling.retrieval_recap import CaptionDatastore
+
+try:
+    import onnxruntime
+    from tokenizers import Tokenizer
+except ImportError as error:
+    raise ImportError(f"running an exported model needs {error.name}: pip install 'recap-hf[onnx]'") from error
+
+FORMAT_VERSION = 1
+SETTINGS = "recap_onnx.json"
+AUDIO_ENCODER = "audio_encoder.onnx"
+CROSS_ATTENTION = "cross_attention.onnx"
+DECODER = "decoder.onnx"
+MEL_FILTERS = "mel_filters.npy"
+TOKENIZER = "tokenizer.json"
+DATASTORE_FOLDER = "datastore"
+SILENCE_CAPTION = "silence"
+_MEL_FLOOR = 1e-10
+
+Caches = list[np.ndarray]
+
+
+class OnnxCaptioner:
+    """Captions recordings with the graphs that `recap export onnx` wrote.
+
+    Args:
+        folder: what the export made.
+        datastore: captions to retrieve from instead of the exported ones: a `CaptionDatastore` or a folder of one.
+        providers: of ONNX Runtime, the first available is used; default: the CPU.
+        num_threads: of ONNX Runtime; default: its own choice.
+
+    Raises:
+        FileNotFoundError: the folder lacks a file of the export.
+        ValueError: another version's format, or a datastore that another encoder made.
+
+    Example:
+        >>> captioner = OnnxCaptioner("exported")
+        >>> captioner("dog.wav")["caption"]
+        'a dog barks twice'
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        datastore: CaptionDatastore | str | os.PathLike | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        num_threads: int | None = None,
+    ) -> None:
+        folder = Path(folder)
+        for name in (SETTINGS, AUDIO_ENCODER, CROSS_ATTENTION, DECODER, MEL_FILTERS, TOKENIZER):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}: make the folder with `recap export onnx`")
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if settings.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder / SETTINGS} is of format {settings.get('format_version')!r}, this version reads "
+                f"{FORMAT_VERSION}: export the model again"
+            )
+        self._settings = settings
+        self.prompt = PromptTemplate(**settings["prompt"])
+        self.num_beams: int = settings["generation"]["num_beams"]
+        self.sampling_rate: int = settings["mel"]["sampling_rate"]
+        self._filters = np.load(folder / MEL_FILTERS, allow_pickle=False)
+        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        options = onnxruntime.SessionOptions()
+        if num_threads is not None:
+            options.intra_op_num_threads = num_threads
+        self._audio, self._cross, self._decoder = (
+            onnxruntime.InferenceSession(str(folder / name), options, providers=list(providers))
+            for name in (AUDIO_ENCODER, CROSS_ATTENTION, DECODER)
+        )
+        self._pairs = [f"{layer}.{kind}" for layer in range(settings["num_layers"]) for kind in ("key", "value")]
+        if datastore is None and (folder / DATASTORE_FOLDER).is_dir():
+            datastore = folder / DATASTORE_FOLDER
+        if datastore is not None and not isinstance(datastore, CaptionDatastore):
+            datastore = CaptionDatastore.from_pretrained(datastore)
+        if datastore is not None:
+            datastore.check_encoder(np.asarray(settings["fingerprint"], dtype=np.float32))
+        self.datastore: CaptionDatastore | None = datastore
+
+    def __call__(
+        self,
+        audio: Any,
+        sampling_rate: int | None = None,
+        k: int | None = None,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> dict[str, Any]:
+        """The caption of one recording.
+
+        Args:
+            audio: a path, URL or bytes, or a waveform of shape (samples,) or (channels, samples).
+            sampling_rate: of a waveform, in Hz.
+            k, num_beams, max_new_tokens: default: the exported model's.
+
+        Returns:
+            ``{"caption", "score", "retrieved"}`` as from ``pipeline("audio-captioning")``: the score is the
+            exponential of the mean log-probability of the caption's tokens.
+        """
+        waveform = self._waveform(audio, sampling_rate)
+        if is_silent(waveform):
+            return {"caption": SILENCE_CAPTION, "score": 1.0, "retrieved": []}
+        hidden, embeds = self.encode(self.log_mel(waveform))
+        k = self._settings["num_retrieved_captions"] if k is None else k
+        hits = self.datastore.search(embeds[None], k)[0] if self.datastore is not None else []
+        prompt, used = self._fit_prompt(hits)
+        found = self.search(
+            prompt,
+            self.cross_caches(hidden),
+            self.num_beams if num_beams is None else num_beams,
+            self._settings["generation"]["max_new_tokens"] if max_new_tokens is None else max_new_tokens,
+        )
+        kept = [token for token in prompt + found.tokens if token not in self._settings["special_token_ids"]]
+        text = self._tokenizer.decode(kept, skip_special_tokens=False)
+        score = float(np.exp(found.log_probability / len(found.tokens)))
+        return {"caption": self.prompt.strip(text), "score": score, "retrieved": hits[:used]}
+
+    def _waveform(self, audio: Any, sampling_rate: int | None) -> np.ndarray:
+        if not isinstance(audio, np.ndarray):
+            audio, sampling_rate = load_audio(audio)
+        elif sampling_rate is None:
+            raise ValueError("`sampling_rate` is missing: give the rate of the waveform in Hz")
+        waveform = to_mono(audio)
+        if not waveform.size or not np.isfinite(waveform).all():
+            raise ValueError("the recording is empty or holds NaN or infinite samples")
+        return resample(waveform, sampling_rate, self.sampling_rate)
+
+    # ------------------------------------------------------------- log-mel
+
+    def log_mel(self, waveform: np.ndarray) -> np.ndarray:
+        """Log-mel windows in dB, float32 (windows, frames, mels), of a mono waveform at the model's rate.
+
+        Windows as `RecapFeatureExtractor` cuts them: consecutive, the last one aligned to the end; a short clip is
+        repeated. The transform is done in float64.
+        """
+        size = self._settings["mel"]["window_samples"]
+        starts = [0]
+        if len(waveform) > size:
+            starts = list(range(0, len(waveform) - size + 1, size))
+            if starts[-1] != len(waveform) - size:
+                starts.append(len(waveform) - size)
+        return np.stack([self._window_mel(waveform[start : start + size]) for start in starts])
+
+    def _window_mel(self, window: np.ndarray) -> np.ndarray:
+        mel = self._settings["mel"]
+        missing = mel["window_samples"] - len(window)
+        if missing > 0:
+            if mel["padding"] != "pad":
+                copies = mel["window_samples"] // len(window) + (mel["padding"] == "repeat")
+                window = np.tile(window, copies)[: mel["window_samples"]]
+            window = np.pad(window, (0, mel["window_samples"] - len(window)))
+        size, hop = mel["fft_window_size"], mel["hop_length"]
+        padded = np.pad(window.astype(np.float64), size // 2, mode="reflect")
+        frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
+        # The periodic Hann window, as torch.hann_window makes it.
+        hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
+        power = np.abs(np.fft.rfft(frames * hann, axis=1)) ** 2
+        return (10 * np.log10(np.maximum(power @ self._filters, _MEL_FLOOR))).astype(np.float32)
+
+    # -------------------------------------------------------------- graphs
+
+    def encode(self, mel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Log-mel windows of one clip to its states (1, windows * n, d) and one unit query per window (windows, P)."""
+        hidden, embeds = self._audio.run(["hidden_states", "audio_embeds"], {"input_features": mel})
+        return hidden.reshape(1, -1, hidden.shape[-1]), embeds
+
+    def cross_caches(self, hidden: np.ndarray) -> Caches:
+        """Keys and values of every block's cross-attention, (1, heads, n, head size)."""
+        return self._cross.run([f"cross.{pair}" for pair in self._pairs], {"hidden_states": hidden})
+
+    def empty_caches(self, batch_size: int) -> Caches:
+        """The caches of the self-attention before the first token."""
+        shape = (batch_size, self._settings["num_heads"], 0, self._settings["head_size"])
+        return [np.zeros(shape, dtype=np.float32) for _ in self._pairs]
+
+    def step(self, ids: np.ndarray, past: Caches, cross: Caches) -> tuple[np.ndarray, Caches]:
+        """Logits (batch, vocabulary) after the last of `ids` (batch, length), and the grown caches."""
+        batch, length = ids.shape
+        feeds = {
+            "input_ids": ids.astype(np.int64),
+            "attention_mask": np.ones((batch, past[0].shape[2] + length), dtype=np.int64),
+            "encoder_attention_mask": np.ones((batch, cross[0].shape[2]), dtype=np.int64),
+        }
+        feeds.update({f"past.{pair}": cache for pair, cache in zip(self._pairs, past, strict=True)})
+        feeds.update({f"cross.{pair}": cache for pair, cache in zip(self._pairs, cross, strict=True)})
+        logits, *present = self._decoder.run(["logits", *(f"present.{pair}" for pair in self._pairs)], feeds)
+        return logits, present
+
+    # -------------------------------------------------------------- search
+
+    def _fit_prompt(self, hits: list[dict[str, Any]]) -> tuple[list[int], int]:
+        for count in range(len(hits), -1, -1):
+            text = self.prompt.build([hit["caption"] for hit in hits[:count]])
+            tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if len(tokens) <= self._settings["max_prompt_tokens"]:
+                return tokens, count
+        raise ValueError(f"a prompt without captions has {len(tokens)} tokens, more than the decoder takes")
+
+    def search(self, prompt: list[int], cross: Caches, num_beams: int, max_new_tokens: int) -> Hypothesis:
+        """The best continuation of `prompt`: greedy for one beam, else beam search as transformers defines it.
+
+        At each step the best ``2 * num_beams`` continuations of all beams are looked at. Those that end and are among
+        the first `num_beams` are finished hypotheses, scored by log-probability over ``length ** length_penalty``; the
+        best that do not end go on. With early stopping the search is over once `num_beams` hypotheses are finished;
+        without, once no beam can still overtake them.
+        """
+        generation = self._settings["generation"]
+        logits, past = self.step(np.asarray([prompt]), self.empty_caches(1), cross)
+        beams = Beams([[]], np.zeros(1))
+        finished = Finished(num_beams, generation["length_penalty"], generation["early_stopping"])
+        while True:
+            scores = _log_softmax(logits) + beams.scores[:, None]
+            candidates = _top(scores, 2 * num_beams if num_beams > 1 else 1)
+            survivors: list[tuple[int, int, float]] = []
+            for rank, (beam, token, score) in enumerate(candidates):
+                tokens = [*beams.tokens[beam], token]
+                if token == generation["eos_token_id"] or len(tokens) >= max_new_tokens:
+                    if rank < num_beams:
+                        finished.add(Hypothesis(tokens, score))
+                elif len(survivors) < num_beams:
+                    survivors.append((beam, token, score))
+            length = len(beams.tokens[0]) + 1
+            if not survivors or finished.is_complete(survivors[0][2], length):
+                return finished.best()
+            rows = [beam for beam, _, _ in survivors]
+            beams = Beams(
+                [[*beams.tokens[beam], token] for beam, token, _ in survivors],
+                np.asarray([score for _, _, score in survivors]),
+            )
+            if rows != list(range(len(past[0]))):
+                past = [cache[rows] for cache in past]
+            if len(cross[0]) != len(rows):
+                cross = [np.repeat(cache[:1], len(rows), axis=0) for cache in cross]
+            logits, past = self.step(np.asarray([[token] for _, token, _ in survivors]), past, cross)
+
+
+@dataclass
+class Hypothesis:
+    """A continuation with its end token, and the sum of its tokens' log-probabilities."""
+
+    tokens: list[int]
+    log_probability: float
+
+
+@dataclass
+class Beams:
+    """Continuations that go on, all of one length, best first."""
+
+    tokens: list[list[int]]
+    scores: np.ndarray
+
+
+@dataclass
+class Finished:
+    """The best finished hypotheses."""
+
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool
+    kept: list[tuple[float, Hypothesis]] = field(default_factory=list)
+
+    def add(self, hypothesis: Hypothesis) -> None:
+        score = hypothesis.log_probability / len(hypothesis.tokens) ** self.length_penalty
+        self.kept.append((score, hypothesis))
+        # Stable: of equal scores the earlier one stays ahead.
+        self.kept.sort(key=lambda pair: -pair[0])
+        del self.kept[self.num_beams :]
+
+    def is_complete(self, best_running: float, length: int) -> bool:
+        if len(self.kept) < self.num_beams:
+            return False
+        return self.early_stopping or best_running / length**self.length_penalty <= self.kept[-1][0]
+
+    def best(self) -> Hypothesis:
+        return self.kept[0][1]
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def _top(scores: np.ndarray, count: int) -> list[tuple[int, int, float]]:
+    """The `count` highest scores of (beams, vocabulary) as (beam, token, score), best first."""
+    flat = scores.reshape(-1)
+    count = min(count, flat.size)
+    chosen = np.argpartition(-flat, count - 1)[:count]
+    chosen = chosen[np.lexsort((chosen, -flat[chosen]))]
+    return [(int(index // scores.shape[1]), int(index % scores.shape[1]), float(flat[index])) for index in chosen]

@@ -22,7 +22,7 @@ CHUNK = 65536
 
 @dataclass
 class Fault:
-    """A planted fault for the next `times` requests whose method and path match.
+    """A planted fault for the next `times` requests whose method and path match, after `skip` of them went well.
 
     `status` answers with that status; `after` drops the connection once so many bytes of the body were received (PUT,
     POST) or sent (GET).
@@ -33,6 +33,7 @@ class Fault:
     status: int | None = None
     after: int | None = None
     times: int = 1
+    skip: int = 0
 
 
 @dataclass

@@ -70,9 +70,13 @@ class HubServer:
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self.storage.lock:
             for fault in self.faults:
-                if fault.times > 0 and fault.method == method and re.search(fault.pattern, path):
-                    fault.times -= 1
-                    return fault
+                if fault.times <= 0 or fault.method != method or not re.search(fault.pattern, path):
+                    continue
+                if fault.skip:
+                    fault.skip -= 1
+                    continue
+                fault.times -= 1
+                return fault
         return None
 
     def repo(self, repo_id: str, repo_type: str = "model") -> Repo:
@@ -89,3 +93,7 @@ class HubServer:
             if record.method == "PUT":
                 received[record.path] = received.get(record.path, 0) + record.received
         return received
+
+    def uploads_of(self, oid: str) -> list[int]:
+        """Bytes received of one object, in order of the requests."""
+        return [record.received for record in self.log if record.method == "PUT" and oid in record.path]

@@ -75,10 +75,16 @@ def recap_config_from_original(state: Mapping[str, torch.Tensor], original: dict
     width = query.shape[-1]
     if width == 0 or decoder.n_embd % width:
         raise ConversionError(f"a cross-attention {width} wide does not divide a decoder {decoder.n_embd} wide")
+    factor = decoder.n_embd // width
+    if original["decoder"].get("cross_attention_reduce_factor", factor) != factor:
+        raise ConversionError(
+            f"config.json says cross_attention_reduce_factor {original['decoder']['cross_attention_reduce_factor']}, "
+            f"but the cross-attention is {width} wide in a decoder of {decoder.n_embd}: a factor of {factor}"
+        )
     return RecapConfig(
         clap=clap.config.to_dict(),
         decoder=decoder.to_dict(),
-        cross_attention_reduce_factor=decoder.n_embd // width,
+        cross_attention_reduce_factor=factor,
         num_retrieved_captions=original.get("k", _DEFAULT_NUM_RETRIEVED),
         prompt_template=OFFICIAL_PROMPT.template,
         caption_separator=OFFICIAL_PROMPT.separator,

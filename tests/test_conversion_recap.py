@@ -132,6 +132,16 @@ def test_own_checkpoint_and_foreign_decoder_are_refused(parts, tmp_path):
         convert_recap_original(folder, tmp_path / "out", clap=parts["clap"])
 
 
+def test_factor_that_contradicts_the_weights_is_refused(parts, tmp_path):
+    folder = save_authors(tmp_path / "authors", parts["state"])
+    path = tmp_path / "authors" / "config.json"
+    config = json.loads(path.read_text())
+    config["decoder"]["cross_attention_reduce_factor"] = 8
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match=r"says cross_attention_reduce_factor 8, .* a factor of 4"):
+        convert_recap_original(folder, tmp_path / "out", clap=parts["clap"])
+
+
 @pytest.mark.parametrize("stored", ["absent", "tied", "untied"])
 def test_head_is_tied_as_in_the_checkpoint(parts, tmp_path, stored):
     state = dict(parts["state"])

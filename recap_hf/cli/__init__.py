@@ -18,9 +18,11 @@ from recap_hf.version import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "caption": ("recap_hf.cli.caption", "describe recordings in a sentence"),
     "train": ("recap_hf.cli.train", "train a captioner on recordings and captions"),
+    "bench-training": ("recap_hf.cli.bench_training", "time the training step beside the authors' way"),
     "score": ("recap_hf.cli.score", "score predicted captions against their references"),
     "compare": ("recap_hf.cli.compare", "compare two systems on the clips that both captioned"),
     "evaluate": ("recap_hf.cli.evaluate", "caption a test split and score it beside its baselines"),
+    "grid": ("recap_hf.cli.grid", "the paper's tables: train, evaluate and print them in one go"),
     "convert": ("recap_hf.cli.convert", "bring weights of other layouts in, and back"),
     "export": ("recap_hf.cli.export", "write a captioner as ONNX graphs"),
     "onnx": ("recap_hf.cli.onnx", "describe recordings with an exported captioner, without torch"),

@@ -98,7 +98,7 @@ def build_caption_data(records: Iterable[ClipRecord], problems: Iterable[Problem
             if text:
                 kept.append(text)
             else:
-                problems.append(Problem(record.clip_id, "empty-caption", f"{record.source}: an empty caption"))
+                problems.append(Problem(record.clip_id, "empty-caption", f"{record.clip_id}: an empty caption"))
         if not kept:
             continue
         known = merged.get((record.source, record.clip_id))

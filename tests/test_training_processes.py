@@ -1,0 +1,137 @@
+"""Runs as their users start them, in processes of their own: killed, launched by Accelerate, several at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_parts import make_captioner, write_clotho
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    model, processor = make_captioner()
+    model.save_pretrained(folder / "untrained")
+    processor.save_pretrained(folder / "untrained")
+    write_clotho(folder / "clotho", train=12, validation=5)
+    return folder
+
+
+def flags(start: Path, output: Path, *more: str) -> list[str]:
+    settings = {
+        "--dataset": "clotho",
+        "--data-dir": start / "clotho",
+        "--model": start / "untrained",
+        "--output-dir": output,
+        "--batch-size": 8,
+        "--num-train-epochs": 3,
+        "--learning-rate": 5e-3,
+        "--logging-steps": 1,
+        "--save-steps": 4,
+        "--audio-dropout": 0.3,
+        "--draw-from": 15,
+        "--dropout": 0.1,
+        "--device": "cpu",
+    }
+    return [str(part) for pair in settings.items() for part in pair] + list(more)
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+
+
+def recap_train(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "recap_hf.cli", "train", *arguments]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def kill_at_step(step: int, *arguments: str) -> None:
+    """Start a run and kill it as soon as it has logged `step`."""
+    command = [sys.executable, "-m", "recap_hf.cli", "train", *arguments]
+    with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if re.search(rf" step {step}/", line):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_killed_at_random_steps_and_resumed(start: Path):
+    """60 captions in steps of 8 are 8 steps an epoch, 24 in all."""
+    recap_train(*flags(start, start / "whole"))
+    steps = sorted(random.Random(5).sample(range(2, 24), 3))
+    for step in steps:
+        kill_at_step(step, *flags(start, start / "killed", "--resume"))
+    recap_train(*flags(start, start / "killed", "--resume"))
+    whole, killed = (load_file(start / name / "model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    reports = [json.loads((start / name / "report.json").read_text()) for name in ("whole", "killed")]
+    assert reports[0]["losses"] == reports[1]["losses"]
+
+
+def test_two_processes_give_the_losses_of_one(start: Path):
+    # Dropout draws differ between processes, so the comparison is without it.
+    more = ("--dropout", "0")
+    recap_train(*flags(start, start / "one", *more))
+    result = recap_train(*flags(start, start / "two", "--num-processes", "2", *more))
+    assert "World size 2, 1 torch threads each" in result.stderr
+    one, two = (json.loads((start / name / "report.json").read_text()) for name in ("one", "two"))
+    assert (one["machine"]["world_size"], two["machine"]["world_size"]) == (1, 2)
+    for first, second in zip(one["losses"], two["losses"], strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], abs=1e-4)
+    for first, second in zip(one["evaluations"], two["evaluations"], strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], abs=1e-4)
+    # Both encoded their share: every clip once.
+    assert two["data"]["splits"]["train"]["clips_encoded"] == 12
+
+
+def test_accelerate_launch_starts_the_same_run(start: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+    ]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(REPOSITORY / "train.py")]
+    command += flags(start, start / "launched", "--max_train_steps", "2")
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((start / "launched" / "report.json").read_text())["steps"] == 2
+
+
+def test_torchrun_with_another_number_of_processes_is_refused(start: Path):
+    command = [sys.executable, "-m", "recap_hf.cli", "train", *flags(start, start / "x", "--num-processes", "2")]
+    result = subprocess.run(
+        command, env=environment(WORLD_SIZE="1"), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 1
+    assert "--num-processes 2, but this was launched as 1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_failing_process_ends_the_others(start: Path):
+    command = [sys.executable, "-m", "recap_hf.cli", "train"]
+    command += flags(start, start / "y", "--num-processes", "2", "--datastore", str(start / "nowhere"))
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
+from conftest import REPOSITORY
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 
 from recap_hf.hub import (
@@ -18,10 +23,11 @@ from recap_hf.hub import (
     Result,
     Section,
     licence_identifier,
+    read_scores,
     render_datastore_card,
     render_model_card,
 )
-from recap_hf.hub.cards import eval_results, size_category
+from recap_hf.hub.cards import eval_results, is_unedited, save_card, size_category
 from recap_hf.hub.licences import forbids_commercial_use
 
 PROMPT = "Audios similar to this audio sounds like: caption 1, caption 2. This audio sounds like:"
@@ -274,3 +280,98 @@ def test_facts_that_are_none_are_refused_by_name(tmp_path, text, message):
     with pytest.raises(ValueError, match=re.escape(message)) as refusal:
         CardFacts.from_file(path)
     assert str(path) in str(refusal.value)
+
+
+CODE_OF_SCORES = {"recap_hf": "0.1.0", "bleu, cider_d": "pycocoevalcap 1.2", "tokenizer": "PTB", "fense": "fense 0.2"}
+
+
+def test_scores_become_figures_with_their_implementation(tmp_path):
+    """The layout of `recap evaluate`: several systems, intervals, metrics that were skipped."""
+    scores = {
+        "clip_list": {"name": "clotho-evaluation", "num_clips": 1_045, "sha256": "0" * 64},
+        "implementation": CODE_OF_SCORES,
+        "notes": ["3 clips retrieved one of their own references"],
+        "systems": {
+            "recap": {
+                "corpus": {"bleu_1": 0.5, "cider_d": 0.4, "spice": None, "fense": 0.3},
+                "intervals": {"bleu_1": [0.45, 0.55]},
+            },
+            "no_retrieval": {"corpus": {"bleu_1": 0.4}, "intervals": {}},
+        },
+    }
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    results, notes = read_scores(tmp_path / "scores.json", "Clotho", "evaluation")
+    assert notes == scores["notes"]
+    own = {"dataset": "Clotho", "split": "evaluation", "clips": 1_045, "clip_list": "clotho-evaluation"}
+    assert results == [
+        Result("BLEU-1", 0.5, implementation="pycocoevalcap 1.2, PTB", low=0.45, high=0.55, **own),
+        Result("CIDEr-D", 0.4, implementation="pycocoevalcap 1.2, PTB", **own),
+        Result("FENSE", 0.3, implementation="fense 0.2, PTB", **own),
+        Result("BLEU-1", 0.4, implementation="pycocoevalcap 1.2, PTB", system="no retrieval", **own),
+    ]
+
+
+def test_scores_of_one_system_name_their_list_by_its_hash(tmp_path):
+    scores = {
+        "corpus": {"bleu_4": 0.25},
+        "clip_list": {"name": None, "num_clips": 2, "sha256": "abcdef0123456789"},
+        "implementation": CODE_OF_SCORES,
+    }
+    (tmp_path / "ours.json").write_text(json.dumps(scores))
+    ((result,), notes) = read_scores(tmp_path / "ours.json")
+    assert (result.clip_list, result.dataset, notes) == ("sha256 abcdef012345", tmp_path.name, [])
+    (tmp_path / "ours.json").write_text("[1]")
+    with pytest.raises(ValueError, match=re.escape("ours.json is no file of scores")):
+        read_scores(tmp_path / "ours.json")
+
+
+def test_an_edited_card_is_told_from_one_that_nobody_touched(description, tmp_path):
+    path = save_card(render_model_card("user/recap", description), tmp_path)
+    assert is_unedited(path)
+    assert ModelCard.load(path).data.library_name == "transformers"
+    path.write_text(
+        path.read_text().replace("an audio captioner", "MY audio captioner").replace("An audio", "My audio")
+    )
+    assert not is_unedited(path)
+    path.write_text("# My model")
+    assert not is_unedited(path)
+
+
+RENDER = """
+import sys
+from pathlib import Path
+import recap_hf.model_cards
+from recap_hf.hub import ModelDescription, render_model_card
+assert Path(recap_hf.model_cards.__file__).is_relative_to(sys.argv[1]), recap_hf.model_cards.__file__
+print(render_model_card("user/recap", ModelDescription({"decoder": "GPT-2"}, "prompt", 1)))
+"""
+
+
+def test_cards_render_from_an_installed_wheel(tmp_path):
+    """The wheel's own files, unpacked apart from the source tree, hold the templates."""
+    pytest.importorskip("setuptools", reason="building a wheel needs setuptools")
+    source, unpacked = tmp_path / "source", tmp_path / "unpacked"
+    ignored = shutil.ignore_patterns("__pycache__", "assets", "*.egg-info")
+    for name in ("recap_hf", "modeling", "conversion", "model_cards"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=ignored)
+    (source / "recap_hf" / "assets").mkdir()
+    shutil.copy(REPOSITORY / "recap_hf" / "assets" / "__init__.py", source / "recap_hf" / "assets")
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+        if (REPOSITORY / name).is_file():
+            shutil.copy(REPOSITORY / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*build, str(tmp_path), str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, unpacked, "zip")
+    environment = {**os.environ, "PYTHONPATH": str(unpacked)}
+    done = subprocess.run(
+        [sys.executable, "-c", RENDER, str(unpacked)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert ModelCard(done.stdout).data.pipeline_tag == "audio-text-to-text"
+    assert "retrieves the caption that fits it best" in done.stdout

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from recap_hf.hub import CardFacts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON or YAML with what the card is to say (default: FOLDER/card_facts.json)",
     )
     parser.add_argument(
+        "--scores",
+        action="append",
+        default=[],
+        metavar="[DATASET=]FILE",
+        help="figures for the card, from `recap evaluate` (scores.json) or `recap score`; repeatable",
+    )
+    parser.add_argument(
         "--overwrite-card",
         action="store_true",
         help="replace the README.md that the repository has (default: keep it)",
@@ -35,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from recap_hf.hub import CardFacts, PushOptions, push_folder
+    from recap_hf.hub import PushOptions, push_folder
 
     options = PushOptions(
         private=args.private or None,
@@ -45,11 +56,27 @@ def run(args: argparse.Namespace) -> int:
         overwrite_card=args.overwrite_card,
         max_shard_size=args.max_shard_size,
     )
-    facts = CardFacts.from_file(args.card_facts) if args.card_facts else None
-    for result in push_folder(args.folder, args.repo, options, args.datastore_repo, facts):
+    for result in push_folder(args.folder, args.repo, options, args.datastore_repo, read_facts(args)):
         if result.deleted:
             print(f"{result.repo_id}: deleted {', '.join(result.deleted)}", file=sys.stderr)
         if result.card_kept:
             print(f"{result.repo_id}: kept its README.md; --overwrite-card replaces it", file=sys.stderr)
         print(result.commit.pr_url or result.commit.commit_url)
     return 0
+
+
+def read_facts(args: argparse.Namespace) -> CardFacts:
+    """What the card is to say: the facts of the file or the folder, and the figures of `--scores`."""
+    from pathlib import Path
+
+    from recap_hf.hub import CardFacts, read_scores
+    from recap_hf.hub.facts import FACTS_FILE
+
+    path = Path(args.card_facts or Path(args.folder, FACTS_FILE))
+    facts = CardFacts.from_file(path) if args.card_facts or path.is_file() else CardFacts()
+    for each in args.scores:
+        dataset, _, file = each.rpartition("=")
+        results, notes = read_scores(file, dataset or None)
+        facts.results += results
+        facts.result_notes += notes
+    return facts

@@ -4,6 +4,7 @@ from .cards import DatastoreFacts, ModelDescription, render_datastore_card, rend
 from .facts import CardFacts, DataSource, Result, Section
 from .licences import KNOWN_LICENCES, licence_identifier
 from .push import PushOptions, push_checkpoint, push_datastore, push_folder
+from .scores import read_scores
 
 __all__ = [
     "KNOWN_LICENCES",
@@ -18,6 +19,7 @@ __all__ = [
     "push_checkpoint",
     "push_datastore",
     "push_folder",
+    "read_scores",
     "render_datastore_card",
     "render_model_card",
 ]

@@ -6,6 +6,7 @@ written here is read back by `ModelCard.load`.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from .licences import forbids_commercial_use, licence_identifier
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard, EvalResult, ModelCard
 
+MARK = "<!-- rendered by recap_hf; a push renders it anew until somebody edits it ({}) -->"
 PIPELINE_TAG = "audio-text-to-text"
 TASK_NAME = "Audio captioning"
 MODEL_TAGS = ("audio-captioning", "recap", "clap", "gpt2", "retrieval-augmented-generation")
@@ -135,6 +137,7 @@ def render_model_card(
         training_data=facts.training_data,
         training=facts.training,
         tables=result_tables(facts.results),
+        notes=facts.result_notes,
         sections=facts.sections,
         limits=limits,
         licence_text=model_licence_text(facts.licence, datastore),
@@ -393,7 +396,18 @@ def figure(result: Result | None) -> str:
 
 
 def save_card(card: ModelCard | DatasetCard, folder: str | Path) -> Path:
-    """Writes a card as README.md into a folder."""
+    """Writes a card as README.md into a folder, marked so that `is_unedited` knows it."""
     path = Path(folder, "README.md")
-    path.write_text(str(card), encoding="utf-8")
+    text = str(card).rstrip() + "\n"
+    path.write_text(f"{text}\n{MARK.format(digest(text))}\n", encoding="utf-8")
     return path
+
+
+def is_unedited(path: str | Path) -> bool:
+    """Whether a card is as `save_card` wrote it: nobody's words are lost when it is rendered again."""
+    text, _, mark = Path(path).read_text(encoding="utf-8").rstrip().rpartition("\n\n")
+    return mark == MARK.format(digest(text + "\n"))
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

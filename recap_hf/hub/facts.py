@@ -84,6 +84,7 @@ class CardFacts:
         training_data: what it was trained on.
         training: settings of the training, name to value, in the order in which they are to be shown.
         results: figures, the model's own and its controls'.
+        result_notes: what a reader of the figures should know, one sentence each.
         limits: one sentence each, added to what is true of every RECAP model.
         sections: further sections, shown before the limits.
         tags: added to the card's tags.
@@ -97,6 +98,7 @@ class CardFacts:
     training_data: list[DataSource] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
+    result_notes: list[str] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)

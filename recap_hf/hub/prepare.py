@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .cards import render_datastore_card, render_model_card, save_card
+from .cards import is_unedited, render_datastore_card, render_model_card, save_card
 from .describe import describe_checkpoint, describe_datastore
 from .facts import FACTS_FILE, CardFacts
 from .parquet import PATTERN, write_parquet
@@ -25,8 +25,8 @@ def prepare_folder(
 ) -> None:
     """Adds a card to a saved checkpoint or datastore, and Parquet files to the latter.
 
-    A README.md that is there already stays as it is. Facts are read from `card_facts.json` in the folder where none
-    are given.
+    A README.md that somebody has written or edited stays as it is. Facts are read from `card_facts.json` in the
+    folder where none are given.
 
     Args:
         folder: what `save_pretrained` wrote; files are added to it.
@@ -36,8 +36,6 @@ def prepare_folder(
         facts: what is known beyond the files.
         datastore_folder: where the datastore of a checkpoint is, if the checkpoint only refers to it.
     """
-    from recap_hf.modeling.hub_recap import CARD
-
     folder = Path(folder)
     if facts is None and (folder / FACTS_FILE).is_file():
         facts = CardFacts.from_file(folder / FACTS_FILE)
@@ -45,9 +43,15 @@ def prepare_folder(
     facts = replace(facts, tags=[*facts.tags, *(tags or [])])
     if repo_type == "dataset":
         prepare_datastore(folder, repo_id, facts)
-    elif (folder / "config.json").is_file() and not (folder / CARD).exists():
+    elif (folder / "config.json").is_file() and may_write_card(folder):
         # A processor alone has no config.json: the card comes with the model.
         prepare_checkpoint(folder, repo_id, facts, datastore_folder)
+
+
+def may_write_card(folder: Path) -> bool:
+    """Whether there is no card, or one that nobody has touched since it was rendered."""
+    card = folder / "README.md"
+    return not card.exists() or is_unedited(card)
 
 
 def prepare_checkpoint(
@@ -67,12 +71,12 @@ def prepare_checkpoint(
 
 def prepare_datastore(folder: Path, repo_id: str, facts: CardFacts) -> None:
     """Writes the Parquet files of a datastore and, unless it has one, its card."""
-    from recap_hf.modeling.hub_recap import CARD, PARQUET_FOLDER
+    from recap_hf.modeling.hub_recap import PARQUET_FOLDER
     from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
     datastore = CaptionDatastore.from_pretrained(folder)
     columns = write_parquet(datastore.records, folder / PARQUET_FOLDER)
-    if (folder / CARD).exists():
+    if not may_write_card(folder):
         return
     step = max(1, len(datastore) // NUM_EXAMPLES)
     examples = list(dict.fromkeys(datastore.captions[::step]))[:NUM_EXAMPLES]

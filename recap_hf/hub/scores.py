@@ -1,0 +1,81 @@
+"""Figures for a card out of the files that `recap score` and `recap evaluate` write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .facts import Result
+
+MAIN_SYSTEM = "recap"
+METRICS = {
+    "bleu_1": "BLEU-1",
+    "bleu_4": "BLEU-4",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr-D",
+    "spice": "SPICE",
+    "spider": "SPIDEr",
+    "fense": "FENSE",
+    "spider_fl": "SPIDEr-FL",
+}
+
+
+def read_scores(path: str | Path, dataset: str | None = None, split: str = "test") -> tuple[list[Result], list[str]]:
+    """Figures and the notes to them from a file of scores.
+
+    Args:
+        path: `scores.json` of a `recap evaluate` folder, or the output of `recap score`.
+        dataset: what was measured on; by default the name of the clip list, or of the file's folder.
+        split: split of the dataset.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is not a file of scores.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        clip_list = content["clip_list"]
+        systems = content.get("systems") or {MAIN_SYSTEM: content}
+        corpora = {name: (system["corpus"], system.get("intervals") or {}) for name, system in systems.items()}
+        code = content["implementation"]
+        list_name = clip_list.get("name") or f"sha256 {clip_list['sha256'][:12]}"
+        clips = int(clip_list["num_clips"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no file of scores ({error!r}): expected what `recap evaluate` or `recap score` writes"
+        ) from error
+    dataset = dataset or clip_list.get("name") or path.resolve().parent.name
+    results = []
+    for system, (corpus, intervals) in corpora.items():
+        for key, name in METRICS.items():
+            if corpus.get(key) is None:
+                continue
+            low, high = intervals.get(key) or (None, None)
+            results.append(
+                Result(
+                    name,
+                    corpus[key],
+                    dataset,
+                    implementation_of(key, code),
+                    split=split,
+                    clips=clips,
+                    clip_list=list_name,
+                    low=low,
+                    high=high,
+                    system=None if system == MAIN_SYSTEM else system.replace("_", " "),
+                )
+            )
+    return results, list(content.get("notes") or [])
+
+
+def implementation_of(metric: str, code: Mapping[str, Any]) -> str:
+    """What computed a metric, out of a file's `implementation`: its keys list metrics, `bleu` for all four."""
+    for names, text in code.items():
+        if metric in names.split(", ") or metric.rstrip("_1234") in names.split(", "):
+            tokenizer = f", {code['tokenizer']}" if code.get("tokenizer") else ""
+            return f"{text}{tokenizer}"
+    return f"recap_hf {code.get('recap_hf', '')}".strip()

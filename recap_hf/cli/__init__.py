@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("recap_hf.cli.export", "write a captioner as ONNX graphs"),
     "onnx": ("recap_hf.cli.onnx", "describe recordings with an exported captioner, without torch"),
     "push": ("recap_hf.cli.push", "push a checkpoint or a datastore to the Hugging Face Hub"),
+    "tiny": ("recap_hf.cli.tiny", "make and evaluate the embedded default, recap-tiny"),
 }
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2

@@ -1,0 +1,102 @@
+"""`recap tiny`: make and evaluate the embedded default `recap-tiny` from a folder of sounds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+_STAGES = {
+    "tokenizers": "train both tokenizers on the project's grammar and lexicon",
+    "clap": "train the CLAP on mixtures of the sounds",
+    "language-model": "train the language model on retrieval prompts of the grammar",
+    "captioner": "train the cross-attention between the two, and save the checkpoint",
+    "all": "all four stages in turn",
+    "evaluate": "figures beside their controls on one fold",
+    "examples": "synthesise the example recordings",
+}
+_STEPS = {"clap": 4000, "language-model": 1600, "captioner": 500}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `recap tiny`."""
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    for name, text in _STAGES.items():
+        stage = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == "examples":
+            stage.add_argument("--output", metavar="DIR", required=True, help="folder for the recordings")
+            continue
+        stage.add_argument(
+            "--sounds", metavar="DIR", required=name != "tokenizers", help="folder of recordings with a metadata.csv"
+        )
+        if name == "evaluate":
+            _add_evaluation_arguments(stage)
+            continue
+        stage.add_argument("--work-dir", metavar="DIR", required=True, help="folder for checkpoints and results")
+        stage.add_argument("--folds", default="1,2,3,4", help="folds to train on (default: %(default)s)")
+        stage.add_argument("--steps", type=int, help=f"length of the stage; defaults: {_STEPS}")
+        stage.add_argument("--learning-rate", type=float, help="peak of the schedule; the recipe's by default")
+        stage.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        stage.add_argument("--threads", type=int, help="threads of PyTorch; its own choice by default")
+        stage.add_argument("--stop-after", type=int, metavar="STEP", help="stop there; the same command resumes")
+
+
+def _add_evaluation_arguments(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--model", metavar="DIR", help="checkpoint; the embedded default if not given")
+    stage.add_argument("--fold", type=int, default=5, help="fold to evaluate on (default: %(default)s)")
+    stage.add_argument("--keywords", metavar="FILE.json", help="what counts as naming an event; our own by default")
+    stage.add_argument("--quick", action="store_true", help="single clips alone")
+    stage.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
+    stage.add_argument("--output", metavar="FILE", help="write the result there instead of to the standard output")
+    stage.add_argument("--threads", type=int, help="threads of PyTorch; its own choice by default")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one stage."""
+    import torch
+
+    if getattr(args, "threads", None):
+        torch.set_num_threads(args.threads)
+    if args.stage == "evaluate":
+        return _evaluate(args)
+    if args.stage == "examples":
+        from recap_hf.tiny.examples import write_examples
+
+        for path in write_examples(args.output):
+            print(path)
+        return 0
+    from recap_hf.tiny.recipe import Recipe
+
+    try:
+        folds = tuple(int(fold) for fold in args.folds.split(","))
+    except ValueError:
+        raise ValueError(f"--folds takes numbers parted by commas, as in 1,2,3; got {args.folds!r}") from None
+    if args.stage == "all" and args.steps is not None:
+        raise ValueError("--steps belongs to one stage; run the stages one by one to set the length of each")
+    recipe = Recipe(args.sounds, Path(args.work_dir), folds, args.seed)
+    stages = ("tokenizers", "clap", "language-model", "captioner") if args.stage == "all" else (args.stage,)
+    for stage in stages:
+        steps = _STEPS.get(stage, 0) if args.steps is None else args.steps
+        result = recipe.run(stage, steps, args.learning_rate, args.stop_after)
+        print(f"recap tiny {stage}: {result}", file=sys.stderr)
+    print(result)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
+    from recap_hf.tiny.evaluation import evaluate, format_table
+    from recap_hf.tiny.naming import NamingRules
+
+    folder = args.model or default_model_path()
+    rules = NamingRules.read(args.keywords) if args.keywords else NamingRules.ours()
+    model = RecapForConditionalGeneration.from_pretrained(folder)
+    processor = RecapProcessor.from_pretrained(folder)
+    result = evaluate(model, processor, args.sounds, args.fold, rules, quick=args.quick)
+    text = json.dumps(result, indent=1) if args.format == "json" else format_table(result)
+    if args.output:
+        Path(args.output).write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+    return 0

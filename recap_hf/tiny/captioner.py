@@ -1,0 +1,220 @@
+"""RECAP proper: CLAP and GPT-2 frozen, only the cross-attention trained, with retrieved prompts.
+
+Audio is encoded once for a pool of mixtures; prompts and target wordings are drawn afresh in every step.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .clap import audio_batch
+from .datastore import datastore_scenes
+from .grammar import Part, Scene, invented_sound, render
+from .lexicon import HEARD, other_sounds
+from .mixtures import MixtureConfig, draw_example
+from .sounds import SoundBank
+from .trainer import TrainConfig, is_main_process, train
+
+if TYPE_CHECKING:
+    from recap_hf import CaptionDatastore, RecapForConditionalGeneration, RecapProcessor
+
+__all__ = ["CaptionerRecipe", "assemble", "save_recap_tiny", "train_captioner"]
+
+
+@dataclass(frozen=True)
+class CaptionerRecipe:
+    """Sizes and shares of the training of the cross-attention."""
+
+    cross_attention_reduce_factor: int = 4
+    num_retrieved: int = 4
+    pool: int = 4000
+    batch_size: int = 32
+    depth: tuple[int, int] = (4, 40)
+    hidden_share: float = 0.15
+    renamed_share: float = 0.2
+    promptless_share: float = 0.05
+    mixtures: MixtureConfig = field(default_factory=MixtureConfig)
+
+
+def assemble(
+    clap: str | Path, language_model: str | Path, tokenizers: str | Path, recipe: CaptionerRecipe
+) -> tuple[RecapForConditionalGeneration, RecapProcessor]:
+    """The captioner with an untrained cross-attention, and its processor without a datastore."""
+    from transformers import AutoTokenizer
+
+    from recap_hf import RecapForConditionalGeneration, RecapProcessor
+
+    model = RecapForConditionalGeneration.from_clap_gpt2_pretrained(
+        clap,
+        language_model,
+        cross_attention_reduce_factor=recipe.cross_attention_reduce_factor,
+        num_retrieved_captions=recipe.num_retrieved,
+    )
+    tokenizers = Path(tokenizers)
+    processor = RecapProcessor.from_config(
+        model.config,
+        AutoTokenizer.from_pretrained(tokenizers / "gpt2"),
+        AutoTokenizer.from_pretrained(tokenizers / "clap"),
+    )
+    return model, processor
+
+
+def build_datastore(
+    model: RecapForConditionalGeneration, processor: RecapProcessor, captions: list[str]
+) -> CaptionDatastore:
+    """Captions of the grammar as a datastore of this model."""
+    from recap_hf import CaptionDatastore
+
+    records = [{"caption": text, "source": "recap_hf grammar", "licence": "Apache-2.0"} for text in captions]
+    return CaptionDatastore.from_captions(records, model, processor)
+
+
+@dataclass
+class _Pool:
+    """Encoded mixtures with their scenes and the rows of the captions nearest to each."""
+
+    states: torch.Tensor
+    scenes: list[Scene]
+    rows: np.ndarray
+
+
+@torch.no_grad()
+def _encode_pool(
+    model: RecapForConditionalGeneration,
+    store: CaptionDatastore,
+    bank: SoundBank,
+    folds: tuple[int, ...],
+    events: tuple[str, ...],
+    recipe: CaptionerRecipe,
+    seed: int,
+) -> _Pool:
+    states, scenes, embeds = [], [], []
+    for start in range(0, recipe.pool, 64):
+        rng = np.random.default_rng([seed, 0x9001, start])
+        examples = [
+            draw_example(bank, folds, rng, recipe.mixtures, events) for _ in range(min(64, recipe.pool - start))
+        ]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            encoding = model.encode_audio(input_features=audio_batch(examples))
+        states.append(encoding.last_hidden_state.to(torch.bfloat16))
+        embeds.append(encoding.audio_embeds[:, 0].float().numpy())
+        scenes += [example.scene for example in examples]
+    similarity = np.concatenate(embeds) @ np.asarray(store.embeddings).T
+    rows = np.argsort(-similarity, axis=1, kind="stable")[:, : recipe.depth[1] + 1]
+    return _Pool(torch.cat(states), scenes, rows)
+
+
+def _renaming(rng: np.random.Generator) -> dict[str, Part]:
+    """Every event under the name of a sound that is not heard, or under an invented one."""
+    names = list(other_sounds())
+    chosen = rng.choice(len(names), size=len(HEARD), replace=False)
+    return {
+        key: invented_sound(rng) if rng.random() < 0.3 else Part(names[index])
+        for key, index in zip(HEARD, chosen, strict=True)
+    }
+
+
+def _rename(scene: Scene, names: dict[str, Part]) -> Scene:
+    parts = tuple(
+        replace(names[part.key], attributes=part.attributes) if part.key in names else part for part in scene.parts
+    )
+    return replace(scene, parts=parts)
+
+
+class _Batches:
+    def __init__(self, model, processor, pool: _Pool, captions: list[tuple[str, Scene]], recipe: CaptionerRecipe):
+        self.model, self.processor, self.pool = model, processor, pool
+        self.captions, self.recipe = captions, recipe
+
+    def _prompt(self, row: int, target: str, names: dict[str, Part] | None, rng: np.random.Generator) -> list[str]:
+        recipe = self.recipe
+        if rng.random() < recipe.promptless_share:
+            return []
+        depth = int(rng.integers(recipe.depth[0], recipe.depth[1] + 1))
+        near = [int(index) for index in self.pool.rows[row] if self.captions[index][0] != target][:depth]
+        chosen = sorted(rng.choice(len(near), size=min(recipe.num_retrieved, len(near)), replace=False))
+        hits = [self.captions[near[index]] for index in chosen]
+        if names is None:
+            return [text for text, _ in hits]
+        return [render(_rename(scene, names), rng, 1.0, 1.0).text for _, scene in hits]
+
+    def __call__(self, rng: np.random.Generator, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        recipe, pool = self.recipe, self.pool
+        rows = rng.integers(len(pool.scenes), size=recipe.batch_size)
+        prompts, targets = [], []
+        for row in rows:
+            names = _renaming(rng) if rng.random() < recipe.renamed_share else None
+            scene = pool.scenes[row] if names is None else _rename(pool.scenes[row], names)
+            target = render(scene, rng).text
+            prompts.append(self._prompt(row, target, names, rng))
+            targets.append(target)
+        inputs = self.processor.build_training_inputs(prompts, targets)
+        states = pool.states[torch.from_numpy(rows)].float()
+        hidden = torch.from_numpy(rng.random(len(rows)) < recipe.hidden_share)
+        states[hidden] = 0.0
+        output = self.model(encoder_outputs=(states,), **inputs, use_cache=False)
+        return output.loss, {"loss": output.loss.item()}
+
+
+def train_captioner(
+    parts: tuple[str | Path, str | Path, str | Path],
+    bank: SoundBank,
+    folder: str | Path,
+    folds: tuple[int, ...],
+    recipe: CaptionerRecipe,
+    config: TrainConfig,
+    events: tuple[str, ...] = tuple(HEARD),
+    stop_after: int | None = None,
+) -> tuple[RecapForConditionalGeneration, RecapProcessor]:
+    """Train the cross-attention on mixtures of `folds` and save the finished checkpoint to `folder`.
+
+    Args:
+        parts: Folders of the CLAP, the language model and the tokenizers.
+        bank: The source clips.
+        folder: Where checkpoint and result go; the result is `folder/model`.
+        folds: Folds that may be heard.
+        recipe: Sizes and shares.
+        config: Optimisation.
+        events: Events that the captions of this training may name.
+        stop_after: Stop after so many steps; resumes.
+    """
+    torch.manual_seed(config.seed)
+    model, processor = assemble(*parts, recipe)
+    captions = datastore_scenes(events)
+    processor.datastore = build_datastore(model, processor, [text for text, _ in captions])
+    model.freeze_base()
+    pool = _encode_pool(model, processor.datastore, bank, folds, events, recipe, config.seed)
+    batches = _Batches(model, processor, pool, captions, recipe)
+    train(model, batches, config, Path(folder) / "checkpoint.pt", "captioner", stop_after)
+    if is_main_process():
+        save_recap_tiny(model, processor, Path(folder) / "model")
+    return model.eval(), processor
+
+
+def _say_float32(config: dict[str, Any]) -> None:
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            config[key] = "float32"
+        elif isinstance(value, dict):
+            _say_float32(value)
+
+
+def save_recap_tiny(model: RecapForConditionalGeneration, processor: RecapProcessor, folder: str | Path) -> None:
+    """Save with weights in float16 and a configuration that says float32: half the size, loaded as float32."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(folder)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    halved = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _say_float32(config)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

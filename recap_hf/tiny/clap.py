@@ -1,0 +1,240 @@
+"""The CLAP of recap-tiny, from scratch: contrastive with hard negatives, and two training-only tagging heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .grammar import Caption, Scene, compatible, contradict, render
+from .lexicon import HEARD, SPECIAL, vocabulary_sounds
+from .mixtures import TIME_STEPS, Example, MixtureConfig, draw_example
+from .sounds import SoundBank
+from .tokenization import draw_text_scene
+from .trainer import TrainConfig, is_main_process, train
+
+if TYPE_CHECKING:
+    from transformers import ClapModel, PreTrainedTokenizerBase
+
+__all__ = ["TAGS", "ClapRecipe", "ClapTrainee", "audio_batch", "build_clap", "embed_texts", "train_clap"]
+
+TAGS: tuple[str, ...] = (*HEARD, *SPECIAL)
+_MAX_LOGIT_SCALE = 4.0  # exp(4) = 55
+
+
+@dataclass(frozen=True)
+class ClapRecipe:
+    """Sizes and shares of the training of the CLAP."""
+
+    patch_embeds_hidden_size: int = 64
+    depths: tuple[int, ...] = (1, 2, 2)
+    num_attention_heads: tuple[int, ...] = (2, 4, 8)
+    text_hidden_size: int = 192
+    text_layers: int = 2
+    projection_dim: int = 128
+    batch_size: int = 64
+    text_scenes: int = 16
+    tag_weight: float = 2.0
+    frame_weight: float = 1.0
+    text_weight: float = 0.3
+    # Single sounds first: their share falls from this to the mixtures' own.
+    first_singles: float = 0.85
+    curriculum_steps: int = 1200
+    bfloat16: bool = True
+    mixtures: MixtureConfig = field(default_factory=MixtureConfig)
+
+
+def build_clap(tokenizer: PreTrainedTokenizerBase, recipe: ClapRecipe) -> ClapModel:
+    """A `ClapModel` with random weights.
+
+    Patches of 8 x 8 and three stages end in the grid of the full-size encoder, 2 x 32 = 64 vectors for 10 s, at a
+    quarter of the tokens; a window of 8 x 8 patches spans all 64 mel bins and 0.64 s.
+    """
+    from transformers import ClapAudioConfig, ClapConfig, ClapModel, ClapTextConfig
+
+    audio = ClapAudioConfig(
+        patch_size=8,
+        patch_stride=[8, 8],
+        patch_embeds_hidden_size=recipe.patch_embeds_hidden_size,
+        hidden_size=recipe.patch_embeds_hidden_size * 2 ** (len(recipe.depths) - 1),
+        depths=list(recipe.depths),
+        num_hidden_layers=len(recipe.depths),
+        num_attention_heads=list(recipe.num_attention_heads),
+        hidden_act="relu",
+        hidden_dropout_prob=0.0,
+        enable_fusion=False,
+        projection_dim=recipe.projection_dim,
+    )
+    text = ClapTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.text_hidden_size,
+        intermediate_size=recipe.text_hidden_size * 3,
+        num_hidden_layers=recipe.text_layers,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length + 2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        layer_norm_eps=1e-5,
+        projection_dim=recipe.projection_dim,
+    )
+    return ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=recipe.projection_dim))
+
+
+class ClapTrainee(nn.Module):
+    """A CLAP with the two heads that only its training uses: tags of the whole clip and of each of 32 time steps."""
+
+    def __init__(self, clap: ClapModel):
+        super().__init__()
+        self.clap = clap
+        width = clap.config.audio_config.hidden_size
+        self.tags = nn.Linear(width, len(TAGS))
+        self.frame_tags = nn.Linear(width, len(TAGS))
+
+    def forward(self, input_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, 1, 1001, 64) -> L2-normalised embeddings (B, P), tag logits (B, T), frame tag logits (B, 32, T)."""
+        self.clap.audio_model.audio_encoder.batch_norm.eval()
+        output = self.clap.audio_model(input_features=input_features)
+        embeds = F.normalize(self.clap.audio_projection(output.pooler_output).float(), dim=-1)
+        steps = output.last_hidden_state.float().mean(dim=2).transpose(1, 2)
+        return embeds, self.tags(output.pooler_output.float()), self.frame_tags(steps)
+
+
+def fix_input_statistics(clap: ClapModel, bank: SoundBank, folds: tuple[int, ...], recipe: ClapRecipe) -> None:
+    """Give the audio tower's input normalisation the statistics of 512 examples, and freeze it.
+
+    With constant statistics a clip's embedding does not depend on its batch, and no gradient has to pass the
+    interpolation of the input (a quarter of a step's time on a CPU).
+    """
+    normalisation = clap.audio_model.audio_encoder.batch_norm
+    rng = np.random.default_rng([0xBA7C, len(folds)])
+    features = audio_batch([draw_example(bank, folds, rng, recipe.mixtures) for _ in range(512)])
+    with torch.no_grad():
+        normalisation.running_mean.copy_(features.mean(dim=(0, 1, 2)))
+        normalisation.running_var.copy_(features.var(dim=(0, 1, 2)))
+    normalisation.requires_grad_(False)
+
+
+def embed_texts(clap: ClapModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> torch.Tensor:
+    """L2-normalised text embeddings (N, P)."""
+    encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    output = clap.text_model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])
+    return F.normalize(clap.text_projection(output.pooler_output).float(), dim=-1)
+
+
+def audio_batch(examples: list[Example]) -> torch.Tensor:
+    """`input_features` (B, 1, 1001, 64) in dB."""
+    power = torch.from_numpy(np.stack([example.power for example in examples]))
+    return (10 * torch.log10(power.clamp_min(1e-10)))[:, None]
+
+
+def _targets(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    tags = torch.zeros(len(examples), len(TAGS))
+    frames = torch.zeros(len(examples), TIME_STEPS, len(TAGS))
+    for row, example in enumerate(examples):
+        for event, active in example.activity.items():
+            tags[row, TAGS.index(event)] = 1
+            frames[row, :, TAGS.index(event)] = torch.from_numpy(active).float()
+    return tags, frames
+
+
+def _soft_cross_entropy(logits: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy with the target spread evenly over the positives of each row; rows without any are left out."""
+    count = positive.sum(dim=1)
+    rows = count > 0
+    target = positive[rows] / count[rows, None]
+    return -(target * F.log_softmax(logits[rows], dim=1)).sum(dim=1).mean()
+
+
+def contrastive_loss(
+    audio: torch.Tensor,
+    texts: torch.Tensor,
+    positive: torch.Tensor,
+    audio_scale: torch.Tensor,
+    text_scale: torch.Tensor,
+) -> torch.Tensor:
+    """Both directions, every compatible pair a positive.
+
+    Args:
+        audio: (N, P) normalised.
+        texts: (M, P) normalised: own captions, hard negatives and captions of other sounds.
+        positive: (N, M) bool.
+        audio_scale, text_scale: logarithms of the two temperatures, as `ClapModel` holds them.
+    """
+    similarity = audio @ texts.T
+    positive = positive.float()
+    from_audio = _soft_cross_entropy(similarity * audio_scale.clamp(max=_MAX_LOGIT_SCALE).exp(), positive)
+    from_text = _soft_cross_entropy(similarity.T * text_scale.clamp(max=_MAX_LOGIT_SCALE).exp(), positive.T)
+    return (from_audio + from_text) / 2
+
+
+def positives(captions: list[Caption], scenes: list[Scene]) -> torch.Tensor:
+    """(scenes, captions) bool: the caption is true of the scene."""
+    return torch.tensor([[compatible(caption, scene) for caption in captions] for scene in scenes])
+
+
+class _Batches:
+    """Draws batches and computes the loss of one step."""
+
+    def __init__(self, trainee: ClapTrainee, tokenizer, bank: SoundBank, folds: tuple[int, ...], recipe: ClapRecipe):
+        self.trainee, self.tokenizer, self.bank, self.folds, self.recipe = trainee, tokenizer, bank, folds, recipe
+
+    def __call__(self, rng: np.random.Generator, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        recipe, clap = self.recipe, self.trainee.clap
+        mixtures = recipe.mixtures.with_singles(recipe.first_singles, step / recipe.curriculum_steps)
+        examples = [draw_example(self.bank, self.folds, rng, mixtures) for _ in range(recipe.batch_size)]
+        scenes = [example.scene for example in examples]
+        captions = [render(scene, rng) for scene in scenes]
+        captions += [render(contradict(scene, rng, TAGS), rng) for scene in scenes]
+        # Of sounds that are never heard, the text tower learns from text alone: two wordings of one scene agree, and
+        # differ from a scene that is nearly the same.
+        other = [draw_text_scene(rng, invented=0.15) for _ in range(recipe.text_scenes)]
+        keys = vocabulary_sounds()
+        pairs = [render(scene, rng, 1.0, 1.0) for scene in other] + [render(scene, rng, 1.0, 1.0) for scene in other]
+        pairs += [render(contradict(scene, rng, keys), rng, 1.0, 1.0) for scene in other]
+        positive = positives(captions + pairs, scenes)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
+            embeds, tag_logits, frame_logits = self.trainee(audio_batch(examples))
+            texts = embed_texts(clap, self.tokenizer, [caption.text for caption in captions + pairs])
+        contrastive = contrastive_loss(embeds, texts, positive, clap.logit_scale_a, clap.logit_scale_t)
+        tags, frames = _targets(examples)
+        tag_loss = F.binary_cross_entropy_with_logits(tag_logits, tags) * len(TAGS) / 4
+        frame_loss = F.binary_cross_entropy_with_logits(frame_logits, frames) * len(TAGS) / 4
+        count = recipe.text_scenes
+        first, second = texts[len(captions) :][:count], texts[len(captions) :][count:]
+        against = torch.cat([second, texts[: len(captions)]])
+        scale = clap.logit_scale_t.clamp(max=_MAX_LOGIT_SCALE).exp()
+        text_loss = F.cross_entropy(first @ against.T * scale, torch.arange(count))
+        loss = contrastive + recipe.tag_weight * tag_loss + recipe.frame_weight * frame_loss
+        loss = loss + recipe.text_weight * text_loss
+        with torch.no_grad():
+            best = (embeds @ texts.T).argmax(dim=1)
+            exact = positive[torch.arange(len(scenes)), best].float().mean().item()
+        figures = {"contrastive": contrastive.item(), "tags": tag_loss.item(), "frames": frame_loss.item()}
+        return loss, figures | {"text": text_loss.item(), "first": exact}
+
+
+def train_clap(
+    bank: SoundBank,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    folds: tuple[int, ...],
+    recipe: ClapRecipe,
+    config: TrainConfig,
+    stop_after: int | None = None,
+) -> ClapTrainee:
+    """Train a CLAP on `folds` and save it to `folder` (a `ClapModel`); resumes from `folder/checkpoint.pt`."""
+    folder = Path(folder)
+    torch.manual_seed(config.seed)
+    trainee = ClapTrainee(build_clap(tokenizer, recipe))
+    fix_input_statistics(trainee.clap, bank, folds, recipe)
+    batches = _Batches(trainee, tokenizer, bank, folds, recipe)
+    train(trainee, batches, config, folder / "checkpoint.pt", "clap", stop_after)
+    if is_main_process():
+        trainee.clap.save_pretrained(folder)
+    return trainee

@@ -1,0 +1,172 @@
+"""The GPT-2 of recap-tiny, trained from scratch on retrieval prompts and captions of the grammar, then frozen.
+
+The sounds of every text are drawn afresh from the whole vocabulary, one in four under an invented name, and the prompt
+and the answer name them alike: what the answer says can only be read from the prompt, so the model learns to copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from recap_hf.modeling.prompt_recap import PAPER_PROMPT
+
+from .grammar import Part, Scene, contradict, invented_sound, render
+from .lexicon import HEARD, SPECIAL, vocabulary_sounds
+from .tokenization import draw_text_scene
+from .trainer import TrainConfig, is_main_process, train
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+__all__ = ["LanguageModelRecipe", "build_language_model", "draw_prompt", "prompt_text", "train_language_model"]
+
+
+@dataclass(frozen=True)
+class LanguageModelRecipe:
+    """Sizes and shares of the language model's training."""
+
+    n_layer: int = 4
+    n_embd: int = 192
+    n_head: int = 4
+    n_positions: int = 512
+    batch_size: int = 32
+    heard_share: float = 0.4
+    invented_share: float = 0.25
+    verbatim_share: float = 0.12
+    prompt_weight: float = 0.1
+    bfloat16: bool = True
+
+
+def build_language_model(tokenizer: PreTrainedTokenizerBase, recipe: LanguageModelRecipe) -> GPT2LMHeadModel:
+    """A `GPT2LMHeadModel` with random weights, without cross-attention."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=recipe.n_positions,
+            n_embd=recipe.n_embd,
+            n_layer=recipe.n_layer,
+            n_head=recipe.n_head,
+            resid_pdrop=0.05,
+            embd_pdrop=0.05,
+            attn_pdrop=0.05,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def prompt_text(captions: list[str]) -> str:
+    """The paper's prompt (Section 3.1) of some captions, most similar first."""
+    return PAPER_PROMPT.build(captions)
+
+
+def _heard_scene(rng: np.random.Generator) -> Scene:
+    if rng.random() < 0.08:
+        return Scene((Part(tuple(SPECIAL)[rng.integers(len(SPECIAL))]),))
+    scene = draw_text_scene(rng)
+    keys = tuple(HEARD)
+    chosen = rng.choice(len(keys), size=len(scene.parts), replace=False)
+    parts = tuple(Part(keys[index], part.attributes) for index, part in zip(chosen, scene.parts, strict=True))
+    return Scene(parts, scene.relation)
+
+
+def _near_scene(scene: Scene, rng: np.random.Generator, invented: bool) -> Scene:
+    """What retrieval returns when it errs: a contradiction of the scene, or one of its sounds alone."""
+    if len(scene.parts) > 1 and rng.random() < 0.6:
+        return Scene((scene.parts[rng.integers(len(scene.parts))],))
+    wrong = contradict(scene, rng, vocabulary_sounds() if invented else tuple(HEARD))
+    if invented and rng.random() < 0.5:
+        new = invented_sound(rng)
+        parts = tuple(new if part.key not in scene.keys else part for part in wrong.parts)
+        return Scene(parts, wrong.relation)
+    return wrong
+
+
+def _verbatim(rng: np.random.Generator) -> tuple[list[str], str]:
+    """Sentences of jumbled and invented words, of which the answer repeats the first: wordings are unknown, too."""
+
+    def sentence() -> str:
+        words = []
+        while len(words) < rng.integers(3, 12):
+            scene = draw_text_scene(rng, invented=0.3)
+            words += render(scene, rng).text.split()[: rng.integers(1, 6)]
+        text = " ".join(words).rstrip(",")
+        return text[0].upper() + text[1:] if rng.random() < 0.5 else text
+
+    first = sentence()
+    rest = [first if rng.random() < 0.3 else sentence() for _ in range(rng.integers(0, 4))]
+    return [first, *rest], first
+
+
+def draw_prompt(rng: np.random.Generator, recipe: LanguageModelRecipe) -> tuple[list[str], str]:
+    """Captions that retrieval might return, most similar first, and the caption that is the answer."""
+    if rng.random() < recipe.verbatim_share:
+        return _verbatim(rng)
+    heard = rng.random() < recipe.heard_share
+    scene = _heard_scene(rng) if heard else draw_text_scene(rng, invented=recipe.invented_share)
+    quality = rng.beta(2.5, 1.2)
+    # Four captions mostly, as the model will be used; none when audio alone is to speak.
+    count = 4 if rng.random() < 0.75 else int(rng.integers(0, 7))
+    captions: list[str] = []
+    for rank in range(count):
+        right = rng.random() < quality * 0.92**rank
+        source = scene if right else _near_scene(scene, rng, not heard)
+        for _ in range(4):
+            text = render(source, rng, 0.5).text
+            if text not in captions:
+                captions.append(text)
+                break
+    return captions, render(scene, rng, 0.6).text
+
+
+class _Batches:
+    def __init__(self, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, recipe: LanguageModelRecipe):
+        self.model, self.tokenizer, self.recipe = model, tokenizer, recipe
+
+    def __call__(self, rng: np.random.Generator, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        drawn = [draw_prompt(rng, self.recipe) for _ in range(self.recipe.batch_size)]
+        prompts = self.tokenizer([prompt_text(captions) for captions, _ in drawn])["input_ids"]
+        answers = self.tokenizer([" " + answer for _, answer in drawn])["input_ids"]
+        length = max(len(prompt) + len(answer) + 1 for prompt, answer in zip(prompts, answers, strict=True))
+        ids = torch.full((len(drawn), length), self.tokenizer.eos_token_id)
+        weights = torch.zeros(len(drawn), length)
+        mask = torch.zeros_like(ids)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            tokens = [*prompt, *answer, self.tokenizer.eos_token_id]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+            weights[row, : len(prompt)] = self.recipe.prompt_weight
+            weights[row, len(prompt) : len(tokens)] = 1.0
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.bfloat16):
+            logits = self.model(input_ids=ids, attention_mask=mask).logits
+        losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        weights = weights[:, 1:].flatten()
+        loss = (losses * weights).sum() / weights.sum()
+        answer_loss = losses[weights == 1].mean().item()
+        return loss, {"loss": loss.item(), "answer": answer_loss}
+
+
+def train_language_model(
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    recipe: LanguageModelRecipe,
+    config: TrainConfig,
+    stop_after: int | None = None,
+) -> GPT2LMHeadModel:
+    """Train the language model and save it to `folder`; resumes from `folder/checkpoint.pt`."""
+    folder = Path(folder)
+    torch.manual_seed(config.seed)
+    model = build_language_model(tokenizer, recipe)
+    train(model, _Batches(model, tokenizer, recipe), config, folder / "checkpoint.pt", "language model", stop_after)
+    if is_main_process():
+        model.save_pretrained(folder)
+    return model

@@ -1,0 +1,70 @@
+"""The stages that make recap-tiny, with the settings that made the shipped one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Recipe"]
+
+_LEARNING_RATES = {"clap": 1e-3, "language-model": 1.5e-3, "captioner": 1e-3}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages over one folder of sounds; everything is written below `work_dir`, each stage resumes."""
+
+    sounds: str | Path | None
+    work_dir: Path
+    folds: tuple[int, ...] = (1, 2, 3, 4)
+    seed: int = 0
+
+    def run(self, stage: str, steps: int, learning_rate: float | None = None, stop_after: int | None = None) -> Path:
+        """Run a stage and return the folder of its result.
+
+        Raises:
+            FileNotFoundError: an earlier stage is missing.
+        """
+        from .trainer import TrainConfig
+
+        rate = learning_rate or _LEARNING_RATES.get(stage, 0.0)
+        config = TrainConfig(steps=steps, learning_rate=rate, seed=self.seed)
+        folder = self.work_dir / stage
+        if stage == "tokenizers":
+            from .tokenization import train_tokenizers
+
+            train_tokenizers(folder)
+        elif stage == "clap":
+            from .clap import ClapRecipe, train_clap
+
+            train_clap(self._bank(), self._tokenizer("clap"), folder, self.folds, ClapRecipe(), config, stop_after)
+        elif stage == "language-model":
+            from .language_model import LanguageModelRecipe, train_language_model
+
+            train_language_model(self._tokenizer("gpt2"), folder, LanguageModelRecipe(), config, stop_after)
+        else:
+            from .captioner import CaptionerRecipe, train_captioner
+
+            parts = tuple(self._earlier(name) for name in ("clap", "language-model", "tokenizers"))
+            recipe = CaptionerRecipe()
+            train_captioner(parts, self._bank(), folder, self.folds, recipe, config, stop_after=stop_after)
+            folder = folder / "model"
+        return folder
+
+    def _earlier(self, stage: str) -> Path:
+        folder = self.work_dir / stage
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder} does not exist: run `recap tiny {stage}` with the same --work-dir first"
+            )
+        return folder
+
+    def _tokenizer(self, name: str):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._earlier("tokenizers") / name)
+
+    def _bank(self):
+        from .sounds import SoundBank
+
+        return SoundBank.load(self.sounds, self.work_dir / "mel_cache")

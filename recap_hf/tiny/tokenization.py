@@ -1,0 +1,75 @@
+"""Tokenizers of recap-tiny: byte-level BPE trained on our own grammar and lexicon, so that any text can be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from recap_hf.modeling.prompt_recap import PAPER_PROMPT
+
+from .grammar import Part, Scene, invented_sound, render
+from .lexicon import HEARD, SPECIAL, other_sounds, phrases, vocabulary_sounds
+
+__all__ = ["draw_text_scene", "train_tokenizers"]
+
+
+def draw_text_scene(rng: np.random.Generator, invented: float = 0.0) -> Scene:
+    """A scene of one to three sounds of the whole vocabulary, for models of text alone; attributes drawn freely."""
+    keys = vocabulary_sounds()
+    count = int(rng.choice([1, 2, 3], p=(0.55, 0.35, 0.1)))
+    chosen = [keys[index] for index in rng.choice(len(keys), size=count, replace=False)]
+    parts = [invented_sound(rng) if rng.random() < invented else Part(key) for key in chosen]
+    if rng.random() < 0.25:
+        name = ("far", "background", "once", "twice", "repeatedly")[rng.integers(5)]
+        parts[-1] = Part(parts[-1].key, frozenset({name}), parts[-1].phrases)
+    relation = "sequence" if count > 1 and rng.random() < 0.45 else "overlap"
+    return Scene(tuple(parts), relation)
+
+
+def _corpus(sentences: int, seed: int) -> Iterator[str]:
+    rng = np.random.default_rng(seed)
+    for key in (*HEARD, *SPECIAL, *other_sounds()):
+        for phrase in phrases(key):
+            # A word of a rare phrase deserves to be one token, whichever sounds come up in the sentences below.
+            yield from [" " + phrase] * 20
+    for _ in range(sentences):
+        yield PAPER_PROMPT.build([render(draw_text_scene(rng), rng).text])
+
+
+def train_tokenizers(folder: str | Path, vocab_size: int = 2048, sentences: int = 4000, seed: int = 0) -> None:
+    """Train one vocabulary and save it twice: `folder/gpt2` (with an end token) and `folder/clap` (RoBERTa style)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(folder)
+    specials = {"gpt2": ["<|endoftext|>"], "clap": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}
+    for name, special in specials.items():
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=name == "clap")
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            min_frequency=2,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(_corpus(sentences, seed), trainer)
+        if name == "clap":
+            tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=False)
+            tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+            tokens |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
+            length = 96
+        else:
+            tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
+            length = 512
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, model_max_length=length, clean_up_tokenization_spaces=False, **tokens
+        )
+        fast.save_pretrained(folder / name)
+    (folder / "tokenizers.json").write_text(
+        json.dumps({"vocab_size": vocab_size, "sentences": sentences, "seed": seed}) + "\n", encoding="utf-8"
+    )

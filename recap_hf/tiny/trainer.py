@@ -1,0 +1,182 @@
+"""The training loop that the parts of recap-tiny share: AdamW with checkpoints and exact resume.
+
+Every random choice of a step, of data and of dropout, is a function of (seed, step, rank): a run that was stopped
+continues as if it had not been. Under `torchrun` each process draws batches of its own and gradients are averaged;
+on a shared CPU two processes of one thread are faster than one of two, which waits at every operation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["TrainConfig", "is_main_process", "learning_rate", "train"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one run. A checkpoint resumes under the same ones; `steps` may change until the decay begins."""
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 100
+    decay: float = 0.35
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_norm: float = 1.0
+    seed: int = 0
+    save_every: int = 100
+    log_every: int = 20
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, a constant phase, and half a cosine to zero over the last `decay` of the steps.
+
+    The constant phase does not depend on the number of steps: a run may be made longer or shorter while it lasts.
+    """
+    start = _decay_start(config)
+    if step >= start:
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, config.steps - start)))
+    return config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
+
+
+def _decay_start(config: TrainConfig) -> int:
+    return config.steps - round(config.steps * config.decay)
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process or the first one of `torchrun`."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _join_processes() -> tuple[int, int]:
+    """(rank, world size), with the process group started where `torchrun` started several processes."""
+    import torch.distributed as dist
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return (dist.get_rank(), world) if world > 1 else (0, 1)
+
+
+def _average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, flat.div_(world).split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def _save(path: Path, state: dict) -> None:
+    import torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def _settings(config: TrainConfig, world: int) -> str:
+    """What must not change between the parts of a run, as JSON."""
+    kept = {key: value for key, value in asdict(config).items() if not key.endswith("_every") and key != "steps"}
+    return json.dumps(kept | {"processes": world})
+
+
+def _resume(
+    path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, settings: str
+) -> int:
+    import torch
+
+    if not path.is_file():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["settings"] != settings:
+        raise ValueError(
+            f"{path} was written with other settings ({state['settings']}; now {settings}): "
+            "resume with the same ones, or remove the file to start again"
+        )
+    if state["steps"] != config.steps and state["step"] > min(state["decay_start"], _decay_start(config)):
+        raise ValueError(
+            f"{path} is at step {state['step']}, where the learning rate of a run of {state['steps']} or of "
+            f"{config.steps} steps already falls: the number of steps can no longer change"
+        )
+    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def train(
+    module: torch.nn.Module,
+    loss_of: Callable[[np.random.Generator, int], tuple[torch.Tensor, dict[str, float]]],
+    config: TrainConfig,
+    checkpoint: str | Path,
+    name: str,
+    stop_after: int | None = None,
+) -> None:
+    """Train `module`'s parameters that require gradients; resumes from `checkpoint` where it exists.
+
+    Args:
+        module: What is trained and checkpointed (all of its state, frozen or not).
+        loss_of: Draws a batch with the generator of the step, and its number; returns the loss and figures for
+            the log.
+        config: Settings.
+        checkpoint: File of the checkpoint, written every `save_every` steps and at the end.
+        name: Word for the log on stderr.
+        stop_after: Stop after this many steps in all, without touching the schedule.
+
+    Raises:
+        ValueError: the checkpoint was written with other settings.
+    """
+    import torch
+
+    path = Path(checkpoint)
+    rank, world = _join_processes()
+    settings = _settings(config, world)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    start = _resume(path, module, optimizer, config, settings)
+    last = config.steps if stop_after is None else min(stop_after, config.steps)
+    module.train()
+    began, figures = time.monotonic(), {}
+    for step in range(start, last):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        torch.manual_seed((config.seed * 1_000_003 + step) * 64 + rank)
+        loss, parts = loss_of(np.random.default_rng([config.seed, step, rank]), step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if world > 1:
+            _average_gradients(parameters, world)
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_norm)
+        optimizer.step()
+        for key, value in parts.items():
+            figures.setdefault(key, []).append(value)
+        done = step + 1
+        if rank == 0 and (done % config.log_every == 0 or done == last):
+            seconds = (time.monotonic() - began) / (done - start)
+            words = "  ".join(f"{key} {np.mean(values):.3f}" for key, values in figures.items())
+            print(f"{name} {done}/{config.steps}  {words}  {seconds:.2f} s/step", file=sys.stderr, flush=True)
+            figures = {}
+        if rank == 0 and (done % config.save_every == 0 or done == last):
+            state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
+            state |= {"steps": config.steps, "decay_start": _decay_start(config)}
+            _save(path, state | {"settings": settings})
+    module.eval()

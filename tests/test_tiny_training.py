@@ -1,0 +1,143 @@
+"""Training of recap-tiny: losses by hand, exact resume, tokenizers that read anything."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from recap_hf.tiny.clap import contrastive_loss, positives
+from recap_hf.tiny.grammar import Caption, Part, Scene
+from recap_hf.tiny.language_model import LanguageModelRecipe, draw_prompt, train_language_model
+from recap_hf.tiny.tokenization import train_tokenizers
+from recap_hf.tiny.trainer import TrainConfig, learning_rate, train
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    train_tokenizers(folder, vocab_size=600, sentences=50)
+    return folder
+
+
+def test_contrastive_loss_by_hand():
+    """Two clips, three texts; text 0 is true of both clips, text 1 of clip 1, text 2 of none."""
+    audio = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    texts = torch.tensor([[0.6, 0.8], [0.0, 1.0], [1.0, 0.0]])
+    positive = torch.tensor([[True, False, False], [True, True, False]])
+    scale = torch.tensor(math.log(2.0))
+    similarity = [[0.6, 0.0, 1.0], [0.8, 1.0, 0.0]]
+    scaled = [[2 * value for value in row] for row in similarity]
+
+    def log_softmax(values, index):
+        return values[index] - math.log(sum(math.exp(value) for value in values))
+
+    from_audio = -(log_softmax(scaled[0], 0) + (log_softmax(scaled[1], 0) + log_softmax(scaled[1], 1)) / 2) / 2
+    columns = list(zip(*scaled, strict=True))
+    from_text = -((log_softmax(columns[0], 0) + log_softmax(columns[0], 1)) / 2 + log_softmax(columns[1], 1)) / 2
+    expected = (from_audio + from_text) / 2
+    assert contrastive_loss(audio, texts, positive, scale, scale).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_positives_by_hand():
+    scenes = [Scene((Part("rain"),)), Scene((Part("rain"), Part("cello")), "sequence")]
+    both = frozenset({"rain", "cello"})
+    captions = [
+        Caption("", frozenset({"rain"})),
+        Caption("", both),
+        Caption("", both, ("rain", "cello")),
+        Caption("", both, ("cello", "rain")),
+    ]
+    assert positives(captions, scenes).tolist() == [[True, False, False, False], [False, True, True, False]]
+
+
+def test_schedule():
+    config = TrainConfig(steps=1000, learning_rate=1.0, warmup_steps=100, decay=0.4)
+    assert learning_rate(0, config) == pytest.approx(0.01)
+    assert learning_rate(99, config) == learning_rate(599, config) == 1.0
+    assert learning_rate(800, config) == pytest.approx(0.5)
+    assert learning_rate(999, config) < 1e-4
+
+
+def _toy(tmp_path, name, parts, steps=30):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 1))
+
+    def loss_of(rng: np.random.Generator, step: int):
+        inputs = torch.from_numpy(rng.standard_normal((16, 4))).float()
+        loss = (module(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean()
+        return loss, {"loss": loss.item()}
+
+    config = TrainConfig(steps=steps, learning_rate=1e-2, save_every=7)
+    for stop in parts:
+        train(module, loss_of, config, tmp_path / name / "checkpoint.pt", name, stop)
+    return module.state_dict()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole = _toy(tmp_path, "whole", [None])
+    _toy(tmp_path, "parts", [11])
+    resumed = _toy(tmp_path, "parts", [None])
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name])
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    _toy(tmp_path, "run", [29])
+    with pytest.raises(ValueError, match="the number of steps can no longer change"):
+        _toy(tmp_path, "run", [None], steps=60)
+    _toy(tmp_path, "early", [5])
+    _toy(tmp_path, "early", [None], steps=20)
+    with pytest.raises(ValueError, match="other settings"):
+        train(
+            torch.nn.Linear(1, 1),
+            lambda rng, step: None,
+            TrainConfig(steps=30, learning_rate=1.0),
+            tmp_path / "run" / "checkpoint.pt",
+            "run",
+        )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "clap"])
+def test_tokenizers_read_any_text(tokenizers, name):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers / name)
+    text = "A naïve 犬 barks — 3× 🎻, then\u00a0rain"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.unk_token_id not in ids or name == "gpt2"
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+    assert max(ids) < len(tokenizer)
+    if name == "clap":
+        assert ids[0] == tokenizer.bos_token_id == 0 and ids[-1] == tokenizer.eos_token_id == 2
+
+
+def test_prompts_are_deterministic_and_bounded():
+    recipe = LanguageModelRecipe()
+    drawn = [draw_prompt(np.random.default_rng(seed), recipe) for seed in range(200)]
+    assert drawn == [draw_prompt(np.random.default_rng(seed), recipe) for seed in range(200)]
+    counts = {len(captions) for captions, _ in drawn}
+    assert max(counts) <= 6 and 4 in counts
+    # Answers can mostly be read from the prompt: some caption of it shares a content word.
+    shared = [
+        any(set(answer.split()) & set(caption.split()) - {"a", "the", "of"} for caption in captions)
+        for captions, answer in drawn
+        if captions
+    ]
+    assert np.mean(shared) > 0.9
+
+
+def test_language_model_learns_and_resumes(tokenizers, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers / "gpt2")
+    recipe = LanguageModelRecipe(n_layer=1, n_embd=16, n_head=2, batch_size=2, bfloat16=False)
+    config = TrainConfig(steps=4, learning_rate=1e-3, warmup_steps=2)
+    whole = train_language_model(tokenizer, tmp_path / "whole", recipe, config)
+    train_language_model(tokenizer, tmp_path / "parts", recipe, config, stop_after=2)
+    resumed = train_language_model(tokenizer, tmp_path / "parts", recipe, config)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert (tmp_path / "parts" / "model.safetensors").is_file()

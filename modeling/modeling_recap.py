@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import ClapModel, GenerationConfig, GenerationMixin, GPT2LMHeadModel, PreTrainedModel
+from transformers import ClapModel, GenerationConfig, GPT2LMHeadModel, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from .configuration_recap import RecapConfig
-from .hub_recap import WEIGHT_FILES, HubPushMixin, take_push_options
+from .decoding_recap import SharedPromptCache, decode_with_shared_prompt
+from .generation_recap import RecapGenerationMixin
+from .hub_recap import WEIGHT_FILES, HubPushMixin, loading_errors, take_push_options
+from .outputs_recap import RecapEncoderOutput, position_ids_of
 from .travelling_recap import copy_travelling_files
 
 # CLAP's text branch was trained on at most this many tokens (LAION-AI/CLAP, training/data.py).
@@ -28,25 +30,6 @@ FINGERPRINT_TEXTS = (
     "a violin plays a slow melody",
     "an engine idles and then revs",
 )
-
-
-@dataclass
-class RecapEncoderOutput(ModelOutput):
-    """What one pass of the audio tower gives.
-
-    Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_windows * positions, hidden_size)`):
-            CLAP's last hidden state right before the projection (paper, Section 3.1), windows joined along time.
-            Within a window the positions run over the frequency bins first, then time, as CLAP lays them out.
-        attention_mask (`torch.LongTensor` of shape `(batch_size, num_windows * positions)`):
-            1 for the positions of a window that the clip has, 0 for padding.
-        audio_embeds (`torch.FloatTensor` of shape `(batch_size, num_windows, projection_dim)`):
-            L2-normalised query embeddings in float32, one per window; all zero where a clip has no such window.
-    """
-
-    last_hidden_state: torch.FloatTensor | None = None
-    attention_mask: torch.LongTensor | None = None
-    audio_embeds: torch.FloatTensor | None = None
 
 
 class RecapCrossAttention(GPT2Attention):
@@ -88,7 +71,7 @@ class RecapPreTrainedModel(HubPushMixin, PreTrainedModel):
     _can_compile_fullgraph = True
 
 
-class RecapForConditionalGeneration(RecapPreTrainedModel, GenerationMixin):
+class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
     """Audio captioning by retrieval: a GPT-2 continues a prompt of retrieved captions while it listens.
 
     `clap` is a whole `ClapModel`: its audio tower gives the hidden states that the cross-attention reads and the
@@ -399,6 +382,17 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, GenerationMixin):
         if decoder_position_ids is None and decoder_attention_mask is not None and decoder_attention_mask.dim() == 2:
             length = (decoder_inputs_embeds if decoder_input_ids is None else decoder_input_ids).shape[1]
             decoder_position_ids = position_ids_of(decoder_attention_mask)[:, -length:]
+        if isinstance(past_key_values, SharedPromptCache):
+            logits = decode_with_shared_prompt(
+                self.decoder,
+                past_key_values,
+                decoder_input_ids,
+                decoder_attention_mask,
+                decoder_position_ids,
+                encoder_outputs.last_hidden_state.to(self.decoder.dtype),
+                attention_mask,
+            )
+            return Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)
         for name in ("output_attentions", "output_hidden_states", "return_dict"):
             if kwargs.get(name) is None:
                 kwargs.pop(name, None)
@@ -432,100 +426,13 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, GenerationMixin):
         )
         return result if return_dict else result.to_tuple()
 
-    # ------------------------------------------------------------- generate
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, processor: Any = None, **kwargs: Any) -> Any:
-        """Captions: `GenerationMixin.generate` with the audio encoded, and with a `processor` the prompts built, first.
-
-        Args:
-            inputs or input_features, input_features_mask: see `encode_audio`; or
-            encoder_outputs ([`RecapEncoderOutput`]): what `encode_audio` returned. It is not changed.
-            processor ([`RecapProcessor`], *optional*): retrieves captions and builds the prompts where no
-                `decoder_input_ids` are given. Its datastore must come from this model's text encoder.
-            kwargs: everything else that `generate` takes; `retrieved`, which `build_prompts` returns, is accepted
-                and not needed.
-
-        Returns:
-            Token ids of shape `(batch_size * num_return_sequences, length)`, the prompt included, or a `ModelOutput`.
-        """
-        kwargs.pop("retrieved", None)
-        input_features = kwargs.pop("input_features", inputs)
-        input_features_mask = kwargs.pop("input_features_mask", None)
-        encoder_outputs = kwargs.pop("encoder_outputs", None)
-        if encoder_outputs is None:
-            if input_features is None:
-                raise ValueError("Give either `input_features` or `encoder_outputs`; both are missing.")
-            encoder_outputs = self.encode_audio(input_features, input_features_mask)
-        elif isinstance(encoder_outputs, ModelOutput):
-            # `generate` repeats what is in it once per beam: in a copy, so that the caller's stays as it was.
-            encoder_outputs = RecapEncoderOutput(**encoder_outputs)
-        else:
-            encoder_outputs = RecapEncoderOutput(*encoder_outputs)
-        if kwargs.get("decoder_input_ids") is None:
-            if processor is None:
-                raise ValueError(
-                    "RECAP's decoder continues a prompt and none was given: pass `decoder_input_ids` and "
-                    "`decoder_attention_mask` from `processor.build_prompts(encoding.audio_embeds)`, or "
-                    "`processor=processor` to have them built."
-                )
-            processor.check_model(self)
-            prompts = processor.build_prompts(encoder_outputs.audio_embeds)
-            kwargs["decoder_input_ids"] = prompts["decoder_input_ids"]
-            kwargs["decoder_attention_mask"] = prompts["decoder_attention_mask"]
-        device = encoder_outputs.last_hidden_state.device
-        for name in ("decoder_input_ids", "decoder_attention_mask"):
-            if kwargs.get(name) is not None:
-                kwargs[name] = kwargs[name].to(device)
-        return super().generate(*args, encoder_outputs=encoder_outputs, **kwargs)
-
-    def _prepare_decoder_input_ids_for_generation(
-        self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        # The stock hook would put a start token before prompts, and for one batch but not for another: whether it
-        # does depends on the padding. The prompt is complete, only its positions have to follow its mask.
-        input_ids = model_kwargs.pop("decoder_input_ids")
-        if model_kwargs.get("decoder_attention_mask") is None:
-            model_kwargs["decoder_attention_mask"] = torch.ones_like(input_ids)
-        model_kwargs["decoder_position_ids"] = position_ids_of(model_kwargs["decoder_attention_mask"])
-        return input_ids, model_kwargs
-
-    @torch.no_grad()
-    def score_captions(
-        self,
-        encoder_outputs: RecapEncoderOutput,
-        sequences: torch.LongTensor,
-        prompts: dict[str, torch.Tensor],
-    ) -> list[float]:
-        """The exponential of the mean log-probability of each caption's tokens, its end token included.
-
-        Args:
-            encoder_outputs ([`RecapEncoderOutput`]): one entry per sequence.
-            sequences (`torch.LongTensor` of shape `(batch_size, length)`): what `generate` returned.
-            prompts (`dict`): the `decoder_input_ids` and `decoder_attention_mask` that it was given.
-
-        Returns:
-            `list[float]`: probabilities between 0 and 1, comparable between captions of different lengths; 0.0 for
-            a caption without a token.
-        """
-        start = prompts["decoder_input_ids"].shape[1]
-        mask = prompts["decoder_attention_mask"].to(sequences.device)
-        targets = sequences[:, start:]
-        eos = self.config.eos_token_id
-        ended = (targets == eos).int().cumsum(dim=1) - (targets == eos).int()
-        counted = ended == 0
-        full_mask = torch.cat([mask, counted.to(mask.dtype)], dim=1)
-        output = self(
-            encoder_outputs=encoder_outputs,
-            decoder_input_ids=sequences,
-            decoder_attention_mask=full_mask,
-            use_cache=False,
-            logits_to_keep=targets.shape[1] + 1,
-        )
-        log_probs = output.logits[:, :-1].float().log_softmax(dim=-1)
-        token_log_probs = log_probs.gather(2, targets.unsqueeze(2)).squeeze(2) * counted
-        totals, counts = token_log_probs.sum(dim=1), counted.sum(dim=1)
-        return [(total / count).exp().item() if count else 0.0 for total, count in zip(totals, counts, strict=True)]
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> RecapForConditionalGeneration:
+        """As in transformers; what goes wrong with the Hub is said with repository, revision and remedy."""
+        with loading_errors("the model", pretrained_model_name_or_path, kwargs.get("revision")):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
@@ -545,13 +452,4 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, GenerationMixin):
         self.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
-def position_ids_of(attention_mask: torch.Tensor) -> torch.LongTensor:
-    """Positions of the tokens that a mask leaves, counted from 0; padding gets 0.
-
-    >>> position_ids_of(torch.tensor([[0, 0, 1, 1, 1]]))
-    tensor([[0, 0, 0, 1, 2]])
-    """
-    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
-
-
-__all__ = ["FINGERPRINT_TEXTS", "RecapEncoderOutput", "RecapForConditionalGeneration", "position_ids_of"]
+__all__ = ["FINGERPRINT_TEXTS", "RecapForConditionalGeneration"]

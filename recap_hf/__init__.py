@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from recap_hf.modeling.captions_recap import open_datastore, read_captions
     from recap_hf.modeling.configuration_recap import RecapConfig
     from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
-    from recap_hf.modeling.modeling_recap import RecapEncoderOutput, RecapForConditionalGeneration
+    from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
+    from recap_hf.modeling.outputs_recap import RecapEncoderOutput
     from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
     from recap_hf.modeling.processing_recap import RecapProcessor
     from recap_hf.modeling.prompt_recap import PROMPT_PRESETS, PromptTemplate
@@ -30,7 +31,7 @@ _MODULES = {
     "PROMPT_PRESETS": "recap_hf.modeling.prompt_recap",
     "PromptTemplate": "recap_hf.modeling.prompt_recap",
     "RecapConfig": "recap_hf.modeling.configuration_recap",
-    "RecapEncoderOutput": "recap_hf.modeling.modeling_recap",
+    "RecapEncoderOutput": "recap_hf.modeling.outputs_recap",
     "RecapFeatureExtractor": "recap_hf.modeling.feature_extraction_recap",
     "RecapForConditionalGeneration": "recap_hf.modeling.modeling_recap",
     "RecapProcessor": "recap_hf.modeling.processing_recap",

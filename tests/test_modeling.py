@@ -9,7 +9,7 @@ import torch
 from conftest import synthetic_clip, tiny_clap_config, tiny_gpt2_config
 
 from recap_hf import RecapConfig, RecapEncoderOutput, RecapForConditionalGeneration
-from recap_hf.modeling.modeling_recap import position_ids_of
+from recap_hf.modeling.outputs_recap import position_ids_of
 
 
 @pytest.fixture

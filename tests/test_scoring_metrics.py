@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recap_hf.scoring import find_java, score_captions
+from recap_hf.scoring import JavaTools, find_java, score_captions
 from recap_hf.scoring.fense import penalize
-from recap_hf.scoring.metrics import bleu, cider_d, meteor, rouge_l
+from recap_hf.scoring.meteor import MeteorJar
+from recap_hf.scoring.metrics import bleu, cider_d, rouge_l
 from recap_hf.scoring.spice import find_spice_models, read_spice_output, spice_command
 from recap_hf.scoring.tokenization import ptb_tokenize
 
@@ -44,7 +45,18 @@ def published(shared_dir):
 
 
 @pytest.fixture(scope="module")
-def rescored(published):
+def tools():
+    """One Java for the whole file, started where the PATH leads to none."""
+    before = os.environ["PATH"]
+    os.environ["PATH"] = "/nonexistent"
+    with JavaTools() as running:
+        running.meteor.score(["a"], [["a"]])
+        os.environ["PATH"] = before
+        yield running
+
+
+@pytest.fixture(scope="module")
+def rescored(published, tools):
     """The same captions through `score_captions`, in a process whose PATH leads to no Java."""
     rows, _ = published
     prefix = "best_fense.cands."
@@ -63,6 +75,7 @@ def rescored(published):
             spice_scores=column("spice"),
             sentence_similarities=column("sbert_sim"),
             error_probabilities=column("fer.error_prob"),
+            tools=tools,
         )
     finally:
         os.environ["PATH"] = before
@@ -116,12 +129,11 @@ def test_statistics_of_the_clips_give_the_corpus_score(rescored, key):
 
 
 @needs_java
-def test_tokenizer_over_normalised_text_moves_only_cider(published):
+def test_tokenizer_over_normalised_text_moves_only_cider(published, tools):
     """Measured elsewhere: 0.713523 with the tokenizer over this already normalised text, 0.713499 without."""
     rows, corpus = published
-    result = score_captions(
-        [row["cands"] for row in rows], [ast.literal_eval(row["mrefs"]) for row in rows], metrics=("bleu", "cider_d")
-    )
+    captions, references = [row["cands"] for row in rows], [ast.literal_eval(row["mrefs"]) for row in rows]
+    result = score_captions(captions, references, metrics=("bleu", "cider_d"), tools=tools)
     assert result.corpus["cider_d"] == pytest.approx(0.713523, abs=1e-6)
     assert result.corpus["bleu_4"] == pytest.approx(corpus["bleu_4"], abs=1e-9)
 
@@ -148,10 +160,13 @@ def test_cider_by_hand():
 
 
 @needs_java
-def test_meteor_by_hand():
-    java = find_java()
+def test_meteor_by_hand(tools):
+    jar = tools.meteor
     references = [["zzzz bbbb cccc dddd eeee"], ["rain"], ["a dog barks"]]
-    scores = meteor(["xxxx bbbb cccc dddd eeee", "", "a dog barks"], references, java)
+    scores = jar.score(["xxxx bbbb cccc dddd eeee", "", "a dog barks"], references)
+    again = jar.score(["a dog barks ||| loudly", "x"], [["a dog barks loudly"], ["y"]])
+    # Separators of the jar's protocol in a caption do not matter, and one process scores again and again.
+    assert again.clips.tolist() == [1.0, 0.0]
     # Four of five words match in one chunk: F = 0.8, fragmentation 1/4, gamma 0.6, beta 0.2.
     assert scores.clips[0] == pytest.approx(0.8 * (1 - 0.6 * 0.25**0.2), abs=1e-9)
     assert scores.clips[1:].tolist() == [0.0, 1.0]
@@ -202,10 +217,11 @@ def test_one_clip_has_no_cider():
 
 
 @needs_java
-def test_edge_cases_together():
+def test_edge_cases_together(tools):
     result = score_captions(
         ["", "Un café brûle.", "a dog barks"],
         [["rain falls"], ["a café burns", "un café brûle", "the café"], "A dog barks!"],
+        tools=tools,
     )
     assert result.corpus["spice"] is None and result.corpus["spider"] is None
     assert "stanford-corenlp-3.6.0" in result.skipped["spice"]
@@ -219,6 +235,16 @@ def test_edge_cases_together():
     assert result.statistics["empty_captions"] == 1
     assert result.notes == ["1 of 3 captions are empty and score 0"]
     assert result.clip_list["of"] == "references"
+
+
+@needs_java
+def test_a_dead_meteor_is_an_error_not_a_wait():
+    jar = MeteorJar(find_java())
+    jar._start()
+    jar._process.kill()
+    with pytest.raises(RuntimeError, match="the METEOR jar failed"):
+        jar.score(["a"], [["a"]])
+    jar.close()
 
 
 @pytest.mark.parametrize(

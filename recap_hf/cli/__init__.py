@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("recap_hf.cli.compare", "compare two systems on the clips that both captioned"),
     "evaluate": ("recap_hf.cli.evaluate", "caption a test split and score it beside its baselines"),
     "grid": ("recap_hf.cli.grid", "the paper's tables: train, evaluate and print them in one go"),
+    "report": ("recap_hf.cli.report", "a page about an evaluation: tables, plots, clips to listen to"),
     "convert": ("recap_hf.cli.convert", "bring weights of other layouts in, and back"),
     "export": ("recap_hf.cli.export", "write a captioner as ONNX graphs"),
     "onnx": ("recap_hf.cli.onnx", "describe recordings with an exported captioner, without torch"),

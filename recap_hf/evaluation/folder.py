@@ -63,6 +63,11 @@ class EvaluationFolder:
         """Where a system's predictions stand."""
         return self.path / f"{system}.jsonl"
 
+    @staticmethod
+    def scores_path(folder: str | os.PathLike, system: str) -> Path:
+        """Where the per-clip scores of a system stand in an evaluation's folder."""
+        return Path(folder) / f"{system}.scores.json"
+
     def append(
         self,
         clip_ids: Sequence[str],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import numpy as np
 
 from recap_hf.scoring import (
     CaptionScores,
+    JavaTools,
     bootstrap_intervals,
     clip_list_hash,
     paired_bootstrap,
@@ -202,6 +204,7 @@ def score_folder(
     confidence: float = 0.95,
     seed: int = 0,
     notes: Sequence[str] = (),
+    tools: JavaTools | None = None,
     **options: Any,
 ) -> EvaluationResult:
     """Scores every system of a finished run, with intervals, and writes `scores.json` and `<system>.scores.json`.
@@ -211,22 +214,26 @@ def score_folder(
         clips_name: name of the list of clips.
         resamples, confidence, seed: of the bootstraps.
         notes: what a reader should know, beside what the scores say.
+        tools: running tools of Java, where several folders are scored.
         **options: of `score_captions`.
     """
     scores = {}
-    for name in folder.systems:
-        table = read_predictions(folder.predictions_file(name))
-        scores[name] = score_captions(
-            table.predictions,
-            table.references,
-            clip_ids=table.clip_ids,
-            clip_list_name=clips_name,
-            retrieved=table.retrieved,
-            **options,
-        )
-        if name == MAIN_SYSTEM:
-            notes = [*notes, *_reference_leaks(table.references, table.retrieved)]
-        folder.write_json(f"{name}.scores.json", scores[name].to_dict())
+    with contextlib.ExitStack() as stack:
+        tools = tools or stack.enter_context(JavaTools(options.pop("java", None)))
+        for name in folder.systems:
+            table = read_predictions(folder.predictions_file(name))
+            scores[name] = score_captions(
+                table.predictions,
+                table.references,
+                clip_ids=table.clip_ids,
+                clip_list_name=clips_name,
+                retrieved=table.retrieved,
+                tools=tools,
+                **options,
+            )
+            if name == MAIN_SYSTEM:
+                notes = [*notes, *_reference_leaks(table.references, table.retrieved)]
+            folder.write_json(folder.scores_path(folder.path, name).name, scores[name].to_dict())
     intervals = {
         name: bootstrap_intervals(result.metrics, resamples, confidence, seed) for name, result in scores.items()
     }

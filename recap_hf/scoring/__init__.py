@@ -10,6 +10,7 @@ from .fense import FenseModels
 from .java import JavaRuntime, find_java
 from .scorer import METRICS, CaptionScores, score_captions
 from .tables import PredictionTable, read_captions, read_predictions
+from .tools import JavaTools
 
 __all__ = [
     "METRICS",
@@ -19,6 +20,7 @@ __all__ = [
     "Difference",
     "FenseModels",
     "JavaRuntime",
+    "JavaTools",
     "PredictionTable",
     "bootstrap_intervals",
     "clip_list_hash",

@@ -1,20 +1,16 @@
-"""BLEU, METEOR, ROUGE-L and CIDEr-D through `pycocoevalcap`, with what a bootstrap needs to score any resample.
+"""BLEU, ROUGE-L and CIDEr-D through `pycocoevalcap`, with what a bootstrap needs to score any resample.
 
-A corpus score is either the mean of the clips' scores (ROUGE-L, CIDEr-D) or a function of sums over clips (BLEU,
-METEOR). Each metric therefore returns, beside its scores, one row of additive statistics a clip and the function
-from their sums to the corpus score.
+A corpus score is either the mean of the clips' scores (ROUGE-L, CIDEr-D) or a function of sums over clips (BLEU, and
+METEOR in `meteor.py`). Each metric therefore returns, beside its scores, one row of additive statistics a clip and the
+function from their sums to the corpus score.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from .java import JavaRuntime
 
 BLEU_KEYS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 
@@ -104,85 +100,3 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Met
         {number: list(references[number]) for number in numbers}, {number: [captions[number]] for number in numbers}
     )
     return mean_scores(clips)
-
-
-# METEOR 1.5, language en, task "rank": alpha, beta, gamma, delta and the weights of exact, stem, synonym, paraphrase.
-_METEOR_ALPHA, _METEOR_BETA, _METEOR_GAMMA, _METEOR_DELTA = 0.85, 0.2, 0.6, 0.75
-_METEOR_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
-
-
-def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], java: JavaRuntime) -> MetricScores:
-    """METEOR 1.5 (Denkowski and Lavie, 2014) through the jar of `pycocoevalcap`, options as there (`-l en -norm`).
-
-    Raises:
-        RuntimeError: if the jar fails.
-    """
-    lines = []
-    for caption, refs in zip(captions, references, strict=True):
-        texts = [text.replace("|||", " ").strip() for text in (*refs, caption)]
-        lines.append(" ||| ".join(["SCORE", *texts]))
-    statistics, clips, corpus = _run_meteor(lines, java)
-    # The jar takes a caption that matches its reference as a whole for unfragmented: no chunk counts.
-    whole = (statistics[:, 21:23] == statistics[:, 0:2]).all(axis=1) & (statistics[:, 20] == 1)
-    statistics[whole, 20] = 0
-    return MetricScores(corpus, clips, statistics, meteor_from_statistics)
-
-
-def _run_meteor(lines: list[str], java: JavaRuntime) -> tuple[np.ndarray, np.ndarray, float]:
-    from pycocoevalcap.meteor import meteor as module
-
-    command = java.command("-Xmx2G", "-jar", module.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm")
-    process = subprocess.Popen(
-        command,
-        cwd=os.path.dirname(os.path.abspath(module.__file__)),
-        env=java.environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        # Never read while it runs: a pipe that fills up would stop the jar.
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        stats = [_ask(process, line) for line in lines]
-        _tell(process, " ||| ".join(["EVAL", *stats]))
-        scores = [float(process.stdout.readline()) for _ in range(len(lines) + 1)]
-        rows = np.array([[float(value) for value in line.split()] for line in stats])
-    except (ValueError, BrokenPipeError) as error:
-        raise RuntimeError(f"the METEOR jar failed (Java {java.version}, {java.path}): {error}") from error
-    finally:
-        process.kill()
-        process.communicate()
-    return rows, np.array(scores[:-1]), scores[-1]
-
-
-def _tell(process: subprocess.Popen, line: str) -> None:
-    process.stdin.write(line.encode("utf-8", errors="replace") + b"\n")
-    process.stdin.flush()
-
-
-def _ask(process: subprocess.Popen, line: str) -> str:
-    _tell(process, line)
-    answer = process.stdout.readline().decode().strip()
-    if len(answer.split()) != 23:
-        raise ValueError(f"it answered {answer!r} to {line[:200]!r}")
-    return answer
-
-
-def meteor_from_statistics(sums: np.ndarray, num_clips: int) -> np.ndarray:
-    """METEOR of (summed) statistics of the jar, shape (..., 23).
-
-    The 23 are: words and function words of caption and reference (4); for each of the four matchers the matched
-    content and function words of both (16); chunks; matched words of both. Formula: Denkowski and Lavie, 2014.
-    """
-    words, function_words = sums[..., 0:2], sums[..., 2:4]
-    matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 2, 2)  # matcher, content or function, caption or reference
-    delta = np.array([_METEOR_DELTA, 1 - _METEOR_DELTA])
-    matched = np.einsum("...mkc,m,k->...c", matches, _METEOR_WEIGHTS, delta)
-    length = _METEOR_DELTA * (words - function_words) + (1 - _METEOR_DELTA) * function_words
-    precision, recall = np.moveaxis(_divide(matched, length), -1, 0)
-    f_mean = _divide(precision * recall, _METEOR_ALPHA * precision + (1 - _METEOR_ALPHA) * recall)
-    fragmentation = _divide(sums[..., 20], sums[..., 21:23].mean(-1))
-    return f_mean * (1 - _METEOR_GAMMA * fragmentation**_METEOR_BETA)
-
-
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    return np.divide(numerator, denominator, out=np.zeros_like(numerator, dtype=np.float64), where=denominator != 0)

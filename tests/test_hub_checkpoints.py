@@ -154,7 +154,7 @@ stores = [
     open_datastore("user/captions", None, None),
 ]
 reference = json.loads((Path(sys.argv[1]) / "datastore" / "datastore.json").read_text())
-answer([rows, [store.records for store in stores], "reference" in reference])
+answer([rows, [store.records[:] for store in stores], "reference" in reference])
 """
     )
     rows, stores, local_changed = client.run(code, checkpoint)
@@ -226,10 +226,29 @@ model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="user/again", max_s
 store = CaptionDatastore.from_pretrained("user/captions", revision="v1")
 pulled = RecapForConditionalGeneration.from_pretrained("user/recap", revision=second.oid).state_dict()
 assert all(torch.equal(tensor, pulled[name]) for name, tensor in model.state_dict().items())
-assert RecapProcessor.from_pretrained("user/recap").datastore.records == store.records
-answer([first.oid, second.oid, third.oid, store.records, sorted(os.listdir(sys.argv[2]))])
+assert RecapProcessor.from_pretrained("user/recap").datastore.captions == store.captions
+refusals = [
+    refusal(RecapForConditionalGeneration.from_pretrained, "user/absent", revision="v3"),
+    refusal(RecapForConditionalGeneration.from_pretrained, "user/recap", revision="v9"),
+    refusal(RecapForConditionalGeneration.from_pretrained, "user/never", local_files_only=True),
+    refusal(RecapProcessor.from_pretrained, "user/absent", revision="v3"),
+    refusal(CaptionDatastore.from_pretrained, "user/absent", revision="v3"),
+]
+answer([first.oid, second.oid, third.oid, store.records[:], sorted(os.listdir(sys.argv[2])), refusals])
 """
-    first, second, third, records, saved = client.run(code, checkpoint, client.home / "saved")
+    first, second, third, records, saved, refusals = client.run(code, checkpoint, client.home / "saved")
+    for (kind, message), parts in zip(
+        refusals,
+        [
+            ("the model from the model repository 'user/absent'", "'v3'", "Check the spelling"),
+            ("'user/recap'", "'v9'", "Give a branch, a tag or a full commit id"),
+            ("'user/never'", "'main'", "download it once while online"),
+            ("the processor from the model repository 'user/absent'", "'v3'", "Check the spelling"),
+            ("a datastore from the dataset or model repository 'user/absent'", "'v3'", "Check the spelling"),
+        ],
+        strict=True,
+    ):
+        assert kind == "OSError" and not [part for part in parts if part not in message], message
     repo, files = hub.repo("user/recap"), hub.files("user/recap")
     assert [commit.oid for commit in repo.history()[:2]] == [second, first]
     assert [commit.title for commit in repo.history()[:2]] == ["ours", "Upload RECAP processor"]
@@ -264,3 +283,19 @@ def test_folders_that_cannot_be_pushed_are_refused(tmp_path, capsys, arguments, 
     assert main(["push", *(argument.replace("FOLDER", str(tmp_path)) for argument in arguments)]) == 1
     output = capsys.readouterr()
     assert expected in output.err and output.err.startswith("recap push: error: ") and output.out == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("5GB", 5 * 10**9), ("300 kB", 300_000), ("2MiB", 2 * 1024**2), ("17", 17), (99, 99)]
+)
+def test_sizes(text, number):
+    from recap_hf.hub.push import parse_size
+
+    assert parse_size(text) == number
+
+
+def test_a_size_that_is_none_is_refused():
+    from recap_hf.hub.push import parse_size
+
+    with pytest.raises(ValueError, match="'5 apples' is no size: expected a number and a unit, as in 5GB or 300MB"):
+        parse_size("5 apples")

@@ -259,7 +259,7 @@ REFUSALS = {
         ("push(folder, create_pr=True, revision='x')", ["'user/m'", "'x'", "no such revision"]),
         ("push(folder, 'a/b/c')", ["'a/b/c'"]),
         ("push(folder + '/empty')", ["/empty holds no file to push"]),
-        ("fetch('user/absent', revision='v2')", ["'user/absent'", "'v2'", "spelling"]),
+        ("fetch('user/absent', revision='v2')", ["'user/absent'", "'v2'", "Check the spelling"]),
         ("fetch('user/hidden', revision='v9')", ["'user/hidden'", "'v9'", "a branch, a tag or a full"]),
         ("fetch('user/d', repo_type='dataset')", ["dataset repository 'user/d'"]),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -162,7 +163,7 @@ def push_datastore(
 
     options = options or PushOptions()
     with tempfile.TemporaryDirectory() as stage:
-        copy_files(Path(folder), Path(stage), ("*",))
+        copy_files(Path(folder), Path(stage), datastore_files(Path(folder)))
         prepare_folder(stage, repo_id, "dataset", facts=facts)
         return commit_folder(
             stage,
@@ -171,6 +172,18 @@ def push_datastore(
             replaces=DATASTORE_FILES,
             **commit_arguments(options, "Upload caption datastore"),
         )
+
+
+def datastore_files(folder: Path) -> tuple[str, ...]:
+    """The files of a datastore: those that its manifest names, the manifest, and what its owner wrote about it."""
+    from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
+
+    path = folder / MANIFEST_NAME
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the description of a datastore with files of its own ({error!r})") from error
+    return (*files, MANIFEST_NAME, "README.md", "LICENSE*", FACTS_FILE)
 
 
 def commit_arguments(options: PushOptions, message: str) -> dict:
@@ -229,13 +242,25 @@ def copy_file(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
+def parse_size(size: str | int) -> int:
+    """Bytes of a size as transformers writes it: "5GB", "300KB", a number.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*([KMGT]?)(I?)B?\s*", str(size).upper())
+    if match is None:
+        raise ValueError(f"{size!r} is no size: expected a number and a unit, as in 5GB or 300MB")
+    number, unit, binary = match.groups()
+    return int(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " ")
+
+
 def split_weights(stage: Path, max_shard_size: str | int) -> None:
     """Splits a single weights file that is larger than a shard may be."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     weights = stage / "model.safetensors"
-    if not weights.is_file():
+    if not weights.is_file() or weights.stat().st_size <= parse_size(max_shard_size):
         return
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import load_file, save_file
 
     state = load_file(weights)

@@ -173,6 +173,11 @@ def files_to_push(folder: str | os.PathLike) -> dict[str, Path]:
     }
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a path in a repository matches a pattern of the same depth: `*.json` names no file in a subfolder."""
+    return any(name.count("/") == each.count("/") and fnmatch.fnmatch(name, each) for each in patterns)
+
+
 def commit_folder(
     folder: str | os.PathLike,
     repo_id: str,
@@ -220,11 +225,7 @@ def commit_folder(
         if card_kept:
             del files[CARD]
         patterns = tuple(replaces)
-        deleted = sorted(
-            name
-            for name in there - set(files) - {CARD, ".gitattributes"}
-            if any(fnmatch.fnmatch(name, each) for each in patterns)
-        )
+        deleted = sorted(name for name in there - set(files) - {CARD, ".gitattributes"} if matches(name, patterns))
         commit = api.create_commit(
             repo_id,
             [
@@ -409,6 +410,7 @@ __all__ = [
     "files_to_push",
     "hub_errors",
     "loading_errors",
+    "matches",
     "prepare_folder",
     "take_push_options",
 ]

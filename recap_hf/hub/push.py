@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import re
@@ -40,8 +39,10 @@ CHECKPOINT_FILES = (
     "clap_tokenizer/*",
     "*_recap.py",
     "datastore/*",
-    "README.md",
+    "*.md",
     "LICENSE*",
+    "NOTICE*",
+    "RECORDINGS.csv",
     "report.json",
     FACTS_FILE,
     "*.png",
@@ -218,10 +219,10 @@ def staged_checkpoint(folder: Path, options: PushOptions) -> Iterator[Path]:
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> list[str]:
     """Links or copies the files that match; returns the top-level names that have none that do."""
-    from recap_hf.modeling.hub_recap import files_to_push
+    from recap_hf.modeling.hub_recap import files_to_push, matches
 
     files = files_to_push(source)
-    chosen = {name for name in files if any(fnmatch.fnmatch(name, each) for each in patterns)}
+    chosen = {name for name in files if matches(name, patterns)}
     for name in chosen:
         place = target / name
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,24 +1,27 @@
-"""The caption datastore: texts, their CLAP embeddings, and exact search that leaves one's own captions out.
+"""The caption datastore: texts, their CLAP embeddings, and search that leaves one's own captions out.
 
-On disk a datastore is a folder of data, never of code: `datastore.json` (what it is), `captions.jsonl` (one JSON
-object a line) and `embeddings.npy` (float32, memory-mapped when read). All names in the JSON are file names in that
-folder, all files are checked against their checksums.
+On disk a datastore is a folder of data, never of code: `datastore.json` (what it is), captions (one JSON object a
+line), embeddings (memory-mapped when read) and, for a large one, a search index. See `datastore_files_recap` for the
+files and `datastore_index_recap` for the search.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .datastore_files_recap import FORMAT_VERSION, MANIFEST_NAME, LiveEmbeddings, OpenedFiles, open_files
+from .datastore_index_recap import SearchIndex, exact_neighbours, open_index
+from .datastore_writing_recap import copy_files, locked, write_manifest, write_segment
 from .hub_recap import DATASTORE_FILES, HubPushMixin, fetch_datastore
 
 try:
@@ -26,10 +29,6 @@ try:
 except ImportError:
     faiss = None
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "datastore.json"
-_CAPTIONS_NAME = "captions.jsonl"
-_EMBEDDINGS_NAME = "embeddings.npy"
 # Another text encoder gives cosines near 0; bf16 weights or another device stay above 0.999.
 _SAME_ENCODER_COSINE = 0.99
 # Scores this close are the same score: float32 dot products of unit vectors differ by less between libraries.
@@ -100,7 +99,11 @@ class CaptionDatastore(HubPushMixin):
         self.records = [dict(record) for record in records]
         self.embeddings = embeddings
         self.fingerprint = None if fingerprint is None else np.asarray(fingerprint, dtype=np.float32)
-        self._index: Any = None
+        self._reset(files=None)
+
+    def _reset(self, files: OpenedFiles | None, index: SearchIndex | None = None) -> None:
+        self._files = files
+        self._index = index
         self._texts: list[str] | None = None
         self._rows_of_clip: dict[str, list[int]] | None = None
 
@@ -157,6 +160,34 @@ class CaptionDatastore(HubPushMixin):
     def dimension(self) -> int:
         """Width of the embeddings: the projection dimension of the CLAP that made them."""
         return self.embeddings.shape[1]
+
+    @property
+    def index(self) -> dict[str, Any] | None:
+        """Kind, settings and measurements of the approximate index, or `None`: the search is exact."""
+        return None if self._index is None else self._index.description
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        """What the `datastore.json` of a loaded datastore says, or `None` for one made in memory."""
+        return None if self._files is None else self._files.manifest
+
+    def set_index(self, index: SearchIndex | None) -> None:
+        """Searches through `index`, which `recap_hf.datastore.build_index` made of this datastore, or exactly.
+
+        Raises:
+            `ValueError`: if it is of another datastore.
+        """
+        if index is not None and (index.num_rows > self._num_positions or index.dimension != self.dimension):
+            raise ValueError(
+                f"The index has {index.num_rows} rows of dimension {index.dimension}, the datastore "
+                f"{self._num_positions} of dimension {self.dimension}: it was made of another one."
+            )
+        self._index = index
+
+    @property
+    def _num_positions(self) -> int:
+        """Rows, removed ones counted."""
+        return int(self.embeddings.starts[-1]) if isinstance(self.embeddings, LiveEmbeddings) else len(self.embeddings)
 
     def check_encoder(self, fingerprint: np.ndarray) -> None:
         """Refuses an encoder that did not make this datastore.
@@ -256,39 +287,58 @@ class CaptionDatastore(HubPushMixin):
         """For each query up to k pairs (row, cosine), sorted, without excluded rows and repeated texts."""
         results: list[list[tuple[int, float]]] = [[] for _ in queries]
         pending = list(range(len(queries)))
-        fetch = min(len(self), max(4 * k, 32))
+        exact = self._index is None
+        fetch = min(self._num_positions, max(4 * k, 32 if exact else self._index.num_candidates))
+        # An index that cannot fill k places, because most of what it finds is excluded, gives way to the exact search.
+        limit = 16 * fetch
         while pending:
-            candidates = self._candidates(queries[pending], fetch)
+            candidates = self._candidates(queries[pending], fetch, exact)
             still_pending = []
             for query, row_ids in zip(pending, candidates, strict=True):
                 scored = self._rescore(queries[query], row_ids)
                 kept = self._keep(scored, k, rows, texts)
                 # Complete when nothing that was not fetched can belong among the kept.
-                if fetch == len(self) or (len(kept) == k and scored[-1][1] < kept[-1][1] - _TIE):
+                complete = len(kept) == k and (not exact or scored[-1][1] < kept[-1][1] - _TIE)
+                if complete or (exact and fetch == self._num_positions):
                     results[query] = kept
                 else:
                     still_pending.append(query)
             pending = still_pending
-            fetch = min(len(self), fetch * 4)
+            exact = exact or fetch >= min(limit, self._num_positions)
+            fetch = min(self._num_positions, fetch * 4)
         return results
 
-    def _candidates(self, queries: np.ndarray, count: int) -> np.ndarray:
+    def candidate_rows(self, queries: np.ndarray, count: int) -> list[np.ndarray]:
+        """Rows that a search for `count` captions looks at, in any order: repeated texts and all clips among them.
+
+        Args:
+            queries (`np.ndarray` of shape `(num_queries, dimension)`): unit vectors.
+        """
+        exact = self._index is None
+        fetch = min(self._num_positions, count if exact else max(count, self._index.num_candidates))
+        return self._candidates(queries, fetch, exact)
+
+    def _candidates(self, queries: np.ndarray, count: int, exact: bool) -> list[np.ndarray]:
         """Rows of the `count` nearest embeddings for each query, in any order."""
-        if faiss is not None:
-            if self._index is None:
-                self._index = faiss.IndexFlatIP(self.dimension)
-                self._index.add(np.ascontiguousarray(self.embeddings, dtype=np.float32))
-            return self._index.search(np.ascontiguousarray(queries), count)[1]
-        scores = queries @ np.asarray(self.embeddings, dtype=np.float32).T
-        return np.argpartition(-scores, count - 1, axis=1)[:, :count]
+        several = isinstance(self.embeddings, LiveEmbeddings)
+        parts = self.embeddings.parts if several else [self.embeddings]
+        covered = 0 if exact else self._index.num_rows
+        found = [] if exact else [self._index.search(queries, min(count, covered))]
+        start = 0
+        for part in parts:
+            if start >= covered:
+                found.append(exact_neighbours(queries, part, count, faiss) + start)
+            start += len(part)
+        # faiss pads with -1 where an index has fewer rows than asked for.
+        positions = [np.unique(each[each >= 0]) for each in np.concatenate(found, axis=1)]
+        live = self.embeddings.live if several else None
+        return positions if live is None else [_rows_at(each, live) for each in positions]
 
     def _rescore(self, query: np.ndarray, rows: np.ndarray) -> list[tuple[int, float]]:
         """Pairs (row, cosine) in order: most similar first, ties to the lower row.
 
         In float64 and row by row, so that a score does not depend on which rows or queries were computed with it.
         """
-        # faiss pads with -1 where an index has fewer rows than asked for.
-        rows = np.unique(rows[rows >= 0])
         scores = np.round((self.embeddings[rows].astype(np.float64) * query.astype(np.float64)).sum(axis=1), 9)
         order = np.lexsort((rows, -scores))
         return [(int(rows[i]), float(scores[i])) for i in order]
@@ -329,28 +379,35 @@ class CaptionDatastore(HubPushMixin):
     # ------------------------------------------------------------ files, Hub
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Writes the datastore into a folder. The manifest comes last and at once: a reader sees all or nothing."""
+        """Writes the datastore into a folder, without what was removed from it. The manifest comes last and at once:
+        a reader sees all or nothing, also where an older datastore is replaced."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        captions = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
-        temporary = {name: folder / f".{name}.{os.getpid()}" for name in (_CAPTIONS_NAME, _EMBEDDINGS_NAME)}
-        temporary[_CAPTIONS_NAME].write_text(captions, encoding="utf-8")
-        with open(temporary[_EMBEDDINGS_NAME], "wb") as file:
-            np.save(file, np.asarray(self.embeddings, dtype=np.float32), allow_pickle=False)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "num_captions": len(self),
-            "dimension": self.dimension,
-            "fingerprint": None if self.fingerprint is None else self.fingerprint.round(7).tolist(),
-            "files": {
-                name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for name, path in temporary.items()
-            },
-        }
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-        temporary_manifest = folder / f".{MANIFEST_NAME}.{os.getpid()}"
-        temporary_manifest.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary_manifest, folder / MANIFEST_NAME)
+        replaced = (folder / MANIFEST_NAME).is_file()
+        with locked(folder) if replaced else nullcontext():
+            files: dict[str, Any] = {}
+            if self._files is not None and self._files.live is None:
+                segments = self._files.manifest["segments"]
+                copy_files(self._files, folder, files)
+            else:
+                dtype = "float16" if self.embeddings.dtype == np.float16 else "float32"
+                segments = [write_segment(folder, self.records, self.embeddings, files, dtype, not replaced)]
+            index = None
+            if self._index is not None and (self._files is None or self._files.live is None):
+                index = self._index.write(folder, files)
+            write_manifest(
+                folder,
+                {
+                    "num_captions": len(self),
+                    "dimension": self.dimension,
+                    "dtype": "float16" if self.embeddings.dtype == np.float16 else "float32",
+                    "fingerprint": None if self.fingerprint is None else self.fingerprint.round(7).tolist(),
+                    "segments": segments,
+                    "index": index,
+                    "report": None if self._files is None else self._files.manifest["report"],
+                    "files": files,
+                },
+            )
 
     @classmethod
     def from_pretrained(
@@ -381,52 +438,34 @@ class CaptionDatastore(HubPushMixin):
         folder = Path(name_or_path, subfolder)
         if not Path(name_or_path).is_dir():
             folder = fetch_datastore(str(name_or_path), repo_type=repo_type, subfolder=subfolder, **hub_kwargs)
-        manifest_path = folder / MANIFEST_NAME
-        if not manifest_path.is_file():
-            raise FileNotFoundError(
-                f"{folder}: not a datastore, it has no {MANIFEST_NAME}. Write one with "
-                "CaptionDatastore.save_pretrained."
-            )
-        reference = _read_reference(manifest_path)
+        reference = _read_reference(folder / MANIFEST_NAME)
         if reference is not None:
             # Once only: what is referred to must be a datastore, not the next reference.
             folder = fetch_datastore(repo_type="dataset", **{**hub_kwargs, **reference})
-            manifest_path = folder / MANIFEST_NAME
-        manifest = _read_manifest(manifest_path)
-        paths = {name: folder / name for name in (_CAPTIONS_NAME, _EMBEDDINGS_NAME)}
-        for name, path in paths.items():
-            _check_file(path, manifest["files"][name], verify)
-        records = _read_records(paths[_CAPTIONS_NAME])
-        try:
-            embeddings = np.load(paths[_EMBEDDINGS_NAME], mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{paths[_EMBEDDINGS_NAME]}: not a NumPy array ({error}).") from error
-        expected = (manifest["num_captions"], manifest["dimension"])
-        if len(records) != expected[0] or embeddings.shape != expected or embeddings.dtype != np.float32:
-            raise ValueError(
-                f"{manifest_path}: announces {expected[0]} captions of dimension {expected[1]} in float32, but there "
-                f"are {len(records)} captions and embeddings of shape {embeddings.shape} in {embeddings.dtype}."
-            )
-        return cls(records, embeddings, manifest["fingerprint"])
+        files = open_files(folder, verify)
+        store = cls.__new__(cls)
+        store.records, store.embeddings = files.records, files.embeddings
+        fingerprint = files.manifest["fingerprint"]
+        store.fingerprint = None if fingerprint is None else np.asarray(fingerprint, dtype=np.float32)
+        store._reset(files, open_index(folder, files.manifest, faiss))
+        return store
 
 
 def _by_similarity(hit: tuple[int, float]) -> tuple[float, int]:
     return -hit[1], hit[0]
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _rows_at(positions: np.ndarray, live: np.ndarray) -> np.ndarray:
+    """Rows of the positions that are not removed."""
+    rows = np.minimum(np.searchsorted(live, positions), max(len(live) - 1, 0))
+    return rows[live[rows] == positions] if len(live) else rows[:0]
 
 
 def _read_reference(path: Path) -> dict[str, str] | None:
     """Repository and revision of the datastore that a manifest only refers to, or `None` if it describes its own."""
     try:
         reference = json.loads(path.read_text(encoding="utf-8")).get("reference")
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError):
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError):
         # No description of a datastore at all: the reading of the manifest says so.
         return None
     if reference is None:
@@ -439,50 +478,4 @@ def _read_reference(path: Path) -> dict[str, str] | None:
         ) from error
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: the datastore has format version {version}, this package reads up to {FORMAT_VERSION}. "
-                "Update it: pip install -U recap-hf"
-            )
-        for name in (_CAPTIONS_NAME, _EMBEDDINGS_NAME):
-            int(manifest["files"][name]["bytes"])
-            str(manifest["files"][name]["sha256"])
-        manifest["num_captions"], manifest["dimension"] = int(manifest["num_captions"]), int(manifest["dimension"])
-        fingerprint = manifest["fingerprint"]
-        if fingerprint is not None and np.asarray(fingerprint, dtype=np.float32).shape[1:] != (manifest["dimension"],):
-            raise ValueError(f"{path}: the fingerprint does not have {manifest['dimension']} dimensions.")
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not the description of a caption datastore ({error!r}).") from error
-    return manifest
-
-
-def _check_file(path: Path, expected: Mapping[str, Any], verify: bool) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing, the datastore is incomplete.")
-    if path.stat().st_size != expected["bytes"]:
-        raise ValueError(
-            f"{path}: has {path.stat().st_size} bytes, expected {expected['bytes']}: truncated or not of this datastore."
-        )
-    if verify and _sha256(path) != expected["sha256"]:
-        raise ValueError(f"{path}: the checksum differs, the file was changed or damaged after it was written.")
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    records = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line.strip()!r:.80}.")
-            records.append(record)
-    return records
-
-
-__all__ = ["CaptionDatastore", "normalize_clip_id", "normalize_text"]
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "CaptionDatastore", "normalize_clip_id", "normalize_text"]

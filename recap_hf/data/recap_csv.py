@@ -19,7 +19,7 @@ def load_recap(options: LoadOptions) -> CaptionData:
 
     The weakly labelled captions are not targets; `parse_abstract_captions` reads them for datastores.
     """
-    table_name = _find_table(options)
+    table_name = find_table(options)
     table = read_table(table_name, mapping=options.columns)
     require_columns(table.column_names, _EXPECTED, str(table_name))
     audio = youtube = None
@@ -38,7 +38,7 @@ def load_recap(options: LoadOptions) -> CaptionData:
     return build_caption_data(records, unique(problems))
 
 
-def _find_table(options: LoadOptions) -> Path:
+def find_table(options: LoadOptions) -> Path:
     folder = Path(options.data_dir)
     if folder.is_file():
         return folder

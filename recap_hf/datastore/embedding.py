@@ -1,0 +1,83 @@
+"""The encoder of a datastore: a captioner's CLAP text tower, and its audio tower for queries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class CaptionEmbedder:
+    """Embeds captions and recordings, and counts decoder tokens.
+
+    Args:
+        model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): the captioner.
+        batch_size: captions per forward pass.
+    """
+
+    def __init__(self, model: Any, processor: Any, batch_size: int = 64) -> None:
+        self.model = model
+        self.processor = processor
+        self.batch_size = batch_size
+        self._fingerprint: np.ndarray | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path | None = None,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 64,
+    ) -> CaptionEmbedder:
+        """The encoder of a captioner.
+
+        Args:
+            name: folder or Hub id; by default the embedded captioner's.
+            device: by default a GPU if there is one.
+            dtype: "bfloat16" is faster on a GPU; cosines with float32 stay above 0.999.
+        """
+        import torch
+        from transformers.utils import logging
+
+        from recap_hf.assets import default_model_path
+        from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
+        from recap_hf.modeling.processing_recap import RecapProcessor
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        name = name or default_model_path()
+        model = RecapForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, RecapProcessor.from_pretrained(name), batch_size)
+
+    @property
+    def fingerprint(self) -> np.ndarray:
+        """Embeddings of a few fixed texts, of shape `(4, dimension)`: they tell encoders apart."""
+        if self._fingerprint is None:
+            self._fingerprint = self.model.embed_fingerprint(self.processor)
+        return self._fingerprint
+
+    def embed(self, captions: Sequence[str]) -> np.ndarray:
+        """Unit vectors, float32 of shape `(len(captions), dimension)`; batches are sorted by length."""
+        return self.model.embed_captions(list(captions), self.processor, batch_size=self.batch_size)
+
+    def embed_audio(self, path: str | Path) -> np.ndarray:
+        """Unit vectors of a recording's windows, float32 of shape `(1, num_windows, dimension)`."""
+        import torch
+
+        from recap_hf.modeling.audio_recap import load_audio
+
+        waveform, sampling_rate = load_audio(path)
+        inputs = self.processor(audio=[waveform], sampling_rate=sampling_rate, return_tensors="pt")
+        with torch.inference_mode():
+            encoding = self.model.encode_audio(**inputs.to(self.model.device))
+        return encoding.audio_embeds.float().cpu().numpy()
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Decoder tokens of each caption."""
+        return [len(ids) for ids in self.processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"]]
+
+
+__all__ = ["CaptionEmbedder"]

@@ -1,0 +1,73 @@
+"""The captions of a datastore as files that other programs read."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recap_hf.hub.parquet import column_of, schema_of
+
+EXPORT_SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
+_ROWS_AT_ONCE = 1 << 16
+
+
+def export_datastore(store: Any, path: str | Path, embeddings: str | Path | None = None) -> int:
+    """Writes captions, and on request their embeddings, and returns how many.
+
+    Args:
+        store ([`CaptionDatastore`]): the datastore.
+        path: `.jsonl`, `.json`, `.csv` or `.parquet` with all that is known, or `.txt` with a caption a line.
+        embeddings: a `.npy` file for the embeddings, in the order of the captions.
+
+    Raises:
+        ValueError: for another suffix, or a caption of several lines in a `.txt` file.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in EXPORT_SUFFIXES:
+        raise ValueError(f"{path}: captions are exported to {', '.join(EXPORT_SUFFIXES)} files, not to {suffix!r}")
+    if suffix == ".parquet":
+        _write_parquet(store.records, path)
+    elif suffix == ".csv":
+        columns = schema_of(store.records).names
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(store.records)
+    else:
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            if suffix == ".json":
+                json.dump(list(store.records), file, ensure_ascii=False, indent=0)
+            else:
+                for row, record in enumerate(store.records):
+                    file.write(_line(record, row, suffix) + "\n")
+    if embeddings is not None:
+        with open(embeddings, "wb") as file:
+            np.save(file, np.asarray(store.embeddings), allow_pickle=False)
+    return len(store)
+
+
+def _line(record: dict[str, Any], row: int, suffix: str) -> str:
+    if suffix == ".jsonl":
+        return json.dumps(record, ensure_ascii=False)
+    if len(record["caption"].splitlines()) > 1:
+        raise ValueError(f"row {row}: a caption of several lines cannot stand in a .txt file; export to .jsonl")
+    return record["caption"]
+
+
+def _write_parquet(records: Any, path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = schema_of(records)
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(records), _ROWS_AT_ONCE):
+            rows = records[start : start + _ROWS_AT_ONCE]
+            writer.write_table(pyarrow.table([column_of(rows, field) for field in schema], schema=schema))
+
+
+__all__ = ["EXPORT_SUFFIXES", "export_datastore"]

@@ -1,0 +1,305 @@
+"""Which captions go into a datastore: readable, short, not of clips that are evaluated on; and what was left out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
+from recap_hf.hub.licences import forbids_commercial_use
+
+from .sources import SourceOptions, read_source
+
+DUPLICATE_CHOICES = ("keep", "exact", "normalised")
+DEFAULT_MAX_TOKENS = 50
+_MAX_CHARACTERS = 2000
+_TOKENIZED_AT_ONCE = 1024
+# Keys of WavCaps' published blacklists -> the ending of its files' names, by which our loader names sources.
+_WAVCAPS_PARTS = {
+    "freesound": "fsd",
+    "audioset": "as",
+    "audiosetsl": "as",
+    "bbcsoundeffects": "bbc",
+    "soundbible": "sb",
+}
+
+
+@dataclass
+class LeakGuard:
+    """Clips whose captions must not be retrieved, because captioners are evaluated on them.
+
+    Args:
+        clip_ids: folded ids.
+        texts: their captions, folded -> the clips that have them. Weakly labelled captions are not among them.
+    """
+
+    clip_ids: set[str] = field(default_factory=set)
+    texts: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+    @classmethod
+    def from_sources(cls, names: Iterable[str | Path], columns: Mapping[str, str] | None = None) -> LeakGuard:
+        """The clips that files of captions name (the test CSVs, say).
+
+        Raises:
+            ValueError: if a file names no clip.
+        """
+        guard = cls()
+        for name in names:
+            before = len(guard.clip_ids)
+            for record in read_source(name, SourceOptions(captions="published", columns=columns or {})):
+                if record.get("clip_id") is not None:
+                    clip_id = normalize_clip_id(record["clip_id"])
+                    guard.clip_ids.add(clip_id)
+                    guard.texts[normalize_text(record["caption"])].add(clip_id)
+            if len(guard.clip_ids) == before:
+                raise ValueError(f"{name} names no clip that was not named before: expected a column such as clip_id")
+        return guard
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """What is left out.
+
+    Args:
+        max_tokens: captions with more decoder tokens; `None` keeps them.
+        duplicates: "keep" them (search gives no text twice anyway, and clip ids stay known), or drop all but the
+            first of "exact" or "normalised" equals.
+        guard: captions of these clips are left out, weakly labelled ones too.
+        guard_texts: leave out every caption with the text of a caption of those clips as well.
+        blacklists: see [`read_blacklist`].
+        commercial: leave out captions whose licence forbids commercial use.
+        check_text: leave out captions without words, or with broken characters.
+    """
+
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
+    duplicates: str = "keep"
+    guard: LeakGuard | None = None
+    guard_texts: bool = False
+    blacklists: tuple[tuple[str, frozenset[str]], ...] = ()
+    commercial: bool = False
+    check_text: bool = True
+
+    def __post_init__(self) -> None:
+        if self.duplicates not in DUPLICATE_CHOICES:
+            raise ValueError(f"`duplicates` must be one of {', '.join(DUPLICATE_CHOICES)}, got {self.duplicates!r}")
+        if self.guard_texts and self.guard is None:
+            raise ValueError("Removal by identical text needs the captions to compare with: give --exclude-clips FILE")
+
+
+def read_blacklist(path: str | Path) -> list[tuple[str, frozenset[str]]]:
+    """Clip ids by source, as WavCaps publishes them: `{"FreeSound": [ids], "AudioSet": [ids]}`; a list is of all.
+
+    Returns:
+        Pairs of what ends the source's name ("" for any) and the folded ids.
+    """
+    contents = json.loads(Path(path).read_text(encoding="utf-8"))
+    if isinstance(contents, list):
+        contents = {"": contents}
+    if not isinstance(contents, dict) or not all(isinstance(ids, list) for ids in contents.values()):
+        raise ValueError(f"{path}: expected a list of clip ids, or lists by source, as WavCaps publishes them")
+    found = []
+    for key, ids in contents.items():
+        folded = "".join(char for char in key.lower() if char.isalnum())
+        found.append((_WAVCAPS_PARTS.get(folded, folded), frozenset(normalize_clip_id(each) for each in ids)))
+    return found
+
+
+def text_problem(text: str) -> str | None:
+    """Why a caption cannot be used: "empty", "garbled", or `None`."""
+    if not any(char.isalnum() for char in text):
+        return "empty"
+    if len(text) > _MAX_CHARACTERS or any(_is_broken(char) for char in text):
+        return "garbled"
+    letters = sum(char.isalpha() or char.isspace() for char in text)
+    return "garbled" if letters < len(text) / 2 or _is_misread(text) else None
+
+
+def _is_broken(char: str) -> bool:
+    return char == "\ufffd" or (unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn") and char not in "\t\n\r")
+
+
+def _is_misread(text: str) -> bool:
+    """Whether this is UTF-8 that was read as Windows-1252 ("CafÃ©"): real text hardly ever decodes a second time."""
+    if text.isascii():
+        return False
+    try:
+        return text.encode("cp1252").decode("utf-8") != text
+    except UnicodeError:
+        return False
+
+
+class DuplicateCounter:
+    """Counts captions that were there before, and which sources share them; it keeps hashes, not texts."""
+
+    def __init__(self) -> None:
+        self.exact = 0
+        self.normalised = 0
+        self._exact: set[int] = set()
+        self._sources: dict[int, int] = {}
+        self._bits: dict[str, int] = {}
+
+    def add(self, caption: str, source: str) -> tuple[bool, bool]:
+        """Counts a caption; whether an equal one, and one equal after folding, was counted before."""
+        key, folded = _hash(caption), _hash(normalize_text(caption))
+        seen = key in self._exact, folded in self._sources
+        self.exact += seen[0]
+        self.normalised += seen[1]
+        self._exact.add(key)
+        bit = self._bits.setdefault(source, 1 << len(self._bits))
+        self._sources[folded] = self._sources.get(folded, 0) | bit
+        return seen
+
+    def report(self) -> dict[str, Any]:
+        """`exact` and `normalised` repetitions, `unique` texts, and `shared`: texts by the sources that share them."""
+        combinations = Counter(bits for bits in self._sources.values() if bits & (bits - 1))
+        shared = {
+            " + ".join(name for name, bit in sorted(self._bits.items()) if bits & bit): number
+            for bits, number in combinations.most_common()
+        }
+        return {
+            "exact": self.exact,
+            "normalised": self.normalised,
+            "unique": len(self._exact),
+            "unique_normalised": len(self._sources),
+            "shared": shared,
+        }
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+class CaptionFilter:
+    """Passes the records that may go into a datastore, and counts the others.
+
+    Args:
+        options: what is left out.
+        count_tokens: decoder tokens of each of a list of captions; needed for `max_tokens`.
+        known: captions that the datastore has already, for the counting of duplicates.
+    """
+
+    def __init__(
+        self,
+        options: FilterOptions,
+        count_tokens: Callable[[list[str]], Sequence[int]] | None = None,
+        known: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        if options.max_tokens is not None and count_tokens is None:
+            raise ValueError("A limit on decoder tokens needs a tokenizer: give a model, or max_tokens=None")
+        self.options = options
+        self._count_tokens = count_tokens
+        self._dropped: Counter[str] = Counter()
+        self._inputs: dict[str, dict[str, int]] = {}
+        self._sources: dict[str, Counter[str]] = defaultdict(Counter)
+        self._licences: Counter[str] = Counter()
+        self._duplicates = DuplicateCounter()
+        self._leaks: Counter[str] = Counter()
+        self._leaked_clips: set[str] = set()
+        for record in known:
+            self._duplicates.add(record["caption"], str(record.get("source")))
+        self._duplicates.exact = self._duplicates.normalised = 0
+
+    def filter(self, records: Iterable[dict[str, Any]], name: str = "captions") -> Iterator[dict[str, Any]]:
+        """The records of one input that stay, in order."""
+        counts = self._inputs.setdefault(name, {"read": 0, "exact_duplicates": 0})
+        seen: set[int] = set()
+        block: list[dict[str, Any]] = []
+        for record in records:
+            counts["read"] += 1
+            key = _hash(record["caption"])
+            counts["exact_duplicates"] += key in seen
+            seen.add(key)
+            self._sources[str(record.get("source"))]["read"] += 1
+            reason = self._reason(record)
+            if reason is not None:
+                self._drop(record, reason)
+                continue
+            block.append(record)
+            if len(block) == _TOKENIZED_AT_ONCE:
+                yield from self._short_and_new(block)
+                block = []
+        yield from self._short_and_new(block)
+
+    def _reason(self, record: Mapping[str, Any]) -> str | None:
+        options = self.options
+        if options.check_text and (problem := text_problem(record["caption"])):
+            return problem
+        clip_id = None if record.get("clip_id") is None else normalize_clip_id(record["clip_id"])
+        source = str(record.get("source")).lower()
+        if any(clip_id in ids and source.endswith(ending) for ending, ids in options.blacklists):
+            return "blacklisted"
+        if options.commercial and forbids_commercial_use(record.get("licence")):
+            return "licence"
+        if options.guard is None:
+            return None
+        if clip_id in options.guard.clip_ids:
+            self._leaks["weak" if record.get("weak") else "published"] += 1
+            return "leak_clip"
+        clips = options.guard.texts.get(normalize_text(record["caption"]))
+        if clips:
+            self._leaks["text"] += 1
+            self._leaked_clips |= clips
+            return "leak_text" if options.guard_texts else None
+        return None
+
+    def _short_and_new(self, block: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        limit = self.options.max_tokens
+        lengths = self._count_tokens([record["caption"] for record in block]) if limit is not None and block else None
+        for number, record in enumerate(block):
+            if lengths is not None and lengths[number] > limit:
+                self._drop(record, "too_long")
+                continue
+            exact, normalised = self._duplicates.add(record["caption"], str(record.get("source")))
+            if (self.options.duplicates == "exact" and exact) or (
+                self.options.duplicates == "normalised" and normalised
+            ):
+                self._drop(record, "duplicate")
+                continue
+            self._sources[str(record.get("source"))]["kept"] += 1
+            self._licences[str(record.get("licence") or "not stated")] += 1
+            yield record
+
+    def _drop(self, record: Mapping[str, Any], reason: str) -> None:
+        self._dropped[reason] += 1
+        self._sources[str(record.get("source"))][reason] += 1
+
+    def report(self) -> dict[str, Any]:
+        """What was read, kept and left out, by input, source, licence and reason."""
+        guard = None
+        if self.options.guard is not None:
+            guard = {
+                "clips": len(self.options.guard.clip_ids),
+                "removed_by_clip_id": self._leaks["published"] + self._leaks["weak"],
+                "of_these_weak": self._leaks["weak"],
+                "with_identical_text": self._leaks["text"],
+                "clips_with_identical_text": len(self._leaked_clips),
+                "identical_texts_removed": self.options.guard_texts,
+            }
+        return {
+            "inputs": self._inputs,
+            "read": sum(counts["read"] for counts in self._inputs.values()),
+            "kept": sum(counts["kept"] for counts in self._sources.values()),
+            "dropped": dict(sorted(self._dropped.items())),
+            "sources": {name: dict(counts) for name, counts in sorted(self._sources.items())},
+            "licences": dict(self._licences.most_common()),
+            "duplicates": self._duplicates.report(),
+            "leak_guard": guard,
+        }
+
+
+__all__ = [
+    "DEFAULT_MAX_TOKENS",
+    "DUPLICATE_CHOICES",
+    "CaptionFilter",
+    "DuplicateCounter",
+    "FilterOptions",
+    "LeakGuard",
+    "read_blacklist",
+    "text_problem",
+]

@@ -1,0 +1,172 @@
+"""What a datastore holds, how well its index finds it, and whether its files are whole."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recap_hf.hub.licences import forbids_commercial_use
+from recap_hf.modeling.datastore_files_recap import open_files
+from recap_hf.modeling.retrieval_recap import CaptionDatastore
+
+from .filters import DuplicateCounter
+from .indexing import RECALL_AT, TUNING_QUERIES, Queries, exact_rows, tuning_queries
+
+_HUB_RANK = 10
+_NORM_TOLERANCE = {"float32": 1e-3, "float16": 4e-3}
+_BLOCK_ROWS = 1 << 14
+
+
+def describe(store: CaptionDatastore, queries: int = TUNING_QUERIES, seed: int = 1) -> dict[str, Any]:
+    """Contents and search of a datastore.
+
+    Args:
+        store: the datastore.
+        queries: stored captions that the search is measured on, without themselves; 0 measures nothing.
+        seed: of their choice.
+
+    Returns:
+        `captions`, `duplicates`, `dimension`, `dtype`, `sources`, `licences`, `splits`, `weak`, `non_commercial`,
+        `index` (kind and settings), `recall`, `latency_ms`, `memory` in bytes, `hubness`, `generation`, and the
+        `report` of the build.
+    """
+    sources, licences, splits = Counter(), Counter(), Counter()
+    duplicates = DuplicateCounter()
+    weak = clips = 0
+    for record in store.records:
+        source = str(record.get("source") or "not stated")
+        duplicates.add(record["caption"], source)
+        sources[source] += 1
+        licences[str(record.get("licence") or "not stated")] += 1
+        splits[str(record.get("split") or "not stated")] += 1
+        weak += bool(record.get("weak"))
+        clips += record.get("clip_id") is not None
+    manifest = store.manifest or {}
+    found = {
+        "captions": len(store),
+        "duplicates": duplicates.report(),
+        "dimension": store.dimension,
+        "dtype": str(store.embeddings.dtype),
+        "sources": dict(sources.most_common()),
+        "licences": dict(licences.most_common()),
+        "non_commercial": sum(count for name, count in licences.items() if forbids_commercial_use(name)),
+        "splits": dict(splits.most_common()),
+        "weak": weak,
+        "with_clip_id": clips,
+        "encoder_known": store.fingerprint is not None,
+        "generation": manifest.get("generation"),
+        "segments": len(manifest.get("segments", [None])),
+        "index": store.index or {"kind": "exact"},
+        "memory": memory(store),
+    }
+    if queries:
+        found |= measure(store, tuning_queries(store.embeddings, queries, seed))
+    return found | {"report": manifest.get("report")}
+
+
+def memory(store: CaptionDatastore) -> dict[str, int]:
+    """Bytes of a datastore: `mapped` from its files, which the system may drop, and those of the `index`."""
+    manifest = store.manifest
+    if manifest is None:
+        return {"mapped": 0, "held": int(store.embeddings.nbytes), "index": 0}
+    index = manifest["index"]["file"] if manifest["index"] else None
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    return {"mapped": sum(sizes.values()) - sizes.get(index, 0), "held": 0, "index": sizes.get(index, 0)}
+
+
+def measure(store: CaptionDatastore, queries: list[Queries], k: int = RECALL_AT) -> dict[str, Any]:
+    """Tie-aware recall@k, latency of one query at a time, and hubness.
+
+    Returns:
+        `recall`: for each sort of query, through the datastore's own search and without its removal of repeated
+        texts; `latency_ms`: median and 95th percentile of `search` with one query; `hubness`: over the 10 nearest of
+        the text queries, skewness of how often a row is among them and the share of queries that have the most
+        frequent one (Radovanovic et al., JMLR 2010).
+    """
+    recall, latencies = {"k": k}, []
+    for each in queries:
+        rows = [np.asarray(store.candidate_rows(query[None], k + 1)[0]) for query in each.vectors]
+        width = max(len(row) for row in rows)
+        padded = np.full((len(rows), width), -1, dtype=np.int64)
+        for number, row in enumerate(rows):
+            padded[number, : len(row)] = row
+        recall[each.name] = round(each.recall(store.embeddings, padded, k), 4)
+        for query in each.vectors[: min(len(each.vectors), 64)]:
+            started = time.perf_counter()
+            store.search(query[None], k=k)
+            latencies.append(1000 * (time.perf_counter() - started))
+    return {
+        "recall": recall,
+        "latency_ms": {
+            "median": round(float(np.median(latencies)), 3),
+            "p95": round(float(np.percentile(latencies, 95)), 3),
+        },
+        "hubness": hubness(store.embeddings, queries[0]),
+    }
+
+
+def hubness(embeddings: Any, queries: Queries) -> dict[str, Any]:
+    """How unevenly the neighbours of the queries are spread over the rows."""
+    rank = min(_HUB_RANK + 1, len(embeddings))
+    rows = exact_rows(queries.vectors, embeddings, rank)
+    others = rows[rows != queries.own[:, None]]
+    counts = np.bincount(others, minlength=len(embeddings)).astype(float)
+    deviation = counts.std()
+    skewness = float((((counts - counts.mean()) / deviation) ** 3).mean()) if deviation else 0.0
+    return {
+        "k": rank - 1,
+        "queries": len(rows),
+        "skewness": round(skewness, 3),
+        "largest_share": round(float(counts.max() / len(rows)), 4),
+    }
+
+
+def verify_datastore(folder: str | Path, embedder: Any = None) -> list[str]:
+    """What is wrong with a datastore: nothing, hopefully. Unlike opening, it reads every record and embedding.
+
+    Args:
+        embedder ([`CaptionEmbedder`], *optional*): the encoder that the datastore should be of; a few captions are
+            embedded again too.
+    """
+    try:
+        opened = open_files(Path(folder))
+        store = CaptionDatastore.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    problems = []
+    for row in range(len(opened.records)):
+        try:
+            if not opened.records[row]["caption"].strip():
+                problems.append(f"row {row}: the caption is empty")
+        except ValueError as error:
+            problems.append(str(error))
+    tolerance = _NORM_TOLERANCE[opened.manifest["dtype"]]
+    for start in range(0, len(store), _BLOCK_ROWS):
+        norms = np.linalg.norm(np.asarray(store.embeddings[start : start + _BLOCK_ROWS], dtype=np.float64), axis=1)
+        wrong = np.flatnonzero(~(np.abs(norms - 1) <= tolerance))
+        problems += [f"row {start + row}: the embedding has the length {norms[row]:.4f}, expected 1" for row in wrong]
+    if embedder is not None and not problems:
+        problems += _encoder_problems(store, embedder)
+    return problems
+
+
+def _encoder_problems(store: CaptionDatastore, embedder: Any) -> list[str]:
+    try:
+        store.check_encoder(embedder.fingerprint)
+    except ValueError as error:
+        return [str(error)]
+    rows = np.unique(np.linspace(0, len(store) - 1, 16).astype(int))
+    again = embedder.embed([store.records[row]["caption"] for row in rows])
+    cosines = (np.asarray(store.embeddings[rows], dtype=np.float64) * again).sum(axis=1)
+    return [
+        f"row {row}: its embedding and its caption do not belong together (cosine {cosine:.3f})"
+        for row, cosine in zip(rows, cosines, strict=True)
+        if cosine < 0.99
+    ]
+
+
+__all__ = ["describe", "hubness", "measure", "memory", "verify_datastore"]

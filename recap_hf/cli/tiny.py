@@ -14,6 +14,7 @@ _STAGES = {
     "captioner": "train the cross-attention between the two, and save the checkpoint",
     "all": "all four stages in turn",
     "evaluate": "figures beside their controls on one fold",
+    "transfer": "hold every event out of the captioner's training once, and give it back in the datastore",
     "examples": "synthesise the example recordings",
 }
 _STEPS = {"clap": 4000, "language-model": 1600, "captioner": 500}
@@ -30,23 +31,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         stage.add_argument(
             "--sounds", metavar="DIR", required=name != "tokenizers", help="folder of recordings with a metadata.csv"
         )
-        if name == "evaluate":
+        if name in ("evaluate", "transfer"):
             _add_evaluation_arguments(stage)
+        if name == "evaluate":
+            stage.add_argument("--model", metavar="DIR", help="checkpoint; the embedded default if not given")
+            stage.add_argument("--quick", action="store_true", help="single clips alone")
             continue
         stage.add_argument("--work-dir", metavar="DIR", required=True, help="folder for checkpoints and results")
         stage.add_argument("--folds", default="1,2,3,4", help="folds to train on (default: %(default)s)")
         stage.add_argument("--steps", type=int, help=f"length of the stage; defaults: {_STEPS}")
         stage.add_argument("--learning-rate", type=float, help="peak of the schedule; the recipe's by default")
         stage.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-        stage.add_argument("--threads", type=int, help="threads of PyTorch; its own choice by default")
-        stage.add_argument("--stop-after", type=int, metavar="STEP", help="stop there; the same command resumes")
+        if name != "transfer":
+            stage.add_argument("--threads", type=int, help="threads of PyTorch; its own choice by default")
+            stage.add_argument("--stop-after", type=int, metavar="STEP", help="stop there; the same command resumes")
 
 
 def _add_evaluation_arguments(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--model", metavar="DIR", help="checkpoint; the embedded default if not given")
     stage.add_argument("--fold", type=int, default=5, help="fold to evaluate on (default: %(default)s)")
     stage.add_argument("--keywords", metavar="FILE.json", help="what counts as naming an event; our own by default")
-    stage.add_argument("--quick", action="store_true", help="single clips alone")
     stage.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
     stage.add_argument("--output", metavar="FILE", help="write the result there instead of to the standard output")
     stage.add_argument("--threads", type=int, help="threads of PyTorch; its own choice by default")
@@ -68,13 +71,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from recap_hf.tiny.recipe import Recipe
 
-    try:
-        folds = tuple(int(fold) for fold in args.folds.split(","))
-    except ValueError:
-        raise ValueError(f"--folds takes numbers parted by commas, as in 1,2,3; got {args.folds!r}") from None
+    recipe = Recipe(args.sounds, Path(args.work_dir), _folds(args.folds), args.seed)
+    if args.stage == "transfer":
+        return _transfer(args, recipe)
     if args.stage == "all" and args.steps is not None:
         raise ValueError("--steps belongs to one stage; run the stages one by one to set the length of each")
-    recipe = Recipe(args.sounds, Path(args.work_dir), folds, args.seed)
     stages = ("tokenizers", "clap", "language-model", "captioner") if args.stage == "all" else (args.stage,)
     for stage in stages:
         steps = _STEPS.get(stage, 0) if args.steps is None else args.steps
@@ -84,19 +85,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
-    from recap_hf.tiny.evaluation import evaluate, format_table
+def _folds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(fold) for fold in text.split(","))
+    except ValueError:
+        raise ValueError(f"--folds takes numbers parted by commas, as in 1,2,3; got {text!r}") from None
+
+
+def _rules(args: argparse.Namespace):
     from recap_hf.tiny.naming import NamingRules
 
-    folder = args.model or default_model_path()
-    rules = NamingRules.read(args.keywords) if args.keywords else NamingRules.ours()
-    model = RecapForConditionalGeneration.from_pretrained(folder)
-    processor = RecapProcessor.from_pretrained(folder)
-    result = evaluate(model, processor, args.sounds, args.fold, rules, quick=args.quick)
-    text = json.dumps(result, indent=1) if args.format == "json" else format_table(result)
+    return NamingRules.read(args.keywords) if args.keywords else NamingRules.ours()
+
+
+def _write(args: argparse.Namespace, result, as_text: str) -> int:
+    text = json.dumps(result, indent=1) if args.format == "json" else as_text
     if args.output:
         Path(args.output).write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
     return 0
+
+
+def _transfer(args: argparse.Namespace, recipe) -> int:
+    from recap_hf.tiny.transfer import format_transfer
+
+    steps = _STEPS["captioner"] if args.steps is None else args.steps
+    result = recipe.transfer(steps, args.learning_rate, args.fold, _rules(args))
+    return _write(args, result, format_transfer(result))
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
+    from recap_hf.tiny.evaluation import evaluate, format_table
+
+    folder = args.model or default_model_path()
+    model = RecapForConditionalGeneration.from_pretrained(folder)
+    processor = RecapProcessor.from_pretrained(folder)
+    result = evaluate(model, processor, args.sounds, args.fold, _rules(args), quick=args.quick)
+    return _write(args, result, format_table(result))

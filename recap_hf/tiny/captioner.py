@@ -197,16 +197,21 @@ def train_captioner(
     return model.eval(), processor
 
 
-def _say_float32(config: dict[str, Any]) -> None:
+def _tidy(config: dict[str, Any]) -> None:
+    """Say float32, and forget the folders that the parts were loaded from."""
+    config.pop("_name_or_path", None)
     for key, value in config.items():
         if key in ("dtype", "torch_dtype"):
             config[key] = "float32"
         elif isinstance(value, dict):
-            _say_float32(value)
+            _tidy(value)
 
 
 def save_recap_tiny(model: RecapForConditionalGeneration, processor: RecapProcessor, folder: str | Path) -> None:
-    """Save with weights in float16 and a configuration that says float32: half the size, loaded as float32."""
+    """Save with weights in float16 and a configuration that says float32: half the size, loaded as float32.
+
+    Without the code that otherwise travels with a checkpoint: this one lives in the package.
+    """
     from safetensors.torch import load_file, save_file
 
     folder = Path(folder)
@@ -216,5 +221,7 @@ def save_recap_tiny(model: RecapForConditionalGeneration, processor: RecapProces
     halved = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
     save_file(halved, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _say_float32(config)
+    _tidy(config)
+    for copy in folder.glob("*_recap.py"):
+        copy.unlink()
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -29,7 +29,7 @@ _MAX_LOGIT_SCALE = 4.0  # exp(4) = 55
 
 @dataclass(frozen=True)
 class ClapRecipe:
-    """Sizes and shares of the training of the CLAP."""
+    """Sizes and shares of the training of the CLAP; batches are those of one process."""
 
     patch_embeds_hidden_size: int = 64
     depths: tuple[int, ...] = (1, 2, 2)
@@ -37,8 +37,8 @@ class ClapRecipe:
     text_hidden_size: int = 192
     text_layers: int = 2
     projection_dim: int = 128
-    batch_size: int = 64
-    text_scenes: int = 16
+    batch_size: int = 32
+    text_scenes: int = 12
     tag_weight: float = 2.0
     frame_weight: float = 1.0
     text_weight: float = 0.3

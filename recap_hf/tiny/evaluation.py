@@ -88,11 +88,16 @@ class Evaluator:
     @torch.no_grad()
     def generate(self, states: torch.Tensor, prompts: list[list[str]], listen: bool = True) -> list[str]:
         """Captions of prompts; `listen=False` is the frozen language model, its cross-attention skipped."""
+        from recap_hf import RecapEncoderOutput
+
         captions: list[str] = []
         for start in range(0, len(prompts), _BATCH):
             built = self.processor.build_prompts(retrieved=prompts[start : start + _BATCH])
             if listen:
-                ids = self.model.generate(encoder_outputs=(states[start : start + _BATCH],), **built)
+                chunk = states[start : start + _BATCH]
+                mask = torch.ones(chunk.shape[:2], dtype=torch.long)
+                encoding = RecapEncoderOutput(last_hidden_state=chunk, attention_mask=mask)
+                ids = self.model.generate(encoder_outputs=encoding, **built)
             else:
                 ids = self.model.decoder.generate(
                     built["decoder_input_ids"],

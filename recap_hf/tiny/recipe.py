@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .naming import NamingRules
 
 __all__ = ["Recipe"]
 
@@ -44,12 +48,27 @@ class Recipe:
             train_language_model(self._tokenizer("gpt2"), folder, LanguageModelRecipe(), config, stop_after)
         else:
             from .captioner import CaptionerRecipe, train_captioner
+            from .sounds import write_recordings
 
-            parts = tuple(self._earlier(name) for name in ("clap", "language-model", "tokenizers"))
             recipe = CaptionerRecipe()
-            train_captioner(parts, self._bank(), folder, self.folds, recipe, config, stop_after=stop_after)
+            train_captioner(self._parts(), self._bank(), folder, self.folds, recipe, config, stop_after=stop_after)
             folder = folder / "model"
+            write_recordings(self.sounds, self.folds, folder / "RECORDINGS.csv")
         return folder
+
+    def transfer(self, steps: int, learning_rate: float | None, fold: int, rules: NamingRules) -> list[dict[str, Any]]:
+        """Train captioners without a quarter of the events each and evaluate them on `fold`; see `transfer.py`."""
+        from .captioner import CaptionerRecipe
+        from .trainer import TrainConfig
+        from .transfer import run_transfer
+
+        config = TrainConfig(steps=steps, learning_rate=learning_rate or _LEARNING_RATES["captioner"], seed=self.seed)
+        folder = self.work_dir / "transfer"
+        recipe = CaptionerRecipe()
+        return run_transfer(self._parts(), self._bank(), self.sounds, folder, self.folds, fold, recipe, config, rules)
+
+    def _parts(self) -> tuple[Path, Path, Path]:
+        return self._earlier("clap"), self._earlier("language-model"), self._earlier("tokenizers")
 
     def _earlier(self, stage: str) -> Path:
         folder = self.work_dir / stage

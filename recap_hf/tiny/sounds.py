@@ -82,6 +82,15 @@ def read_metadata(sounds: str | Path) -> list[dict[str, str]]:
     return rows
 
 
+def write_recordings(sounds: str | Path, folds: tuple[int, ...], path: str | Path) -> None:
+    """Write the attribution of the recordings of some folds: event, source, number on Freesound, licence."""
+    columns = ("file_name", "event", "source", "source_clip", "freesound_id", "licence")
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for row in read_metadata(sounds) if int(row["fold"]) in folds)
+
+
 def load_mono(path: Path) -> np.ndarray:
     """A recording as mono float64 at 48 kHz, at most 10 s."""
     import soundfile

@@ -261,6 +261,30 @@ answer([first.oid, second.oid, third.oid, store.records[:], sorted(os.listdir(sy
     assert set(shards) < set(hub.files("user/again")) and set(shards) < set(saved)
 
 
+@pytest.mark.slow
+def test_the_embedded_default_goes_to_the_hub_and_back(hub, client, tmp_path):
+    """The model that ships with the package, its own example, a dropped connection, and a process without recap_hf."""
+    from transformers import pipeline
+
+    from recap_hf import default_model_path, examples_path, load_audio
+
+    if not (default_model_path() / "config.json").is_file():
+        pytest.skip("no embedded default in this checkout; `recap tiny` makes it")
+    waveform, rate = load_audio(sorted(examples_path().glob("*.flac"))[0])
+    np.save(tmp_path / "clip.npy", waveform)
+    said = pipeline("audio-captioning")({"array": waveform, "sampling_rate": rate})
+    hub.fail("PUT", "^/lfs/[0-9a-f]+/2$", after=100_000)
+    push = CLI + "recap('push', sys.argv[1], 'user/recap', '--datastore-repo', 'user/captions'); answer(0)"
+    client.run(push, default_model_path())
+    number = len(hub.log)
+    client.run(push, default_model_path())
+    assert hub.uploads(number) == {}
+    assert rate == 48_000
+    _, _, result = client.run(PULL, "user/recap", tmp_path / "clip.npy", "main", package=False)
+    assert result["caption"] == said["caption"]
+    assert [hit["caption"] for hit in result["retrieved"]] == [hit["caption"] for hit in said["retrieved"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

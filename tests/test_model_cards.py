@@ -375,3 +375,11 @@ def test_cards_render_from_an_installed_wheel(tmp_path):
     assert done.returncode == 0, done.stderr
     assert ModelCard(done.stdout).data.pipeline_tag == "audio-text-to-text"
     assert "retrieves the caption that fits it best" in done.stdout
+
+
+def test_the_documented_facts_are_facts(tmp_path):
+    text = (REPOSITORY / "docs" / "sharing.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    (tmp_path / "facts.yaml").write_text(block, encoding="utf-8")
+    facts = CardFacts.from_file(tmp_path / "facts.yaml")
+    assert facts.training_data[0].clips == 812 and facts.results[1].system == "first retrieved caption"

@@ -182,6 +182,28 @@ def test_dataset_in_memory_with_mapping(tmp_path: Path):
     assert data.dataset[1]["audio"]["bytes"] == path.read_bytes()
 
 
+def test_dataset_in_a_folder_of_parquet(tmp_path: Path):
+    """As the Hub serves them: audio as bytes in Parquet, a split by another name, several captions in columns."""
+    from datasets import Audio, Dataset
+
+    content = write_wav(tmp_path / "clip.wav").read_bytes()
+    rows = {
+        "sound": [{"path": f"{n}.wav", "bytes": content} for n in "ab"],
+        "caption_1": ["x", "y"],
+        "caption_2": ["z", ""],
+    }
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict(rows).cast_column("sound", Audio(decode=False)).to_parquet(tmp_path / "data" / "dev.parquet")
+    data = load_captions(str(tmp_path / "data"), split="validation", columns={"audio": "sound"})
+    assert data.dataset["captions"][:] == [["x", "z"], ["y"]]
+    assert data.dataset["clip_id"][:] == ["a.wav", "b.wav"]
+    assert data.dataset[0]["audio"]["bytes"] == content
+    with pytest.raises(ValueError, match="none of them is a test split"):
+        load_captions(str(tmp_path / "data"), split="test")
+    with pytest.raises(ValueError, match=re.escape("Not found: 'audio'")):
+        load_captions(str(tmp_path / "data"), split="validation")
+
+
 def test_join_keeps_one_schema(clotho_folder: Path, tmp_path: Path):
     other = tmp_path / "other"
     write(other / "metadata.csv", "file_name,caption\nx.wav,a dog barks\ny.wav,\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 from safetensors.torch import load_file
 from training_parts import make_captioner, write_clotho
 
@@ -135,3 +136,33 @@ def test_a_failing_process_ends_the_others(start: Path):
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
+
+
+def test_push_to_hub_at_the_end(start: Path, tmp_path: Path):
+    """Over HTTP, with the real client, against the test Hub; then pulled from there."""
+    (tmp_path / "home").mkdir()
+    with HubServer() as hub:
+        command = [sys.executable, "-m", "recap_hf.cli", "train", *flags(start, tmp_path / "out", "--max-steps", "1")]
+        command += ["--push_to_hub", "--hub_model_id", "user/trained", "--hub_datastore_id", "user/captions"]
+        variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        variables |= hub.environment(tmp_path / "home", "hf_owner") | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr
+        code = (
+            "from recap_hf import RecapProcessor; print(len(RecapProcessor.from_pretrained('user/trained').datastore))"
+        )
+        pulled = subprocess.run(
+            [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False
+        )
+        assert pulled.stdout.strip() == "60", pulled.stderr
+
+
+def test_bfloat16_trains_close_to_float32(start: Path):
+    more = ("--dropout", "0", "--max-steps", "6")
+    recap_train(*flags(start, start / "fp32", *more))
+    recap_train(*flags(start, start / "bf16", *more, "--mixed_precision", "bf16"))
+    fp32, bf16 = (json.loads((start / name / "report.json").read_text()) for name in ("fp32", "bf16"))
+    assert bf16["machine"]["mixed_precision"] == "bf16"
+    for first, second in zip(fp32["losses"], bf16["losses"], strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-2)
+    assert [entry["loss"] for entry in fp32["losses"]] != [entry["loss"] for entry in bf16["losses"]]

@@ -217,3 +217,28 @@ def test_a_split_that_is_not_there_names_the_remedies(start: Path, tmp_path: Pat
     report = train(config(start, tmp_path / "out", validation_share=0.25, **settings))
     assert report["data"]["splits"]["validation"]["clips"] == 2
     assert train(config(start, tmp_path / "none", validation_split="none", **settings))["evaluations"] == []
+
+
+def test_trackers_get_the_figures(start: Path, tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report = train(config(start, tmp_path, report_to=["tensorboard"], max_steps=2))
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    logged = EventAccumulator(str(events.parent))
+    logged.Reload()
+    losses = [(event.step, event.value) for event in logged.Scalars("train/loss")]
+    assert losses == [(entry["step"], pytest.approx(entry["loss"])) for entry in report["losses"]]
+    assert "validation/loss" in logged.Tags()["scalars"]
+
+
+def test_a_tracker_that_is_not_there_is_refused(start: Path, tmp_path: Path):
+    with pytest.raises(ImportError, match="--report-to dvclive: not installed"):
+        train(config(start, tmp_path, report_to=["dvclive"]))
+
+
+def test_a_push_without_a_login_is_refused_before_the_training(start: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="--push-to-hub needs a login"):
+        train(config(start, tmp_path, push_to_hub=True))

@@ -22,7 +22,7 @@ def assemble(config: TrainingConfig) -> tuple[Any, Any]:
     Raises:
         OSError, ValueError: where a part cannot be loaded or does not fit.
     """
-    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
+    from recap_hf import RecapFeatureExtractor, RecapForConditionalGeneration, RecapProcessor, default_model_path
 
     torch.manual_seed(config.seed)
     if config.clap:
@@ -32,7 +32,14 @@ def assemble(config: TrainingConfig) -> tuple[Any, Any]:
             config.clap, config.decoder, cross_attention_reduce_factor=config.cross_attention_reduce_factor
         )
         tokenizer, clap_tokenizer = (AutoTokenizer.from_pretrained(name) for name in (config.decoder, config.clap))
-        processor = RecapProcessor.from_config(model.config, tokenizer, clap_tokenizer)
+        try:
+            feature_extractor = RecapFeatureExtractor.from_clap_pretrained(config.clap)
+        except OSError:
+            logger.warning("No mel settings beside %s: ClapFeatureExtractor's defaults, 0 to 14 kHz", config.clap)
+            feature_extractor = None
+        processor = RecapProcessor.from_config(
+            model.config, tokenizer, clap_tokenizer, feature_extractor=feature_extractor
+        )
     else:
         name = config.model or default_model_path()
         if not config.model and not Path(name).is_dir():

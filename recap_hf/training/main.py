@@ -37,7 +37,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    trackers = [name for name in config.report_to if name != "none"]
+    trackers = _trackers(config.report_to)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         cpu=config.device == "cpu",
@@ -51,6 +51,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         "World size %d, %d torch threads each, on %s, mixed precision %s",
         accelerator.num_processes, torch.get_num_threads(), accelerator.device, accelerator.mixed_precision,
     )  # fmt: skip
+    _check_login(config)
     checkpoint = _checkpoint_to_resume(config, accelerator)
     set_seed(config.seed)
     started = time.monotonic()
@@ -72,6 +73,29 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     report = finish(config, model, processor, corpus, trainer, progress, prepared)
     accelerator.end_training()
     return report
+
+
+def _trackers(names: list[str]) -> list[str]:
+    """The trackers to report to; one that is not installed is an error, where Accelerate would pass over it."""
+    from accelerate.tracking import get_available_trackers
+
+    installed = [str(name) for name in get_available_trackers()]
+    wanted = installed if "all" in names else [name for name in names if name != "none"]
+    missing = [name for name in wanted if name not in installed]
+    if missing:
+        raise ImportError(
+            f"--report-to {missing[0]}: not installed, or not known to Accelerate; "
+            f"installed: {', '.join(installed) or 'none'}"
+        )
+    return wanted
+
+
+def _check_login(config: TrainingConfig) -> None:
+    """A push that cannot work is known before the training, not after it."""
+    from huggingface_hub import get_token
+
+    if config.push_to_hub and get_token() is None:
+        raise ValueError("--push-to-hub needs a login: hf auth login (or HF_TOKEN in the environment)")
 
 
 def _checkpoint_to_resume(config: TrainingConfig, accelerator: Any) -> Path | None:

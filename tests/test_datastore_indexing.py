@@ -1,0 +1,171 @@
+"""Indexes: kinds by size, recall that counts ties, effort that reaches its target, and what search makes of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from recap_hf import CaptionDatastore
+from recap_hf.datastore import build_index, describe
+from recap_hf.datastore.indexing import Queries, exact_rows, factory_string, tuning_queries, with_audio_gap
+from recap_hf.datastore.summary import hubness, measure
+from recap_hf.modeling import retrieval_recap
+from recap_hf.modeling.datastore_index_recap import exact_neighbours
+
+
+def clustered(rows, dimension=32, clusters=60, seed=0):
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((clusters, dimension))
+    vectors = centres[rng.integers(clusters, size=rows)] + 0.7 * rng.standard_normal((rows, dimension))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def embeddings():
+    return clustered(6000)
+
+
+@pytest.fixture
+def store(embeddings):
+    return CaptionDatastore.from_embeddings([f"caption {row}" for row in range(len(embeddings))], embeddings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "dimension", "expected"),
+    [
+        ("auto", 20_000, 512, None),
+        ("auto", 50_000, 512, "IVF1024,SQ8"),
+        ("auto", 600_000, 512, "IVF4096,PQ128x4fs"),
+        ("auto", 600_000, 128, "IVF4096,PQ32x4fs"),
+        ("auto", 10_000_000, 512, "IVF16384,PQ128x4fs"),
+        ("ivf_flat", 300, 16, "IVF7,Flat"),
+        ("hnsw", 600_000, 512, "HNSW32,SQ8"),
+        ("exact", 600_000, 512, None),
+        ("IVF64,SQfp16", 600_000, 512, "IVF64,SQfp16"),
+    ],
+)
+def test_kinds_by_size(kind, rows, dimension, expected):
+    assert factory_string(kind, rows, dimension) == expected
+
+
+@pytest.mark.parametrize("kind", ["ivf_flat", "ivf_sq8", "ivf_pq", "hnsw"])
+def test_every_kind_reaches_its_target(store, kind):
+    index = build_index(store.embeddings, kind, recall=0.9)
+    store.set_index(index)
+    # Other queries than those that it was tuned on; a twentieth is left to chance.
+    found = measure(store, tuning_queries(store.embeddings, 200, seed=9))
+    assert found["recall"]["text"] > 0.87
+    assert found["recall"]["audio"] > 0.87
+    assert index.description["recall"]["text"] > 0.87
+    queries = store.embeddings[:5]
+    for row, hits in enumerate(store.search(queries, k=4)):
+        assert hits[0]["row"] == row
+        # Whatever the index stores, scores are those of the stored embeddings.
+        for hit in hits:
+            exact = float(store.embeddings[hit["row"]].astype(np.float64) @ queries[row].astype(np.float64))
+            assert hit["score"] == pytest.approx(exact, abs=1e-8)
+
+
+def test_a_higher_target_costs_more_effort(embeddings):
+    low, high = (build_index(embeddings, "ivf_flat", recall=recall).description for recall in (0.5, 0.99))
+    assert low["effort"] < high["effort"]
+    assert high["recall"]["text"] > 0.97
+
+
+def test_exclusions_that_empty_the_candidates_are_searched_exactly(embeddings):
+    """A whole cluster is of one clip: nothing near the query may be given, and yet k captions are."""
+    records = [{"caption": f"caption {row}", "clip_id": "own" if row < 5990 else row} for row in range(6000)]
+    store = CaptionDatastore.from_embeddings(records, embeddings)
+    store.set_index(build_index(embeddings, "ivf_flat", recall=0.8))
+    (hits,) = store.search(embeddings[:1], k=4, exclude_clip_ids=["own"])
+    expected = 5990 + np.argsort(-(embeddings[5990:] @ embeddings[0]))[:4]
+    assert [hit["row"] for hit in hits] == expected.tolist()
+
+
+def test_an_index_is_saved_and_checked(store, tmp_path, embeddings):
+    store.set_index(build_index(store.embeddings, "ivf_sq8", recall=0.9))
+    store.save_pretrained(tmp_path / "store")
+    loaded = CaptionDatastore.from_pretrained(tmp_path / "store")
+    assert loaded.index == store.index
+    queries = clustered(20, seed=3)
+    assert loaded.search(queries) == store.search(queries)
+    loaded.save_pretrained(tmp_path / "copy")
+    assert CaptionDatastore.from_pretrained(tmp_path / "copy").search(queries) == store.search(queries)
+    with pytest.raises(ValueError, match="made of another one"):
+        CaptionDatastore.from_embeddings(["a"], embeddings[:1]).set_index(store._index)
+
+
+def test_without_faiss_the_search_is_exact(store, tmp_path, monkeypatch, caplog):
+    queries = clustered(5, seed=3)
+    expected = store.search(queries)
+    store.set_index(build_index(store.embeddings, "ivf_sq8", recall=0.6))
+    store.save_pretrained(tmp_path / "store")
+    monkeypatch.setattr(retrieval_recap, "faiss", None)
+    loaded = CaptionDatastore.from_pretrained(tmp_path / "store")
+    assert "needs FAISS" in caplog.text
+    assert loaded.index is None
+    assert loaded.search(queries) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("module", [None, retrieval_recap.faiss])
+def test_exact_neighbours(dtype, module):
+    rng = np.random.default_rng(0)
+    stored, queries = rng.standard_normal((70_000, 4)).astype(dtype), rng.standard_normal((3, 4)).astype(np.float32)
+    found = exact_neighbours(queries, stored, 5, module)
+    expected = np.argsort(-(queries @ stored.astype(np.float32).T), axis=1)[:, :5]
+    np.testing.assert_array_equal(np.sort(found, axis=1), np.sort(expected, axis=1))
+
+
+def test_recall_counts_ties():
+    """Four rows of the same score as the second best: any of them is as right as another."""
+    angles = np.radians([0, 10, 10, 10, 10, 50])
+    stored = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    queries = Queries("text", stored[:1], np.array([-1]))
+    assert queries.recall(stored, np.array([[0, 4]]), k=2) == 1.0
+    assert queries.recall(stored, np.array([[0, 5]]), k=2) == 0.5
+    assert queries.recall(stored, np.array([[5, -1]]), k=2) == 0.0
+    # A query that was made of row 0 must do without it.
+    own = Queries("text", stored[:1], np.array([0]))
+    assert own.recall(stored, np.array([[0, 3, 1]]), k=2) == 1.0
+    assert own.recall(stored, np.array([[0, 3, 5]]), k=2) == 0.5
+
+
+def test_exact_rows_are_those_of_a_sorted_list(embeddings):
+    found = exact_rows(embeddings[:7], embeddings, 5)
+    np.testing.assert_array_equal(found, np.argsort(-(embeddings[:7] @ embeddings.T), axis=1)[:, :5])
+
+
+def test_audio_queries_lie_outside_the_cloud(embeddings):
+    """One shift for all of them: their mean is moved, as that of audio embeddings is, and they stay unit vectors."""
+    moved = with_audio_gap(embeddings[:500], np.random.default_rng(0))
+    np.testing.assert_allclose(np.linalg.norm(moved, axis=1), 1, atol=1e-5)
+    assert np.linalg.norm(moved.mean(axis=0)) > 2 * np.linalg.norm(embeddings.mean(axis=0))
+    nearest = (moved @ embeddings.T).max(axis=1)
+    assert nearest.mean() < 0.9
+
+
+def test_hubness_of_a_hub(embeddings):
+    rng = np.random.default_rng(0)
+    even = rng.standard_normal((400, 3)).astype(np.float32)
+    even /= np.linalg.norm(even, axis=1, keepdims=True)
+    (text, _) = tuning_queries(even, 400)
+    plain = hubness(even, text)
+    assert plain["largest_share"] < 0.1
+    # One row beside every query: it is among the ten nearest of all of them.
+    hub = np.concatenate([even[:, :1] * 0 + even, np.array([[1, 0, 0]], np.float32)])
+    queries = Queries("text", np.tile([[1, 0.01, 0]], (50, 1)), np.full(50, -1))
+    assert hubness(hub, queries)["largest_share"] == 1.0
+
+
+def test_info_of_an_indexed_datastore(store):
+    store.set_index(build_index(store.embeddings, "ivf_pq", recall=0.9))
+    info = describe(store, queries=32)
+    assert info["index"]["kind"].endswith("PQ8x4fs")
+    assert set(info["recall"]) == {"k", "text", "audio"}
+    assert 0 < info["latency_ms"]["median"] <= info["latency_ms"]["p95"]
+    assert info["memory"]["held"] == store.embeddings.nbytes
+    with pytest.raises(ValueError, match="no kind of index"):
+        build_index(store.embeddings, "ivf_magic")
+    with pytest.raises(ValueError, match="`recall` must be"):
+        build_index(store.embeddings, "ivf_flat", recall=95)

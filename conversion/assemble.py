@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, ClapModel, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from recap_hf.modeling.configuration_recap import RecapConfig
 from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
@@ -209,26 +209,15 @@ def _processor(
     """The processor of `config`, with the mel settings of the CLAP folder and the special tokens of the model."""
     decoder_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     _set_special_tokens(decoder_tokenizer, special_ids)
-    processor = RecapProcessor.from_config(config, decoder_tokenizer, AutoTokenizer.from_pretrained(clap_tokenizer))
+    extractor = None
     if not Path(clap).is_dir() or any((Path(clap) / name).is_file() for name in _EXTRACTOR_FILES):
-        stock = AutoFeatureExtractor.from_pretrained(clap)
-        kept = {key: getattr(stock, key) for key in _MEL_SETTINGS}
-        processor.feature_extractor = RecapFeatureExtractor(**kept)
-    return processor
+        extractor = RecapFeatureExtractor.from_clap_pretrained(clap)
+    return RecapProcessor.from_config(
+        config, decoder_tokenizer, AutoTokenizer.from_pretrained(clap_tokenizer), feature_extractor=extractor
+    )
 
 
 _EXTRACTOR_FILES = ("preprocessor_config.json", "processor_config.json")
-_MEL_SETTINGS = (
-    "feature_size",
-    "sampling_rate",
-    "hop_length",
-    "max_length_s",
-    "fft_window_size",
-    "frequency_min",
-    "frequency_max",
-    "truncation",
-    "padding",
-)
 
 
 def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, ids: dict[str, int | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,17 @@ from .travelling_recap import AUTO_MAP
 _MEL_FLOOR = 1e-10
 # Windows in one STFT: 1,001 frames of 513 complex bins each, 4 MB a window in float32.
 _WINDOWS_PER_STFT = 16
+_CLAP_SETTINGS = (
+    "feature_size",
+    "sampling_rate",
+    "hop_length",
+    "max_length_s",
+    "fft_window_size",
+    "frequency_min",
+    "frequency_max",
+    "truncation",
+    "padding",
+)
 
 
 class RecapFeatureExtractor(ClapFeatureExtractor):
@@ -55,6 +67,20 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         if compute_dtype not in ("float32", "float64"):
             raise ValueError(f"`compute_dtype` must be 'float32' or 'float64', got {compute_dtype!r}.")
         self.compute_dtype = compute_dtype
+
+    @classmethod
+    def from_clap_pretrained(cls, clap: str | os.PathLike, **kwargs: Any) -> RecapFeatureExtractor:
+        """The extractor for a published CLAP: its mel settings are kept (LAION's start at 50 Hz, not at 0).
+
+        Args:
+            clap (`str` or path): Hub id or folder with a `ClapFeatureExtractor`'s or `ClapProcessor`'s settings.
+            kwargs: settings to change.
+
+        Raises:
+            `OSError`: if there are no such settings.
+        """
+        stock = ClapFeatureExtractor.from_pretrained(clap)
+        return cls(**{**{name: getattr(stock, name) for name in _CLAP_SETTINGS}, **kwargs})
 
     def __call__(
         self,

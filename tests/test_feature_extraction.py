@@ -129,3 +129,17 @@ def test_round_trip(tmp_path):
 def test_clap_configurations_load(tmp_path):
     ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(tmp_path)
     assert RecapFeatureExtractor.from_pretrained(tmp_path).truncation == "rand_trunc"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_mel_settings_of_a_published_clap_are_kept(clap_tokenizer, tmp_path, whole):
+    """LAION's checkpoints hear from 50 Hz on; the stock extractor's default is 0 Hz, and no CLAP config tells."""
+    from transformers import ClapProcessor
+
+    stock = ClapFeatureExtractor(frequency_min=50, truncation="fusion")
+    (ClapProcessor(stock, clap_tokenizer) if whole else stock).save_pretrained(tmp_path)
+    ours = RecapFeatureExtractor.from_clap_pretrained(tmp_path)
+    assert (ours.frequency_min, ours.frequency_max, ours.truncation) == (50, 14_000, "fusion")
+    np.testing.assert_array_equal(ours.mel_filters, stock.mel_filters)
+    with pytest.raises(OSError):
+        RecapFeatureExtractor.from_clap_pretrained(tmp_path / "nothing")

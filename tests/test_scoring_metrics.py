@@ -289,6 +289,8 @@ def test_novelty_and_copying():
     assert result.statistics["copied_retrieved"] == pytest.approx(2 / 3)
     assert result.statistics["copied_first_retrieved"] == pytest.approx(1 / 3)
     assert result.statistics["novel_captions"] == pytest.approx(2 / 3)
+    # "rain" is the one reference word that no training caption has, and the caption says it.
+    assert result.statistics["novel_reference_words"] == 1 and result.statistics["novel_word_recall"] == 1
 
 
 def test_named_java_must_be_one(tmp_path):

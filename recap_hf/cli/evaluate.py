@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scoring.add_argument("--sentence-model", metavar="DIR", help="Sentence-BERT model of FENSE")
     scoring.add_argument("--error-detector", metavar="CKPT", help="error detector of FENSE")
     scoring.add_argument("--error-detector-encoder", metavar="DIR", help="BERT of the error detector")
+    scoring.add_argument("--clap-score-model", metavar="NAME", help="CLAPScore by this CLAP, not the captioner's own")
     scoring.set_defaults(pretokenized=False)
 
 
@@ -94,6 +95,12 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         exclude_references=args.exclude_references,
     )
+    scorer = None
+    if options and args.clap_score_model:
+        from recap_hf.evaluation.clap_score import ClapScorer
+
+        scorer = ClapScorer(args.clap_score_model, args.device)
+        scorer.refuse_own(captioner)
     folder = caption_clips(
         captioner,
         clips,
@@ -107,12 +114,23 @@ def run(args: argparse.Namespace) -> int:
     if options is None:
         print(f"wrote {folder.path}", file=sys.stderr)
         return 0
-    result = score_folder(folder, clips.name, resamples=args.resamples, seed=args.seed, notes=clips.notes, **options)
+    extra = _clap_scores(scorer, clips, folder, args.batch_size) if scorer else None
+    result = score_folder(
+        folder, clips.name, resamples=args.resamples, seed=args.seed, notes=clips.notes, extra_scores=extra, **options
+    )
     tables = result_tables(result)
     print(tables, end="")
     (folder.path / "tables.md").write_text(tables, encoding="utf-8")
     print(f"wrote {folder.path}", file=sys.stderr)
     return 0
+
+
+def _clap_scores(scorer, clips, folder, batch_size: int) -> dict:
+    from recap_hf.evaluation.clap_score import clap_scores
+    from recap_hf.scoring import read_predictions
+
+    captions = {name: read_predictions(folder.predictions_file(name)).predictions for name in folder.systems}
+    return {name: {"clap_score": values} for name, values in clap_scores(scorer, clips, captions, batch_size).items()}
 
 
 def _check_scoring(options: dict) -> None:

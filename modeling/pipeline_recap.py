@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
@@ -65,6 +65,17 @@ class AudioCaptioningPipeline(Pipeline):
         if datastore is not None:
             self.processor.datastore = open_datastore(datastore, self.model, self.processor)
         self.processor.check_model(self.model)
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Captions one input, a list (as a list), or a stream of them: generators, datasets and their columns."""
+        known = (str, bytes, bytearray, memoryview, os.PathLike, np.ndarray, torch.Tensor, collections.abc.Mapping)
+        if isinstance(inputs, tuple):
+            inputs = list(inputs)
+        elif not isinstance(inputs, (*known, list, Dataset)) and hasattr(inputs, "__len__"):
+            # A dataset or a column of `datasets`: neither a list nor one of torch's, which the base class knows.
+            rows = inputs
+            inputs = (rows[index] for index in range(len(rows)))
+        return super().__call__(inputs, *args, **kwargs)
 
     def _sanitize_parameters(
         self, k: int | None = None, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any

@@ -282,6 +282,20 @@ def test_save_and_load(tiny_model, encoded, tmp_path):
     assert str(tmp_path) not in (tmp_path / "config.json").read_text()
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_plain_attention_string_is_the_decoders(tiny_model, tmp_path, attention):
+    from transformers import AutoModel
+
+    tiny_model.save_pretrained(tmp_path)
+    for loaded in (
+        RecapForConditionalGeneration.from_pretrained(tmp_path, attn_implementation=attention),
+        AutoModel.from_pretrained(tmp_path, attn_implementation=attention, device_map="cpu"),
+    ):
+        assert loaded.decoder.transformer.h[0].attn.config._attn_implementation == attention
+        assert loaded.decoder.transformer.h[0].crossattention.config._attn_implementation == attention
+        assert loaded.clap.config.text_config._attn_implementation == "eager"
+
+
 def test_frozen_clap_does_not_move_in_training_mode(tiny_model, tiny_processor, clips):
     inputs = tiny_processor(audio=clips[:2], sampling_rate=48_000, return_tensors="pt")
     tiny_model.freeze_base()

@@ -67,6 +67,8 @@ def test_undecoded_datasets_rows(captioner, clips, tmp_path):
 
     soundfile.write(tmp_path / "clip.flac", clips[0], 48_000)
     rows = Dataset.from_dict({"audio": [str(tmp_path / "clip.flac")]}).cast_column("audio", Audio(decode=False))
+    for source in (rows, rows["audio"], (rows[0],)):
+        assert same_results(list(captioner(source)), [captioner(str(tmp_path / "clip.flac"))])
     results = captioner([rows[0]])
     assert same_results(results, [captioner(str(tmp_path / "clip.flac"))])
 

@@ -202,7 +202,7 @@ class CaptionDatastore(HubPushMixin):
             raise ValueError(
                 f"The datastore's embeddings have {self.dimension} dimensions and the model's have "
                 f"{fingerprint.shape[1]}: it was made by another CLAP. Build it again with this model: "
-                "CaptionDatastore.from_captions(store.records, model, processor)."
+                "CaptionDatastore.from_captions(store.records, model, processor), or `recap datastore reembed`."
             )
         if self.fingerprint is None:
             return
@@ -211,7 +211,7 @@ class CaptionDatastore(HubPushMixin):
             raise ValueError(
                 f"The datastore was made by another CLAP: embeddings of the same texts have a cosine of {cosine:.3f}, "
                 f"expected at least {_SAME_ENCODER_COSINE}. Build it again with this model: "
-                "CaptionDatastore.from_captions(store.records, model, processor)."
+                "CaptionDatastore.from_captions(store.records, model, processor), or `recap datastore reembed`."
             )
 
     # ---------------------------------------------------------------- search

@@ -156,9 +156,21 @@ def test_youtube_names_are_matched_on_request():
     assert match_clips(first, second, youtube=True) == [(0, 1), (1, 0)]
 
 
+def test_folders_may_hold_clips_of_one_name():
+    assert match_clips(["dog/1.wav", "cat/1.wav"], ["cat/1.wav", "dog/1.wav"]) == [(0, 1), (1, 0)]
+    assert match_clips(["dog/1.wav", "cat/1.wav"], ["1.flac"]) == []
+
+
 def test_a_clip_named_twice_is_refused():
-    with pytest.raises(ValueError, match=r"named twice \('x/a.wav' in place 1 and 'a.flac' in place 2\)"):
-        match_clips(["x/a.wav", "a.flac"], ["a"])
+    with pytest.raises(ValueError, match=r"the clip 'a\.wav' is named twice"):
+        match_clips(["a.wav", "b", "a.wav"], ["a"])
+
+
+def test_same_names_in_different_folders_stay_apart(tmp_path):
+    path = tmp_path / "folders.csv"
+    path.write_text("file_name,prediction,captions\ndog/1.wav,hum,a\ncat/1.wav,hum,b\n")
+    table = read_predictions(path)
+    assert table.references == [["a"], ["b"]] and table.clip_ids == ["dog/1.wav", "cat/1.wav"]
 
 
 def test_hash_tells_lists_apart_not_spellings():

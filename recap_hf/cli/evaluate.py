@@ -95,12 +95,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         exclude_references=args.exclude_references,
     )
-    scorer = None
-    if options and args.clap_score_model:
-        from recap_hf.evaluation.clap_score import ClapScorer
-
-        scorer = ClapScorer(args.clap_score_model, args.device)
-        scorer.refuse_own(captioner)
+    scorer = _load_clap_scorer(args, captioner) if options else None
     folder = caption_clips(
         captioner,
         clips,
@@ -123,6 +118,16 @@ def run(args: argparse.Namespace) -> int:
     (folder.path / "tables.md").write_text(tables, encoding="utf-8")
     print(f"wrote {folder.path}", file=sys.stderr)
     return 0
+
+
+def _load_clap_scorer(args: argparse.Namespace, captioner):
+    if not args.clap_score_model:
+        return None
+    from recap_hf.evaluation.clap_score import ClapScorer
+
+    scorer = ClapScorer(args.clap_score_model, args.device)
+    scorer.refuse_own(captioner)
+    return scorer
 
 
 def _clap_scores(scorer, clips, folder, batch_size: int) -> dict:

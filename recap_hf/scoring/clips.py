@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,37 +45,37 @@ def sha256_of_lines(lines: Iterable[str]) -> str:
 def match_clips(first: Sequence[str], second: Sequence[str], youtube: bool = False) -> list[tuple[int, int]]:
     """Pairs of positions (in `first`, in `second`) that name the same clip, in the order of `first`.
 
-    Stems that are equal are matched first. What is left is matched by folded spelling, since one published list writes
-    `Santa Motor` and another `Santa_Motor`, but only where one clip of either side is meant: Clotho has different
-    clips called `Watering Can` and `watering_can`.
+    Names that are equal are matched first, then stems, then folded spellings (one published list writes `Santa Motor`
+    and another `Santa_Motor`); the last two only where one clip of either side can be meant: Clotho has different
+    clips called `Watering Can` and `watering_can`, and folders may hold clips of the same name.
 
     Raises:
-        ValueError: if a side names a clip twice.
+        ValueError: if a side has the same name twice.
     """
-    indices = [_by_stem(names, youtube) for names in (first, second)]
-    pairs = [(number, indices[1][stem]) for stem, number in indices[0].items() if stem in indices[1]]
-    folded = [_by_folding(index, other) for index, other in (indices, indices[::-1])]
-    pairs += [(number, folded[1][key]) for key, number in folded[0].items() if key in folded[1]]
+    for names in (first, second):
+        repeated = next((name for name, count in Counter(names).items() if count > 1), None)
+        if repeated is not None:
+            raise ValueError(f"the clip {repeated!r} is named twice")
+    pairs: list[tuple[int, int]] = []
+    rest = dict(enumerate(first)), dict(enumerate(second))
+    for key_of in (
+        str,
+        lambda name: clip_stem(name, youtube),
+        lambda name: normalize_clip_id(clip_stem(name, youtube)),
+    ):
+        indices = [_unambiguous(names, key_of) for names in rest]
+        found = [(number, indices[1][key]) for key, number in indices[0].items() if key in indices[1]]
+        for one, two in found:
+            del rest[0][one], rest[1][two]
+        pairs += found
     return sorted(pairs)
 
 
-def _by_stem(names: Sequence[str], youtube: bool) -> dict[str, int]:
-    index: dict[str, int] = {}
-    for number, name in enumerate(names):
-        stem = clip_stem(name, youtube)
-        if stem in index:
-            raise ValueError(
-                f"the clip {stem!r} is named twice ({names[index[stem]]!r} in place {index[stem] + 1} and {name!r} in "
-                f"place {number + 1})"
-            )
-        index[stem] = number
-    return index
-
-
-def _by_folding(index: dict[str, int], other: dict[str, int]) -> dict[str, int]:
-    keys = {stem: normalize_clip_id(stem) for stem in index if stem not in other}
-    meant = Counter(keys.values())
-    return {key: index[stem] for stem, key in keys.items() if meant[key] == 1}
+def _unambiguous(names: dict[int, str], key_of: Callable[[str], str]) -> dict[str, int]:
+    """Position by key, for the keys that only one of the names has."""
+    keys = {number: key_of(name) for number, name in names.items()}
+    counts = Counter(keys.values())
+    return {key: number for number, key in keys.items() if counts[key] == 1}
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def read_clip_list(path: str | os.PathLike, column: str | None = None) -> ClipLi
     else:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         names = [line for line in lines if not line.lstrip().startswith("#")]
-    unique = {clip_stem(name.strip()): name.strip() for name in names if name.strip()}
+    unique = dict.fromkeys(name.strip() for name in names if name.strip())
     if not unique:
         raise ValueError(f"{path} names no clip")
-    return ClipList(path.stem, tuple(unique.values()))
+    return ClipList(path.stem, tuple(unique))

@@ -151,15 +151,27 @@ def score_captions(
         statistics.update(novel_words(predictions, refs, training_captions))
     if retrieved is not None:
         statistics.update(copying(predictions, retrieved))
+    return _result(run, predictions, refs, statistics, clip_ids, clip_list_name, pretokenized)
+
+
+def _result(
+    run: _Run,
+    predictions: Sequence[str],
+    references: list[list[str]],
+    statistics: dict[str, float],
+    clip_ids: Sequence[str] | None,
+    clip_list_name: str | None,
+    pretokenized: bool,
+) -> CaptionScores:
     if statistics["empty_captions"]:
-        run.notes.append(f"{statistics['empty_captions']} of {len(texts)} captions are empty and score 0")
+        run.notes.append(f"{statistics['empty_captions']} of {len(predictions)} captions are empty and score 0")
     return CaptionScores(
         corpus={key: score.corpus if score else None for key, score in run.scores.items()},
         clips=_clip_rows(predictions, clip_ids, run.scores),
         skipped=run.skipped,
         statistics=statistics,
         implementation=_implementation(run, pretokenized),
-        clip_list=_describe_clips(clip_ids, clip_list_name, refs),
+        clip_list=_describe_clips(clip_ids, clip_list_name, references),
         notes=run.notes,
         metrics={key: score for key, score in run.scores.items() if score},
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .clips import ID_COLUMNS, clip_stem
+from .clips import ID_COLUMNS
 
 PREDICTION_COLUMNS = ("prediction", "predictions", "caption", "cands", "hypothesis", "generated")
 REFERENCE_COLUMNS = ("references", "captions", "mrefs", "caption_1")
@@ -233,20 +233,19 @@ def _merge_rows(table: PredictionTable, path: str | os.PathLike, explicit: bool)
     first: dict[str, int] = {}
     kept: list[int] = []
     for number, clip_id in enumerate(table.clip_ids):
-        key = clip_stem(clip_id)
-        if key not in first:
-            first[key] = number
+        if clip_id not in first:
+            first[clip_id] = number
             kept.append(number)
             continue
-        if table.predictions[number] != table.predictions[first[key]]:
+        if table.predictions[number] != table.predictions[first[clip_id]]:
             if explicit:
                 raise ValueError(
-                    f"{path}: the clip {clip_id!r} has two predictions (rows {first[key] + 1} and {number + 1})"
+                    f"{path}: the clip {clip_id!r} has two predictions (rows {first[clip_id] + 1} and {number + 1})"
                 )
             # A column that merely looked like one of names.
             table.clip_ids = None
             return table
-        table.references[first[key]] = table.references[first[key]] + table.references[number]
+        table.references[first[clip_id]] = table.references[first[clip_id]] + table.references[number]
     return table.select(kept)
 
 

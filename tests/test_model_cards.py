@@ -383,3 +383,20 @@ def test_the_documented_facts_are_facts(tmp_path):
     (tmp_path / "facts.yaml").write_text(block, encoding="utf-8")
     facts = CardFacts.from_file(tmp_path / "facts.yaml")
     assert facts.training_data[0].clips == 812 and facts.results[1].system == "first retrieved caption"
+
+
+@pytest.mark.parametrize(
+    ("index", "text"),
+    [
+        (None, "exact search"),
+        ({"kind": "IVF64,SQ8"}, "approximate search, FAISS IVF64,SQ8"),
+        (
+            {"kind": "HNSW32", "recall": {"k": 4, "text": 0.98, "gap": 0.951}},
+            "approximate search, FAISS HNSW32, recall@4 at least 0.951 on queries held out",
+        ),
+    ],
+)
+def test_the_search_is_named_with_its_measured_recall(index, text):
+    from recap_hf.hub.describe import index_text
+
+    assert index_text(index) == text

@@ -6,8 +6,9 @@ import json
 import math
 import struct
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .cards import DatastoreFacts, ModelDescription
 from .facts import DataSource
@@ -130,4 +131,15 @@ def describe_datastore(datastore: CaptionDatastore) -> DatastoreFacts:
         DataSource(str(name), licence=None if licence is None else str(licence), captions=number)
         for (name, licence), number in counts.most_common()
     )
-    return DatastoreFacts(len(datastore), datastore.dimension, "exact search", sources)
+    return DatastoreFacts(len(datastore), datastore.dimension, index_text(datastore.index), sources)
+
+
+def index_text(index: Mapping[str, Any] | None) -> str:
+    """How a datastore is searched, in words; `index` is a datastore's own description of its index."""
+    if index is None:
+        return "exact search"
+    text = f"approximate search, FAISS {index['kind']}"
+    measured = {name: value for name, value in (index.get("recall") or {}).items() if name != "k"}
+    if measured:
+        text += f", recall@{index['recall']['k']} at least {min(measured.values()):.3f} on queries held out"
+    return text

@@ -21,7 +21,7 @@ from recap_hf.training.batches import (
     tokenize_targets,
 )
 from recap_hf.training.neighbours import Neighbours
-from recap_hf.training.step import CaptionLoss, branched_mask, caption_sums, to_tensors
+from recap_hf.training.step import CaptionLoss, branched_mask, caption_sums, fuse_activations, to_tensors
 
 
 class Features:
@@ -93,6 +93,23 @@ def test_gradients_of_both_layouts_are_equal(parts):
         gradients.append([p.grad.clone() for p in model.cross_attention_parameters()])
     for shared, apart in zip(*gradients, strict=True):
         torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-6)
+
+
+def test_fused_activations_are_the_same_function(parts):
+    from copy import deepcopy
+
+    decoder = deepcopy(parts[0].decoder)
+    x = torch.linspace(-6, 6, 301)
+    stock = decoder.transformer.h[0].mlp.act(x)
+    fuse_activations(decoder)
+    fused = decoder.transformer.h[0].mlp.act
+    assert isinstance(fused, torch.nn.GELU)
+    torch.testing.assert_close(fused(x), stock, rtol=1e-6, atol=1e-6)
+    # Another activation is left alone.
+    decoder.config.activation_function = "relu"
+    decoder.transformer.h[0].mlp.act = torch.nn.ReLU()
+    fuse_activations(decoder)
+    assert isinstance(decoder.transformer.h[0].mlp.act, torch.nn.ReLU)
 
 
 def test_branched_mask_by_hand():

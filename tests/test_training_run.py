@@ -174,6 +174,20 @@ def test_no_retrieval_trains_and_saves_a_captioner_without_captions(start: Path,
     assert processor.datastore is None
 
 
+def test_another_datastore_and_turns_between_two(start: Path, tmp_path: Path):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("\n".join(f"an aeroplane passes {number} times" for number in range(9)) + "\n")
+    train(config(start, tmp_path / "one", datastore=[str(captions)], max_steps=1))
+    store = RecapProcessor.from_pretrained(tmp_path / "one").datastore
+    assert store.captions[0] == "an aeroplane passes 0 times"
+    # The first of several goes with the captioner; the second epoch is prompted from the other.
+    report = train(config(start, tmp_path / "two", datastore=["training", str(captions)], max_steps=6))
+    assert report["datastore_captions"] == 40
+    only_training = train(config(start, tmp_path / "three", max_steps=6))
+    assert report["losses"][:5] == only_training["losses"][:5]
+    assert report["losses"][5]["loss"] != only_training["losses"][5]["loss"]
+
+
 def test_early_stopping(start: Path, tmp_path: Path):
     report = train(config(start, tmp_path, early_stopping_patience=1, learning_rate=30.0, num_train_epochs=9))
     assert report["stopped_early"]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .arguments import TrainingConfig
+from .step import fuse_activations
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def prepare_for_training(model: Any, config: TrainingConfig) -> dict[str, nn.Par
     if config.train_decoder:
         for parameter in model.decoder.parameters():
             parameter.requires_grad_(True)
+    fuse_activations(model.decoder)
     if config.gradient_checkpointing:
         # Renamed within the supported range of transformers.
         enable = getattr(model.decoder, "activation_checkpointing_enable", None)

@@ -22,7 +22,7 @@ import torch
 
 from .batches import BatchBuilder, Clip, PromptOptions, Row, plan_epoch, tokenize_targets
 from .neighbours import Neighbours
-from .step import CaptionLoss, to_tensors
+from .step import CaptionLoss, fuse_activations, to_tensors
 
 # Captions of the authors' code have at most 60 tokens, in the prompt as in the target.
 LONGEST_CAPTION = 60
@@ -206,9 +206,11 @@ def _check_loss(
 ) -> None:
     """Loss of one batch by our step and by the stock forward padded as the reference pads."""
     with torch.no_grad():
+        fuse_activations(model.decoder)
         batch = to_tensors(builder.build(rows), options.device, torch.float32)
         with _autocast(options.device, measurement.dtype):
             measurement.loss = float(CaptionLoss(model.decoder)(batch).mean())
+        _stock_activations(model.decoder)
         total = tokens = 0.0
         for group in _passes(_examples(rows), max(4, options.reference_passes)):
             loss, count = _reference_loss(model, builder, processor, group, longest, options.device)
@@ -225,6 +227,7 @@ def our_step(
     loss_module = CaptionLoss(model.decoder)
 
     def step(rows: list[Row]) -> None:
+        fuse_activations(model.decoder)
         batch = builder.build(rows)
         measurement.tokens += int((batch.segments >= 0).sum())
         measurement.padding += int((batch.segments < 0).sum())
@@ -251,6 +254,7 @@ def reference_step(
     optimizer = torch.optim.AdamW(parameters, lr=5e-5, foreach=False, fused=False)
 
     def step(rows: list[Row]) -> None:
+        _stock_activations(model.decoder)
         groups = _passes(_examples(rows), options.reference_passes)
         for group in groups:
             with _autocast(options.device, measurement.dtype):
@@ -282,9 +286,16 @@ def _reference_loss(
     return loss, int((labels != -100).sum())
 
 
+def _stock_activations(decoder: Any) -> None:
+    from transformers.activations import ACT2FN
+
+    for block in decoder.transformer.h:
+        block.mlp.act = ACT2FN[decoder.config.activation_function]
+
+
 def reference_length(processor: Any, k: int) -> int:
     """Tokens of the longest possible example: the template, k captions and the target of 60 tokens each."""
-    template = processor.tokenizer(processor.prompt.build([""] * k))["input_ids"]
+    template = processor.tokenizer(processor.prompt.template.replace("{captions}", ""))["input_ids"]
     return len(template) + (k + 1) * LONGEST_CAPTION
 
 

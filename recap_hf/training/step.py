@@ -93,6 +93,18 @@ def branched_mask(segments: torch.Tensor) -> torch.Tensor:
     return (causal & ((key == 0) & (query >= 0) | (key == query))).unsqueeze(1)
 
 
+def fuse_activations(decoder: nn.Module) -> None:
+    """Swaps GPT-2's `gelu_new` for torch's fused kernel of the same function.
+
+    As written in transformers it is eight passes over memory and keeps as many intermediates for the backward pass:
+    a fifth of a step's time on a CPU. The values agree to float32's last digits; nothing is saved with the model.
+    """
+    if decoder.config.activation_function != "gelu_new":
+        return
+    for block in decoder.transformer.h:
+        block.mlp.act = nn.GELU(approximate="tanh")
+
+
 class CaptionLoss(nn.Module):
     """The decoder with its loss; this is what gets wrapped for several processes and for mixed precision.
 

@@ -148,7 +148,7 @@ class Captioner:
         own = normalize_clip_id(clip_id)
         drawn: dict[str, dict[str, Any]] = {}
         # A few more than k are looked at, since own captions and repeated texts do not count.
-        for row in generator.permutation(len(store))[: 20 * self.k]:
+        for row in generator.choice(len(store), size=min(len(store), 20 * self.k), replace=False):
             record = store.records[int(row)]
             if record.get("clip_id") is None or normalize_clip_id(record["clip_id"]) != own:
                 drawn.setdefault(normalize_text(record["caption"]), {**record, "row": int(row)})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,7 @@ class OpenedFiles:
         records: one per caption that is not removed.
         embeddings: one row per record: an array, or [`LiveEmbeddings`] where there are several segments.
         live: positions over all segments that are left, or `None` where nothing is removed.
+        index: the search index, where there is one and it was asked for.
     """
 
     folder: Path
@@ -155,6 +156,7 @@ class OpenedFiles:
     records: Sequence[dict[str, Any]]
     embeddings: Any
     live: np.ndarray | None
+    index: Any = None
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -171,12 +173,15 @@ def _line_ends(data: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------ reading
 
 
-def open_files(folder: Path, verify: bool = True) -> OpenedFiles:
+def open_files(
+    folder: Path, verify: bool = True, open_index: Callable[[Path, dict[str, Any]], Any] | None = None
+) -> OpenedFiles:
     """Opens the datastore in a folder; where a writer replaces it meanwhile, the newer one is opened.
 
     Args:
         folder: holds a `datastore.json`.
         verify: compare every file with its checksum.
+        open_index: opens the index, given the folder and the manifest.
 
     Raises:
         `OSError`: if a file is missing. `ValueError`: if one is damaged, tampered with or of a newer format.
@@ -184,7 +189,9 @@ def open_files(folder: Path, verify: bool = True) -> OpenedFiles:
     for _ in range(_MAX_TRIES):
         text = _read_manifest_text(folder)
         try:
-            return _open_once(folder, text, verify)
+            opened = _open_once(folder, text, verify)
+            opened.index = None if open_index is None else open_index(folder, opened.manifest)
+            return opened
         except FileNotFoundError:
             # The file was there when the manifest was written, so either a writer has moved on, or it is lost.
             if _read_manifest_text(folder) == text:

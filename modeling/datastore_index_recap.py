@@ -110,7 +110,7 @@ def open_index(folder: Path, manifest: Mapping[str, Any], faiss: Any) -> SearchI
     """The index of an opened datastore; `None` where it has none, or where FAISS is missing: the search is exact.
 
     Raises:
-        `ValueError`: if the file is no index of this datastore.
+        `OSError`: if it is missing. `ValueError`: if the file is no index of this datastore.
     """
     entry = manifest["index"]
     if entry is None:
@@ -122,6 +122,8 @@ def open_index(folder: Path, manifest: Mapping[str, Any], faiss: Any) -> SearchI
     try:
         index = SearchIndex(faiss.read_index(str(path)), entry, faiss)
     except (RuntimeError, KeyError, TypeError) as error:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing, the datastore is incomplete.") from error
         raise ValueError(f"{path}: not an index of a datastore ({error!r:.200}).") from error
     # Positions are counted over whole segments: an index ends where one of them does.
     ends = np.cumsum([segment["num_captions"] for segment in manifest["segments"]])

@@ -442,12 +442,12 @@ class CaptionDatastore(HubPushMixin):
         if reference is not None:
             # Once only: what is referred to must be a datastore, not the next reference.
             folder = fetch_datastore(repo_type="dataset", **{**hub_kwargs, **reference})
-        files = open_files(folder, verify)
+        files = open_files(folder, verify, lambda folder, manifest: open_index(folder, manifest, faiss))
         store = cls.__new__(cls)
         store.records, store.embeddings = files.records, files.embeddings
         fingerprint = files.manifest["fingerprint"]
         store.fingerprint = None if fingerprint is None else np.asarray(fingerprint, dtype=np.float32)
-        store._reset(files, open_index(folder, files.manifest, faiss))
+        store._reset(files, files.index)
         return store
 
 

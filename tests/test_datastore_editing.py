@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from recap_hf.datastore import (
 )
 from recap_hf.datastore.editing import editing
 from recap_hf.modeling.datastore_writing_recap import locked
+from recap_hf.modeling.hub_recap import files_to_push
 
 NO_LIMIT = FilterOptions(max_tokens=None)
 
@@ -200,6 +202,26 @@ def test_the_index_goes_on_through_edits(folder):
     assert opened(folder)._index.num_rows == 418
     index_datastore(folder, "exact")
     assert opened(folder).index is None
+
+
+def test_an_index_made_anew_beside_readers(folder):
+    add_captions(folder, numbered(40, 200), WordEmbedder())
+    query = WordEmbedder()._vectors(["sound 11"])
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(lambda: [index_datastore(folder, kind, 0.5) for kind in ("ivf_flat", "ivf_sq8") * 3])
+        opens = 0
+        while not writer.done() or not opens:
+            assert opened(folder).search(query, k=1)[0][0]["caption"] == "sound 11"
+            opens += 1
+        assert len(writer.result()) == 6
+    assert opened(folder).index["wanted_kind"] == "ivf_sq8"
+
+
+def test_only_what_belongs_to_it_is_pushed(folder):
+    add_captions(folder, numbered(40, 45), WordEmbedder())
+    remove_captions(folder, Selection(rows=[1]))
+    (folder / f".captions.{os.getpid()}.tmp").write_text("left by a kill")
+    assert set(files_to_push(folder)) == {"datastore.json", *opened(folder).manifest["files"]}
 
 
 def test_edits_that_cannot_be_are_refused(folder):

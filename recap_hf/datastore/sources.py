@@ -196,12 +196,13 @@ def _common(row: Mapping[str, Any], name: str, options: SourceOptions) -> dict[s
 
 def _extra(row: Mapping[str, Any], caption_columns: Sequence[str]) -> dict[str, Any]:
     left_out = {*caption_columns, *_USED_COLUMNS, *_CLIP_COLUMNS}
-    plain = (str, int, float, bool)
-    return {
-        str(key): value
-        for key, value in row.items()
-        if key not in left_out and isinstance(value, plain) and value != ""
-    }
+    return {str(key): value for key, value in row.items() if key not in left_out and _is_plain(value) and value != ""}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, (str, int, float, bool))
 
 
 def guess_source(name: str, columns: Sequence[str]) -> tuple[str, str | None]:

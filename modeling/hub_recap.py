@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -162,6 +163,23 @@ def http_reason(error: HfHubHTTPError) -> str:
     if status >= 500:
         return f"the Hub answered {status}: {said} Try later. {AGAIN}"
     return f"the Hub answered {status}: {said}"
+
+
+def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
+    """`user/name` for an id; for a name alone, the user is the one whose token is in use.
+
+    Raises:
+        OSError: there is no token that tells.
+    """
+    if "/" in repo_id:
+        return repo_id
+    with hub_errors("find the owner of", repo_id):
+        try:
+            return f"{HfApi(token=token, library_name='recap_hf').whoami()['name']}/{repo_id}"
+        except LocalTokenNotFoundError as error:
+            raise OSError(
+                f"{repo_id!r} names no user and no token is set: give user/name, or run `hf auth login`"
+            ) from error
 
 
 def files_to_push(folder: str | os.PathLike) -> dict[str, Path]:
@@ -366,6 +384,7 @@ class HubPushMixin:
         Raises:
             OSError: the push failed; the message names repository, revision and remedy.
         """
+        repo_id = full_repo_id(repo_id, token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_for_hub(folder, max_shard_size)
             prepare_folder(folder, repo_id, self.hub_repo_type, tags)
@@ -408,6 +427,7 @@ __all__ = [
     "fetch_datastore",
     "fetch_folder",
     "files_to_push",
+    "full_repo_id",
     "hub_errors",
     "loading_errors",
     "matches",

@@ -248,6 +248,17 @@ def test_the_token_is_the_one_that_the_client_keeps(hub, client, folder):
     assert not [record for record in hub.log if record.authorised and record.path.startswith(("/cdn", "/lfs/"))]
 
 
+def test_a_name_alone_belongs_to_the_user_of_the_token(client):
+    code = """
+from recap_hf.modeling.hub_recap import full_repo_id
+answer([full_repo_id("other/m"), full_repo_id("m") if sys.argv[1] == "logged in" else refusal(full_repo_id, "m")])
+"""
+    assert client.run(code, "logged in") == ["other/m", "user/m"]
+    kind, message = client.run(code, "logged out", token=None)[1]
+    assert kind == "OSError" and "'m' names no user and no token is set" in message and "hf auth login" in message
+    assert "hf auth login" in client.run(code, "logged out", token="hf_bad")[1][1]
+
+
 REFUSALS = {
     None: [
         ("push(folder)", ["'user/m'", "'main'", "no token is set", "hf auth login"]),

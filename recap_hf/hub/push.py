@@ -116,13 +116,14 @@ def push_checkpoint(
         OSError: a push failed; the message names repository, revision and remedy.
         ValueError: the folder holds no RECAP checkpoint, or no datastore where one is to be pushed.
     """
-    from recap_hf.modeling.hub_recap import DATASTORE_FOLDER, WEIGHT_FILES, commit_folder
+    from recap_hf.modeling.hub_recap import DATASTORE_FOLDER, WEIGHT_FILES, commit_folder, full_repo_id
     from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
 
     from .describe import describe_checkpoint
 
     folder, options = Path(folder), options or PushOptions()
     describe_checkpoint(folder)
+    repo_id = full_repo_id(repo_id, options.token)
     results = []
     with staged_checkpoint(folder, options) as stage:
         source = folder / DATASTORE_FOLDER
@@ -160,9 +161,10 @@ def push_datastore(
     Raises:
         OSError: the push failed; the message names repository, revision and remedy.
     """
-    from recap_hf.modeling.hub_recap import DATASTORE_FILES, commit_folder
+    from recap_hf.modeling.hub_recap import DATASTORE_FILES, commit_folder, full_repo_id
 
     options = options or PushOptions()
+    repo_id = full_repo_id(repo_id, options.token)
     with tempfile.TemporaryDirectory() as stage:
         copy_files(Path(folder), Path(stage), datastore_files(Path(folder)))
         prepare_folder(stage, repo_id, "dataset", facts=facts)

@@ -19,14 +19,17 @@ class WordEmbedder:
         self.seed = seed
         self.dimension = dimension
         self.embedded: list[str] = []
+        self._words: dict[str, np.ndarray] = {}
         self.fingerprint = self._vectors(FINGERPRINT_TEXTS)
 
     def _vectors(self, captions):
         vectors = np.zeros((len(captions), self.dimension), dtype=np.float32)
         for row, caption in enumerate(captions):
             for word in caption.lower().split():
-                rng = np.random.default_rng([self.seed, zlib.crc32(word.encode())])
-                vectors[row] += rng.standard_normal(self.dimension)
+                if word not in self._words:
+                    rng = np.random.default_rng([self.seed, zlib.crc32(word.encode())])
+                    self._words[word] = rng.standard_normal(self.dimension)
+                vectors[row] += self._words[word]
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def embed(self, captions):
@@ -35,6 +38,12 @@ class WordEmbedder:
 
     def count_tokens(self, captions):
         return [len(caption.split()) for caption in captions]
+
+
+def load_in_worker(rank: int, processes: int) -> WordEmbedder:
+    """The recipe by which another process makes a `WordEmbedder`."""
+    assert 0 <= rank < processes
+    return WordEmbedder()
 
 
 def numbered(first: int, last: int, **extra) -> list[dict]:

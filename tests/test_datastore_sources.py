@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from datastore_parts import WordEmbedder, numbered, save_store
+from datastore_parts import WordEmbedder, load_in_worker, numbered, save_store
 
 from recap_hf import CaptionDatastore
 from recap_hf.datastore import (
@@ -271,3 +271,16 @@ def test_a_build_that_was_cut_off_goes_on(tmp_path):
     assert embedder.embedded == [record["caption"] for record in records[8192:]]
     assert store.captions == [record["caption"] for record in records]
     np.testing.assert_allclose(store.embeddings[8190:8195], WordEmbedder().embed(store.captions[8190:8195]), atol=1e-6)
+
+
+def test_several_processes_embed_the_same(tmp_path):
+    records = numbered(0, 20_000)
+    (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, records)))
+    embedder = WordEmbedder()
+    with pytest.raises(ValueError, match="each load the encoder"):
+        build_datastore([tmp_path / "many.jsonl"], tmp_path / "store", embedder, processes=2)
+    embedder.recipe = load_in_worker
+    store = build_datastore([tmp_path / "many.jsonl"], tmp_path / "store", embedder, processes=2)
+    assert embedder.embedded == []
+    assert store.captions == [record["caption"] for record in records]
+    np.testing.assert_allclose(store.embeddings, WordEmbedder().embed(store.captions), atol=1e-6)

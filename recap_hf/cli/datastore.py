@@ -40,6 +40,7 @@ def _add_build(actions: Any) -> None:
         default="float32",
         help="stored (default: %(default)s)",
     )
+    parser.add_argument("--num-processes", type=_positive, default=1, help="that embed (default: %(default)s)")
     _add_source_options(parser)
     _add_filter_options(parser)
     _add_index_options(parser)
@@ -292,6 +293,7 @@ def _build(args: argparse.Namespace) -> int:
         recall=args.recall,
         dtype=args.embeddings_dtype,
         overwrite=args.overwrite,
+        processes=args.num_processes,
         progress=_note,
     )
     _show(describe(store, queries=0), args.format)

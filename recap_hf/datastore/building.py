@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ def build_datastore(
     recall: float = DEFAULT_RECALL,
     dtype: str = "float32",
     overwrite: bool = False,
+    processes: int = 1,
     progress: Progress = lambda message: None,
 ) -> CaptionDatastore:
     """Builds a datastore from files and datasets.
@@ -52,6 +56,7 @@ def build_datastore(
         index, recall: see [`build_index`].
         dtype: of the stored embeddings; "float16" halves them and moves a cosine by less than 0.001.
         overwrite: replace a datastore that `output` holds.
+        processes: that embed side by side, each on its share of the cores or on a GPU of its own.
         progress: is told what happens.
 
     Returns:
@@ -72,7 +77,7 @@ def build_datastore(
     with locked(folder):
         work = folder / WORK_NAME
         plan = _plan(work, sources, source_options, filter_options, embedder, progress)
-        embeddings = _embed(work, plan["kept"], embedder, progress)
+        embeddings = _embed(work, plan["kept"], embedder, processes, progress)
         progress("Index: trained and tuned where the size asks for one")
         search_index = build_index(embeddings, index, recall)
         plan["report"]["exact_search"] = index == "exact"
@@ -137,23 +142,74 @@ def _write_json(path: Path, contents: Any) -> None:
     os.replace(temporary, path)
 
 
-def _embed(work: Path, count: int, embedder: Any, progress: Progress) -> np.ndarray:
+def _embed(work: Path, count: int, embedder: Any, processes: int, progress: Progress) -> np.ndarray:
     """Embeddings of the planned captions, memory-mapped; chunks that an earlier run finished are kept."""
-    records = CaptionRecords(work / "captions.jsonl", count)
-    shape = (count, embedder.fingerprint.shape[1])
     path, done_path = work / "embeddings.npy", work / "done.json"
-    done = json.loads(done_path.read_text(encoding="utf-8")) if done_path.is_file() else 0
+    done = set(json.loads(done_path.read_text(encoding="utf-8"))) if done_path.is_file() else set()
     if not done:
-        embeddings = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    else:
-        embeddings = np.lib.format.open_memmap(path, mode="r+")
-    for start in range(done, count, CHUNK_CAPTIONS):
-        chunk = records[start : start + CHUNK_CAPTIONS]
-        embeddings[start : start + len(chunk)] = embedder.embed([record["caption"] for record in chunk])
-        embeddings.flush()
-        _write_json(done_path, start + len(chunk))
-        progress(f"Embedded {start + len(chunk)} of {count} captions")
-    return embeddings
+        np.lib.format.open_memmap(path, "w+", np.float32, (count, embedder.fingerprint.shape[1])).flush()
+    left = [start for start in range(0, count, CHUNK_CAPTIONS) if start not in done]
+    with _workers(embedder, min(processes, len(left)), work, count) as embed_chunks:
+        for start in embed_chunks(left):
+            done.add(start)
+            _write_json(done_path, sorted(done))
+            progress(f"Embedded {min(len(done) * CHUNK_CAPTIONS, count)} of {count} captions")
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+@contextmanager
+def _workers(
+    embedder: Any, processes: int, work: Path, count: int
+) -> Iterator[Callable[[Sequence[int]], Iterator[int]]]:
+    """What embeds chunks and yields their beginnings as they are done: this process, or several."""
+    if processes <= 1:
+        embed_chunk = _ChunkEmbedder(embedder, work, count)
+        yield lambda starts: map(embed_chunk, starts)
+        return
+    if getattr(embedder, "recipe", None) is None:
+        raise ValueError("Several processes each load the encoder: make it by CaptionEmbedder.from_pretrained")
+    context = multiprocessing.get_context("spawn")
+    arguments = (embedder.recipe, context.Value("i", 0), processes, work, count)
+    with ProcessPoolExecutor(processes, context, _start_worker, arguments) as pool:
+
+        def embed_chunks(starts: Sequence[int]) -> Iterator[int]:
+            for future in as_completed([pool.submit(_work, start) for start in starts]):
+                yield future.result()
+
+        try:
+            yield embed_chunks
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _ChunkEmbedder:
+    """Embeds the chunk that begins at a row, in place, and returns that row."""
+
+    def __init__(self, embedder: Any, work: Path, count: int) -> None:
+        self.embedder = embedder
+        self.records = CaptionRecords(work / "captions.jsonl", count)
+        self.embeddings = np.load(work / "embeddings.npy", mmap_mode="r+", allow_pickle=False)
+
+    def __call__(self, start: int) -> int:
+        chunk = self.records[start : start + CHUNK_CAPTIONS]
+        self.embeddings[start : start + len(chunk)] = self.embedder.embed([record["caption"] for record in chunk])
+        self.embeddings.flush()
+        return start
+
+
+# A worker process's own.
+_WORKER: dict[str, _ChunkEmbedder] = {}
+
+
+def _start_worker(recipe: Callable[[int, int], Any], number: Any, processes: int, work: Path, count: int) -> None:
+    with number.get_lock():
+        rank, number.value = number.value, number.value + 1
+    _WORKER["embed"] = _ChunkEmbedder(recipe(rank, processes), work, count)
+
+
+def _work(start: int) -> int:
+    return _WORKER["embed"](start)
 
 
 def _publish(

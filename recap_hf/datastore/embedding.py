@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ class CaptionEmbedder:
         self.model = model
         self.processor = processor
         self.batch_size = batch_size
+        # Makes the same encoder in another process, given its rank and the number of processes.
+        self.recipe: Callable[[int, int], CaptionEmbedder] | None = None
         self._fingerprint: np.ndarray | None = None
 
     @classmethod
@@ -50,7 +54,9 @@ class CaptionEmbedder:
         name = name or default_model_path()
         model = RecapForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model, RecapProcessor.from_pretrained(name), batch_size)
+        embedder = cls(model, RecapProcessor.from_pretrained(name), batch_size)
+        embedder.recipe = partial(_load_in_worker, str(name), device, dtype, batch_size)
+        return embedder
 
     @property
     def fingerprint(self) -> np.ndarray:
@@ -78,6 +84,18 @@ class CaptionEmbedder:
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """Decoder tokens of each caption."""
         return [len(ids) for ids in self.processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"]]
+
+
+def _load_in_worker(
+    name: str, device: str | None, dtype: str, batch_size: int, rank: int, processes: int
+) -> CaptionEmbedder:
+    """The encoder on a share of the cores, or on one of several GPUs."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    if device is None and torch.cuda.device_count() > 1:
+        device = f"cuda:{rank % torch.cuda.device_count()}"
+    return CaptionEmbedder.from_pretrained(name, device, dtype, batch_size)
 
 
 __all__ = ["CaptionEmbedder"]

@@ -18,7 +18,9 @@ from typing import Any
 from recap_hf.assets import default_model_path
 
 TASK = "audio-captioning"
-_OWN_MODULES = "recap_hf.modeling."
+# All of transformers and not the auto modules alone: these are imported while others, which our classes need whole, are
+# half complete (5.17: `from transformers import ClapModel` begins in modeling_layers, which imports modeling_auto).
+_WATCHED = ("transformers.", "recap_hf.modeling.")
 
 
 def _register_config(module: ModuleType) -> None:
@@ -101,12 +103,12 @@ class _RegisteringLoader(Loader):
 
 
 class _RegisteringFinder(MetaPathFinder):
-    """Stands before the other finders for the modules in `_REGISTRATIONS` and for our own, and lets them find."""
+    """Stands before the other finders for the modules of transformers and our own, and lets them find."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _REGISTRATIONS and not fullname.startswith(_OWN_MODULES):
+        if not fullname.startswith(_WATCHED):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)

@@ -37,6 +37,9 @@ def python(code: str) -> subprocess.CompletedProcess:
         "import recap_hf; recap_hf.RecapConfig",
         "from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration",
         "import recap_hf; from transformers import AutoProcessor",
+        "import recap_hf; from transformers import ClapProcessor",
+        "import recap_hf; from transformers import ClapModel",
+        "import recap_hf; import transformers.quantizers.auto",
     ],
 )
 def test_either_import_order(first):

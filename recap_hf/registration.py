@@ -18,8 +18,8 @@ from typing import Any
 from recap_hf.assets import default_model_path
 
 TASK = "audio-captioning"
-# All of transformers and not the auto modules alone: these are imported while others, which our classes need whole, are
-# half complete (5.17: `from transformers import ClapModel` begins in modeling_layers, which imports modeling_auto).
+# All of transformers and not the auto modules alone: these are imported while others, which our classes need whole,
+# are half complete (5.17: `from transformers import ClapModel` begins in modeling_layers, which imports auto modules).
 _WATCHED = ("transformers.", "recap_hf.modeling.")
 
 

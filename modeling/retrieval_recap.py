@@ -33,6 +33,7 @@ except ImportError:
 _SAME_ENCODER_COSINE = 0.99
 # Scores this close are the same score: float32 dot products of unit vectors differ by less between libraries.
 _TIE = 1e-6
+_QUERIES_AT_ONCE = 256
 # Audio, and the features that published lists name in its place.
 _AUDIO_SUFFIX = re.compile(r"\.(wav|flac|mp3|ogg|opus|m4a|webm|mp4|mkv|aiff?|au|caf|wma|aac|npy)$", re.IGNORECASE)
 # AudioSet releases put a Y before the 11 characters of a YouTube id.
@@ -251,16 +252,27 @@ class CaptionDatastore(HubPushMixin):
         for name, value in (("exclude_clip_ids", exclude_clip_ids), ("exclude_texts", exclude_texts)):
             if value is not None and len(value) != len(queries):
                 raise ValueError(f"`{name}` needs one entry per clip: got {len(value)} for {len(queries)} clips.")
-        results = []
-        for clip, windows in enumerate(queries):
-            rows, texts = self._excluded(
+        clips, windows = np.nonzero(np.abs(queries).max(axis=2) > 0)
+        if not k or not len(self):
+            clips, windows = clips[:0], windows[:0]
+        excluded = {
+            int(clip): self._excluded(
                 None if exclude_clip_ids is None else exclude_clip_ids[clip],
                 () if exclude_texts is None else exclude_texts[clip],
             )
-            present = windows[np.abs(windows).max(axis=1) > 0]
-            found = self._nearest(present, int(k), rows, texts) if k and len(self) else []
-            results.append([self._result(row, score) for row, score in self._take_turns(found, int(k))])
-        return results
+            for clip in np.unique(clips)
+        }
+        found: list[list[list[tuple[int, float]]]] = [[] for _ in queries]
+        # The windows of all clips together: the exact search costs a query in a batch a tenth of one alone.
+        for start in range(0, len(clips), _QUERIES_AT_ONCE):
+            block = slice(start, start + _QUERIES_AT_ONCE)
+            nearest = self._nearest(queries[clips[block], windows[block]], int(k), [excluded[c] for c in clips[block]])
+            for clip, hits in zip(clips[block], nearest, strict=True):
+                found[clip].append(hits)
+        return [
+            [self._result(row, score) for row, score in self._take_turns(windows_of_clip, int(k))]
+            for windows_of_clip in found
+        ]
 
     def _excluded(self, clip_id: Any, texts: Sequence[str]) -> tuple[set[int], set[str]]:
         """Rows and normalized texts that a clip must not retrieve."""
@@ -283,7 +295,9 @@ class CaptionDatastore(HubPushMixin):
             self._texts[row] = normalize_text(self.records[row]["caption"]) or self.records[row]["caption"]
         return self._texts[row]
 
-    def _nearest(self, queries: np.ndarray, k: int, rows: set[int], texts: set[str]) -> list[list[tuple[int, float]]]:
+    def _nearest(
+        self, queries: np.ndarray, k: int, excluded: Sequence[tuple[set[int], set[str]]]
+    ) -> list[list[tuple[int, float]]]:
         """For each query up to k pairs (row, cosine), sorted, without excluded rows and repeated texts."""
         results: list[list[tuple[int, float]]] = [[] for _ in queries]
         pending = list(range(len(queries)))
@@ -296,7 +310,7 @@ class CaptionDatastore(HubPushMixin):
             still_pending = []
             for query, row_ids in zip(pending, candidates, strict=True):
                 scored = self._rescore(queries[query], row_ids)
-                kept = self._keep(scored, k, rows, texts)
+                kept = self._keep(scored, k, *excluded[query])
                 # Complete when nothing that was not fetched can belong among the kept.
                 complete = len(kept) == k and (not exact or scored[-1][1] < kept[-1][1] - _TIE)
                 if complete or (exact and fetch == self._num_positions):

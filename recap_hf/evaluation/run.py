@@ -15,6 +15,7 @@ import numpy as np
 from recap_hf.scoring import (
     CaptionScores,
     JavaTools,
+    PredictionTable,
     bootstrap_intervals,
     clip_list_hash,
     paired_bootstrap,
@@ -224,8 +225,11 @@ def score_folder(
     scores = {}
     with contextlib.ExitStack() as stack:
         tools = tools or stack.enter_context(JavaTools(options.pop("java", None)))
-        for name in folder.systems:
-            table = read_predictions(folder.predictions_file(name))
+        tables = {name: read_predictions(folder.predictions_file(name)) for name in folder.systems}
+        if not options.get("pretokenized"):
+            # All at once: the tokenizer starts anew for every call with new texts.
+            tools.tokenize([text for table in tables.values() for text in _texts(table)])
+        for name, table in tables.items():
             scores[name] = score_captions(
                 table.predictions,
                 table.references,
@@ -252,6 +256,10 @@ def score_folder(
     result = EvaluationResult(scores, intervals, differences, clips_name, confidence, list(notes))
     folder.write_json(SCORES_FILE, result.to_dict())
     return result
+
+
+def _texts(table: PredictionTable) -> list[str]:
+    return [*table.predictions, *(text for refs in table.references for text in refs)]
 
 
 def _reference_leaks(references: list[list[str]], retrieved: list[list[str]]) -> list[str]:

@@ -214,7 +214,7 @@ class _Run:
                 self.scores["spice"] = mean_scores(spice(self.texts, self.references, self.tools.runtime, models))
                 self.sources["spice"] = "SPICE 1.0 with Stanford CoreNLP 3.6.0"
             except SpiceUnavailable as error:
-                self._skip("spice", f"SPICE skipped: {error}")
+                self._skip("spice", str(error))
         if "cider_d" in self.wanted:
             self._combine("spider", ("cider_d", "spice"), lambda cider, spice: (cider + spice) / 2)
 

@@ -39,7 +39,8 @@ def config(start: Path, output: Path, **changes: Any) -> TrainingConfig:
         "batch_size": 8,
         "num_train_epochs": 2,
         "learning_rate": 5e-3,
-        "logging_steps": 1,
+        # Not a divisor of the checkpoints' steps: a log line may begin before a kill and end after it.
+        "logging_steps": 2,
         "save_steps": 3,
         "save_total_limit": 99,
         "device": "cpu",
@@ -96,7 +97,7 @@ def test_the_report_tells_what_happened(finished):
     assert report["data"]["splits"]["train"]["captions"] == 40
     assert (report["steps"], report["steps_per_epoch"], report["global_batch_size"]) == (10, 5, 8)
     assert report["machine"]["world_size"] == 1
-    assert len(report["losses"]) == 10
+    assert [entry["step"] for entry in report["losses"]] == [2, 4, 6, 8, 10]
     assert report["best"]["value"] == min(entry["loss"] for entry in report["evaluations"])
     card = (folder / "README.md").read_text()
     assert "clotho" in card
@@ -184,8 +185,8 @@ def test_another_datastore_and_turns_between_two(start: Path, tmp_path: Path):
     report = train(config(start, tmp_path / "two", datastore=["training", str(captions)], max_steps=6))
     assert report["datastore_captions"] == 40
     only_training = train(config(start, tmp_path / "three", max_steps=6))
-    assert report["losses"][:5] == only_training["losses"][:5]
-    assert report["losses"][5]["loss"] != only_training["losses"][5]["loss"]
+    assert report["losses"][:2] == only_training["losses"][:2]
+    assert report["losses"][2]["loss"] != only_training["losses"][2]["loss"]
 
 
 def test_early_stopping(start: Path, tmp_path: Path):
@@ -238,7 +239,8 @@ def test_trackers_get_the_figures(start: Path, tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     report = train(config(start, tmp_path, report_to=["tensorboard"], max_steps=2))
-    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    # The settings lie in a folder of their own below.
+    events = min(tmp_path.rglob("events.out.tfevents.*"), key=lambda path: len(path.parts))
     logged = EventAccumulator(str(events.parent))
     logged.Reload()
     losses = [(event.step, event.value) for event in logged.Scalars("train/loss")]

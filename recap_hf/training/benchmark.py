@@ -138,9 +138,13 @@ def _measure_file(
     dtypes = options.dtypes if options.device != "cpu" else ("fp32",)
     references = [Measurement("reference", dtype) for dtype in dtypes]
     ours = [(Measurement(name, dtype), plans[name]) for name, _ in modes for dtype in options.dtypes]
-    for measurement, plan in ours:
-        _check_loss(model, builder, processor, measurement, plan[len(plan) // 2], longest, options)
-        note(f"{measurement.name} {measurement.dtype}: relative loss difference {measurement.loss_difference:.1e}")
+    for name, plan in plans.items():
+        rows = plan[len(plan) // 2]
+        expected = _stock_loss(model, builder, processor, rows, longest, options)
+        for measurement in (measurement for measurement, _ in ours if measurement.name == name):
+            measurement.reference_loss = expected
+            measurement.loss = _our_loss(model, builder, measurement.dtype, rows, options.device)
+            note(f"{name} {measurement.dtype}: relative loss difference {measurement.loss_difference:.1e}")
     for number in range(options.reference_steps):
         for reference in references:
             rows = plans["ours"][number % len(plans["ours"])]
@@ -195,27 +199,24 @@ def _chosen_steps(builder: BatchBuilder, options: BenchmarkOptions, share_prompt
     return [chosen[position] for position in np.random.default_rng(options.seed).permutation(count)]
 
 
-def _check_loss(
-    model: Any,
-    builder: BatchBuilder,
-    processor: Any,
-    measurement: Measurement,
-    rows: list[Row],
-    longest: int,
-    options: BenchmarkOptions,
-) -> None:
-    """Loss of one batch by our step and by the stock forward padded as the reference pads."""
+def _our_loss(model: Any, builder: BatchBuilder, dtype: str, rows: list[Row], device: str) -> float:
+    """Mean loss of a batch's caption tokens by our step."""
+    fuse_activations(model.decoder)
+    with torch.no_grad(), _autocast(device, dtype):
+        return float(CaptionLoss(model.decoder)(to_tensors(builder.build(rows), device, torch.float32)).mean())
+
+
+def _stock_loss(
+    model: Any, builder: BatchBuilder, processor: Any, rows: list[Row], longest: int, options: BenchmarkOptions
+) -> float:
+    """The same by the stock forward in float32, padded as the reference pads."""
+    _stock_activations(model.decoder)
+    total = tokens = 0.0
     with torch.no_grad():
-        fuse_activations(model.decoder)
-        batch = to_tensors(builder.build(rows), options.device, torch.float32)
-        with _autocast(options.device, measurement.dtype):
-            measurement.loss = float(CaptionLoss(model.decoder)(batch).mean())
-        _stock_activations(model.decoder)
-        total = tokens = 0.0
         for group in _passes(_examples(rows), max(4, options.reference_passes)):
             loss, count = _reference_loss(model, builder, processor, group, longest, options.device)
             total, tokens = total + float(loss) * count, tokens + count
-        measurement.reference_loss = total / tokens
+    return total / tokens
 
 
 def our_step(

@@ -37,7 +37,8 @@ _FREE_TO_CHANGE = frozenset(
 class Progress:
     """Where a run is: all of it that is not a tensor.
 
-    `epoch` and `step_in_epoch` name the step that comes next; `step` counts the finished ones.
+    `epoch` and `step_in_epoch` name the step that comes next; `step` counts the finished ones. `unlogged` is what the
+    next log line is to include.
     """
 
     step: int = 0
@@ -51,14 +52,15 @@ class Progress:
     seconds: float = 0.0
     losses: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    unlogged: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class _Window:
-    """Loss and tokens since the last log line."""
+    """What was done since the last log line; the loss is this process's sum, left on the device: no waiting for it."""
 
-    loss: float = 0.0
+    loss: torch.Tensor | float = 0.0
     tokens: int = 0
     captions: int = 0
     steps: int = 0
@@ -185,7 +187,7 @@ class Trainer:
                 # The mean over the whole step's tokens; averaging over processes is undone beforehand.
                 total = losses.sum() * float(bool(part))
                 accelerator.backward(total * (accelerator.num_processes / tokens))
-            self._window.loss += float(total.detach())
+            self._window.loss = self._window.loss + total.detach().double()
         if self.config.max_grad_norm:
             accelerator.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm)
         self.optimizer.step()
@@ -209,8 +211,7 @@ class Trainer:
 
     def _log(self) -> None:
         window, progress = self._window, self.progress
-        total = torch.tensor(window.loss, dtype=torch.float64, device=self.accelerator.device)
-        loss = float(self.accelerator.reduce(total, reduction="sum")) / max(1, window.tokens)
+        loss = self._window_loss() / max(1, window.tokens)
         now = time.monotonic()
         speed = window.captions / max(1e-9, now - window.since)
         rate = self.scheduler.get_last_lr()[0]
@@ -226,6 +227,11 @@ class Trainer:
             {"train/loss": loss, "train/learning_rate": rate, "train/captions_per_s": speed}, step=progress.step
         )
         self._window = _Window(since=now)
+
+    def _window_loss(self) -> float:
+        """Sum of the losses since the last log line, of all processes."""
+        own = torch.as_tensor(self._window.loss, dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.reduce(own, reduction="sum"))
 
     def _validation_loss(self) -> float:
         size = self.config.eval_batch_size
@@ -287,6 +293,9 @@ class Trainer:
         return every > 0 and self.progress.step % every == 0 and self.progress.step_in_epoch < self.steps_per_epoch
 
     def _save(self) -> None:
+        window = self._window
+        self.progress.unlogged = {"loss": self._window_loss(), "tokens": window.tokens, "captions": window.captions}
+        self.progress.unlogged["steps"] = window.steps
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -323,6 +332,10 @@ class Trainer:
         self.progress = Progress(**{**progress, "settings": settings})
         if self.progress.step_in_epoch >= self.steps_per_epoch:
             raise ValueError(f"{folder} is from a run with more steps in an epoch: data or batch size have changed")
+        self._window = _Window(**self.progress.unlogged)
+        if not self.accelerator.is_main_process:
+            # The sum of all processes is in the first one's window already.
+            self._window.loss = 0.0
         logger.info("Going on from %s (step %d)", folder, self.progress.step)
 
     def _restore_best(self) -> None:

@@ -84,6 +84,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         assert torch.equal(value, resumed[name])
 
 
+def test_the_result_may_be_the_mean_of_the_last_checkpoints(tmp_path):
+    module = torch.nn.Linear(1, 1, bias=False)
+    seen = []
+
+    def loss_of(rng: np.random.Generator, step: int):
+        seen.append(module.weight.item())
+        return (module.weight - 3).square().sum(), {}
+
+    config = TrainConfig(steps=12, learning_rate=0.1, save_every=2, average=3)
+    train(module, loss_of, config, tmp_path / "checkpoint.pt", "mean", stop_after=11)
+    after = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["module"]["weight"].item()
+    # Saved after steps 2, 4, 6, 8, 10 and at the stop after 11; what step n + 1 sees is what step n left.
+    assert module.weight.item() == pytest.approx((seen[8] + seen[10] + after) / 3, rel=1e-6)
+
+
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     _toy(tmp_path, "run", [29])
     with pytest.raises(ValueError, match="the number of steps can no longer change"):

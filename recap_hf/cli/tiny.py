@@ -17,7 +17,7 @@ _STAGES = {
     "transfer": "hold every event out of the captioner's training once, and give it back in the datastore",
     "examples": "synthesise the example recordings",
 }
-_STEPS = {"clap": 4000, "language-model": 1600, "captioner": 500}
+_STEPS = {"clap": 3600, "language-model": 1000, "captioner": 1000}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,8 +119,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
     from recap_hf.tiny.evaluation import evaluate, format_table
 
+    # Read first: a wrong file of rules is to be told at once.
+    rules = _rules(args)
     folder = args.model or default_model_path()
     model = RecapForConditionalGeneration.from_pretrained(folder)
     processor = RecapProcessor.from_pretrained(folder)
-    result = evaluate(model, processor, args.sounds, args.fold, _rules(args), quick=args.quick)
+    result = evaluate(model, processor, args.sounds, args.fold, rules, quick=args.quick)
     return _write(args, result, format_table(result))

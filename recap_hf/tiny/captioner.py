@@ -29,16 +29,22 @@ __all__ = ["CaptionerRecipe", "assemble", "save_recap_tiny", "train_captioner"]
 
 @dataclass(frozen=True)
 class CaptionerRecipe:
-    """Sizes and shares of the training of the cross-attention."""
+    """Sizes and shares of the training of the cross-attention; batches are those of one process.
 
-    cross_attention_reduce_factor: int = 4
+    `mixed` is the share of captions of several events that the datastore keeps: with more of them the first caption
+    of a mixture is more often exact, and that of a single clip more often names something besides.
+    """
+
+    cross_attention_reduce_factor: int = 2
     num_retrieved: int = 4
-    pool: int = 4000
-    batch_size: int = 32
+    mixed: float = 0.5
+    pool: int = 2400
+    batch_size: int = 16
     depth: tuple[int, int] = (4, 40)
-    hidden_share: float = 0.15
-    renamed_share: float = 0.2
-    promptless_share: float = 0.05
+    hidden_share: float = 0.1
+    renamed_share: float = 0.1
+    promptless_share: float = 0.15
+    bfloat16: bool = True
     mixtures: MixtureConfig = field(default_factory=MixtureConfig)
 
 
@@ -100,7 +106,7 @@ def _encode_pool(
         examples = [
             draw_example(bank, folds, rng, recipe.mixtures, events) for _ in range(min(64, recipe.pool - start))
         ]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             encoding = model.encode_audio(input_features=audio_batch(examples))
         states.append(encoding.last_hidden_state.to(torch.bfloat16))
         embeds.append(encoding.audio_embeds[:, 0].float().numpy())
@@ -158,7 +164,8 @@ class _Batches:
         states = pool.states[torch.from_numpy(rows)].float()
         hidden = torch.from_numpy(rng.random(len(rows)) < recipe.hidden_share)
         states[hidden] = 0.0
-        output = self.model(encoder_outputs=(states,), **inputs, use_cache=False)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
+            output = self.model(encoder_outputs=(states,), **inputs, use_cache=False)
         return output.loss, {"loss": output.loss.item()}
 
 
@@ -186,7 +193,7 @@ def train_captioner(
     """
     torch.manual_seed(config.seed)
     model, processor = assemble(*parts, recipe)
-    captions = datastore_scenes(events)
+    captions = datastore_scenes(events, recipe.mixed)
     processor.datastore = build_datastore(model, processor, [text for text, _ in captions])
     model.freeze_base()
     pool = _encode_pool(model, processor.datastore, bank, folds, events, recipe, config.seed)

@@ -35,17 +35,20 @@ def _scenes(rng: np.random.Generator, events: tuple[str, ...], triples: int) -> 
 
 
 def datastore_scenes(
-    events: tuple[str, ...] = tuple(HEARD), triples: int = 200, seed: int = 0
+    events: tuple[str, ...] = tuple(HEARD), mixed: float = 1.0, triples: int = 200, seed: int = 0
 ) -> list[tuple[str, Scene]]:
     """(caption, scene) of every caption of the datastore, each text once.
 
     Args:
         events: Events that may be named.
-        triples: Captions of three events.
+        mixed: Share of the captions of two and three events that is kept.
+        triples: Captions of three events, before that.
         seed: Of the wordings.
     """
     rng = np.random.default_rng([0xDA7A, seed])
     captions: dict[str, Scene] = {}
     for scene in _scenes(rng, events, triples):
-        captions.setdefault(render(scene, rng, detail=1.0, say_order=1.0).text, scene)
+        text = render(scene, rng, detail=1.0, say_order=1.0).text
+        if len(scene.parts) == 1 or rng.random() < mixed:
+            captions.setdefault(text, scene)
     return list(captions.items())

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe"]
 
-_LEARNING_RATES = {"clap": 1e-3, "language-model": 1.5e-3, "captioner": 1e-3}
+_LEARNING_RATES = {"clap": 1e-3, "language-model": 1.5e-3, "captioner": 3e-3}
+_WARMUP_STEPS = {"captioner": 10}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Recipe:
         from .trainer import TrainConfig
 
         rate = learning_rate or _LEARNING_RATES.get(stage, 0.0)
-        config = TrainConfig(steps=steps, learning_rate=rate, seed=self.seed)
+        warmup = _WARMUP_STEPS.get(stage, 100)
+        config = TrainConfig(steps=steps, learning_rate=rate, warmup_steps=warmup, seed=self.seed)
         folder = self.work_dir / stage
         if stage == "tokenizers":
             from .tokenization import train_tokenizers
@@ -62,7 +64,9 @@ class Recipe:
         from .trainer import TrainConfig
         from .transfer import run_transfer
 
-        config = TrainConfig(steps=steps, learning_rate=learning_rate or _LEARNING_RATES["captioner"], seed=self.seed)
+        rate = learning_rate or _LEARNING_RATES["captioner"]
+        warmup = _WARMUP_STEPS["captioner"]
+        config = TrainConfig(steps=steps, learning_rate=rate, warmup_steps=warmup, seed=self.seed)
         folder = self.work_dir / "transfer"
         recipe = CaptionerRecipe()
         return run_transfer(self._parts(), self._bank(), self.sounds, folder, self.folds, fold, recipe, config, rules)

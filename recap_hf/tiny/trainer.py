@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,12 @@ __all__ = ["TrainConfig", "is_main_process", "learning_rate", "train"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one run. A checkpoint resumes under the same ones; `steps` may change until the decay begins."""
+    """Settings of one run. A checkpoint resumes under the same ones; `steps` may change until the decay begins.
+
+    With `average` above 1 the result is the mean of the weights of so many last checkpoints, `save_every` apart: what
+    a longer decay would give, for a run that is stopped before its end (Izmailov et al., "Averaging Weights Leads to
+    Wider Optima and Better Generalization", UAI 2018).
+    """
 
     steps: int
     learning_rate: float
@@ -38,6 +43,7 @@ class TrainConfig:
     max_norm: float = 1.0
     seed: int = 0
     save_every: int = 100
+    average: int = 1
     log_every: int = 20
 
 
@@ -82,8 +88,17 @@ def _average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None
         gradient.copy_(mean.view_as(gradient))
 
 
-def _save(path: Path, state: dict) -> None:
+def _save(
+    path: Path,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    progress: dict[str, Any],
+) -> None:
     import torch
+
+    state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "steps": config.steps}
+    state |= {"decay_start": _decay_start(config)} | progress
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
@@ -98,7 +113,12 @@ def _settings(config: TrainConfig, world: int) -> str:
 
 
 def _resume(
-    path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, settings: str
+    path: Path,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    settings: str,
+    recent: list[dict[str, torch.Tensor]],
 ) -> int:
     import torch
 
@@ -115,9 +135,30 @@ def _resume(
             f"{path} is at step {state['step']}, where the learning rate of a run of {state['steps']} or of "
             f"{config.steps} steps already falls: the number of steps can no longer change"
         )
+    recent += state["recent"]
     module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
+
+
+def _mean(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Mean of weights; integers (position numbers) are those of the last."""
+    import torch
+
+    return {
+        name: torch.stack([state[name] for state in states]).mean(dim=0) if value.is_floating_point() else value
+        for name, value in states[-1].items()
+    }
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; biases and scales do not decay."""
+    import torch
+
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
 
 
 def train(
@@ -148,11 +189,9 @@ def train(
     rank, world = _join_processes()
     settings = _settings(config, world)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
-    start = _resume(path, module, optimizer, config, settings)
+    optimizer = _optimizer(parameters, config)
+    recent: list[dict[str, torch.Tensor]] = []
+    start = _resume(path, module, optimizer, config, settings, recent)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     module.train()
     began, figures = time.monotonic(), {}
@@ -176,7 +215,9 @@ def train(
             print(f"{name} {done}/{config.steps}  {words}  {seconds:.2f} s/step", file=sys.stderr, flush=True)
             figures = {}
         if rank == 0 and (done % config.save_every == 0 or done == last):
-            state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
-            state |= {"steps": config.steps, "decay_start": _decay_start(config)}
-            _save(path, state | {"settings": settings})
+            recent.append({key: value.detach().clone() for key, value in module.state_dict().items()})
+            del recent[: -config.average]
+            _save(path, module, optimizer, config, {"step": done, "recent": recent, "settings": settings})
+    if config.average > 1 and rank == 0 and recent:
+        module.load_state_dict(_mean(recent))
     module.eval()

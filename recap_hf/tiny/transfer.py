@@ -69,6 +69,7 @@ def evaluate_transfer(
     items: list[Item],
     held_out: tuple[str, ...],
     rules: NamingRules,
+    mixed: float = 1.0,
 ) -> dict[str, Any]:
     """Figures of one captioner that was trained without `held_out`.
 
@@ -77,13 +78,14 @@ def evaluate_transfer(
         items: Test clips of all events.
         held_out: Events that its captions never named.
         rules: What counts as naming.
+        mixed: Share of the captions of several events in the datastores.
     """
     inside = [item for item in items if set(item.events) & set(held_out)]
     outside = [item for item in items if not set(item.events) & set(held_out)]
     kept = tuple(event for event in HEARD if event not in held_out)
     texts = {
-        "without": [text for text, _ in datastore_scenes(kept)],
-        "with": [text for text, _ in datastore_scenes()],
+        "without": [text for text, _ in datastore_scenes(kept, mixed)],
+        "with": [text for text, _ in datastore_scenes(mixed=mixed)],
     }
     texts["decoy"] = texts["with"] + [phrase for key in DECOYS for phrase in phrases(key)]
     evaluator = Evaluator(model, processor, rules)
@@ -121,7 +123,7 @@ def run_transfer(
         events = tuple(event for event in HEARD if event not in held_out)
         target = Path(folder) / f"group-{number}"
         model, processor = train_captioner(parts, bank, target, folds, recipe, config, events)
-        result = evaluate_transfer(model, processor, items, held_out, rules)
+        result = evaluate_transfer(model, processor, items, held_out, rules, recipe.mixed)
         print(f"group {number}: {result}", file=sys.stderr, flush=True)
         results.append(result)
         if done:

@@ -1,0 +1,169 @@
+"""RECAP proper at toy size: what is trained, what is saved, how it resumes; example recordings; the command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from recap_hf import RecapForConditionalGeneration, RecapProcessor
+from recap_hf.cli import main
+from recap_hf.tiny.captioner import CaptionerRecipe, train_captioner
+from recap_hf.tiny.clap import ClapRecipe, build_clap, train_clap
+from recap_hf.tiny.evaluation import ROWS, Evaluator
+from recap_hf.tiny.evaluation_sets import Item
+from recap_hf.tiny.examples import EXAMPLES, synthesise_example, write_examples
+from recap_hf.tiny.language_model import LanguageModelRecipe, build_language_model
+from recap_hf.tiny.naming import NamingRules
+from recap_hf.tiny.procedural import synthesise
+from recap_hf.tiny.sounds import Clip, SoundBank, find_bursts, mel_power
+from recap_hf.tiny.tokenization import train_tokenizers
+from recap_hf.tiny.trainer import TrainConfig
+from recap_hf.tiny.transfer import DECOYS, GROUPS, evaluate_transfer
+
+EVENTS = ("rain", "cello", "flute")
+CLAP = ClapRecipe(
+    patch_embeds_hidden_size=8,
+    depths=(1, 1, 1),
+    num_attention_heads=(1, 1, 2),
+    text_hidden_size=16,
+    text_layers=1,
+    projection_dim=8,
+    batch_size=2,
+    text_scenes=2,
+    bfloat16=False,
+)
+LANGUAGE_MODEL = LanguageModelRecipe(n_layer=1, n_embd=16, n_head=2)
+CAPTIONER = CaptionerRecipe(pool=6, batch_size=2, mixed=0.5, cross_attention_reduce_factor=2)
+
+
+@pytest.fixture(scope="module")
+def bank() -> SoundBank:
+    from recap_hf.tiny.lexicon import HEARD
+
+    clips = []
+    for index, event in enumerate((*HEARD, "noise", "tone", "unknown")):
+        power = mel_power(synthesise(("unknown", "noise", "tone")[index % 3], index % 6))
+        clips.append(Clip(event, event, 1, "test", power, find_bursts(power)))
+    return SoundBank(clips)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("parts")
+    train_tokenizers(folder / "tokenizers", vocab_size=500, sentences=30)
+    torch.manual_seed(0)
+    build_clap(AutoTokenizer.from_pretrained(folder / "tokenizers" / "clap"), CLAP).save_pretrained(folder / "clap")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizers" / "gpt2")
+    build_language_model(tokenizer, LANGUAGE_MODEL).save_pretrained(folder / "language-model")
+    return folder / "clap", folder / "language-model", folder / "tokenizers"
+
+
+@pytest.fixture(scope="module")
+def trained(parts, bank, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captioner")
+    config = TrainConfig(steps=4, learning_rate=1e-2, warmup_steps=1)
+    model, processor = train_captioner(parts, bank, folder, (1,), CAPTIONER, config, EVENTS)
+    return folder, model, processor
+
+
+def test_only_the_cross_attention_is_trained(parts, trained):
+    from transformers import ClapModel, GPT2LMHeadModel
+
+    _, model, _ = trained
+    for name, value in ClapModel.from_pretrained(parts[0]).state_dict().items():
+        assert torch.equal(value, model.clap.state_dict()[name]), name
+    for name, value in GPT2LMHeadModel.from_pretrained(parts[1]).state_dict().items():
+        assert torch.equal(value, model.decoder.state_dict()[name]), name
+
+
+def test_a_resumed_captioner_equals_an_uninterrupted_one(parts, bank, trained, tmp_path):
+    config = TrainConfig(steps=4, learning_rate=1e-2, warmup_steps=1)
+    train_captioner(parts, bank, tmp_path, (1,), CAPTIONER, config, EVENTS, stop_after=2)
+    model, _ = train_captioner(parts, bank, tmp_path, (1,), CAPTIONER, config, EVENTS)
+    for one, other in zip(trained[1].parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_saved_checkpoint_is_half_the_size_and_loads_as_float32(trained):
+    folder, model, _ = trained
+    text = (folder / "model" / "config.json").read_text()
+    assert "_name_or_path" not in text and "float16" not in text
+    loaded = RecapForConditionalGeneration.from_pretrained(folder / "model")
+    assert loaded.dtype == torch.float32
+    for name, value in model.state_dict().items():
+        expected = value.half().float() if value.is_floating_point() else value
+        assert torch.equal(loaded.state_dict()[name], expected), name
+    processor = RecapProcessor.from_pretrained(folder / "model")
+    assert all(not NamingRules.ours().named(text) - set(EVENTS) for text in processor.datastore.captions)
+
+
+def test_every_row_answers_every_clip(trained):
+    _, model, processor = trained
+    model.generation_config.max_new_tokens = 4
+    items = [Item("a", synthesise("noise", 0), ("rain",)), Item("b", synthesise("tone", 1), ("cello", "flute"))]
+    evaluator = Evaluator(model, processor, NamingRules.ours())
+    encoded = evaluator.encode(items)
+    for row in ROWS:
+        answers = evaluator.answers(encoded, row)
+        assert len(answers) == 2 and all(isinstance(text, str) for text in answers)
+    assert evaluator.answers(encoded, "first retrieved caption") == [texts[0] for texts in encoded.retrieved]
+    named = {event for text in encoded.retrieved[0] for event in evaluator.rules.named(text)}
+    assert evaluator.rules.named(evaluator.answers(encoded, "all events of the captions")[0]) == named
+    with pytest.raises(KeyError):
+        evaluator.answers(encoded, "tea leaves")
+
+
+def test_transfer_groups_and_figures(trained):
+    from recap_hf.tiny.lexicon import HEARD, other_sounds
+
+    assert sorted(event for group in GROUPS for event in group) == sorted(set(HEARD) - {"man_speaking"})
+    assert set(DECOYS) <= set(other_sounds())
+    _, model, processor = trained
+    store = processor.datastore
+    items = [Item("a", synthesise("noise", 0), (GROUPS[0][0],)), Item("b", synthesise("tone", 1), (GROUPS[1][0],))]
+    result = evaluate_transfer(model, processor, items, GROUPS[0], NamingRules.ours(), mixed=0.02)
+    processor.datastore = store
+    assert result["clips"] == 1
+    assert all(0 <= result[name] <= 1 for name in ("recall_without", "named_elsewhere", "decoys_named"))
+
+
+def test_clap_trains_and_normalises_its_input_with_fixed_statistics(parts, bank, tmp_path):
+    from transformers import AutoTokenizer, ClapModel
+
+    tokenizer = AutoTokenizer.from_pretrained(parts[2] / "clap")
+    train_clap(bank, tokenizer, tmp_path, (1,), CLAP, TrainConfig(steps=2, learning_rate=1e-3))
+    norm = ClapModel.from_pretrained(tmp_path).audio_model.audio_encoder.batch_norm
+    assert not torch.equal(norm.running_mean, torch.zeros(64))
+    assert torch.equal(norm.weight, torch.ones(64)) and torch.equal(norm.bias, torch.zeros(64))
+
+
+def test_examples_are_deterministic_and_small(tmp_path):
+    import soundfile
+
+    for name in EXAMPLES:
+        sound = synthesise_example(name)
+        assert np.abs(sound).max() <= 0.91 and 48_000 <= len(sound) <= 480_000
+        np.testing.assert_array_equal(sound, synthesise_example(name))
+    paths = write_examples(tmp_path)
+    assert all(soundfile.info(path).samplerate == 48_000 for path in paths)
+    assert sum(path.stat().st_size for path in paths) < 3_000_000
+
+
+def test_command_line(tmp_path, capsys):
+    assert main(["tiny", "tokenizers", "--work-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "tokenizers" / "gpt2" / "tokenizer.json").is_file()
+    assert main(["tiny", "captioner", "--sounds", str(tmp_path), "--work-dir", str(tmp_path)]) == 1
+    assert "run `recap tiny clap` with the same --work-dir first" in capsys.readouterr().err
+    assert main(["tiny", "clap", "--sounds", str(tmp_path), "--work-dir", str(tmp_path), "--folds", "one"]) == 1
+    assert "--folds takes numbers" in capsys.readouterr().err
+    assert main(["tiny", "all", "--sounds", str(tmp_path), "--work-dir", str(tmp_path), "--steps", "3"]) == 1
+    assert "--steps belongs to one stage" in capsys.readouterr().err
+    keywords = tmp_path / "rules.json"
+    keywords.write_text(json.dumps({"events": {}}))
+    assert main(["tiny", "evaluate", "--sounds", str(tmp_path), "--keywords", str(keywords)]) == 1
+    assert "naming rules" in capsys.readouterr().err

@@ -167,7 +167,7 @@ def check_complete(
     if misshapen:
         problems.append(f"wrong shape ({len(misshapen)}):\n{list_keys(misshapen)}")
     if problems:
-        raise ConversionError(f"{subject} does not fit, and nothing was written; keys " + "\n".join(problems))
+        raise ConversionError(f"{subject} does not fit, and nothing was written; its keys:\n" + "\n".join(problems))
 
 
 def floating_dtype(state: Mapping[str, torch.Tensor]) -> torch.dtype:

@@ -137,8 +137,8 @@ def _decode(name: str, data: Any) -> tuple[np.ndarray, int]:
     if container:
         raise ImportError(f'{name}: {container} files need PyAV: pip install "recap-hf[av]"')
     raise ValueError(
-        f"{name}: not a recording that can be read ({reason}). WAV, FLAC, Ogg, Opus and MP3 are read as they are; m4a, "
-        'webm and video with: pip install "recap-hf[av]"'
+        f"{name}: not a recording that can be read ({reason}). WAV, FLAC, Ogg, Opus and MP3 are read as they are, "
+        'm4a, webm and video with: pip install "recap-hf[av]"'
     )
 
 

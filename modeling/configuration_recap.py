@@ -106,8 +106,8 @@ class RecapConfig(PretrainedConfig):
         width, heads, factor = self.decoder.n_embd, self.decoder.n_head, self.cross_attention_reduce_factor
         if not isinstance(factor, int) or factor < 1 or width % heads or (width // heads) % factor:
             raise ValueError(
-                f"`cross_attention_reduce_factor` must be a positive integer that divides the decoder's head size: got "
-                f"{factor!r} for n_embd={width} and n_head={heads} (head size {width / heads:g})."
+                f"`cross_attention_reduce_factor` must be a positive integer that divides the decoder's head size: "
+                f"got {factor!r} for n_embd={width} and n_head={heads} (head size {width / heads:g})."
             )
         if not isinstance(self.num_retrieved_captions, int) or self.num_retrieved_captions < 0:
             raise ValueError(

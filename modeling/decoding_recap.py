@@ -160,6 +160,7 @@ def can_share_prompt(model: Any, generation_config: Any, kwargs: dict[str, Any])
     static and quantized caches, assisted decoding, chunked prefill, models spread over devices, hooked or replaced
     layers.
     """
+
     def setting(name: str) -> Any:
         return kwargs.get(name, getattr(generation_config, name, None))
 

@@ -130,13 +130,12 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
 
     @datastore.setter
     def datastore(self, datastore: CaptionDatastore | None) -> None:
-        if datastore is not None and not isinstance(datastore, CaptionDatastore):
-            # By name as well: the class exists once more where the code has travelled with a checkpoint.
-            if type(datastore).__name__ != CaptionDatastore.__name__:
-                raise TypeError(
-                    f"`datastore` must be a CaptionDatastore, got {type(datastore).__name__}. Build one with "
-                    "CaptionDatastore.from_captions or load one with CaptionDatastore.from_pretrained."
-                )
+        # By name: the class exists once more where the code has travelled with a checkpoint.
+        if datastore is not None and type(datastore).__name__ != CaptionDatastore.__name__:
+            raise TypeError(
+                f"`datastore` must be a CaptionDatastore, got {type(datastore).__name__}. Build one with "
+                "CaptionDatastore.from_captions or load one with CaptionDatastore.from_pretrained."
+            )
         self._datastore = datastore
         self._checked = None
 
@@ -267,7 +266,8 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
             if len(tokens) <= self.max_prompt_tokens:
                 return tokens, count
         raise ValueError(
-            f"A prompt without captions has {len(tokens)} tokens, more than `max_prompt_tokens`={self.max_prompt_tokens}."
+            f"A prompt without captions has {len(tokens)} tokens, more than "
+            f"`max_prompt_tokens`={self.max_prompt_tokens}."
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -312,8 +312,8 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         config = model.config
         if len(self.tokenizer) > config.decoder.vocab_size:
             raise ValueError(
-                f"The tokenizer has {len(self.tokenizer)} tokens, the decoder's vocabulary {config.decoder.vocab_size}: "
-                "they do not belong together."
+                f"The tokenizer has {len(self.tokenizer)} tokens, the decoder's vocabulary "
+                f"{config.decoder.vocab_size}: they do not belong together."
             )
         if self.tokenizer.eos_token_id != config.eos_token_id:
             raise ValueError(

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-AUDIO_SUFFIXES = frozenset(
-    ".wav .wave .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .m4a .aac .mp4 .m4v .mov .mkv "
-    ".webm .avi .wma .amr .3gp".split()
-)
+# fmt: off
+AUDIO_SUFFIXES = frozenset((
+    ".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf",
+    ".w64", ".rf64", ".m4a", ".aac", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wma", ".amr", ".3gp",
+))
+# fmt: on
 STANDARD_INPUT = "-"
 # What a broken recording can raise; anything else is a fault of ours and must be seen.
 _READ_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError)
@@ -86,9 +88,7 @@ def caption_files(captioner: Any, names: Iterable[str], batch_size: int = 8) -> 
     yield from _caption_batch(captioner, waiting, waveforms)
 
 
-def _caption_batch(
-    captioner: Any, entries: list[Captioned], waveforms: list[dict[str, Any]]
-) -> Iterator[Captioned]:
+def _caption_batch(captioner: Any, entries: list[Captioned], waveforms: list[dict[str, Any]]) -> Iterator[Captioned]:
     readable = [entry for entry in entries if entry.error is None]
     if readable:
         batch = {"waveform": [waveform["waveform"] for waveform in waveforms]}

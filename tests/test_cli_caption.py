@@ -141,9 +141,7 @@ def test_wrong_calls(capsys, arguments, status, message):
 
 def test_a_bad_datastore_is_a_message(capsys, recordings, model_folder, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
-    status, _, err = run(
-        capsys, recordings / "b.wav", "--model", model_folder, "--datastore", tmp_path / "empty.txt"
-    )
+    status, _, err = run(capsys, recordings / "b.wav", "--model", model_folder, "--datastore", tmp_path / "empty.txt")
     assert status == 1
     assert "holds no captions" in err
 

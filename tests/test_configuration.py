@@ -69,7 +69,9 @@ def test_parts_that_do_not_fit_are_refused(arguments, message):
 
 
 def test_documented_defaults_are_the_signatures():
-    documented = dict(re.findall(r"(\w+) \(`[^`]+`, \*optional\*, defaults to (?:`)?\"?(.*?)\"?`?\):", RecapConfig.__doc__))
+    documented = dict(
+        re.findall(r"(\w+) \(`[^`]+`, \*optional\*, defaults to (?:`)?\"?(.*?)\"?`?\):", RecapConfig.__doc__)
+    )
     signature = inspect.signature(RecapConfig.__init__).parameters
     checked = 0
     for name, value in documented.items():

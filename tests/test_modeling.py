@@ -79,7 +79,7 @@ def test_cross_attention_by_hand(tiny_model, encoded):
 
 def test_encode_audio_shapes_and_windows(tiny_model, encoded):
     encoding, _ = encoded
-    # 8-pixel patches of a 256 x 256 picture, halved twice: 64 positions of width 8 * 4 a window, three windows at most.
+    # 8-pixel patches of a 256 x 256 picture, halved twice: 64 positions of width 8 * 4 a window, three windows.
     assert encoding.last_hidden_state.shape == (7, 3 * 64, 32)
     assert encoding.attention_mask.sum(dim=1).tolist() == [64, 64, 192, 64, 64, 128, 64]
     assert encoding.audio_embeds.shape == (7, 3, 16)
@@ -221,7 +221,9 @@ def test_greedy_by_hand(tiny_model, encoded):
         sequence = prompts["decoder_input_ids"][row : row + 1][:, prompts["decoder_attention_mask"][row].bool()]
         for expected in ids[row, prompts["decoder_input_ids"].shape[1] :]:
             with torch.no_grad():
-                token = tiny_model(encoder_outputs=one, decoder_input_ids=sequence, use_cache=False).logits[0, -1].argmax()
+                token = (
+                    tiny_model(encoder_outputs=one, decoder_input_ids=sequence, use_cache=False).logits[0, -1].argmax()
+                )
             assert token == expected
             if token == tiny_model.config.eos_token_id:
                 break

@@ -59,6 +59,11 @@ def test_a_wheel_holds_the_packages_and_their_data(tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for name in ("modeling/modeling_recap.py", "conversion/laion_clap.py", "py.typed", "assets/recap-tiny/config.json"):
+    for name in (
+        "modeling/modeling_recap.py",
+        "conversion/laion_clap.py",
+        "py.typed",
+        "assets/recap-tiny/config.json",
+    ):
         assert f"recap_hf/{name}" in names
     assert not [name for name in names if name.startswith(("modeling/", "conversion/", "tests/"))]

@@ -44,7 +44,14 @@ def test_every_kind_of_input(captioner, clips, tmp_path):
     path = tmp_path / "clip.wav"
     soundfile.write(path, clip, 48_000, subtype="FLOAT")
     row = {"audio": {"path": str(path), "bytes": None}, "text": "a caption"}
-    for source in (str(path), path, path.read_bytes(), {"array": clip, "sampling_rate": 48_000}, row, torch.tensor(clip)):
+    for source in (
+        str(path),
+        path,
+        path.read_bytes(),
+        {"array": clip, "sampling_rate": 48_000},
+        row,
+        torch.tensor(clip),
+    ):
         assert same_results(captioner(source), expected)
 
 

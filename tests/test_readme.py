@@ -32,7 +32,12 @@ def test_snippets_print_what_the_readme_says(tmp_path):
             expected.append((index - 1, body.strip()))
     assert len(expected) >= 2
     process = subprocess.run(
-        [sys.executable, "-c", "\n".join(script)], capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False
+        [sys.executable, "-c", "\n".join(script)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        check=False,
     )
     assert process.returncode == 0, process.stderr
     printed = {}

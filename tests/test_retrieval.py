@@ -82,9 +82,7 @@ def test_own_captions_are_left_out_by_clip_and_by_text(backend):
 
 def test_windows_take_turns(backend):
     """Both windows of a clip are heard, however similar one of them is to everything."""
-    store = CaptionDatastore.from_embeddings(
-        ["a", "b", "c", "d", "x", "y"], on_circle(0, 1, 2, 3, 130, 140)
-    )
+    store = CaptionDatastore.from_embeddings(["a", "b", "c", "d", "x", "y"], on_circle(0, 1, 2, 3, 130, 140))
     windows = np.stack([on_circle(0)[0], on_circle(120)[0], np.zeros(2, np.float32)])[None]
     results = store.search(windows, k=4)[0]
     assert [hit["caption"] for hit in results] == ["a", "b", "x", "y"]

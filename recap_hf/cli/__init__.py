@@ -52,7 +52,9 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of `recap`. Only `command`'s own module is imported; the others show their line of help."""
-    parser = _Parser(prog="recap", description="Describe any sound in a sentence: retrieval-augmented audio captioning.")
+    parser = _Parser(
+        prog="recap", description="Describe any sound in a sentence: retrieval-augmented audio captioning."
+    )
     parser.add_argument("--version", action="version", version=f"recap_hf {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, (module, text) in COMMANDS.items():

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--k", type=_count, help="captions in the prompt (default: the model's, 4 in the paper)")
     parser.add_argument("--num-beams", type=_positive, help="beams of the search (default: the model's, 3)")
-    parser.add_argument("--max-new-tokens", type=_positive, help="longest caption in tokens (default: the model's, 60)")
+    parser.add_argument(
+        "--max-new-tokens", type=_positive, help="longest caption in tokens (default: the model's, 60)"
+    )
     parser.add_argument("--batch-size", type=_positive, default=8, help="recordings per pass (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument(

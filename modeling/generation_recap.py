@@ -24,7 +24,7 @@ class RecapGenerationMixin(GenerationMixin):
         processor: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Captions: `GenerationMixin.generate` with the audio encoded and, given a `processor`, the prompts built first.
+        """Captions: `GenerationMixin.generate`, the audio encoded and (with a `processor`) the prompts built first.
 
         Args:
             inputs or input_features, input_features_mask: see `encode_audio`; or

@@ -31,6 +31,8 @@ model = AutoModel.from_pretrained(sys.argv[1], **options)
 processor = AutoProcessor.from_pretrained(sys.argv[1], **options)
 captioner = pipeline("audio-captioning", model=sys.argv[1], **options)
 result = captioner({"array": np.load(sys.argv[2]), "sampling_rate": 48_000})
+if sys.argv[4:]:
+    model.push_to_hub(sys.argv[4])
 assert "recap_hf" not in sys.modules
 answer([type(model).__module__.split(".")[0], processor.datastore.captions, result])
 """
@@ -60,6 +62,7 @@ def checkpoint(tmp_path, tiny_model, tiny_processor):
     tiny_model.save_pretrained(folder)
     tiny_processor.save_pretrained(folder)
     (folder / "optimizer.pt").write_bytes(b"\0" * 10)
+    (folder / "datastore" / "left-behind.npy").write_bytes(b"\0" * 10)
     (folder / "checkpoint-500").mkdir()
     (folder / "checkpoint-500" / "model.safetensors").write_bytes(b"\0" * 10)
     return folder
@@ -95,17 +98,24 @@ def test_a_pushed_checkpoint_runs_where_the_package_is_not_installed(hub, client
     repo, files = hub.repo("user/recap"), hub.files("user/recap")
     assert repo.private and len(repo.history()) == 2, "all in one commit"
     assert {"model.safetensors", "datastore/datastore.json", "modeling_recap.py", "README.md"} <= set(files)
-    assert not [name for name in files if "optimizer" in name or "checkpoint-500" in name or name.endswith(".pyc")]
+    strays = ("optimizer", "checkpoint-500", "left-behind", ".pyc")
+    assert not [name for name in files if any(stray in name for stray in strays)]
     for name, file in files.items():
         if name.endswith(".json"):
             paths = [text for text in strings(json.loads(file.content)) if str(checkpoint.parent) in text]
             assert not paths, f"{name} names a local path: {paths}"
-    module, captions, result = client.run(PULL, "user/recap", recording, "main", package=False)
+    module, captions, result = client.run(PULL, "user/recap", recording, "main", "user/fork", package=False)
     assert module == "transformers_modules"
     assert captions == [entry["caption"] for entry in CAPTIONS]
     assert result["caption"] == expected["caption"]
     assert result["score"] == pytest.approx(expected["score"], abs=1e-6)
     assert [hit["row"] for hit in result["retrieved"]] == [hit["row"] for hit in expected["retrieved"]]
+    # Pushed again from there: the same weights and code; a card takes the package.
+    fork = hub.files("user/fork")
+    assert {"README.md", "datastore/datastore.json"}.isdisjoint(fork)
+    assert {name: file.etag for name, file in fork.items() if name.endswith((".py", ".safetensors"))} == {
+        name: file.etag for name, file in files.items() if name.endswith((".py", ".safetensors"))
+    }
 
 
 def test_the_card_says_what_the_files_say(checkpoint):

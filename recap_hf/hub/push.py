@@ -38,7 +38,6 @@ CHECKPOINT_FILES = (
     "chat_template*",
     "clap_tokenizer/*",
     "*_recap.py",
-    "datastore/*",
     "*.md",
     "LICENSE*",
     "NOTICE*",
@@ -189,6 +188,19 @@ def datastore_files(folder: Path) -> tuple[str, ...]:
     return (*files, MANIFEST_NAME, "README.md", "LICENSE*", FACTS_FILE)
 
 
+def datastore_in_checkpoint(folder: Path) -> tuple[str, ...]:
+    """The files of the datastore inside a checkpoint: its own, or those of a reference to another repository."""
+    from recap_hf.modeling.hub_recap import DATASTORE_FOLDER
+    from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
+
+    manifest = folder / DATASTORE_FOLDER / MANIFEST_NAME
+    if not manifest.is_file():
+        return ()
+    is_reference = "reference" in json.loads(manifest.read_text(encoding="utf-8"))
+    names = (MANIFEST_NAME,) if is_reference else datastore_files(manifest.parent)
+    return tuple(f"{DATASTORE_FOLDER}/{name}" for name in names)
+
+
 def commit_arguments(options: PushOptions, message: str) -> dict:
     """The options as arguments of `commit_folder`."""
     return {
@@ -208,7 +220,7 @@ def staged_checkpoint(folder: Path, options: PushOptions) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory() as name:
         stage = Path(name)
-        left_out = copy_files(folder, stage, CHECKPOINT_FILES)
+        left_out = copy_files(folder, stage, (*CHECKPOINT_FILES, *datastore_in_checkpoint(folder)))
         if left_out:
             print(f"not pushed: {', '.join(left_out)}", file=sys.stderr)
         if not list(stage.glob("model*.safetensors")):

@@ -15,6 +15,7 @@ from training_parts import make_captioner, write_clotho
 
 from recap_hf import RecapForConditionalGeneration, RecapProcessor
 from recap_hf.training.arguments import TrainingConfig
+from recap_hf.training.assemble import assemble
 from recap_hf.training.main import train
 
 
@@ -75,6 +76,25 @@ def test_only_the_cross_attention_changes(start: Path, finished):
     assert all(
         re.fullmatch(r"decoder\.transformer\.h\.\d+\.crossattention\.\w+\.(weight|bias)", name) for name in changed
     )
+
+
+def test_the_bases_of_a_checkpoint_start_with_fresh_cross_attention(start: Path, finished):
+    """The default where no model is named; a checkpoint that is named goes on from its own."""
+    model, _ = assemble(config(start, start / "x", model=str(finished[0]), keep_cross_attention=False))
+    kept, _ = assemble(config(start, start / "x", model=str(finished[0])))
+    trained = weights(finished[0])
+    fresh = {name: tensor for name, tensor in model.state_dict().items() if name in trained}
+    same_again, _ = assemble(config(start, start / "x", model=str(finished[0]), keep_cross_attention=False))
+    for name in trained:
+        assert torch.equal(kept.state_dict()[name], trained[name])
+        assert torch.equal(same_again.state_dict()[name], fresh[name])
+        if ".crossattention." not in name:
+            assert torch.equal(fresh[name], trained[name])
+    weight = fresh["decoder.transformer.h.0.crossattention.c_attn.weight"]
+    assert not torch.equal(weight, trained["decoder.transformer.h.0.crossattention.c_attn.weight"])
+    # GPT-2's scheme: standard deviation 0.02, no bias.
+    assert weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert not fresh["decoder.transformer.h.0.crossattention.c_attn.bias"].any()
 
 
 def test_the_folder_captions_through_the_pipeline(start: Path, finished):

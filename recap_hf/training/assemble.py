@@ -61,6 +61,9 @@ def reset_cross_attention(model: Any, seed: int) -> None:
     """Draws the cross-attention anew, as in an untrained captioner."""
     torch.manual_seed(seed)
     for block in model.decoder.transformer.h:
+        for parameter in block.crossattention.parameters():
+            # Loaded weights bear a mark that keeps transformers from initialising them.
+            parameter._is_hf_initialized = False
         block.crossattention.apply(model.decoder._init_weights)
 
 

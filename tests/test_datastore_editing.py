@@ -313,6 +313,7 @@ def test_sigkill_leaves_the_old_or_the_new_state(tmp_path, action):
 
 READER = """
 import sys
+import time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from datastore_parts import WordEmbedder
@@ -334,6 +335,7 @@ while not Path(folder + ".stop").exists() or not opened:
     assert all(tens.count(each) == 10 for each in set(tens)), numbers
     assert len(store) == store.manifest["num_captions"]
     opened += 1
+    time.sleep(0.02)
 print(opened, flush=True)
 """
 READERS = int(os.environ.get("RECAP_TEST_READERS", "2"))

@@ -72,6 +72,10 @@ def test_text_files_lists_and_mapped_columns(tmp_path):
         list(read_source(tmp_path / "other.jsonl"))
     mapped = SourceOptions(columns={"caption": "text"})
     assert list(read_source(tmp_path / "other.jsonl", mapped)) == [{"caption": "rain", "source": "other"}]
+    assert [record["caption"] for record in read_source(tmp_path / "own.txt", mapped)] == ["rain", "wind"]
+    (tmp_path / "both.jsonl").write_text('{"text": "rain", "caption": "title"}\n')
+    expected = [{"caption": "rain", "caption_": "title", "source": "both"}]
+    assert list(read_source(tmp_path / "both.jsonl", mapped)) == expected
 
 
 def test_saved_datasets_and_datastores(tmp_path):
@@ -191,6 +195,9 @@ def test_the_leak_guard_knows_clips_by_every_spelling(tmp_path):
     (tmp_path / "no_clips.txt").write_text("rain\n")
     with pytest.raises(ValueError, match="names no clip"):
         LeakGuard.from_sources([tmp_path / "no_clips.txt"])
+    for split, text in (("development", "learnt"), ("evaluation", "tested")):
+        (tmp_path / f"clotho_captions_{split}.csv").write_text(f"file_name,caption_1\n{text}.wav,{text}\n")
+    assert LeakGuard.from_sources([f"clotho:{tmp_path}"]).clip_ids == {"tested"}
 
 
 def test_wavcaps_blacklists_hold_for_their_source(tmp_path):
@@ -203,6 +210,9 @@ def test_wavcaps_blacklists_hold_for_their_source(tmp_path):
     for name in ("fsd_final.json", "bbc_final.json"):
         (tmp_path / name).write_text(json.dumps({"num_captions_per_audio": 1, "data": data}))
     options = FilterOptions(max_tokens=None, blacklists=tuple(read_blacklist(path)))
+    (tmp_path / "broken.txt").write_text("12\n13\n")
+    with pytest.raises(ValueError, match="does not read as JSON"):
+        read_blacklist(tmp_path / "broken.txt")
     for name, left in (("fsd_final.json", ["sea"]), ("bbc_final.json", ["rain", "sea"])):
         chosen = list(CaptionFilter(options).filter(read_source(tmp_path / name)))
         assert [record["caption"] for record in chosen] == left

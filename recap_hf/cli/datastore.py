@@ -169,7 +169,8 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="leave out captions, weak ones too, of the clips in these files (the test CSVs)",
+        help="leave out captions, weak ones too, of the clips in these files (the test CSVs), or of the test split of "
+        "NAME:FOLDER",
     )
     group.add_argument(
         "--exclude-texts", action="store_true", help="and every caption with the text of one of those clips"
@@ -240,22 +241,27 @@ def _embedder(args: argparse.Namespace) -> Any:
 def _source_options(args: argparse.Namespace) -> Any:
     from recap_hf.datastore import SourceOptions
 
+    return SourceOptions(args.source, args.licence, args.split, _columns(args.columns), args.captions)
+
+
+def _columns(pairs: list[str]) -> dict[str, str]:
     columns = {}
-    for pair in args.columns:
+    for pair in pairs:
         ours, equals, theirs = pair.partition("=")
         if not (ours and equals and theirs):
             raise ValueError(f"--columns takes OURS=THEIRS pairs, such as caption=text, got {pair!r}")
         columns[ours] = theirs
-    return SourceOptions(args.source, args.licence, args.split, columns, args.captions)
+    return columns
 
 
 def _filter_options(args: argparse.Namespace) -> Any:
     from recap_hf.datastore import FilterOptions, LeakGuard, read_blacklist
 
+    columns = _columns(getattr(args, "columns", []))
     return FilterOptions(
         max_tokens=args.max_tokens or None,
         duplicates=args.duplicates,
-        guard=LeakGuard.from_sources(args.exclude_clips) if args.exclude_clips else None,
+        guard=LeakGuard.from_sources(args.exclude_clips, columns) if args.exclude_clips else None,
         guard_texts=args.exclude_texts,
         blacklists=tuple(entry for path in args.blacklist for entry in read_blacklist(path)),
         commercial=args.commercial,

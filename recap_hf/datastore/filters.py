@@ -44,7 +44,7 @@ class LeakGuard:
 
     @classmethod
     def from_sources(cls, names: Iterable[str | Path], columns: Mapping[str, str] | None = None) -> LeakGuard:
-        """The clips that files of captions name (the test CSVs, say).
+        """The clips that files of captions name (the test CSVs, say); of a dataset as published, its test split.
 
         Raises:
             ValueError: if a file names no clip.
@@ -52,7 +52,9 @@ class LeakGuard:
         guard = cls()
         for name in names:
             before = len(guard.clip_ids)
-            for record in read_source(name, SourceOptions(captions="published", columns=columns or {})):
+            # The split decides what is read of a published dataset; a file is read as a whole.
+            options = SourceOptions(split="test", captions="published", columns=columns or {})
+            for record in read_source(name, options):
                 if record.get("clip_id") is not None:
                     clip_id = normalize_clip_id(record["clip_id"])
                     guard.clip_ids.add(clip_id)
@@ -98,7 +100,10 @@ def read_blacklist(path: str | Path) -> list[tuple[str, frozenset[str]]]:
     Returns:
         Pairs of what ends the source's name ("" for any) and the folded ids.
     """
-    contents = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: does not read as JSON ({error})") from error
     if isinstance(contents, list):
         contents = {"": contents}
     if not isinstance(contents, dict) or not all(isinstance(ids, list) for ids in contents.values()):

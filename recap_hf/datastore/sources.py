@@ -147,7 +147,9 @@ def records_of_rows(
     columns: list[str] | None = None
     weak_seen: set[tuple[str, str]] = set()
     for row in rows:
-        row = {options_name(options, key): value for key, value in row.items() if key}
+        # Of several files, only some may have the mapped columns.
+        mapped = {theirs: ours for ours, theirs in options.columns.items() if theirs in row}
+        row = {_our_name(key, mapped): value for key, value in row.items() if key}
         if columns is None:
             columns = find_caption_columns(list(row))
             if not columns and "abstract_captions" not in row:
@@ -173,13 +175,9 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, (str, int)) and value != ""
 
 
-def options_name(options: SourceOptions, column: str) -> str:
-    """Our name of a file's column."""
-    for ours, theirs in options.columns.items():
-        if column == theirs:
-            return ours
-    # A column of theirs that bears the wanted name gives way to the mapped one.
-    return f"{column}_" if column in options.columns else column
+def _our_name(column: str, mapped: Mapping[str, str]) -> str:
+    """Our name of a file's column; one that bears the name of a mapped one gives way."""
+    return mapped.get(column) or (f"{column}_" if column in mapped.values() else column)
 
 
 def _common(row: Mapping[str, Any], name: str, options: SourceOptions) -> dict[str, Any]:

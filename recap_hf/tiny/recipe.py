@@ -30,7 +30,7 @@ class Recipe:
         Raises:
             FileNotFoundError: an earlier stage is missing.
         """
-        from .trainer import TrainConfig
+        from .trainer import TrainConfig, is_main_process
 
         rate = learning_rate or _LEARNING_RATES.get(stage, 0.0)
         warmup = _WARMUP_STEPS.get(stage, 100)
@@ -55,7 +55,8 @@ class Recipe:
             recipe = CaptionerRecipe()
             train_captioner(self._parts(), self._bank(), folder, self.folds, recipe, config, stop_after=stop_after)
             folder = folder / "model"
-            write_recordings(self.sounds, self.folds, folder / "RECORDINGS.csv")
+            if is_main_process():
+                write_recordings(self.sounds, self.folds, folder / "RECORDINGS.csv")
         return folder
 
     def transfer(self, steps: int, learning_rate: float | None, fold: int, rules: NamingRules) -> list[dict[str, Any]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -116,13 +118,19 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[s
 
     Raises:
         FileNotFoundError: naming what is not there.
+        ValueError: where a file is damaged, or holds anything but tensors and plain values.
     """
     folder = Path(folder)
     for name in (WEIGHTS, STATE, PROGRESS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no checkpoint of a training run: it has no {name}")
-    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    return load_file(folder / WEIGHTS), state, json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    try:
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        return load_file(folder / WEIGHTS), state, json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{folder} is damaged ({type(error).__name__}): delete it, and --resume goes on from the one before it"
+        ) from error
 
 
 def _sync(path: Path) -> None:

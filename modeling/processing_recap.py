@@ -15,7 +15,7 @@ from .feature_extraction_recap import RecapFeatureExtractor
 from .hub_recap import DATASTORE_FOLDER, HubPushMixin, loading_errors, take_push_options
 from .prompt_recap import PAPER_PROMPT, PromptTemplate
 from .retrieval_recap import CaptionDatastore
-from .travelling_recap import AUTO_MAP, copy_travelling_files
+from .travelling_recap import AUTO_MAP, complete_tokenizer_folder, copy_travelling_files
 
 # GPT-2 has 1,024 positions, a caption at most 60 tokens (official code) and its end token.
 DEFAULT_MAX_PROMPT_TOKENS = 1024 - 61
@@ -352,6 +352,7 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
             self.datastore.save_pretrained(Path(save_directory) / DATASTORE_FOLDER)
         options = take_push_options(kwargs)
         saved = super().save_pretrained(save_directory, **kwargs)
+        complete_tokenizer_folder(save_directory)
         if push_to_hub:
             self.push_saved(save_directory, options)
         return saved

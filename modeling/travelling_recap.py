@@ -37,4 +37,22 @@ def copy_travelling_files(folder: str | os.PathLike) -> None:
             shutil.copyfile(source, target)
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "PIPELINE_TASK", "copy_travelling_files", "travelling_files"]
+def complete_tokenizer_folder(folder: str | os.PathLike) -> None:
+    """Puts an empty config.json beside the CLAP tokenizer of a saved processor, if there is none.
+
+    AutoTokenizer asks for one. In an offline cache it takes a missing file for a broken download, and transformers
+    then quietly loads the decoder's tokenizer in the place of CLAP's.
+    """
+    path = Path(folder) / "clap_tokenizer" / "config.json"
+    if path.parent.is_dir() and not path.exists():
+        path.write_text("{}\n", encoding="utf-8")
+
+
+__all__ = [
+    "AUTO_MAP",
+    "CUSTOM_PIPELINES",
+    "PIPELINE_TASK",
+    "complete_tokenizer_folder",
+    "copy_travelling_files",
+    "travelling_files",
+]

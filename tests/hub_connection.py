@@ -153,7 +153,7 @@ class Connection(BaseHTTPRequestHandler):
         self.reply(status, json.dumps(value).encode(), {"Content-Type": "application/json"} | (headers or {}))
 
     def refuse(self, error: HubError) -> None:
-        headers = {"Content-Type": "application/json", "X-Error-Message": error.message}
+        headers = {"Content-Type": "application/json", "X-Error-Message": error.message} | error.headers
         if error.code:
             headers["X-Error-Code"] = error.code
         try:

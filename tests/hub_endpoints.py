@@ -283,7 +283,8 @@ class HubHandler(Connection):
 
     def file_of(self, commit: Commit, path: str) -> File:
         if path not in commit.tree:
-            raise HubError(404, "EntryNotFound", "Entry not found")
+            # The client remembers that this commit has no such file, which it needs to know offline.
+            raise HubError(404, "EntryNotFound", "Entry not found", X_Repo_Commit=commit.oid)
         return commit.tree[path]
 
     def send_content(self, content: bytes, headers: dict[str, str]) -> None:

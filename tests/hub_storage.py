@@ -16,9 +16,10 @@ DATE = "2026-01-01T00:00:00.000Z"
 class HubError(Exception):
     """An answer other than success, with the headers that the Hub sends with it."""
 
-    def __init__(self, status: int, code: str | None, message: str):
+    def __init__(self, status: int, code: str | None, message: str, **headers: str):
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
 def git_sha(content: bytes) -> str:

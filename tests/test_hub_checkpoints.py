@@ -118,6 +118,20 @@ def test_a_pushed_checkpoint_runs_where_the_package_is_not_installed(hub, client
     }
 
 
+def test_a_checkpoint_that_was_downloaded_once_runs_offline(hub, client, checkpoint, recording, expected):
+    """Downloaded as `hf download` does it, by a client that has never asked for any file that is not there."""
+    code = "from huggingface_hub import snapshot_download; answer(snapshot_download('user/recap')[-40:])"
+    client.run(CLI + "recap('push', sys.argv[1], 'user/recap'); answer(0)", checkpoint)
+    commit = client.run(code)
+    number = len(hub.log)
+    for revision in (commit, "main"):
+        arguments = ("user/recap", recording, revision)
+        _, captions, result = client.run(PULL, *arguments, package=False, HF_HUB_OFFLINE="1")
+        assert captions == [entry["caption"] for entry in CAPTIONS]
+        assert result["caption"] == expected["caption"]
+    assert len(hub.log) == number
+
+
 def test_the_card_says_what_the_files_say(checkpoint):
     from recap_hf.hub.prepare import prepare_folder
 

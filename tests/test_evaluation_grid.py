@@ -165,7 +165,11 @@ def test_grid_runs_prints_and_goes_on(domains, tmp_path, tiny_model, tiny_proces
     for row in ("w/ DS", "w/ DS of stage", "w/ DSlarge", "w/ DS, k = 1", "no_retrieval (w/ DS)", "audio_only (w/ DS)"):
         assert f"| recap_hf: {row} " in printed.out, row
     assert "CLAP: random weights." in printed.out and "2 captions of more.txt (licence not stated)" in printed.out
+    # No word of the stage is in the yard's training captions.
+    assert "### Words that no training caption has" in printed.out
     result = json.loads((output / "grid.json").read_text())
+    rows = [row for row in result["novel_words"]["rows"] if row[:3] == ["yard", "stage", "first_retrieved (w/ DS)"]]
+    assert len(rows) == 1 and int(rows[0][3]) >= 10 and float(rows[0][4]) > 0
     claims = {(claim["claim"], claim["setting"]) for claim in result["claims"]}
     ood = "an in-domain datastore beats an out-of-domain one"
     assert (ood, "trained on yard, tested on stage: w/ DS minus w/ DS of yard") in claims

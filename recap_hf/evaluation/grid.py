@@ -166,7 +166,7 @@ class Grid:
             batch_size=self.config.evaluation.get("batch_size", 16),
             names={"model": str(self.model_folder(run.training_set, run.seed)), "datastore": "+".join(run.datastore)},
         )
-        score_folder(folder, clips.name, resamples=self.config.resamples, notes=clips.notes, **self._scoring_options())
+        score_folder(folder, clips.name, resamples=self.config.resamples, notes=clips.notes, **scoring)
 
     def _scoring_options(self) -> dict[str, Any]:
         from recap_hf.scoring import FenseModels

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,10 @@ class GridResults:
         return rows
 
     def _clap_name(self) -> str:
-        return str(self.config.training.get("clap") or self.config.training.get("model") or "of the checkpoint")
+        """The CLAP checkpoint as the table names it: its Hub id, or the last part of a path."""
+        training = self.config.training
+        name = str(training.get("clap") or training.get("model") or "of the checkpoint")
+        return Path(name).name if Path(name).exists() else name
 
     def _notes(self, runs: list[Run]) -> list[str]:
         first = self._scores(runs[0])

@@ -63,6 +63,10 @@ def test_a_best_that_was_being_replaced_is_put_back(tmp_path: Path):
     assert checkpoints.load_best() is None
     checkpoints.clean()
     assert checkpoints.load_best()[1] == {"step": 1}
+    save(checkpoints, 5)
+    os.rename(tmp_path / "checkpoint-5", tmp_path / ".previous-checkpoint-5")
+    checkpoints.clean()
+    assert checkpoints.steps() == [5]
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path):

@@ -78,12 +78,13 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def clean(self) -> None:
-        """Remove what a killed run left beside its checkpoints, and put back a best that was being replaced."""
+        """Remove what a killed run left beside its checkpoints, and put back what was being replaced."""
         if not self.folder.is_dir():
             return
-        previous = self.folder / f".previous-{BEST}"
-        if previous.is_dir() and not (self.folder / BEST).is_dir():
-            os.replace(previous, self.folder / BEST)
+        for previous in self.folder.glob(".previous-*"):
+            place = self.folder / previous.name.removeprefix(".previous-")
+            if not place.is_dir():
+                os.replace(previous, place)
         for pattern in (".partial-*", ".old-*", ".previous-*"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path)

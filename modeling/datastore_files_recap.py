@@ -231,6 +231,23 @@ def _open_once(folder: Path, text: str, verify: bool) -> OpenedFiles:
     return OpenedFiles(folder, manifest, LiveRows(records, live), LiveEmbeddings(embeddings, live), live)
 
 
+def read_reference(path: Path) -> dict[str, str] | None:
+    """Repository and revision of the datastore that a manifest only refers to, or `None` if it describes its own."""
+    try:
+        reference = json.loads(path.read_text(encoding="utf-8")).get("reference")
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError):
+        # No description of a datastore at all: the reading of the manifest says so.
+        return None
+    if reference is None:
+        return None
+    try:
+        return {"repo_id": str(reference["repo_id"]), "revision": str(reference["revision"])}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: the reference to a datastore must name 'repo_id' and 'revision', got {reference!r:.200}."
+        ) from error
+
+
 def load_array(path: Path) -> np.ndarray:
     """A memory-mapped NumPy file, or a `ValueError`: pickled objects are refused."""
     try:
@@ -366,4 +383,4 @@ def _from_version_1(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**manifest, "dtype": "float32", "segments": [segment], "checksum": None}
 
 
-__all__ = ["CaptionRecords", "LiveEmbeddings", "LiveRows", "OpenedFiles", "open_files"]
+__all__ = ["CaptionRecords", "LiveEmbeddings", "LiveRows", "OpenedFiles", "open_files", "read_reference"]

@@ -7,7 +7,7 @@ files and `datastore_index_recap` for the search.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 import unicodedata
@@ -19,7 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from .datastore_files_recap import FORMAT_VERSION, MANIFEST_NAME, LiveEmbeddings, OpenedFiles, open_files
+from .datastore_files_recap import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    LiveEmbeddings,
+    OpenedFiles,
+    open_files,
+    read_reference,
+)
 from .datastore_index_recap import SearchIndex, exact_neighbours, open_index
 from .datastore_writing_recap import copy_files, locked, write_manifest, write_segment
 from .hub_recap import DATASTORE_FILES, HubPushMixin, fetch_datastore
@@ -28,6 +35,8 @@ try:
     import faiss
 except ImportError:
     faiss = None
+
+logger = logging.getLogger(__name__)
 
 # Another text encoder gives cosines near 0; bf16 weights or another device stay above 0.999.
 _SAME_ENCODER_COSINE = 0.99
@@ -407,7 +416,9 @@ class CaptionDatastore(HubPushMixin):
                 dtype = "float16" if self.embeddings.dtype == np.float16 else "float32"
                 segments = [write_segment(folder, self.records, self.embeddings, files, dtype, not replaced)]
             index = None
-            if self._index is not None and (self._files is None or self._files.live is None):
+            if self._index is not None and self._files is not None and self._files.live is not None:
+                logger.warning("%s: saved without its index, which counts removed captions. Make it anew.", folder)
+            elif self._index is not None:
                 index = self._index.write(folder, files)
             write_manifest(
                 folder,
@@ -452,7 +463,7 @@ class CaptionDatastore(HubPushMixin):
         folder = Path(name_or_path, subfolder)
         if not Path(name_or_path).is_dir():
             folder = fetch_datastore(str(name_or_path), repo_type=repo_type, subfolder=subfolder, **hub_kwargs)
-        reference = _read_reference(folder / MANIFEST_NAME)
+        reference = read_reference(folder / MANIFEST_NAME)
         if reference is not None:
             # Once only: what is referred to must be a datastore, not the next reference.
             folder = fetch_datastore(repo_type="dataset", **{**hub_kwargs, **reference})
@@ -473,23 +484,6 @@ def _rows_at(positions: np.ndarray, live: np.ndarray) -> np.ndarray:
     """Rows of the positions that are not removed."""
     rows = np.minimum(np.searchsorted(live, positions), max(len(live) - 1, 0))
     return rows[live[rows] == positions] if len(live) else rows[:0]
-
-
-def _read_reference(path: Path) -> dict[str, str] | None:
-    """Repository and revision of the datastore that a manifest only refers to, or `None` if it describes its own."""
-    try:
-        reference = json.loads(path.read_text(encoding="utf-8")).get("reference")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError):
-        # No description of a datastore at all: the reading of the manifest says so.
-        return None
-    if reference is None:
-        return None
-    try:
-        return {"repo_id": str(reference["repo_id"]), "revision": str(reference["revision"])}
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: the reference to a datastore must name 'repo_id' and 'revision', got {reference!r:.200}."
-        ) from error
 
 
 __all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "CaptionDatastore", "normalize_clip_id", "normalize_text"]

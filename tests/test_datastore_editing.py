@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from recap_hf.datastore import (
     remove_captions,
 )
 from recap_hf.datastore.editing import editing
+from recap_hf.hub.prepare import prepare_folder
 from recap_hf.modeling.datastore_writing_recap import locked
 from recap_hf.modeling.hub_recap import files_to_push
 
@@ -104,6 +106,11 @@ def test_removed_texts_stay_until_they_are_purged(folder):
 
     remove_captions(folder, Selection(clip_ids=["clip17"]))
     assert on_disk()
+    # What is pushed is a copy that `prepare_folder` has gone over.
+    shutil.copytree(folder, folder.parent / "stage")
+    prepare_folder(folder.parent / "stage", "user/captions", "dataset")
+    assert not any(b"sound 17" in path.read_bytes() for path in (folder.parent / "stage").iterdir() if path.is_file())
+    assert len(texts(folder.parent / "stage")) == 39
     opened(folder).save_pretrained(folder.parent / "copy")
     assert b"sound 17" not in (folder.parent / "copy" / "captions.jsonl").read_bytes()
     remove_captions(folder, Selection(clip_ids=["clip18"]), purge=True)

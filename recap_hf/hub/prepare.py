@@ -6,11 +6,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .cards import is_unedited, render_datastore_card, render_model_card, save_card
 from .describe import describe_checkpoint, describe_datastore
 from .facts import FACTS_FILE, CardFacts
 from .parquet import PATTERN, write_parquet
+
+if TYPE_CHECKING:
+    from recap_hf import CaptionDatastore
 
 NUM_EXAMPLES = 5
 
@@ -63,10 +67,20 @@ def prepare_checkpoint(
 
     manifest, datastore, reference = folder / DATASTORE_FOLDER / MANIFEST_NAME, None, None
     if manifest.is_file():
-        datastore = describe_datastore(CaptionDatastore.from_pretrained(datastore_folder or manifest.parent))
         referred = json.loads(manifest.read_text(encoding="utf-8")).get("reference")
+        store = CaptionDatastore.from_pretrained(datastore_folder or manifest.parent)
+        if not referred:
+            drop_removed(store, manifest.parent)
+        datastore = describe_datastore(store)
         reference = (referred["repo_id"], referred["revision"]) if referred else None
     save_card(render_model_card(repo_id, describe_checkpoint(folder), facts, datastore, reference), folder)
+
+
+def drop_removed(datastore: CaptionDatastore, folder: Path) -> None:
+    """Writes the datastore of a folder again if captions were removed from it: an edit only marks them, and what was
+    removed, for its licence perhaps, must not be pushed."""
+    if any(segment["deleted"] for segment in datastore.manifest["segments"]):
+        datastore.save_pretrained(folder)
 
 
 def prepare_datastore(folder: Path, repo_id: str, facts: CardFacts) -> None:
@@ -75,6 +89,7 @@ def prepare_datastore(folder: Path, repo_id: str, facts: CardFacts) -> None:
     from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
     datastore = CaptionDatastore.from_pretrained(folder)
+    drop_removed(datastore, folder)
     columns = write_parquet(datastore.records, folder / PARQUET_FOLDER)
     if not may_write_card(folder):
         return

@@ -186,7 +186,8 @@ def grid_section(folder: Path) -> dict[str, Any] | None:
     for (place, label, k), values in scored.items():
         if label == "w/ DS":
             by_k[place].append((k, float(np.mean(values))))
-        if k == first_k:
+        # Stores of one domain grow into the large one; those of other domains differ in more than size.
+        if k == first_k and label in ("w/ DS", "w/ DSlarge"):
             by_size[place].append((sizes[place, label, k], float(np.mean(values))))
     drawn = []
     if any(len(points) > 1 for points in by_k.values()):

@@ -43,6 +43,8 @@ _SAME_ENCODER_COSINE = 0.99
 # Scores this close are the same score: float32 dot products of unit vectors differ by less between libraries.
 _TIE = 1e-6
 _QUERIES_AT_ONCE = 256
+# Of an index's candidates an eighth, and no fewer than 32, are scored in float64.
+_RESCORED_SHARE, _RESCORED_AT_LEAST = 8, 32
 # Audio, and the features that published lists name in its place.
 _AUDIO_SUFFIX = re.compile(r"\.(wav|flac|mp3|ogg|opus|m4a|webm|mp4|mkv|aiff?|au|caf|wma|aac|npy)$", re.IGNORECASE)
 # AudioSet releases put a Y before the 11 characters of a YouTube id.
@@ -318,7 +320,7 @@ class CaptionDatastore(HubPushMixin):
             candidates = self._candidates(queries[pending], fetch, exact)
             still_pending = []
             for query, row_ids in zip(pending, candidates, strict=True):
-                scored = self._rescore(queries[query], row_ids)
+                scored = self._rescore(queries[query], row_ids, exact)
                 kept = self._keep(scored, k, *excluded[query])
                 # Complete when nothing that was not fetched can belong among the kept.
                 complete = len(kept) == k and (not exact or scored[-1][1] < kept[-1][1] - _TIE)
@@ -357,12 +359,19 @@ class CaptionDatastore(HubPushMixin):
         live = self.embeddings.live if several else None
         return positions if live is None else [_rows_at(each, live) for each in positions]
 
-    def _rescore(self, query: np.ndarray, rows: np.ndarray) -> list[tuple[int, float]]:
+    def _rescore(self, query: np.ndarray, rows: np.ndarray, exact: bool) -> list[tuple[int, float]]:
         """Pairs (row, cosine) in order: most similar first, ties to the lower row.
 
         In float64 and row by row, so that a score does not depend on which rows or queries were computed with it.
         """
-        scores = np.round((self.embeddings[rows].astype(np.float64) * query.astype(np.float64)).sum(axis=1), 9)
+        vectors = self.embeddings[rows]
+        if not exact and len(rows) > 2 * _RESCORED_AT_LEAST:
+            # Of many candidates of an index most are far off: those go by their scores in float32.
+            kept = max(_RESCORED_AT_LEAST, len(rows) // _RESCORED_SHARE)
+            rough = vectors.astype(np.float32, copy=False) @ query
+            chosen = np.flatnonzero(rough >= np.partition(rough, -kept)[-kept] - 1e-5)
+            rows, vectors = rows[chosen], vectors[chosen]
+        scores = np.round((vectors.astype(np.float64) * query.astype(np.float64)).sum(axis=1), 9)
         order = np.lexsort((rows, -scores))
         return [(int(rows[i]), float(scores[i])) for i in order]
 

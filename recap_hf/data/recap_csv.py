@@ -39,6 +39,11 @@ def load_recap(options: LoadOptions) -> CaptionData:
 
 
 def find_table(options: LoadOptions) -> Path:
+    """The CSV of a split: the file that `data_dir` is, or the one in that folder.
+
+    Raises:
+        ValueError: where several fit. FileNotFoundError: where none does.
+    """
     folder = Path(options.data_dir)
     if folder.is_file():
         return folder

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
+from recap_hf.cli.numbers import count, positive
+
 FORMATS = ("text", "json", "jsonl", "csv")
 _CSV_COLUMNS = ("file", "caption", "score", "retrieved", "error")
 
@@ -22,32 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--datastore", help="captions to retrieve from: a datastore, or a .txt, .csv, .json or .jsonl file of captions"
     )
-    parser.add_argument("--k", type=_count, help="captions in the prompt (default: the model's, 4 in the paper)")
-    parser.add_argument("--num-beams", type=_positive, help="beams of the search (default: the model's, 3)")
-    parser.add_argument(
-        "--max-new-tokens", type=_positive, help="longest caption in tokens (default: the model's, 60)"
-    )
-    parser.add_argument("--batch-size", type=_positive, default=8, help="recordings per pass (default: %(default)s)")
+    parser.add_argument("--k", type=count, help="captions in the prompt (default: the model's, 4 in the paper)")
+    parser.add_argument("--num-beams", type=positive, help="beams of the search (default: the model's, 3)")
+    parser.add_argument("--max-new-tokens", type=positive, help="longest caption in tokens (default: the model's, 60)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="recordings per pass (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
     )
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
     parser.add_argument("--output", metavar="FILE", help="write there instead of standard output")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

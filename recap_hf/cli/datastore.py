@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any
 
+from recap_hf.cli.numbers import count, positive
+
 _FILES_HELP = (
     "captions: .txt (one a line), .csv, .tsv, .json, .jsonl or .parquet files; a datastore; a saved dataset; "
     "NAME:FOLDER of clotho, audiocaps, recap, wavcaps or audiofolder as published; hub:USER/NAME"
@@ -40,7 +42,7 @@ def _add_build(actions: Any) -> None:
         default="float32",
         help="stored (default: %(default)s)",
     )
-    parser.add_argument("--num-processes", type=_positive, default=1, help="that embed (default: %(default)s)")
+    parser.add_argument("--num-processes", type=positive, default=1, help="that embed (default: %(default)s)")
     _add_source_options(parser)
     _add_filter_options(parser)
     _add_index_options(parser)
@@ -52,7 +54,7 @@ def _add_info(actions: Any) -> None:
     parser = _action(actions, "info", _info, "what a datastore holds, and how well it is searched")
     parser.add_argument(
         "--queries",
-        type=_count,
+        type=count,
         default=128,
         help="captions that the search is measured on; 0: not at all (default: %(default)s)",
     )
@@ -64,7 +66,7 @@ def _add_search(actions: Any) -> None:
     query = parser.add_mutually_exclusive_group(required=True)
     query.add_argument("--text", help="search for captions like this one")
     query.add_argument("--audio", metavar="FILE", help="search for captions of this recording")
-    parser.add_argument("--k", type=_positive, default=4, help="how many (default: %(default)s)")
+    parser.add_argument("--k", type=positive, default=4, help="how many (default: %(default)s)")
     parser.add_argument("--exclude-clip-id", metavar="ID", help="leave out the captions of this clip, and equal texts")
     _add_model_options(parser)
     _add_format(parser)
@@ -95,7 +97,7 @@ def _add_remove(actions: Any) -> None:
         ("--split", "NAME"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=name, help="may be given several times")
-    parser.add_argument("--row", action="append", default=[], type=_count, help="counted from 0, as search shows it")
+    parser.add_argument("--row", action="append", default=[], type=count, help="counted from 0, as search shows it")
     parser.add_argument("--clips-of", nargs="+", default=[], metavar="FILE", help="all clips that these files name")
     parser.add_argument("--purge", action="store_true", help="delete the texts from the disk now, not some day")
 
@@ -154,7 +156,7 @@ def _add_filter_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is left out")
     group.add_argument(
         "--max-tokens",
-        type=_count,
+        type=count,
         default=50,
         help="longer captions, in decoder tokens; 0: none (default: %(default)s)",
     )
@@ -198,7 +200,7 @@ def _add_model_options(parser: argparse.ArgumentParser, required: bool = False) 
     group = parser.add_argument_group("encoder")
     default = "" if required else " (default: the embedded recap-tiny)"
     group.add_argument("--model", required=required, help=f"folder or Hub id of a captioner{default}")
-    group.add_argument("--batch-size", type=_positive, default=64, help="captions per pass (default: %(default)s)")
+    group.add_argument("--batch-size", type=positive, default=64, help="captions per pass (default: %(default)s)")
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: a GPU if there is one)")
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
@@ -207,20 +209,6 @@ def _add_model_options(parser: argparse.ArgumentParser, required: bool = False) 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -139,7 +139,9 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
             clap = ClapModel.from_pretrained(clap, **(clap_kwargs or {}))
         if not isinstance(decoder, GPT2LMHeadModel):
             decoder = GPT2LMHeadModel.from_pretrained(decoder, **(decoder_kwargs or {}))
-        config = RecapConfig(clap=clap.config.to_dict(), decoder=decoder.config.to_dict(), **config_kwargs)
+        # Where the parts came from is as often a path of this machine as a Hub id: it stays out of what is saved.
+        parts = [{**part.config.to_dict(), "_name_or_path": ""} for part in (clap, decoder)]
+        config = RecapConfig(clap=parts[0], decoder=parts[1], **config_kwargs)
         model = cls(config).to(decoder.dtype)
         model.clap.load_state_dict(clap.state_dict())
         missing, unexpected = model.decoder.load_state_dict(decoder.state_dict(), strict=False)

@@ -334,6 +334,8 @@ def test_from_clap_gpt2_pretrained(tmp_path, clips, decoder_tokenizer, clap_toke
         tmp_path / "clap", tmp_path / "gpt2", cross_attention_reduce_factor=2, num_retrieved_captions=3
     )
     assert model.config.num_retrieved_captions == 3
+    model.save_pretrained(tmp_path / "recap")
+    assert str(tmp_path) not in (tmp_path / "recap" / "config.json").read_text()
     for name, value in gpt2.state_dict().items():
         assert torch.equal(model.decoder.state_dict()[name], value)
     for name, value in clap.state_dict().items():

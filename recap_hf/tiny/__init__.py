@@ -9,8 +9,9 @@ The commands that made the shipped one, on two CPU cores (`torchrun` starts two 
     torchrun --nproc_per_node 2 -m recap_hf.cli tiny captioner --sounds sound_events --work-dir work --threads 1
     recap tiny evaluate --model work/captioner/model --sounds sound_events --fold 5 --keywords keywords.json
 
-Each stage resumes from its checkpoint. The shipped language model differs from what the third command makes in one
-way: its first 1,000 steps were one process's, annealed, before the last 800 were two processes'.
+Each stage resumes from its checkpoint. The shipped language model differs from what the third command makes: its first
+400 steps ran under another schedule, its first 1,000 were one process's, annealed, before the last 800 were two
+processes'.
 
 Modules: lexicon and grammar (what is said), sounds, procedural and mixtures (what is heard), tokenization, clap,
 language_model, datastore and captioner (what is trained), trainer (how), naming, evaluation_sets, evaluation and

@@ -128,12 +128,7 @@ class RecapConfig(PretrainedConfig):
     @property
     def prompt(self) -> PromptTemplate:
         """The prompt settings as the object that builds prompts."""
-        return PromptTemplate(
-            template=self.prompt_template,
-            separator=self.caption_separator,
-            without_captions=self.prompt_without_captions,
-            target_prefix=self.target_prefix,
-        )
+        return PromptTemplate.of(self)
 
     @property
     def encoder_hidden_size(self) -> int:

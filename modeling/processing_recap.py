@@ -116,12 +116,7 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
     @property
     def prompt(self) -> PromptTemplate:
         """The words around the retrieved captions."""
-        return PromptTemplate(
-            template=self.prompt_template,
-            separator=self.caption_separator,
-            without_captions=self.prompt_without_captions,
-            target_prefix=self.target_prefix,
-        )
+        return PromptTemplate.of(self)
 
     @property
     def datastore(self) -> CaptionDatastore | None:

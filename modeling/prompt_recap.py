@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 _PLACEHOLDER = "{captions}"
 _FINAL_PUNCTUATION = " .!?,;:"
@@ -52,6 +53,16 @@ class PromptTemplate:
                 f"`prompt_without_captions` must end as `prompt_template` does, in {self.ending!r}; got "
                 f"{self.without_captions!r}."
             )
+
+    @classmethod
+    def of(cls, settings: Any) -> PromptTemplate:
+        """The template in the fields `prompt_template`, `caption_separator`, ... of a configuration or a processor."""
+        return cls(
+            template=settings.prompt_template,
+            separator=settings.caption_separator,
+            without_captions=settings.prompt_without_captions,
+            target_prefix=settings.target_prefix,
+        )
 
     @property
     def ending(self) -> str:

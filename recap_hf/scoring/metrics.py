@@ -13,6 +13,20 @@ from dataclasses import dataclass
 import numpy as np
 
 BLEU_KEYS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
+# How tables and cards name the scores, in the order of their columns.
+METRIC_LABELS = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr-D",
+    "spice": "SPICE",
+    "spider": "SPIDEr",
+    "fense": "FENSE",
+    "spider_fl": "SPIDEr-FL",
+}
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class SharedPromptCache(EncoderDecoderCache):
         super().__init__(DynamicCache(), DynamicCache())
         self.num_clips = num_clips
         self.group_size = 1
+        # After the prompt, (num_clips, 1, vocab_size): scoring begins here.
+        self.prompt_logits: torch.Tensor | None = None
         self.prompt_bias: torch.Tensor | None = None
         self.encoder_bias: torch.Tensor | None = None
         self.num_generated = 0
@@ -38,6 +40,10 @@ class SharedPromptCache(EncoderDecoderCache):
     def is_filled(self) -> bool:
         """Whether the prompt has gone through the decoder."""
         return self.self_attention_cache.get_seq_length() > 0
+
+    def prompt_cache(self) -> EncoderDecoderCache:
+        """The shared part as one of transformers' own caches, a row per clip."""
+        return EncoderDecoderCache(self.self_attention_cache, self.cross_attention_cache)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.self_attention_cache.get_seq_length() + self.num_generated
@@ -96,12 +102,13 @@ def decode_with_shared_prompt(
         position_ids=position_ids[first],
         encoder_hidden_states=encoder_hidden_states[first].contiguous(),
         encoder_attention_mask=mask,
-        past_key_values=EncoderDecoderCache(cache.self_attention_cache, cache.cross_attention_cache),
+        past_key_values=cache.prompt_cache(),
         use_cache=True,
         logits_to_keep=1,
     )
     cache.prompt_bias = _bias(decoder_attention_mask[first], output.logits.dtype)
     cache.encoder_bias = None if mask is None or bool(mask.all()) else _bias(mask, output.logits.dtype)
+    cache.prompt_logits = output.logits
     return output.logits.repeat_interleave(cache.group_size, dim=0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ class RecapGenerationMixin(GenerationMixin):
         for name in ("decoder_input_ids", "decoder_attention_mask"):
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name].to(device)
+        if kwargs.get("attention_mask") is None and encoder_outputs.attention_mask is not None:
+            # Where transformers looks for it: without one it warns that batches of clips may go wrong.
+            kwargs["attention_mask"] = encoder_outputs.attention_mask
         if can_share_prompt(self, generation_config or self.generation_config, kwargs):
             kwargs["past_key_values"] = SharedPromptCache(len(encoder_outputs.last_hidden_state))
         return super().generate(generation_config=generation_config, encoder_outputs=encoder_outputs, **kwargs)
@@ -81,18 +85,45 @@ class RecapGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs
 
     @torch.no_grad()
+    def generate_with_scores(
+        self, encoder_outputs: RecapEncoderOutput, prompts: Mapping[str, torch.Tensor], **kwargs: Any
+    ) -> tuple[torch.LongTensor, list[float]]:
+        """The best sequence of each clip and its score, without computing the prompts again for it.
+
+        Args:
+            encoder_outputs ([`RecapEncoderOutput`]): what `encode_audio` returned.
+            prompts (`Mapping`): `decoder_input_ids` and `decoder_attention_mask` from `build_prompts`.
+            kwargs: generation parameters.
+
+        Returns:
+            `tuple`: token ids of shape `(batch_size, length)`, and the scores of `score_captions`.
+        """
+        if kwargs.get("generation_config") is None:
+            # Beside a whole configuration single parameters are deprecated; the cache is then not to be had.
+            kwargs["return_dict_in_generate"] = True
+        generated = self.generate(encoder_outputs=encoder_outputs, **prompts, **kwargs)
+        sequences = getattr(generated, "sequences", generated)
+        # Of several returned sequences per clip the first is the best.
+        sequences = sequences[:: len(sequences) // len(encoder_outputs.last_hidden_state)]
+        cache = getattr(generated, "past_key_values", None)
+        return sequences, self.score_captions(encoder_outputs, sequences, prompts, cache)
+
+    @torch.no_grad()
     def score_captions(
         self,
         encoder_outputs: RecapEncoderOutput,
         sequences: torch.LongTensor,
-        prompts: dict[str, torch.Tensor],
+        prompts: Mapping[str, torch.Tensor],
+        past_key_values: Any = None,
     ) -> list[float]:
         """The exponential of the mean log-probability of each caption's tokens, its end token included.
 
         Args:
             encoder_outputs ([`RecapEncoderOutput`]): one entry per sequence.
             sequences (`torch.LongTensor` of shape `(batch_size, length)`): what `generate` returned.
-            prompts (`dict`): the `decoder_input_ids` and `decoder_attention_mask` that it was given.
+            prompts (`Mapping`): the `decoder_input_ids` and `decoder_attention_mask` that it was given.
+            past_key_values (*optional*): the cache that this `generate` returned. A [`SharedPromptCache`] has the
+                prompts in it already; it is used up. With any other, or none, they are computed again.
 
         Returns:
             `list[float]`: probabilities between 0 and 1, comparable between captions of different lengths; 0.0 for
@@ -105,17 +136,39 @@ class RecapGenerationMixin(GenerationMixin):
         ended = (targets == eos).int().cumsum(dim=1) - (targets == eos).int()
         counted = ended == 0
         full_mask = torch.cat([mask, counted.to(mask.dtype)], dim=1)
-        output = self(
-            encoder_outputs=encoder_outputs,
-            decoder_input_ids=sequences,
-            decoder_attention_mask=full_mask,
-            use_cache=False,
-            logits_to_keep=targets.shape[1] + 1,
-        )
-        log_probs = output.logits[:, :-1].float().log_softmax(dim=-1)
+        if isinstance(past_key_values, SharedPromptCache) and past_key_values.num_clips == len(sequences):
+            logits = self._continue_prompts(encoder_outputs, targets[:, :-1], full_mask[:, :-1], past_key_values)
+        else:
+            logits = self(
+                encoder_outputs=encoder_outputs,
+                decoder_input_ids=sequences,
+                decoder_attention_mask=full_mask,
+                use_cache=False,
+                logits_to_keep=targets.shape[1] + 1,
+            ).logits[:, :-1]
+        log_probs = logits.float().log_softmax(dim=-1)
         token_log_probs = log_probs.gather(2, targets.unsqueeze(2)).squeeze(2) * counted
         totals, counts = token_log_probs.sum(dim=1), counted.sum(dim=1)
         return [(total / count).exp().item() if count else 0.0 for total, count in zip(totals, counts, strict=True)]
+
+    def _continue_prompts(
+        self,
+        encoder_outputs: RecapEncoderOutput,
+        tokens: torch.LongTensor,
+        mask: torch.Tensor,
+        cache: SharedPromptCache,
+    ) -> torch.Tensor:
+        """Logits after the prompt and after each of `tokens`, `(batch_size, tokens + 1, vocab_size)`."""
+        if not tokens.shape[1]:
+            return cache.prompt_logits
+        continued = self(
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=tokens,
+            decoder_attention_mask=mask,
+            past_key_values=cache.prompt_cache(),
+            use_cache=True,
+        )
+        return torch.cat([cache.prompt_logits, continued.logits], dim=1)
 
 
 __all__ = ["RecapGenerationMixin"]

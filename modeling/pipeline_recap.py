@@ -133,12 +133,8 @@ class AudioCaptioningPipeline(Pipeline):
         encoding = self.model.encode_audio(**inputs)
         prompts = self.processor.build_prompts(encoding.audio_embeds, k=k)
         retrieved = prompts.pop("retrieved")
-        sequences = self.model.generate(encoder_outputs=encoding, **prompts, **generate_kwargs)
-        sequences = getattr(sequences, "sequences", sequences)
-        # Of several returned sequences per clip the first is the best.
-        sequences = sequences[:: len(sequences) // len(waveforms)]
+        sequences, scores = self.model.generate_with_scores(encoding, prompts, **generate_kwargs)
         captions = self.processor.batch_decode(sequences)
-        scores = self.model.score_captions(encoding, sequences, prompts)
         return [
             {"caption": caption, "score": score, "retrieved": hits}
             for caption, score, hits in zip(captions, scores, retrieved, strict=True)

@@ -99,3 +99,47 @@ def test_a_generation_config_given_as_such(tiny_model, encoded):
     prompts.pop("retrieved")
     positional = tiny_model.generate(None, config, encoder_outputs=encoding, **prompts)
     assert torch.equal(by_config, positional)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_scores_from_the_shared_prompt_are_those_from_scratch(tiny_model, encoded, attention):
+    encoding, prompts = encoded
+    prompts.pop("retrieved")
+    tiny_model.set_attn_implementation(attention)
+    for settings in ({"num_beams": 3, "max_new_tokens": 9}, {"num_beams": 1, "max_new_tokens": 1}):
+        sequences, scores = tiny_model.generate_with_scores(encoding, prompts, **settings)
+        assert torch.equal(sequences, tiny_model.generate(encoder_outputs=encoding, **prompts, **settings))
+        assert scores == pytest.approx(tiny_model.score_captions(encoding, sequences, prompts), rel=1e-4)
+
+
+def test_a_cache_of_more_sequences_than_captions_is_not_mistaken_for_theirs(tiny_model, encoded):
+    encoding, prompts = encoded
+    prompts.pop("retrieved")
+    sequences, scores = tiny_model.generate_with_scores(
+        encoding, prompts, num_beams=3, num_return_sequences=2, max_new_tokens=6
+    )
+    assert len(sequences) == len(scores) == 7
+    assert scores == pytest.approx(tiny_model.score_captions(encoding, sequences, prompts), rel=1e-4)
+
+
+def test_a_batch_is_generated_without_a_warning(tiny_model, encoded):
+    """GPT-2 pads with its end token: transformers warns unless it finds the mask of the encoder's states."""
+    import logging
+
+    from transformers.utils.logging import get_logger
+
+    messages = []
+
+    class Collector(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    logger, handler = get_logger("transformers"), Collector(level=logging.WARNING)
+    # What was said once in this process would not be said again.
+    type(logger).warning_once.cache_clear()
+    logger.addHandler(handler)
+    try:
+        tiny_model.generate(encoder_outputs=encoded[0], **encoded[1], max_new_tokens=2)
+    finally:
+        logger.removeHandler(handler)
+    assert messages == []

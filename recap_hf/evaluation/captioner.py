@@ -133,9 +133,8 @@ class Captioner:
         else:
             start = torch.full((len(retrieved), 1), self.model.config.eos_token_id, device=self.model.device)
             prompts = {"decoder_input_ids": start, "decoder_attention_mask": torch.ones_like(start)}
-        sequences = self.model.generate(encoder_outputs=encoding, **prompts, **self.generation)
+        sequences, scores = self.model.generate_with_scores(encoding, prompts, **self.generation)
         captions = self.processor.batch_decode(sequences)
-        scores = self.model.score_captions(encoding, sequences, prompts)
         return [Prediction(*row) for row in zip(captions, scores, retrieved, strict=True)]
 
     def _random_captions(self, clip_id: str) -> list[dict[str, Any]]:

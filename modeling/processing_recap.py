@@ -144,26 +144,25 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         return_tensors: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Features of `audio` ([`RecapFeatureExtractor`]), or tokens of `text` for the decoder, or both.
+        """Features of `audio` ([`RecapFeatureExtractor`]), or tokens of `text` for the decoder.
 
         Args:
             audio, sampling_rate, return_tensors, kwargs: see [`RecapFeatureExtractor.__call__`].
-            text (`str` or `Sequence[str]`, *optional*): gives `labels` beside features, `input_ids` alone.
+            text (`str` or `Sequence[str]`, *optional*): gives `input_ids` and `attention_mask`.
 
         Raises:
-            `ValueError`: if neither is given.
+            `ValueError`: if neither is given, or both: labels stand behind a prompt, whose captions are retrieved by
+                what the encoder makes of the audio; `build_training_inputs` makes them.
         """
-        if audio is None and text is None:
-            raise ValueError("Give `audio`, `text`, or both; both are missing.")
-        tokens = None
+        if (audio is None) == (text is None):
+            found = "neither was" if audio is None else "both were"
+            raise ValueError(
+                f"Give `audio` or `text`, {found} given. Captions to train on follow a prompt of retrieved captions: "
+                "encode the audio, then `processor.build_training_inputs(retrieved, captions)`."
+            )
         if text is not None:
-            tokens = self.tokenizer(text, return_tensors=return_tensors, padding=return_tensors is not None)
-        if audio is None:
-            return tokens
-        features = self.feature_extractor(audio, sampling_rate=sampling_rate, return_tensors=return_tensors, **kwargs)
-        if tokens is not None:
-            features["labels"] = tokens["input_ids"]
-        return features
+            return self.tokenizer(text, return_tensors=return_tensors, padding=return_tensors is not None)
+        return self.feature_extractor(audio, sampling_rate=sampling_rate, return_tensors=return_tensors, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:

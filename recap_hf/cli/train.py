@@ -16,5 +16,6 @@ def run(args: argparse.Namespace) -> int:
     """Trains, or starts the processes that do."""
     config = load_config(args)
     from recap_hf.training.launch import launch
+    from recap_hf.training.main import train
 
-    return launch(config)
+    return launch(config, train)

@@ -11,38 +11,43 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from .arguments import TrainingConfig
+from .options import RunConfig
 
 logger = logging.getLogger(__name__)
 
 _PARENT = "RECAP_TRAINING_PARENT"
 
 
-def launch(config: TrainingConfig) -> int:
+def launch(config: RunConfig, train: Callable[[Any], Any], command: Sequence[str] = ("train",)) -> int:
     """Run a training as configured; the exit status.
+
+    Args:
+        config: the settings.
+        train: what trains with them.
+        command: the sub-command of `recap` that does the same, for the processes that are started.
 
     Raises:
         RuntimeError: where another number of processes runs than `--num-processes` says.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.num_processes > 1 and "WORLD_SIZE" not in os.environ:
-        return _start_processes(config)
+        return _start_processes(config, command)
     if config.num_processes and world != config.num_processes:
         raise RuntimeError(
             f"--num-processes {config.num_processes}, but this was launched as {world} (WORLD_SIZE): "
             "leave one of the two away"
         )
     _follow_parent()
-    from .main import train
-
     train(config)
     return 0
 
 
-def _start_processes(config: TrainingConfig) -> int:
+def _start_processes(config: RunConfig, command: Sequence[str]) -> int:
     """Start the processes on this machine, wait for all, end the others when one fails."""
     import torch
 
@@ -73,8 +78,8 @@ def _start_processes(config: TrainingConfig) -> int:
             }
             if on_cpu:
                 environment["ACCELERATE_USE_CPU"] = "true"
-            command = [sys.executable, "-m", "recap_hf.cli", "train", "--config", str(recipe)]
-            processes.append(subprocess.Popen(command, env=environment))
+            arguments = [sys.executable, "-m", "recap_hf.cli", *command, "--config", str(recipe)]
+            processes.append(subprocess.Popen(arguments, env=environment))
         return _wait(processes)
 
 

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from .arguments import TrainingConfig
 from .assemble import assemble, prepare_for_training
 from .checkpoints import Checkpoints
 from .corpus import build_corpus
+from .loop import Progress, TrainingLoop
+from .options import RunConfig
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -29,11 +33,55 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     Raises:
         ValueError, OSError, RuntimeError: with what to change.
     """
+    from .report import finish
+
+    run = open_run(config, check=lambda: _check_login(config))
+    started = time.monotonic()
+    model, processor = assemble(config)
+    model.to(run.accelerator.device)
+    corpus = build_corpus(config, model, processor)
+    prepared = time.monotonic() - started
+    log_data(corpus.counts, corpus.problems)
+    # The text tower and the audio tower have done their work; the decoder has the device to itself.
+    model.clap.to("cpu")
+    trained = prepare_for_training(model, config)
+    trainer = Trainer(config, model, corpus, trained, run.accelerator)
+    progress = run.go(trainer)
+    report = finish(config, model, processor, corpus, trainer, progress, prepared)
+    run.accelerator.end_training()
+    return report
+
+
+@dataclass
+class Run:
+    """A run whose processes have met: Accelerate's object, and the checkpoint to go on from."""
+
+    config: RunConfig
+    accelerator: Any
+    checkpoint: Path | None
+    trackers: list[str]
+
+    def go(self, loop: TrainingLoop) -> Progress:
+        """Train to the end, from the checkpoint where there is one."""
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
+        if self.trackers:
+            self.accelerator.init_trackers("recap", config={k: str(v) for k, v in vars(self.config).items()})
+        if self.checkpoint is not None:
+            loop.resume(self.checkpoint)
+        with logging_redirect_tqdm(loggers=[logging.getLogger("recap_hf")]):
+            return loop.run()
+
+
+def open_run(config: RunConfig, check: Callable[[], None] = lambda: None) -> Run:
+    """Meet the other processes, set threads, log and seeds, and look for the checkpoint to go on from.
+
+    Args:
+        config: the settings.
+        check: what else must hold before anything is read, and raises where it does not.
+    """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    from .report import finish
 
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
@@ -51,28 +99,10 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         "World size %d, %d torch threads each, on %s, mixed precision %s",
         accelerator.num_processes, torch.get_num_threads(), accelerator.device, accelerator.mixed_precision,
     )  # fmt: skip
-    _check_login(config)
+    check()
     checkpoint = _checkpoint_to_resume(config, accelerator)
     set_seed(config.seed)
-    started = time.monotonic()
-    model, processor = assemble(config)
-    model.to(accelerator.device)
-    corpus = build_corpus(config, model, processor)
-    prepared = time.monotonic() - started
-    _log_data(corpus)
-    # The text tower and the audio tower have done their work; the decoder has the device to itself.
-    model.clap.to("cpu")
-    trained = prepare_for_training(model, config)
-    if trackers:
-        accelerator.init_trackers("recap", config={name: str(value) for name, value in vars(config).items()})
-    trainer = Trainer(config, model, corpus, trained, accelerator)
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    with logging_redirect_tqdm(loggers=[logging.getLogger("recap_hf")]):
-        progress = trainer.run()
-    report = finish(config, model, processor, corpus, trainer, progress, prepared)
-    accelerator.end_training()
-    return report
+    return Run(config, accelerator, checkpoint, trackers)
 
 
 def _trackers(names: list[str]) -> list[str]:
@@ -98,7 +128,7 @@ def _check_login(config: TrainingConfig) -> None:
         raise ValueError("--push-to-hub needs a login: hf auth login (or HF_TOKEN in the environment)")
 
 
-def _checkpoint_to_resume(config: TrainingConfig, accelerator: Any) -> Path | None:
+def _checkpoint_to_resume(config: RunConfig, accelerator: Any) -> Path | None:
     """The checkpoint to go on from; a folder with checkpoints is never overwritten by accident."""
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.save_total_limit)
     if accelerator.is_main_process:
@@ -122,10 +152,11 @@ def _checkpoint_to_resume(config: TrainingConfig, accelerator: Any) -> Path | No
     return None
 
 
-def _log_data(corpus: Any) -> None:
-    for split, counts in corpus.counts.items():
-        logger.info("%s: %s", split, ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
-    for split, problem in corpus.problems:
+def log_data(counts: Mapping[str, Mapping[str, int]], problems: Sequence[tuple[str, Any]]) -> None:
+    """What there is in each split, and what was left out."""
+    for split, numbers in counts.items():
+        logger.info("%s: %s", split, ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in numbers.items()))
+    for split, problem in problems:
         logger.warning("left out (%s, %s): %s", split, problem.kind, problem.detail)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import ClapConfig, GPT2Config, PretrainedConfig
 
+from .prefix_recap import CONDITIONINGS, CROSS_ATTENTION, PREFIX
 from .prompt_recap import PAPER_PROMPT, PromptTemplate
 from .travelling_recap import AUTO_MAP, CUSTOM_PIPELINES
 
@@ -26,6 +27,11 @@ class RecapConfig(PretrainedConfig):
         cross_attention_reduce_factor (`int`, *optional*, defaults to 4):
             The width of the cross-attention is the decoder's divided by this. 4 gives 5.4 % trained parameters with
             GPT-2 small, the paper's figure (Section 3.1); 1 is the stock layer of `add_cross_attention`.
+        conditioning (`str`, *optional*, defaults to `"cross_attention"`):
+            How the decoder hears the audio: `"cross_attention"` (RECAP) or `"prefix"`, embeddings before the prompt
+            instead (after Kim et al., the paper's [6]); the decoder then has no cross-attention.
+        prefix_length (`int`, *optional*, defaults to 10): embeddings of the prefix.
+        prefix_num_layers (`int`, *optional*, defaults to 2): layers of the network that maps audio to the prefix.
         num_retrieved_captions (`int`, *optional*, defaults to 4):
             k, the number of captions in the prompt (Section 4 of the paper).
         prompt_template (`str`, *optional*):
@@ -59,6 +65,9 @@ class RecapConfig(PretrainedConfig):
         clap: ClapConfig | dict[str, Any] | None = None,
         decoder: GPT2Config | dict[str, Any] | None = None,
         cross_attention_reduce_factor: int = 4,
+        conditioning: str = CROSS_ATTENTION,
+        prefix_length: int = 10,
+        prefix_num_layers: int = 2,
         num_retrieved_captions: int = 4,
         prompt_template: str = PAPER_PROMPT.template,
         caption_separator: str = PAPER_PROMPT.separator,
@@ -72,9 +81,12 @@ class RecapConfig(PretrainedConfig):
     ) -> None:
         self.clap = _sub_config("clap", clap, ClapConfig)
         self.decoder = _sub_config("decoder", decoder, GPT2Config)
-        self.decoder.add_cross_attention = True
+        self.decoder.add_cross_attention = conditioning == CROSS_ATTENTION
         self.decoder.is_decoder = True
         self.cross_attention_reduce_factor = cross_attention_reduce_factor
+        self.conditioning = conditioning
+        self.prefix_length = prefix_length
+        self.prefix_num_layers = prefix_num_layers
         self.num_retrieved_captions = num_retrieved_captions
         self.prompt_template = prompt_template
         self.caption_separator = caption_separator
@@ -109,6 +121,7 @@ class RecapConfig(PretrainedConfig):
                 f"`cross_attention_reduce_factor` must be a positive integer that divides the decoder's head size: "
                 f"got {factor!r} for n_embd={width} and n_head={heads} (head size {width / heads:g})."
             )
+        self._validate_conditioning()
         if not isinstance(self.num_retrieved_captions, int) or self.num_retrieved_captions < 0:
             raise ValueError(
                 f"`num_retrieved_captions` must be an integer of at least 0, got {self.num_retrieved_captions!r}."
@@ -124,6 +137,24 @@ class RecapConfig(PretrainedConfig):
                 )
         # The template checks itself.
         self.prompt  # noqa: B018
+
+    def _validate_conditioning(self) -> None:
+        if self.conditioning not in CONDITIONINGS:
+            raise ValueError(f"`conditioning` must be one of {', '.join(CONDITIONINGS)}, got {self.conditioning!r}.")
+        for name in ("prefix_length", "prefix_num_layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if self.prefix_places >= self.decoder.n_positions:
+            raise ValueError(
+                f"`prefix_length` is {self.prefix_length}, but the decoder has {self.decoder.n_positions} positions "
+                "for prefix, prompt and caption together."
+            )
+
+    @property
+    def prefix_places(self) -> int:
+        """Positions of the decoder that a prefix takes: `prefix_length`, or 0 with cross-attention."""
+        return self.prefix_length if self.conditioning == PREFIX else 0
 
     @property
     def prompt(self) -> PromptTemplate:

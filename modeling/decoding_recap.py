@@ -175,7 +175,8 @@ def can_share_prompt(model: Any, generation_config: Any, kwargs: dict[str, Any])
     bring_their_own = ("past_key_values", "assistant_model", "custom_generate", "prompt_lookup_num_tokens")
     decoder = model.config.decoder
     return (
-        not any(setting(name) for name in (*asked_otherwise, *bring_their_own))
+        decoder.add_cross_attention
+        and not any(setting(name) for name in (*asked_otherwise, *bring_their_own))
         and setting("use_cache") is not False
         and not model.training
         and not getattr(model, "hf_device_map", None)

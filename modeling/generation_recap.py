@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from .decoding_recap import SharedPromptCache, can_share_prompt
 from .outputs_recap import RecapEncoderOutput, position_ids_of
+from .prefix_recap import PREFIX, check_prefix_generation
 
 
 class RecapGenerationMixin(GenerationMixin):
@@ -69,6 +70,8 @@ class RecapGenerationMixin(GenerationMixin):
         if kwargs.get("attention_mask") is None and encoder_outputs.attention_mask is not None:
             # Where transformers looks for it: without one it warns that batches of clips may go wrong.
             kwargs["attention_mask"] = encoder_outputs.attention_mask
+        if self.config.conditioning == PREFIX:
+            check_prefix_generation(generation_config or self.generation_config, kwargs)
         if can_share_prompt(self, generation_config or self.generation_config, kwargs):
             kwargs["past_key_values"] = SharedPromptCache(len(encoder_outputs.last_hidden_state))
         return super().generate(generation_config=generation_config, encoder_outputs=encoder_outputs, **kwargs)

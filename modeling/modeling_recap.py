@@ -16,9 +16,11 @@ from transformers.utils import ModelOutput
 
 from .configuration_recap import RecapConfig
 from .decoding_recap import SharedPromptCache, decode_with_shared_prompt
+from .explanation_recap import RecapExplanationMixin
 from .generation_recap import RecapGenerationMixin
 from .hub_recap import WEIGHT_FILES, HubPushMixin, loading_errors, take_push_options
 from .outputs_recap import RecapEncoderOutput, position_ids_of
+from .prefix_recap import PREFIX, PrefixMapper
 from .travelling_recap import copy_travelling_files
 
 # CLAP's text branch was trained on at most this many tokens (LAION-AI/CLAP, training/data.py).
@@ -71,12 +73,13 @@ class RecapPreTrainedModel(HubPushMixin, PreTrainedModel):
     _can_compile_fullgraph = True
 
 
-class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
+class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, RecapExplanationMixin):
     """Audio captioning by retrieval: a GPT-2 continues a prompt of retrieved captions while it listens.
 
     `clap` is a whole `ClapModel`: its audio tower gives the hidden states that the cross-attention reads and the
     query of the retrieval, its text tower embeds the captions of a datastore. `decoder` is a `GPT2LMHeadModel` whose
-    blocks have a [`RecapCrossAttention`]. Ghosh et al., "RECAP: Retrieval-Augmented Audio Captioning", ICASSP 2024.
+    blocks have a [`RecapCrossAttention`]; with `conditioning="prefix"` they have none, and `prefix_mapper` makes
+    embeddings that stand before the prompt. Ghosh et al., "RECAP: Retrieval-Augmented Audio Captioning", ICASSP 2024.
 
     An attention implementation given as a plain string (`attn_implementation="sdpa"`) is the decoder's: CLAP has
     eager attention only.
@@ -97,7 +100,10 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
         self.decoder = GPT2LMHeadModel(config.decoder)
         # The parts share the composite's configuration objects, so that they cannot drift apart.
         self.clap.config, self.decoder.config = config.clap, config.decoder
-        for layer_idx, block in enumerate(self.decoder.transformer.h):
+        self.prefix_mapper = PrefixMapper(config) if config.conditioning == PREFIX else None
+        # Empty with a prefix.
+        cross_attending = [block for block in self.decoder.transformer.h if config.decoder.add_cross_attention]
+        for layer_idx, block in enumerate(cross_attending):
             block.crossattention = RecapCrossAttention(config, layer_idx)
         self._clap_is_frozen = False
         self.generation_config = GenerationConfig(
@@ -111,7 +117,7 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
             early_stopping=True,
         )
         self.post_init()
-        for block in self.decoder.transformer.h:
+        for block in cross_attending:
             # `post_init` leaves new layers in an initialised decoder without GPT-2's scaling by depth.
             block.crossattention.apply(self.decoder._init_weights)
 
@@ -125,7 +131,7 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
         decoder_kwargs: dict[str, Any] | None = None,
         **config_kwargs: Any,
     ) -> RecapForConditionalGeneration:
-        """Puts a pretrained CLAP and a pretrained GPT-2 together; only the cross-attention between them is new.
+        """Puts a pretrained CLAP and a pretrained GPT-2 together; only what conditions the one on the other is new.
 
         Args:
             clap, decoder (`str`, path or module): Hub ids, folders, or loaded `ClapModel` and `GPT2LMHeadModel`.
@@ -145,7 +151,10 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
         model = cls(config).to(decoder.dtype)
         model.clap.load_state_dict(clap.state_dict())
         missing, unexpected = model.decoder.load_state_dict(decoder.state_dict(), strict=False)
-        missing = [key for key in missing if ".crossattention." not in key and ".ln_cross_attn." not in key]
+        missing, unexpected = (
+            [key for key in keys if ".crossattention." not in key and ".ln_cross_attn." not in key]
+            for keys in (missing, unexpected)
+        )
         if missing or unexpected:
             raise ValueError(
                 f"The decoder's weights do not fit a GPT-2 language model: missing {missing}, unexpected {unexpected}."
@@ -185,11 +194,22 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
             self.config._attn_implementation_internal = self.config.decoder._attn_implementation
 
     def cross_attention_parameters(self) -> list[nn.Parameter]:
-        """The parameters that RECAP trains: 7,094,016 for GPT-2 small at factor 4."""
-        return [parameter for block in self.decoder.transformer.h for parameter in block.crossattention.parameters()]
+        """The parameters that RECAP trains: 7,094,016 for GPT-2 small at factor 4. None with a prefix."""
+        return [] if self.prefix_mapper is not None else self.conditioning_parameters()
+
+    def conditioning_modules(self) -> list[nn.Module]:
+        """What lies between CLAP and GPT-2: the cross-attention of every block, or the mapper of the prefix."""
+        if self.prefix_mapper is not None:
+            return [self.prefix_mapper]
+        return [block.crossattention for block in self.decoder.transformer.h]
+
+    def conditioning_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained, whatever the conditioning."""
+        return [parameter for module in self.conditioning_modules() for parameter in module.parameters()]
 
     def freeze_base(self) -> int:
-        """Freezes CLAP and GPT-2, leaves exactly the cross-attention trainable (paper, Section 3.1).
+        """Freezes CLAP and GPT-2, leaves exactly the conditioning trainable (paper, Section 3.1): the
+        cross-attention, or with `conditioning="prefix"` the mapping network.
 
         A frozen CLAP also stays in evaluation mode when the model is put in training mode: its dropout and its batch
         norm would otherwise change what it hears.
@@ -198,7 +218,7 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
             `int`: the number of parameters that remain trainable.
         """
         self.requires_grad_(False)
-        parameters = self.cross_attention_parameters()
+        parameters = self.conditioning_parameters()
         for parameter in parameters:
             parameter.requires_grad_(True)
         self._clap_is_frozen = True
@@ -400,14 +420,23 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
                 kwargs.pop(name, None)
         return_dict = kwargs.pop("return_dict", True)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        # Contiguous, since GPT-2's Conv1D calls `view`: states that were cut or transposed are welcome too.
+        states = encoder_outputs.last_hidden_state.to(self.decoder.dtype).contiguous()
+        tokens = (decoder_input_ids, decoder_inputs_embeds, decoder_attention_mask, decoder_position_ids)
+        prefix = None
+        if self.prefix_mapper is None:
+            names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+            decoder_inputs = dict(zip(names, tokens, strict=True))
+            decoder_inputs |= {"encoder_hidden_states": states, "encoder_attention_mask": attention_mask}
+        else:
+            if past_key_values is None or past_key_values.get_seq_length() == 0:
+                prefix = self.prefix_mapper(states, attention_mask)
+            decoder_inputs = self.prefix_mapper.decoder_inputs(self.decoder, prefix, *tokens)
+            if prefix is not None:
+                length = decoder_inputs["inputs_embeds"].shape[1]
+                logits_to_keep = self.prefix_mapper.logits_to_keep(logits_to_keep, length)
         output = self.decoder(
-            input_ids=decoder_input_ids,
-            inputs_embeds=decoder_inputs_embeds,
-            attention_mask=decoder_attention_mask,
-            position_ids=decoder_position_ids,
-            # Contiguous, since GPT-2's Conv1D calls `view`: states that were cut or transposed are welcome too.
-            encoder_hidden_states=encoder_outputs.last_hidden_state.to(self.decoder.dtype).contiguous(),
-            encoder_attention_mask=attention_mask,
+            **decoder_inputs,
             past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,

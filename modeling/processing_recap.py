@@ -109,7 +109,7 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
             caption_separator=config.caption_separator,
             prompt_without_captions=config.prompt_without_captions,
             target_prefix=config.target_prefix,
-            max_prompt_tokens=config.decoder.n_positions - DEFAULT_MAX_CAPTION_TOKENS - 1,
+            max_prompt_tokens=config.decoder.n_positions - config.prefix_places - DEFAULT_MAX_CAPTION_TOKENS - 1,
             datastore=datastore,
         )
 
@@ -319,10 +319,11 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
                 f"The feature extractor's windows have {self.feature_extractor.max_length_s} s, the model's "
                 f"{config.window_length_s} s."
             )
-        if self.max_prompt_tokens >= config.decoder.n_positions:
+        if self.max_prompt_tokens + config.prefix_places >= config.decoder.n_positions:
+            prefix = f" (prefix: {config.prefix_places})" if config.prefix_places else ""
             raise ValueError(
                 f"`max_prompt_tokens` is {self.max_prompt_tokens}, but the decoder has {config.decoder.n_positions} "
-                "positions for prompt and caption together."
+                f"positions for prompt and caption together{prefix}."
             )
         if self.datastore is not None:
             self.datastore.check_encoder(model.embed_fingerprint(self))

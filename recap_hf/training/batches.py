@@ -48,6 +48,7 @@ class PromptOptions:
         draw_from: draw them from so many nearest; 0 takes the k nearest.
         shuffle: random order instead of most similar first.
         audio_dropout: share of rows whose audio is hidden.
+        prompt_dropout: share of rows that get no captions in their prompt.
         seed: of the draws.
     """
 
@@ -55,6 +56,7 @@ class PromptOptions:
     draw_from: int = 0
     shuffle: bool = False
     audio_dropout: float = 0.0
+    prompt_dropout: float = 0.0
     seed: int = 0
 
 
@@ -158,18 +160,18 @@ class Batch:
     Args:
         input_ids, position_ids: int64 of shape `(rows, length)`.
         segments: int64 of shape `(rows, length)`: 0 for the prompt, 1, 2, ... for the captions, -1 for padding.
-        hidden: fp16 of shape `(rows, positions, d)`, the audio; hidden audio is all zero.
+        hidden: fp16 of shape `(rows, positions, d)`, the audio; hidden audio is all zero. None for text alone.
         hidden_lengths: valid positions of each row.
         target_rows, target_columns: where each target token is predicted.
         targets: the target tokens.
-        target_captions: number of the caption (within the batch) that each target belongs to.
+        target_captions: number of the caption (within the batch) that each target belongs to; -1 in a prompt.
     """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
     segments: np.ndarray
-    hidden: np.ndarray
-    hidden_lengths: np.ndarray
+    hidden: np.ndarray | None
+    hidden_lengths: np.ndarray | None
     target_rows: np.ndarray
     target_columns: np.ndarray
     targets: np.ndarray
@@ -182,25 +184,29 @@ class BatchBuilder:
 
     Args:
         clips: the clips that rows refer to.
-        features: their encoded audio.
+        features: their encoded audio; None for text alone.
         processor: builds the prompts and knows the padding token.
         neighbours: one table per datastore; epochs take turns. Empty for no retrieval.
         options: how prompts are made.
+        prompt_targets: whether the tokens of the prompts are to be predicted, too.
     """
 
     clips: Sequence[Clip]
-    features: FeatureStore
+    features: FeatureStore | None
     processor: Any
     neighbours: Sequence[Neighbours] = ()
     options: PromptOptions = field(default_factory=lambda: PromptOptions(k=4))
+    prompt_targets: bool = False
 
     def retrieved(self, row: Row, epoch: int) -> list[str]:
         """The captions of a row's prompt in one epoch."""
         if not self.neighbours or not self.options.k:
             return []
+        options = self.options
+        if options.prompt_dropout and self._rng(row, epoch, 2).random() < options.prompt_dropout:
+            return []
         table = self.neighbours[epoch % len(self.neighbours)]
         nearest = table.of(row.clip)
-        options = self.options
         chosen = nearest[: options.k]
         if options.draw_from or options.shuffle:
             rng = self._rng(row, epoch)
@@ -241,17 +247,22 @@ class BatchBuilder:
         ids, mask = prompts["decoder_input_ids"].numpy(), prompts["decoder_attention_mask"].numpy().astype(bool)
         tokens = [ids[number][mask[number]] for number in range(len(rows))]
         targets = [[self.clips[row.clip].targets[caption] for caption in row.captions] for row in rows]
+        pad = self.processor.tokenizer.pad_token_id
+        if self.features is None:
+            return collate(tokens, targets, None, (), pad, prompt_targets=self.prompt_targets)
         states = [self.features.hidden_states(self.clips[row.clip].key) for row in rows]
         hidden_flags = [self.audio_is_hidden(row, epoch) for row in rows]
-        return collate(tokens, targets, states, hidden_flags, self.processor.tokenizer.pad_token_id)
+        return collate(tokens, targets, states, hidden_flags, pad, prompt_targets=self.prompt_targets)
 
 
 def collate(
     prompts: Sequence[np.ndarray],
     targets: Sequence[Sequence[Sequence[int]]],
-    states: Sequence[np.ndarray],
+    states: Sequence[np.ndarray] | None,
     hide: Sequence[bool],
     pad_token_id: int,
+    *,
+    prompt_targets: bool = False,
 ) -> Batch:
     """Rows of `[prompt][caption][caption]...`, padded on the right.
 
@@ -261,8 +272,9 @@ def collate(
     Args:
         prompts: token ids of each row's prompt.
         targets: for each row, the target tokens of its captions, end token last.
-        states: for each row, hidden states of shape `(positions, d)`.
+        states: for each row, hidden states of shape `(positions, d)`; None for text alone.
         hide: for each row, whether its audio is hidden.
+        prompt_targets: let the tokens of the prompts (but the first) be targets, too.
     """
     length = max(len(p) + sum(len(t) - 1 for t in group) for p, group in zip(prompts, targets, strict=True))
     shape = (len(prompts), length)
@@ -276,6 +288,8 @@ def collate(
         input_ids[row, :start] = prompt
         position_ids[row, :start] = np.arange(start)
         segments[row, :start] = 0
+        if prompt_targets:
+            where += [(row, column, int(token), -1) for column, token in enumerate(prompt[1:])]
         end = start
         for segment, target in enumerate(group, start=1):
             inside = slice(end, end + len(target) - 1)
@@ -286,10 +300,12 @@ def collate(
             where += [(row, column, token, number) for column, token in zip(columns, target, strict=True)]
             end += len(target) - 1
             number += 1
-    lengths = np.array([len(block) for block in states], dtype=np.int64)
-    hidden = np.zeros((len(states), int(lengths.max()), states[0].shape[1]), dtype=np.float16)
-    for row, block in enumerate(states):
-        if not hide[row]:
-            hidden[row, : len(block)] = block
+    hidden = lengths = None
+    if states is not None:
+        lengths = np.array([len(block) for block in states], dtype=np.int64)
+        hidden = np.zeros((len(states), int(lengths.max()), states[0].shape[1]), dtype=np.float16)
+        for row, block in enumerate(states):
+            if not hide[row]:
+                hidden[row, : len(block)] = block
     rows, columns, tokens, numbers = (np.array(column, dtype=np.int64) for column in zip(*where, strict=True))
     return Batch(input_ids, position_ids, segments, hidden, lengths, rows, columns, tokens, numbers)

@@ -17,9 +17,10 @@ from recap_hf.data.schema import Problem
 
 from .arguments import TrainingConfig
 from .batches import BatchBuilder, Clip, PromptOptions, tokenize_targets
-from .encoding import EncodedDataset, EncodingOptions, encode_dataset
+from .encoding import EncodedDataset, encode_dataset
 from .features import FeatureStore
 from .neighbours import Neighbours, Query, find_neighbours
+from .options import AudioConfig, RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +62,16 @@ class HeldOut:
     events: list[set[str]]
 
 
-def load_splits(config: TrainingConfig) -> tuple[CaptionData, CaptionData | None]:
-    """Training and validation data as the configuration names them, all datasets joined."""
-    mapping = config.column_mapping()
+def load_splits(config: RunConfig) -> tuple[CaptionData, CaptionData | None]:
+    """Training and validation data as the configuration names them, all datasets joined; captions alone for a run
+    that hears nothing."""
+    options: dict[str, Any] = {"columns": config.column_mapping() or None}
+    hears = isinstance(config, AudioConfig)
+    options |= {"allow_missing": config.allow_missing} if hears else {"needs_audio": False}
 
     def load(split: str) -> CaptionData:
         return join(
-            load_captions(
-                name, folder, split=split, audio_dir=audio, columns=mapping or None, allow_missing=config.allow_missing
-            )
+            load_captions(name, folder, split=split, audio_dir=audio, **options)
             for name, folder, audio in config.sources()
         )
 
@@ -110,8 +112,7 @@ def build_corpus(config: TrainingConfig, model: Any, processor: Any) -> Corpus:
 
     with PartialState().main_process_first():
         train, validation = load_splits(config)
-    cache = Path(config.feature_cache or Path(config.output_dir) / "features")
-    options = EncodingOptions(str(cache), config.encode_batch_size, config.decode_threads, config.min_clip_seconds)
+    cache, options = config.cache_folder(), config.encoding_options()
     expressions = _expressions(config.held_out_events)
     splits = {"train": train} | ({"validation": validation} if validation else {})
     clips: dict[str, list[Clip]] = {}
@@ -126,7 +127,7 @@ def build_corpus(config: TrainingConfig, model: Any, processor: Any) -> Corpus:
         problems += [(split, problem) for problem in (*data.problems, *encoded.problems)]
         counts[split] = {"clips": len(clips[split]), "captions": sum(len(clip.captions) for clip in clips[split])}
         counts[split] |= {"clips_reused": encoded.reused, "clips_encoded": encoded.encoded}
-    records = _records(train, {clip.clip_id for clip in clips["train"]})
+    records = caption_records(train, {clip.clip_id for clip in clips["train"]})
     training_records, training_clips = records, clips["train"]
     if expressions:
         training_records = [record for record in records if not _named(record["caption"], expressions)]
@@ -149,7 +150,7 @@ def build_corpus(config: TrainingConfig, model: Any, processor: Any) -> Corpus:
         datastore=datastores[0] if datastores else None,
         problems=problems,
         counts=counts,
-        sources=_sources(train),
+        sources=data_sources(train),
         features=store,
     )
     if "validation" in clips:
@@ -223,8 +224,8 @@ def _clips(data: CaptionData, encoded: EncodedDataset, processor: Any, max_capti
     return clips
 
 
-def _records(data: CaptionData, usable: set[str]) -> list[dict[str, Any]]:
-    """The training captions for a datastore, with what they come from."""
+def caption_records(data: CaptionData, usable: set[str]) -> list[dict[str, Any]]:
+    """The captions of the usable clips for a datastore, with what they come from."""
     columns = (data.dataset[name][:] for name in ("clip_id", "captions", "source", "licence"))
     return [
         {"caption": caption, "clip_id": clip_id, "source": source} | ({"licence": licence} if licence else {})
@@ -242,7 +243,7 @@ def _records_key(records: list[dict[str, Any]], fingerprint: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _sources(data: CaptionData) -> list[dict[str, Any]]:
+def data_sources(data: CaptionData) -> list[dict[str, Any]]:
     """Name, licence, clips and captions of each joined dataset."""
     found: dict[tuple, dict[str, Any]] = {}
     columns = (data.dataset[name][:] for name in ("source", "licence", "captions"))

@@ -1,4 +1,7 @@
-"""Running the frozen audio tower over a dataset, once: read ahead, in batches, in several processes, resumable."""
+"""Running something over the recordings of a dataset, once: read ahead, in batches, in several processes, resumable.
+
+For the captioner that is the frozen audio tower (`AudioTower`); for the pretraining of a CLAP the mel alone.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,7 +54,27 @@ class EncodingOptions:
     min_seconds: float = 0.01
 
 
+class Encoder(Protocol):
+    """What makes the stored arrays of a clip.
+
+    Args:
+        identity: all that they depend on, as plain data.
+        feature_extractor: says the sampling rate, and how many windows a clip has.
+    """
+
+    identity: dict[str, Any]
+    feature_extractor: Any
+
+    def encode(self, batch: list[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """(key, array of shape (windows, positions, d), array of shape (windows, n)) of each (key, waveform)."""
+
+
 def encode_dataset(dataset: Any, model: Any, processor: Any, options: EncodingOptions) -> EncodedDataset:
+    """Hidden states and query embeddings of every clip; see `store_features`."""
+    return store_features(dataset, AudioTower(model, processor), options)
+
+
+def store_features(dataset: Any, encoder: Encoder, options: EncodingOptions) -> EncodedDataset:
     """Features of every clip of `dataset` (columns `clip_id`, `audio`); only what is not stored yet is computed.
 
     Every process of a distributed run calls this; each does its share of the shards.
@@ -61,7 +84,7 @@ def encode_dataset(dataset: Any, model: Any, processor: Any, options: EncodingOp
 
     started = time.monotonic()
     state = PartialState()
-    store = FeatureStore(options.cache, encoder_identity(model, processor.feature_extractor))
+    store = FeatureStore(options.cache, encoder.identity)
     if not len(store) and store.other_encoders():
         logger.warning(
             "The feature cache %s holds features of other encoders or settings (%s), none of this one (%s): encoding "
@@ -81,7 +104,7 @@ def encode_dataset(dataset: Any, model: Any, processor: Any, options: EncodingOp
     shards = [wanted[start : start + CLIPS_PER_SHARD] for start in range(0, len(wanted), CLIPS_PER_SHARD)]
     own = [pending for shard in shards if (pending := [key for key in shard if key not in store])]
     own = own[state.process_index :: state.num_processes]
-    broken = _encode_shards(own, rows, dataset, model, processor, store, options)
+    broken = _encode_shards(own, rows, dataset, encoder, store, options)
     state.wait_for_everyone()
     for key, reason in gather_object(list(broken.items())):
         failed += [(row, "unreadable", reason) for row, other in enumerate(keys) if other == key]
@@ -130,8 +153,7 @@ def _encode_shards(
     shards: list[list[str]],
     rows: dict[str, int],
     dataset: Any,
-    model: Any,
-    processor: Any,
+    encoder: Encoder,
     store: FeatureStore,
     options: EncodingOptions,
 ) -> dict[str, str]:
@@ -140,9 +162,10 @@ def _encode_shards(
     total, done = sum(map(len, shards)), 0
     for shard in shards:
         keys, hidden, embeds = [], [], []
-        waveforms = _read_ahead(shard, rows, dataset, processor, options, broken)
-        for batch in _batches(waveforms, processor.feature_extractor, options.batch_windows):
-            for key, states, queries in _encode_batch(batch, model, processor):
+        rate = encoder.feature_extractor.sampling_rate
+        waveforms = _read_ahead(shard, rows, dataset, rate, options, broken)
+        for batch in _batches(waveforms, encoder.feature_extractor, options.batch_windows):
+            for key, states, queries in encoder.encode(batch):
                 keys.append(key)
                 hidden.append(states)
                 embeds.append(queries)
@@ -157,12 +180,11 @@ def _read_ahead(
     shard: Sequence[str],
     rows: dict[str, int],
     dataset: Any,
-    processor: Any,
+    rate: int,
     options: EncodingOptions,
     broken: dict[str, str],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(key, mono waveform at the encoder's rate) in order; a few clips are decoded ahead, never a whole shard."""
-    rate = processor.feature_extractor.sampling_rate
     ahead = max(2, 2 * options.threads)
     with ThreadPoolExecutor(max_workers=max(1, options.threads)) as pool:
         pending: deque = deque()
@@ -212,22 +234,39 @@ def _batches(
         yield batch
 
 
-def _encode_batch(
-    batch: list[tuple[str, np.ndarray]], model: Any, processor: Any
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(key, hidden states (windows, positions, d) in fp16, query embeddings (windows, P)) per clip."""
-    import torch
+class AudioTower:
+    """The frozen audio tower of a captioner.
 
-    extractor = processor.feature_extractor
-    device = next(model.clap.parameters()).device
-    inputs = extractor(
-        [waveform for _, waveform in batch], sampling_rate=extractor.sampling_rate, return_tensors="pt", device=device
+    Args:
+        model, processor: the captioner.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self._model = model
+        self.feature_extractor = processor.feature_extractor
+        self.identity = encoder_identity(model, processor.feature_extractor)
+
+    def encode(self, batch: list[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """(key, hidden states (windows, positions, d) in fp16, query embeddings (windows, P)) per clip."""
+        import torch
+
+        device = next(self._model.clap.parameters()).device
+        inputs = extract(self.feature_extractor, batch, device)
+        with torch.no_grad():
+            encoding = self._model.encode_audio(**inputs)
+        counts = inputs["input_features_mask"].sum(dim=1).tolist()
+        windows = encoding.audio_embeds.shape[1]
+        states = encoding.last_hidden_state.unflatten(1, (windows, -1)).half().cpu().numpy()
+        embeds = encoding.audio_embeds.float().cpu().numpy()
+        for row, ((key, _), count) in enumerate(zip(batch, counts, strict=True)):
+            yield key, states[row, :count], embeds[row, :count]
+
+
+def extract(feature_extractor: Any, batch: list[tuple[str, np.ndarray]], device: Any) -> Any:
+    """Mel windows of some (key, waveform) pairs, as tensors on `device`."""
+    return feature_extractor(
+        [waveform for _, waveform in batch],
+        sampling_rate=feature_extractor.sampling_rate,
+        return_tensors="pt",
+        device=device,
     )
-    with torch.no_grad():
-        encoding = model.encode_audio(**inputs)
-    counts = inputs["input_features_mask"].sum(dim=1).tolist()
-    windows = encoding.audio_embeds.shape[1]
-    states = encoding.last_hidden_state.unflatten(1, (windows, -1)).half().cpu().numpy()
-    embeds = encoding.audio_embeds.float().cpu().numpy()
-    for row, ((key, _), count) in enumerate(zip(batch, counts, strict=True)):
-        yield key, states[row, :count], embeds[row, :count]

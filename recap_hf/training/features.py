@@ -141,12 +141,17 @@ def encoder_identity(model: Any, feature_extractor: Any) -> dict[str, Any]:
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             # `view` as bytes: NumPy knows no bfloat16.
             digest.update(array.view(dtype=_byte_dtype()).numpy().tobytes())
+    return mel_identity(feature_extractor) | {"weights": digest.hexdigest()}
+
+
+def mel_identity(feature_extractor: Any) -> dict[str, Any]:
+    """All that a mel spectrogram depends on: the settings of the feature extractor."""
     settings = {
         name: value
         for name, value in feature_extractor.to_dict().items()
         if isinstance(value, (int, float, str, bool)) and not name.startswith("_")
     }
-    return {"format_version": FORMAT_VERSION, "weights": digest.hexdigest(), "features": settings}
+    return {"format_version": FORMAT_VERSION, "features": settings}
 
 
 def _byte_dtype() -> Any:

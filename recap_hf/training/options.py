@@ -10,7 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+
+if TYPE_CHECKING:
+    from .encoding import EncodingOptions
 
 DATASETS_IN_FOLDERS = ("clotho", "audiocaps", "recap", "wavcaps", "audiofolder")
 # The order of the groups in the help.
@@ -44,10 +47,6 @@ class RunConfig:
         default_factory=list,
         metadata={"help": "folder of each dataset that is not on the Hub, in the same order", "group": "data"},
     )
-    audio_dir: list[str] = field(
-        default_factory=list,
-        metadata={"help": "folder of the audio, where it is apart from the captions", "group": "data"},
-    )
     columns: list[str] = field(
         default_factory=list,
         metadata={"help": "OURS=THEIRS: columns of the dataset under other names", "group": "data"},
@@ -56,9 +55,6 @@ class RunConfig:
     validation_split: str = option("validation", "split to validate on, or 'none'", group="data")
     validation_share: float = option(
         0.0, "share of the training clips to validate on, where the dataset has no validation split", group="data"
-    )
-    allow_missing: bool = option(
-        False, "train without the clips that have no audio file; they are listed", group="data"
     )
     max_train_clips: int = option(0, "use only so many training clips (0: all)", group="data")
     max_validation_clips: int = option(0, "validate on only so many clips (0: all)", group="data")
@@ -161,14 +157,19 @@ class RunConfig:
             ValueError: where folders and datasets do not match in number.
         """
         local = [name for name in self.dataset if name in DATASETS_IN_FOLDERS]
-        for flag, folders in (("--data-dir", self.data_dir), ("--audio-dir", self.audio_dir)):
+        audio_dirs = self._audio_dirs()
+        for flag, folders in (("--data-dir", self.data_dir), ("--audio-dir", audio_dirs)):
             if len(folders) > len(local) or (flag == "--data-dir" and len(folders) < len(local)):
                 raise ValueError(f"{len(local)} datasets in folders ({', '.join(local)}), but {len(folders)} {flag}")
-        data_dirs, audio_dirs = iter(self.data_dir), iter(self.audio_dir)
+        data_dirs, audio_dirs = iter(self.data_dir), iter(audio_dirs)
         return [
             (name, next(data_dirs), next(audio_dirs, None)) if name in DATASETS_IN_FOLDERS else (name, None, None)
             for name in self.dataset
         ]
+
+    def _audio_dirs(self) -> list[str]:
+        """Folders of audio apart from the captions; none for runs that hear nothing."""
+        return []
 
     def require_dataset(self) -> None:
         """Raises a `ValueError` where no dataset is named."""
@@ -180,10 +181,32 @@ class RunConfig:
 class AudioConfig(RunConfig):
     """Settings of reading and encoding recordings, for the runs that hear any."""
 
+    audio_dir: list[str] = field(
+        default_factory=list,
+        metadata={"help": "folder of the audio, where it is apart from the captions", "group": "data"},
+    )
+    allow_missing: bool = option(
+        False, "train without the clips that have no audio file; they are listed", group="data"
+    )
     min_clip_seconds: float = option(0.01, "shorter recordings are left out and named", group="data")
     feature_cache: str = option("", "folder of encoded audio (default: OUTPUT_DIR/features)", group="data")
     encode_batch_size: int = option(16, "10-second windows in one pass of the audio encoder", group="data")
     decode_threads: int = option(2, "threads that read and resample audio ahead of the encoder", group="data")
+
+    def _audio_dirs(self) -> list[str]:
+        return self.audio_dir
+
+    def cache_folder(self) -> Path:
+        """Where encoded audio is kept."""
+        return Path(self.feature_cache or Path(self.output_dir) / "features")
+
+    def encoding_options(self) -> EncodingOptions:
+        """How recordings are read and encoded."""
+        from .encoding import EncodingOptions
+
+        return EncodingOptions(
+            str(self.cache_folder()), self.encode_batch_size, self.decode_threads, self.min_clip_seconds
+        )
 
 
 Config = TypeVar("Config", bound=RunConfig)

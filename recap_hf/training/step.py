@@ -7,6 +7,7 @@ caption: states are gathered at the labelled positions first, and only those see
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ class TensorBatch:
         input_ids, position_ids: shape `(rows, length)`.
         attention_mask: None where nothing is padded; `(rows, length)`, or `(rows, 1, length, length)` (True = sees)
             where captions share a prompt.
-        hidden: shape `(rows, positions, d)`.
+        hidden: shape `(rows, positions, d)`; None for text alone.
         hidden_mask: `(rows, positions)`, or None where all clips are equally long.
         target_rows, target_columns, targets, target_captions: shape `(tokens,)`.
     """
@@ -31,7 +32,7 @@ class TensorBatch:
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     attention_mask: torch.Tensor | None
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None
     hidden_mask: torch.Tensor | None
     target_rows: torch.Tensor
     target_columns: torch.Tensor
@@ -51,15 +52,16 @@ def to_tensors(batch: Batch, device: torch.device | str, dtype: torch.dtype) -> 
         mask = branched_mask(segments)
     elif batch.segments.min() < 0:
         mask = (segments >= 0).long()
-    lengths = batch.hidden_lengths
-    hidden_mask = None
-    if lengths.min() < batch.hidden.shape[1]:
-        hidden_mask = moved((np.arange(batch.hidden.shape[1]) < lengths[:, None]).astype(np.int64))
+    hidden = hidden_mask = None
+    if batch.hidden is not None:
+        hidden, lengths = moved(batch.hidden).to(dtype), batch.hidden_lengths
+        if lengths.min() < batch.hidden.shape[1]:
+            hidden_mask = moved((np.arange(batch.hidden.shape[1]) < lengths[:, None]).astype(np.int64))
     return TensorBatch(
         moved(batch.input_ids),
         moved(batch.position_ids),
         mask,
-        moved(batch.hidden).to(dtype),
+        hidden,
         hidden_mask,
         moved(batch.target_rows),
         moved(batch.target_columns),
@@ -109,37 +111,67 @@ class CaptionLoss(nn.Module):
     """The decoder with its loss; this is what gets wrapped for several processes and for mixed precision.
 
     Args:
-        decoder: a `GPT2LMHeadModel` with RECAP's cross-attention.
+        decoder: a `GPT2LMHeadModel` with RECAP's cross-attention, or without one
+        prefix_mapper: and what makes a prefix of the audio instead.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, prefix_mapper: nn.Module | None = None) -> None:
         super().__init__()
         self.decoder = decoder
+        self.prefix_mapper = prefix_mapper
 
     def forward(self, batch: TensorBatch) -> torch.Tensor:
         """Cross-entropy of every target token, float32 of shape `(tokens,)`."""
-        mask = batch.attention_mask
+        inputs, offset = self._inputs(batch), 0
+        if self.prefix_mapper is None:
+            inputs |= {"encoder_hidden_states": batch.hidden, "encoder_attention_mask": batch.hidden_mask}
+        else:
+            inputs, offset = self._behind_prefix(inputs, batch), self.prefix_mapper.length
+        mask = inputs["attention_mask"]
         if mask is not None and mask.dim() == 4 and self.decoder.config._attn_implementation == "eager":
             # Eager attention adds its mask to the scores.
-            mask = torch.zeros(mask.shape, dtype=batch.hidden.dtype, device=mask.device).masked_fill_(
-                ~mask, torch.finfo(batch.hidden.dtype).min
-            )
-        states = self.decoder.transformer(
-            input_ids=batch.input_ids,
-            attention_mask=mask,
-            position_ids=batch.position_ids,
-            encoder_hidden_states=batch.hidden,
-            encoder_attention_mask=batch.hidden_mask,
-            use_cache=False,
-        ).last_hidden_state
-        logits = self.decoder.lm_head(states[batch.target_rows, batch.target_columns])
+            inputs["attention_mask"] = torch.zeros(mask.shape, dtype=batch.hidden.dtype, device=mask.device)
+            inputs["attention_mask"].masked_fill_(~mask, torch.finfo(batch.hidden.dtype).min)
+        states = self.decoder.transformer(**inputs, use_cache=False).last_hidden_state
+        logits = self.decoder.lm_head(states[batch.target_rows, batch.target_columns + offset])
         return nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+
+    def _inputs(self, batch: TensorBatch) -> dict[str, torch.Tensor | None]:
+        return {
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids,
+        }
+
+    def _behind_prefix(self, inputs: dict[str, torch.Tensor | None], batch: TensorBatch) -> dict[str, Any]:
+        """The inputs with the prefix before them, which every token sees."""
+        mask = inputs["attention_mask"]
+        shared = mask is not None and mask.dim() == 4
+        prefix = self.prefix_mapper(batch.hidden, batch.hidden_mask)
+        tokens = (inputs["input_ids"], None, None if shared else mask, inputs["position_ids"])
+        behind = self.prefix_mapper.decoder_inputs(self.decoder, prefix, *tokens)
+        if shared:
+            behind["attention_mask"] = seen_by_all(mask, self.prefix_mapper.length)
+        return behind
+
+
+def seen_by_all(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """A mask `(rows, 1, n, n)` with `length` places before it: causal among themselves, seen by all that follow."""
+    rows, _, size, _ = mask.shape
+    grown = torch.ones(rows, 1, length + size, length + size, dtype=torch.bool, device=mask.device).tril()
+    grown[:, :, length:, length:] = mask
+    return grown
 
 
 def caption_sums(token_losses: torch.Tensor, batch: TensorBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the token losses and number of tokens of each caption of a batch, float64 of shape `(captions,)`."""
-    count = int(batch.target_captions.max()) + 1
+    """Sum of the token losses and number of tokens of each caption of a batch, float64 of shape `(captions,)`.
+
+    Tokens of prompts do not count.
+    """
+    of_captions = batch.target_captions >= 0
+    captions = batch.target_captions[of_captions]
+    count = int(captions.max()) + 1
     sums = torch.zeros(count, dtype=torch.float64, device=token_losses.device)
-    sums.index_add_(0, batch.target_captions, token_losses.double())
-    tokens = torch.bincount(batch.target_captions, minlength=count).double()
+    sums.index_add_(0, captions, token_losses[of_captions].double())
+    tokens = torch.bincount(captions, minlength=count).double()
     return sums, tokens

@@ -8,7 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from recap_hf.datastore.benchmark import made_captions, main, tfidf_svd
+from recap_hf.datastore.benchmark import main
+from recap_hf.datastore.growth import laws
+from recap_hf.datastore.synthetic import MixedRows, grammar_captions, made_captions, tfidf_svd
 
 REAL = [
     "A dog barks and a man speaks",
@@ -78,3 +80,49 @@ def test_a_small_run(tmp_path, capsys):
         assert 0.5 <= found["recall@4"] <= 1
         assert found["search_ms"]["median"] > 0
         assert found["exact_faiss_ms"]["median"] > 0
+
+
+def test_growth_is_measured_kept_and_drawn(tmp_path, capsys):
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
+    (tmp_path / "real.txt").write_text("\n".join(REAL * 3))
+    arguments = [str(tmp_path / "real.txt"), "--growth", "--work", str(tmp_path / "work"), "--dimension", "8"]
+    arguments += ["--queries", "2", "--recall", "0.8", "--threads", "1", "--plot", str(tmp_path / "growth.png")]
+    assert main([*arguments, "--sizes", "300", "21000"]) == 0
+    printed = capsys.readouterr().out
+    sizes = json.loads((tmp_path / "work" / "growth.json").read_text())["sizes"]
+    assert [(each["rows"], each["kind"]) for each in sizes] == [(300, "exact"), (21000, "IVF256,SQ8")]
+    assert sizes[0]["recall_text"] == 1
+    assert "21,000" in printed
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "work" / "store-300").exists()
+
+
+def test_the_law_of_growth():
+    """Twice the rows, twice the memory, and the square root of two times the latency."""
+    sizes = [
+        {"rows": n, "kind": "IVF", "latency_ms": n**0.5, "anonymous_mb": 3 * n, "build_s": n, "index_mb": n}
+        for n in (10, 100, 1000)
+    ]
+    found = laws([{**sizes[0], "rows": 1, "kind": "exact", "latency_ms": 99}, *sizes])
+    assert found["latency_ms"] == {"exponent": 0.5, "factor": 1.0}
+    assert found["anonymous_mb"] == {"exponent": 1.0, "factor": 3.0}
+
+
+def test_mixed_rows_repeat_and_lie_near_what_they_are_made_of():
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((50, 64)).astype(np.float32)
+    base /= np.linalg.norm(base, axis=1, keepdims=True)
+    rows = MixedRows(base, seed=1, noise=0.1)
+    first = np.concatenate(list(rows.blocks(20_000)))
+    assert first.shape == (20_000, 64)
+    np.testing.assert_array_equal(first[:100], rows.block(0)[:100])
+    np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-5)
+    # Half or more of every row is one of the base.
+    assert (first @ base.T).max(axis=1).min() > 0.5
+
+
+def test_grammar_captions_are_new_and_different():
+    made = grammar_captions(200, known=grammar_captions(3))
+    assert len(set(made)) == 200
+    assert not set(made) & set(grammar_captions(3))

@@ -35,9 +35,10 @@ def store(embeddings):
     [
         ("auto", 20_000, 512, None),
         ("auto", 50_000, 512, "IVF512,SQ8"),
-        ("auto", 600_000, 512, "IVF2048,PQ128x4fs"),
-        ("auto", 600_000, 128, "IVF2048,PQ32x4fs"),
-        ("auto", 10_000_000, 512, "IVF8192,PQ128x4fs"),
+        ("auto", 600_000, 512, "IVF2048(PQ128x4fs,RFlat),PQ128x4fs"),
+        ("auto", 600_000, 128, "IVF2048(PQ32x4fs,RFlat),PQ32x4fs"),
+        ("auto", 10_000_000, 512, "IVF4096(PQ128x4fs,RFlat),PQ128x4fs"),
+        ("auto", 100_000_000, 512, "IVF8192(PQ128x4fs,RFlat),PQ128x4fs"),
         ("ivf_flat", 300, 16, "IVF7,Flat"),
         ("hnsw", 600_000, 512, "HNSW32,SQ8"),
         ("exact", 600_000, 512, None),

@@ -1,6 +1,7 @@
 """How fast and how right a large datastore is searched, beside the exact search of FAISS, in one run.
 
     python -m recap_hf.datastore.benchmark CAPTIONS... --rows 600000 --dimension 512 --work DIR
+    python -m recap_hf.datastore.benchmark CAPTIONS... --growth --sizes 10000 100000 1000000 10000000 --work DIR
 
 The captions that are given are the real ones; a grammar of their own clauses makes up the number ("a dog barks" from
 one, "as rain falls" from another), so that neighbourhoods are as dense as those of real captions. They are embedded by
@@ -13,86 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_CLAUSE = re.compile(r",? (?:and then|followed by|and|while|as|with|then)\b |, ")
-_MIN_TERM_COUNT = 2
-_SVD_OVERSAMPLING = 16
-_SVD_ITERATIONS = 4
-
-
-def made_captions(real: Sequence[str], count: int, seed: int = 0) -> list[str]:
-    """Captions of clauses of real ones, all different from them and from each other.
-
-    Raises:
-        ValueError: if the clauses do not give so many.
-    """
-    rng = np.random.default_rng(seed)
-    clauses = [clause for text in real for clause in _CLAUSE.split(text.rstrip(". ")) if len(clause.split()) > 1]
-    joints = (" and ", " while ", " as ", " followed by ", ", then ")
-    made: dict[str, None] = {}
-    known = set(real)
-    while len(made) < count:
-        before = len(made)
-        parts = rng.integers(len(clauses), size=(count, 2))
-        chosen = rng.integers(len(joints), size=count)
-        for (first, second), joint in zip(parts, chosen, strict=True):
-            text = clauses[first] + joints[joint] + clauses[second]
-            if text not in known and len(made) < count:
-                made[text] = None
-        if len(made) == before:
-            raise ValueError(f"{len(real)} captions give only {len(made)} others, {count} are needed")
-    return list(made)
-
-
-def tfidf_svd(texts: Sequence[str], num_fitted: int, dimension: int, seed: int = 0) -> np.ndarray:
-    """Unit vectors of texts: words and pairs of words by TF-IDF, projected on the leading singular vectors of the
-    first `num_fitted` texts (randomised subspace iteration, Halko et al. 2011).
-
-    Returns:
-        float32 array of shape `(len(texts), dimension)`.
-    """
-    try:
-        from scipy import sparse
-    except ImportError as error:
-        raise ImportError("TF-IDF embeddings need SciPy: pip install scipy") from error
-
-    terms = [_terms(text) for text in texts]
-    counts: dict[str, int] = {}
-    for each in terms[:num_fitted]:
-        for term in set(each):
-            counts[term] = counts.get(term, 0) + 1
-    vocabulary = {term: number for number, term in enumerate(t for t, n in counts.items() if n >= _MIN_TERM_COUNT)}
-    idf = np.log(num_fitted / np.array([counts[term] for term in vocabulary], dtype=np.float32)) + 1
-    columns = [[vocabulary[term] for term in each if term in vocabulary] for each in terms]
-    bounds = np.cumsum([0, *map(len, columns)])
-    flat = np.fromiter((column for each in columns for column in each), dtype=np.int32, count=bounds[-1])
-    matrix = sparse.csr_matrix((idf[flat], flat, bounds), shape=(len(texts), len(vocabulary)), dtype=np.float32)
-    fitted = matrix[:num_fitted]
-    rng = np.random.default_rng(seed)
-    basis = rng.standard_normal((len(vocabulary), dimension + _SVD_OVERSAMPLING)).astype(np.float32)
-    for _ in range(_SVD_ITERATIONS):
-        basis = np.linalg.qr(fitted.T @ (fitted @ basis))[0]
-    _, vectors = np.linalg.eigh((fitted @ basis).T @ (fitted @ basis))
-    basis = np.ascontiguousarray(basis @ vectors[:, ::-1][:, :dimension])
-    found = matrix @ basis
-    # A text of unknown words alone has no direction: it gets one of its own.
-    empty = np.linalg.norm(found, axis=1) < 1e-6
-    found[empty] = rng.standard_normal((int(empty.sum()), dimension))
-    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
-
-
-def _terms(text: str) -> list[str]:
-    words = re.findall(r"\w+", text.lower())
-    return words + [f"{one} {other}" for one, other in pairwise(words)]
+from .measuring import resident_mb, single_query_ms
+from .synthetic import grammar_captions, made_captions, tfidf_svd
 
 
 def prepare(args: argparse.Namespace, note: Callable[[str], None]) -> tuple[Path, np.ndarray]:
@@ -110,12 +41,17 @@ def prepare(args: argparse.Namespace, note: Callable[[str], None]) -> tuple[Path
     order = rng.permutation(len(real))
     real = [real[number] for number in order]
     held_out, stored = real[: args.queries], real[args.queries :][: args.rows]
-    note(f"{len(stored)} real captions, {args.rows - len(stored)} made of their clauses, {len(held_out)} held out")
-    texts = stored + made_captions(stored, args.rows - len(stored), args.seed)
+    note(f"{len(stored)} real captions, {args.rows - len(stored)} made by {args.made}, {len(held_out)} held out")
+    missing = args.rows - len(stored)
+    if args.made == "grammar":
+        texts = stored + grammar_captions(missing, args.seed, known=stored + held_out)
+    else:
+        texts = stored + made_captions(stored, missing, args.seed)
     if args.model:
         from .embedding import CaptionEmbedder
 
-        embedder = CaptionEmbedder.from_pretrained(args.model, device=args.device, batch_size=256)
+        name = None if args.model == "recap-tiny" else args.model
+        embedder = CaptionEmbedder.from_pretrained(name, args.device, args.model_dtype, batch_size=256)
         vectors = np.empty((args.rows + len(held_out), embedder.fingerprint.shape[1]), dtype=np.float32)
         texts += held_out
         for start in range(0, len(texts), 1 << 13):
@@ -125,8 +61,9 @@ def prepare(args: argparse.Namespace, note: Callable[[str], None]) -> tuple[Path
         vectors = tfidf_svd(texts + held_out, len(stored), args.dimension, args.seed)
     files: dict[str, Any] = {}
     records = [{"caption": text} for text in texts[: args.rows]]
-    segment = write_segment(folder, records, vectors[: args.rows], files)
-    manifest = {"num_captions": args.rows, "dimension": vectors.shape[1], "dtype": "float32", "fingerprint": None}
+    segment = write_segment(folder, records, vectors[: args.rows], files, args.embeddings_dtype)
+    manifest = {"num_captions": args.rows, "dimension": vectors.shape[1], "fingerprint": None}
+    manifest["dtype"] = args.embeddings_dtype
     write_manifest(folder, {**manifest, "segments": [segment], "index": None, "report": None, "files": files})
     np.save(queries_path, vectors[args.rows :])
     return folder, np.load(queries_path)
@@ -136,25 +73,9 @@ def audio_embeddings(args: argparse.Namespace) -> np.ndarray:
     """Embeddings of real recordings, one row each."""
     from .embedding import CaptionEmbedder
 
-    embedder = CaptionEmbedder.from_pretrained(args.model, device=args.device)
+    name = None if args.model == "recap-tiny" else args.model
+    embedder = CaptionEmbedder.from_pretrained(name, device=args.device)
     return np.concatenate([embedder.embed_audio(path)[:, 0] for path in args.audio])
-
-
-def single_query_ms(search: Callable[[np.ndarray], Any], queries: np.ndarray) -> dict[str, float]:
-    """Median and 95th percentile of one query at a time, in milliseconds."""
-    times = []
-    for query in queries:
-        started = time.perf_counter()
-        search(query[None])
-        times.append(1000 * (time.perf_counter() - started))
-    return {"median": round(float(np.median(times)), 3), "p95": round(float(np.percentile(times, 95)), 3)}
-
-
-def resident_mb() -> dict[str, float]:
-    """Memory of this process: `anonymous` is its own, `file` is mapped and may be dropped by the system (Linux)."""
-    text = Path("/proc/self/status").read_text(encoding="utf-8")
-    fields = {"total": "VmRSS", "anonymous": "RssAnon", "file": "RssFile", "peak": "VmHWM"}
-    return {name: round(int(re.search(rf"{key}:\s+(\d+)", text)[1]) / 1024) for name, key in fields.items()}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -215,6 +136,26 @@ def _padded(rows: np.ndarray, width: int = 2048) -> np.ndarray:
     return found
 
 
+def _add_growth_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("growth with the size, instead of one size")
+    group.add_argument("--growth", action="store_true", help="measure several sizes, rows made of real captions' ones")
+    group.add_argument(
+        "--sizes", nargs="+", type=int, default=[10_000, 100_000, 1_000_000], help="rows (default: %(default)s)"
+    )
+    group.add_argument("--plot", metavar="FILE", help="picture of the growth, .png or .svg")
+    group.add_argument("--keep", action="store_true", help="do not delete the datastores when they are measured")
+
+
+def _growth(args: argparse.Namespace) -> int:
+    from .growth import grow, plot, table
+
+    found = grow(args, lambda message: print(message, file=sys.stderr, flush=True))
+    if args.plot:
+        plot(found, args.plot)
+    print(table(found))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the measurements as JSON."""
     parser = argparse.ArgumentParser(prog="python -m recap_hf.datastore.benchmark", description=__doc__)
@@ -222,7 +163,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", required=True, metavar="DIR", help="folder for the datastore; kept for the next run")
     parser.add_argument("--rows", type=int, default=600_000, help="default: %(default)s, the paper's DSlarge")
     parser.add_argument("--dimension", type=int, default=512, help="of TF-IDF and SVD (default: %(default)s)")
-    parser.add_argument("--model", help="embed with this captioner's text tower instead")
+    parser.add_argument("--model", help="embed with this captioner's text tower instead; recap-tiny: the embedded one")
+    parser.add_argument(
+        "--model-dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--made",
+        default="clauses",
+        choices=("clauses", "grammar"),
+        help="what makes up the number: clauses of real captions, or recap-tiny's grammar (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--embeddings-dtype", default="float32", choices=("float32", "float16"), help="stored (default: %(default)s)"
+    )
     parser.add_argument("--audio", nargs="+", default=[], metavar="FILE", help="recordings as queries, with --model")
     parser.add_argument("--device", help="for the model")
     parser.add_argument("--queries", type=int, default=500, help="held-out captions (default: %(default)s)")
@@ -230,7 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recall", type=float, default=0.95, help="recall@4 to tune for (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of FAISS (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    _add_growth_arguments(parser)
     args = parser.parse_args(argv)
+    if args.growth:
+        return _growth(args)
     if args.audio and not args.model:
         parser.error("recordings need the captioner that embeds them: give --model")
     print(json.dumps(run(args), indent=1))

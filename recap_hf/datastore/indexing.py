@@ -7,7 +7,9 @@ inverted-file index recall that text queries do not show: these queries are shif
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -25,12 +27,16 @@ DEFAULT_RECALL = 0.95
 RECALL_AT = 4
 # A result counts as right when its score is at least the k-th exact one less this.
 TIE = 1e-5
-TUNING_QUERIES = 256
+TUNING_QUERIES = 512
 _TRAINING_ROWS_PER_LIST = 40
 _TIMED_QUERIES = 64
 _CANDIDATES = (32, 64, 128, 256, 512, 1024)
-# Chosen on some queries and measured on others, a recall differs by about a hundredth: aimed that much higher.
-_MARGIN = 0.01
+# Chosen on some queries and measured on others, a recall differs by half a hundredth or so: aimed that much higher.
+_MARGIN = 0.005
+# Fewer candidates that need more than this times the effort are not faster.
+_EFFORT_RANGE = 8
+# The coarse quantiser of a large inverted file compares codes, and this many times the lists asked for exactly.
+_COARSE_REFINED = 2.0
 _GAP = 1.0
 _NOISE = 0.5
 _BLOCK_ROWS = 1 << 15
@@ -46,15 +52,18 @@ def factory_string(kind: str, num_rows: int, dimension: int) -> str | None:
         kind = "exact" if num_rows <= EXACT_UP_TO else "ivf_sq8" if num_rows < PQ_FROM else "ivf_pq"
     if kind == "exact":
         return None
-    # About 2 * sqrt(n) lists, as a power of 2, each with enough rows to be learnt from: scanning product codes costs
-    # so little that more lists, each compared with every query, do not pay.
-    lists = 2 ** round(math.log2(2 * math.sqrt(max(num_rows, 1))))
+    # About 2 * sqrt(n) lists, as a power of 2, each with enough rows to be learnt from. More than 4,096 of them take
+    # longer to learn than they save, up to 16 million rows.
+    root = math.sqrt(max(num_rows, 1))
+    lists = 2 ** round(math.log2(min(2 * root, max(4096, root))))
     lists = max(1, min(lists, num_rows // 39))
     codes = next((size for size in (dimension // 4, dimension // 2, dimension) if size and dimension % size == 0), 1)
     strings = {
         "ivf_flat": f"IVF{lists},Flat",
         "ivf_sq8": f"IVF{lists},SQ8",
-        "ivf_pq": f"IVF{lists},PQ{codes}x4fs",
+        # The lists are found by codes scanned in registers too: comparing a query with 2,048 centroids of dimension
+        # 512 as floats takes longer than all the rest.
+        "ivf_pq": f"IVF{lists}(PQ{codes}x4fs,RFlat),PQ{codes}x4fs",
         "hnsw": "HNSW32,SQ8",
     }
     return strings.get(kind, kind)
@@ -101,8 +110,12 @@ def build_index(
         ) from error
     rng = np.random.default_rng(seed)
     index.train(_training_rows(embeddings, getattr(index, "nlist", 256), rng))
+    coarse = faiss.downcast_index(index.quantizer) if hasattr(index, "quantizer") else None
+    if hasattr(coarse, "k_factor"):
+        coarse.k_factor = _COARSE_REFINED
     for start in range(0, num_rows, _BLOCK_ROWS):
         index.add(np.ascontiguousarray(embeddings[start : start + _BLOCK_ROWS], dtype=np.float32))
+        release(embeddings)
     description = {"kind": string, "effort": 1, "num_candidates": _CANDIDATES[0]}
     search_index = SearchIndex(index, description, faiss)
     build_s = time.perf_counter() - started
@@ -133,6 +146,17 @@ def _training_rows(embeddings: Any, lists: int, rng: np.random.Generator) -> np.
     return np.ascontiguousarray(embeddings[rows], dtype=np.float32)
 
 
+def release(embeddings: Any) -> None:
+    """Takes the pages of memory-mapped embeddings that were read out of this process's memory: reading through ten
+    gigabytes must not hold them. The system keeps them cached while it has room."""
+    for part in getattr(embeddings, "parts", [embeddings]):
+        mapped = getattr(part, "_mmap", None)
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            # Not every kind of mapping can be advised; then the pages stay.
+            with contextlib.suppress(ValueError, OSError):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
 class Queries:
     """Queries with their exact answers.
 
@@ -148,6 +172,12 @@ class Queries:
         self.own = own
         self._thresholds: dict[int, np.ndarray] = {}
 
+    def half(self, first: int) -> Queries:
+        """Every second query from the first or the second on, with the thresholds that are known."""
+        part = Queries(self.name, self.vectors[first::2], self.own[first::2])
+        part._thresholds = {k: values[first::2] for k, values in self._thresholds.items()}
+        return part
+
     def scores(self, embeddings: Any, rows: np.ndarray) -> np.ndarray:
         """Cosines of the rows found for each query; its own row and padding are -inf."""
         found = np.full(rows.shape, -np.inf)
@@ -155,6 +185,7 @@ class Queries:
             valid = (each >= 0) & (each != self.own[number])
             vectors = np.asarray(embeddings[each[valid]], dtype=np.float64)
             found[number, valid] = vectors @ self.vectors[number].astype(np.float64)
+        release(embeddings)
         return found
 
     def threshold(self, embeddings: Any, k: int) -> np.ndarray:
@@ -183,6 +214,7 @@ def exact_rows(queries: np.ndarray, embeddings: Any, count: int) -> np.ndarray:
         rows = exact_neighbours(queries, block, count, retrieval_recap.faiss)
         found.append(rows + start)
         scores.append(np.einsum("qd,qrd->qr", queries, block[rows]))
+        release(embeddings)
     rows, scores = np.concatenate(found, axis=1), np.concatenate(scores, axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     return np.take_along_axis(rows, order, axis=1)
@@ -218,14 +250,20 @@ def tune(index: SearchIndex, embeddings: Any, queries: Sequence[Queries], recall
 
     Half of the queries choose the pair, the other half measure its recall.
     """
-    chosen = [Queries(each.name, each.vectors[::2], each.own[::2]) for each in queries]
-    held_out = [Queries(each.name, each.vectors[1::2], each.own[1::2]) for each in queries]
+    for each in queries:
+        each.threshold(embeddings, k)
+    chosen = [each.half(0) for each in queries]
+    held_out = [each.half(1) for each in queries]
     largest = getattr(index.index, "nlist", 4096)
     best = (math.inf, largest, _CANDIDATES[-1])
-    for count in _CANDIDATES:
-        effort = _least_effort(index, embeddings, chosen, count, min(recall + _MARGIN, 1.0), k, largest)
-        if effort is not None:
-            best = min(best, (_median_s(index, embeddings, chosen[0].vectors, count), effort, count))
+    low, high = 0, largest
+    # From the most candidates down: fewer need as much effort or more, and are tried while that can still be faster.
+    for count in reversed(_CANDIDATES):
+        effort = _least_effort(index, embeddings, chosen, count, min(recall + _MARGIN, 1.0), k, (low, high))
+        if effort is None:
+            break
+        low, high = effort - 1, min(largest, _EFFORT_RANGE * effort)
+        best = min(best, (_median_s(index, embeddings, chosen[0].vectors, count), effort, count))
     _, effort, count = best
     index.set_effort(effort, count)
     measured = {each.name: each.recall(embeddings, index.search(each.vectors, count), k) for each in held_out}
@@ -239,16 +277,18 @@ def _least_effort(
     count: int,
     recall: float,
     k: int,
-    largest: int,
+    bounds: tuple[int, int],
 ) -> int | None:
-    """The least effort that reaches the target with so many candidates, to an eighth; it is left set."""
+    """The least effort above the first bound and up to the second that reaches the target with so many candidates, to
+    an eighth; it is left set. `None` where the second does not reach it."""
 
     def reaches(effort: int) -> bool:
         index.set_effort(effort, count)
         limit = min(count, index.num_rows)
         return all(each.recall(embeddings, index.search(each.vectors, limit), k) >= recall for each in queries)
 
-    low, high = 0, 1
+    low, largest = bounds
+    high = low + 1
     while not reaches(high):
         if high >= largest:
             return None

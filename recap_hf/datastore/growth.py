@@ -1,0 +1,245 @@
+"""How latency, memory, build time and recall grow with the size of a datastore: measured, tabled, fitted, plotted.
+
+Every size is a whole datastore on the disk, embeddings in float16, indexed as `auto` indexes it. Its rows are made of
+those of real captions (`synthetic.MixedRows`) and streamed, so that ten million of dimension 512, which are 10 GB, are
+written, trained on, added and searched in a few GB of memory. Recall is measured against a streamed exact search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .measuring import resident_mb, single_query_ms
+from .synthetic import MixedRows, tfidf_svd
+
+_FITTED = ("build_s", "latency_ms", "anonymous_mb", "index_mb")
+
+
+class _Captions(Sequence):
+    """Records of made-up captions, one a row, without holding them."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> dict[str, str]:
+        if not 0 <= row < self.count:
+            raise IndexError(row)
+        return {"caption": f"synthetic caption {row}"}
+
+
+class _Rows:
+    """The first rows of `MixedRows` as what is sliced like an array, block after block."""
+
+    def __init__(self, rows: MixedRows, count: int) -> None:
+        self.rows = rows
+        self.shape = (count, rows.base.shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        block, offset = divmod(part.start, self.rows.block_rows)
+        if offset or part.stop - part.start != self.rows.block_rows:
+            raise ValueError(f"rows are made in blocks of {self.rows.block_rows}, got {part}")
+        return self.rows.block(block)[: self.shape[0] - part.start]
+
+
+def prepare_base(
+    captions: Sequence[str], work: Path, dimension: int, queries: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings of real captions by TF-IDF and SVD: those that rows are made of, and the queries, held out."""
+    from .sources import read_source
+
+    path = work / "base.npy"
+    if not path.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        real = list(dict.fromkeys(record["caption"] for name in captions for record in read_source(name)))
+        real = [real[number] for number in np.random.default_rng(seed).permutation(len(real))]
+        np.save(path, tfidf_svd(real, len(real) - queries, dimension, seed))
+    vectors = np.load(path, mmap_mode="r")
+    return vectors[:-queries], np.asarray(vectors[-queries:])
+
+
+def write_store(folder: Path, rows: MixedRows, count: int) -> None:
+    """A datastore of that many rows, without an index."""
+    from recap_hf.modeling.datastore_writing_recap import write_manifest, write_segment
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Any] = {}
+    segment = write_segment(folder, _Captions(count), _Rows(rows, count), files, "float16")
+    manifest = {"num_captions": count, "dimension": rows.base.shape[1], "dtype": "float16", "fingerprint": None}
+    write_manifest(folder, {**manifest, "segments": [segment], "index": None, "report": None, "files": files})
+
+
+def measure_size(
+    folder: Path, text: np.ndarray, recall: float, seed: int, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Builds the index of a datastore and measures its search."""
+    from recap_hf.modeling.retrieval_recap import CaptionDatastore
+
+    from .editing import index_datastore
+    from .indexing import Queries, with_audio_gap
+
+    started = time.perf_counter()
+    description = index_datastore(folder, "auto", recall)
+    build_s = time.perf_counter() - started
+    note(f"index: {description}")
+    after_build = resident_mb()
+    store = CaptionDatastore.from_pretrained(folder, verify=False)
+    result: dict[str, Any] = {
+        "rows": len(store),
+        "dimension": store.dimension,
+        "kind": (description or {"kind": "exact"})["kind"],
+        "build_s": round(build_s, 1),
+        "tuning_s": (description or {}).get("tuning_s", 0.0),
+        "build_peak_mb": after_build["peak"],
+        "index_mb": round(_index_bytes(store) / 2**20, 1),
+    }
+    gap = with_audio_gap(text, np.random.default_rng([seed, 2]))
+    for name, vectors in (("text", text), ("gap", gap)):
+        asked = Queries(name, vectors, np.full(len(vectors), -1))
+        rows = [store.candidate_rows(query[None], 4)[0] for query in vectors]
+        padded = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
+        for number, row in enumerate(rows):
+            padded[number, : len(row)] = row
+        result[f"recall_{name}"] = round(asked.recall(store.embeddings, padded, 4), 4)
+        timed = single_query_ms(lambda query: store.search(query, 4), vectors)
+        result[f"latency_{name}_ms"], result[f"latency_{name}_p95_ms"] = timed["median"], timed["p95"]
+    found = resident_mb()
+    result["latency_ms"] = max(result["latency_text_ms"], result["latency_gap_ms"])
+    return result | {"anonymous_mb": found["anonymous"], "load_average": round(os.getloadavg()[0], 1)}
+
+
+def _index_bytes(store: Any) -> int:
+    entry = store.manifest["index"]
+    return store.manifest["files"][entry["file"]]["bytes"] if entry else 0
+
+
+def _in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs a function in a process of its own, so that its memory is nobody else's."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def grow(args: argparse.Namespace, note: Callable[[str], None]) -> dict[str, Any]:
+    """Measures every size; what an earlier run has measured is kept."""
+    work = Path(args.work)
+    path = work / "growth.json"
+    done = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sizes": []}
+    base, _ = prepare_base(args.captions, work, args.dimension, args.queries, args.seed)
+    for count in sorted(args.sizes):
+        if any(each["rows"] == count for each in done["sizes"]):
+            continue
+        folder = work / f"store-{count}"
+        started = time.perf_counter()
+        if not (folder / "datastore.json").is_file():
+            write_store(folder, MixedRows(base, args.seed), count)
+        note(f"{count} rows written in {time.perf_counter() - started:.0f} s")
+        done["sizes"].append(_in_own_process(_measure, args, folder))
+        done["laws"] = laws(done["sizes"])
+        path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        note(json.dumps(done["sizes"][-1]))
+        if not args.keep:
+            shutil.rmtree(folder)
+    return done
+
+
+def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    import faiss
+
+    faiss.omp_set_num_threads(args.threads)
+    vectors = np.load(Path(args.work) / "base.npy", mmap_mode="r")
+    text = np.array(vectors[-args.queries :])
+    return measure_size(folder, text, args.recall, args.seed, lambda message: print(message, flush=True))
+
+
+def laws(sizes: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """For each measured quantity the power law that fits it best: `value = factor * rows ** exponent`, by least
+    squares of the logarithms, over the sizes that have an index."""
+    found = {}
+    indexed = [each for each in sizes if each["kind"] != "exact"]
+    for name in _FITTED:
+        points = [(each["rows"], each[name]) for each in indexed if each[name] > 0]
+        if len(points) < 2:
+            continue
+        exponent, intercept = np.polyfit(*np.log(np.array(points, dtype=float)).T, 1)
+        found[name] = {"exponent": round(float(exponent), 3), "factor": float(f"{np.exp(intercept):.4g}")}
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The sizes as a table in Markdown, and the laws under it."""
+    columns = {
+        "captions": lambda each: f"{each['rows']:,}",
+        "index": lambda each: each["kind"],
+        "build (s)": lambda each: f"{each['build_s']:,.0f}",
+        "peak of the build (MB)": lambda each: f"{each['build_peak_mb']:,}",
+        "index (MB)": lambda each: f"{each['index_mb']:,.0f}",
+        "memory (MB)": lambda each: f"{each['anonymous_mb']:,}",
+        "median text / gap (ms)": lambda each: f"{each['latency_text_ms']:.2f} / {each['latency_gap_ms']:.2f}",
+        "recall@4 text / gap": lambda each: f"{each['recall_text']:.3f} / {each['recall_gap']:.3f}",
+    }
+    lines = [f"| {' | '.join(columns)} |", "| " + " | ".join("---" for _ in columns) + " |"]
+    for each in found["sizes"]:
+        lines.append("| " + " | ".join(show(each) for show in columns.values()) + " |")
+    lines.append("")
+    lines += list(_law_lines(found.get("laws", {})))
+    return "\n".join(lines)
+
+
+def _law_lines(found: dict[str, dict[str, float]]) -> Iterator[str]:
+    for name, law in found.items():
+        yield f"{name} = {law['factor']:g} * rows^{law['exponent']:.2f}"
+
+
+def plot(found: dict[str, Any], path: str | Path) -> None:
+    """Latency, memory, build time and recall against the size, in one picture.
+
+    Raises:
+        ImportError: without Matplotlib.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("The plot needs Matplotlib: pip install recap-hf[report]") from error
+    rows = [each["rows"] for each in found["sizes"]]
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    panels = (
+        ("median of one search (ms)", {"text": "latency_text_ms", "with the audio gap": "latency_gap_ms"}),
+        ("memory (MB)", {"of the searching process": "anonymous_mb", "peak of the build": "build_peak_mb"}),
+        ("build (s)", {"index trained, filled and tuned": "build_s"}),
+        ("recall@4", {"text": "recall_text", "with the audio gap": "recall_gap"}),
+    )
+    for axis, (title, lines) in zip(axes.flat, panels, strict=True):
+        for label, key in lines.items():
+            axis.plot(rows, [each[key] for each in found["sizes"]], "o-", label=label)
+        axis.set(xscale="log", xlabel="captions", title=title)
+        if title == "recall@4":
+            axis.set_ylim(0.8, 1.01)
+        else:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+__all__ = ["grow", "laws", "measure_size", "plot", "prepare_base", "table", "write_store"]

@@ -1,8 +1,10 @@
 """Decoding with the prompt computed once: what the beams of a clip share is kept once, whatever `generate` repeats.
 
 `generate` repeats a clip for each of its beams: prompt, encoder states and caches alike. With a prompt of 90 tokens
-and a caption of 15 that is most of the work. [`SharedPromptCache`] keeps the prompt's keys and values and those of the
-cross-attention once per clip, and per beam only what it has generated; the search itself stays transformers' own.
+and a caption of 15 that is most of the work. [`SharedPromptCache`] keeps the keys and values of a clip in one place:
+those of the prompt, behind them those of every token that any of its beams has generated, and for each beam which of
+them are its own past. Beams that change places exchange these marks; no key and no value is moved, and one attention
+serves all beams of a clip. The search itself is transformers' own, or the one in `search_recap`.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.pytorch_utils import Conv1D
 
-# Slots for generated tokens are made in steps of this many, so that a cache seldom grows.
-_SLOTS = 16
+# Places for generated tokens are made in steps of this many, so that a cache seldom grows.
+_TOKENS_AHEAD = 16
 
 
 class SharedPromptCache(EncoderDecoderCache):
@@ -30,44 +33,103 @@ class SharedPromptCache(EncoderDecoderCache):
         self.group_size = 1
         # After the prompt, (num_clips, 1, vocab_size): scoring begins here.
         self.prompt_logits: torch.Tensor | None = None
-        self.prompt_bias: torch.Tensor | None = None
-        self.encoder_bias: torch.Tensor | None = None
+        self.prompt_length = 0
         self.num_generated = 0
-        # Per layer: keys and values of shape (rows, heads, slots, head_dim).
-        self.generated: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # Per layer, (num_clips, heads, places, head_dim): the prompt, then `group_size` places a generated token.
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        # (num_clips, 1, group_size, places): 0 where a beam sees a place, else the lowest number.
+        self.bias: torch.Tensor | None = None
+        # Per layer, (num_clips, heads, encoder length, head_dim), and what of it a clip has.
+        self.encoder: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.encoder_bias: torch.Tensor | None = None
+        # Mean log-probabilities of the returned sequences, where the search has kept them.
+        self.sequence_log_probs: torch.Tensor | None = None
 
     @property
     def is_filled(self) -> bool:
         """Whether the prompt has gone through the decoder."""
-        return self.self_attention_cache.get_seq_length() > 0
+        return self.bias is not None
+
+    def fill(
+        self, prompt: EncoderDecoderCache, mask: torch.Tensor, encoder_mask: torch.Tensor | None, group_size: int
+    ) -> None:
+        """Takes over what a pass over the prompts has left, a row per clip.
+
+        Args:
+            prompt (`EncoderDecoderCache`): keys and values of the prompts and of the encoder's states.
+            mask (`torch.Tensor` of shape `(num_clips, prompt_length)`): 1 for tokens, 0 for padding.
+            encoder_mask (`torch.Tensor` of shape `(num_clips, encoder_length)`, *optional*): the same of the states.
+            group_size (`int`): beams or samples of a clip.
+        """
+        layers = prompt.self_attention_cache.layers
+        self.keys, self.values = [layer.keys for layer in layers], [layer.values for layer in layers]
+        self.encoder = [(layer.keys, layer.values) for layer in prompt.cross_attention_cache.layers]
+        self.prompt_length, self.group_size = mask.shape[1], group_size
+        dtype = self.keys[0].dtype
+        self.bias = _bias(mask, dtype).expand(-1, -1, group_size, -1)
+        self.encoder_bias = None
+        if encoder_mask is not None and not bool(encoder_mask.all()):
+            self.encoder_bias = _bias(encoder_mask, dtype)
 
     def prompt_cache(self) -> EncoderDecoderCache:
-        """The shared part as one of transformers' own caches, a row per clip."""
-        return EncoderDecoderCache(self.self_attention_cache, self.cross_attention_cache)
+        """The prompts' part as one of transformers' own caches, a row per clip."""
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            prompt = slice(0, self.prompt_length)
+            cache.self_attention_cache.update(keys[:, :, prompt], values[:, :, prompt], index)
+            cache.cross_attention_cache.update(*self.encoder[index], index)
+            cache.is_updated[index] = True
+        return cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.self_attention_cache.get_seq_length() + self.num_generated
+        return self.prompt_length + self.num_generated
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Rows move within their clip: the shared part stays, the generated part follows the beams."""
+        """Rows move within their clip: each takes over the past of the row that it goes on from."""
         if self.num_generated:
-            self.generated = [
-                (keys.index_select(0, beam_idx), values.index_select(0, beam_idx)) for keys, values in self.generated
-            ]
+            self.reorder_beams(beam_idx.long().view(-1, self.group_size) % self.group_size)
 
-    def append(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds one token's (rows, heads, head_dim) and returns all generated (rows, heads, tokens, head_dim)."""
-        if layer_idx == len(self.generated):
-            shape = (key.shape[0], key.shape[1], _SLOTS, key.shape[2])
-            self.generated.append((key.new_empty(shape), value.new_empty(shape)))
-        keys, values = self.generated[layer_idx]
-        if self.num_generated == keys.shape[2]:
-            keys, values = (torch.cat([part, torch.empty_like(part)], dim=2) for part in (keys, values))
-            self.generated[layer_idx] = (keys, values)
-        keys[:, :, self.num_generated] = key
-        values[:, :, self.num_generated] = value
-        length = self.num_generated + 1
-        return keys[:, :, :length], values[:, :, :length]
+    def reorder_beams(self, beams: torch.LongTensor) -> None:
+        """The same, `(num_clips, group_size)`: for each beam the number of the beam that it goes on from."""
+        self.bias = self.bias.take_along_dim(beams[:, None, :, None], dim=2)
+
+    def keep_clips(self, clips: torch.LongTensor) -> None:
+        """Only these clips stay; their beams become the rows."""
+        self.keys = [keys.index_select(0, clips) for keys in self.keys]
+        self.values = [values.index_select(0, clips) for values in self.values]
+        self.encoder = [(keys.index_select(0, clips), values.index_select(0, clips)) for keys, values in self.encoder]
+        self.bias = self.bias.index_select(0, clips)
+        if self.encoder_bias is not None:
+            self.encoder_bias = self.encoder_bias.index_select(0, clips)
+        self.num_clips = len(clips)
+
+    def open_token(self) -> slice:
+        """Makes places for one more token of every beam, which each beam's own attention sees."""
+        start = self.prompt_length + self.num_generated * self.group_size
+        if start == self.bias.shape[3]:
+            more = _TOKENS_AHEAD * self.group_size
+            self.keys = [_with_places(keys, more) for keys in self.keys]
+            self.values = [_with_places(values, more) for values in self.values]
+            hidden = self.bias.new_full((*self.bias.shape[:3], more), torch.finfo(self.bias.dtype).min)
+            self.bias = torch.cat([self.bias, hidden], dim=3)
+        places = slice(start, start + self.group_size)
+        self.bias[:, 0, :, places].diagonal(dim1=1, dim2=2).zero_()
+        self.num_generated += 1
+        return places
+
+
+def _with_places(part: torch.Tensor, more: int) -> torch.Tensor:
+    """(B, heads, places, head_dim) with `more` places at the end. Zeros: a place that nobody sees must not be NaN."""
+    grown = part.new_zeros(part.shape[0], part.shape[1], part.shape[2] + more, part.shape[3])
+    grown[:, :, : part.shape[2]] = part
+    return grown
+
+
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, length) of ones and zeros -> an additive bias (B, 1, 1, length)."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(mask == 0, torch.finfo(dtype).min)[:, None, None]
 
 
 def decode_with_shared_prompt(
@@ -92,72 +154,61 @@ def decode_with_shared_prompt(
         Logits of the last position, `(rows, 1, vocab_size)`.
     """
     if cache.is_filled:
-        return _decode_token(decoder, cache, input_ids[:, -1], position_ids[:, -1]).unsqueeze(1)
-    cache.group_size = len(input_ids) // cache.num_clips
-    first = slice(None, None, cache.group_size)
+        return decode_token(decoder, cache, input_ids[:, -1], position_ids[:, -1]).unsqueeze(1)
+    group_size = len(input_ids) // cache.num_clips
+    first = slice(None, None, group_size)
     mask = None if encoder_attention_mask is None else encoder_attention_mask[first]
+    prompt = EncoderDecoderCache(DynamicCache(), DynamicCache())
     output = decoder(
         input_ids=input_ids[first],
         attention_mask=decoder_attention_mask[first],
         position_ids=position_ids[first],
         encoder_hidden_states=encoder_hidden_states[first].contiguous(),
         encoder_attention_mask=mask,
-        past_key_values=cache.prompt_cache(),
+        past_key_values=prompt,
         use_cache=True,
         logits_to_keep=1,
     )
-    cache.prompt_bias = _bias(decoder_attention_mask[first], output.logits.dtype)
-    cache.encoder_bias = None if mask is None or bool(mask.all()) else _bias(mask, output.logits.dtype)
+    cache.fill(prompt, decoder_attention_mask[first], mask, group_size)
     cache.prompt_logits = output.logits
-    return output.logits.repeat_interleave(cache.group_size, dim=0)
+    return output.logits.repeat_interleave(group_size, dim=0)
 
 
-def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, length) of ones and zeros -> an additive bias (B, 1, 1, length)."""
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill(mask == 0, torch.finfo(dtype).min)[:, None, None]
-
-
-def _decode_token(
+def decode_token(
     decoder: Any, cache: SharedPromptCache, input_ids: torch.LongTensor, position_ids: torch.LongTensor
 ) -> torch.Tensor:
-    """(rows,) -> logits (rows, vocab_size), through the decoder's own layers."""
+    """One token of each beam, `(rows,)` -> logits `(rows, vocab_size)`, through the decoder's own layers."""
     transformer = decoder.transformer
+    places = cache.open_token()
     hidden = transformer.wte(input_ids) + transformer.wpe(position_ids)
     for layer_idx, block in enumerate(transformer.h):
-        hidden = hidden + _self_attention(block.attn, block.ln_1(hidden), cache, layer_idx)
+        hidden = hidden + _self_attention(block.attn, block.ln_1(hidden), cache, layer_idx, places)
         hidden = hidden + _cross_attention(block.crossattention, block.ln_cross_attn(hidden), cache, layer_idx)
         hidden = hidden + block.mlp(block.ln_2(hidden))
-    cache.num_generated += 1
     return decoder.lm_head(transformer.ln_f(hidden))
 
 
-def _self_attention(layer: Any, hidden: torch.Tensor, cache: SharedPromptCache, layer_idx: int) -> torch.Tensor:
-    rows, group, heads, head_dim = len(hidden), cache.group_size, layer.num_heads, layer.head_dim
-    query, key, value = layer.c_attn(hidden).view(rows, 3, heads, head_dim).unbind(dim=1)
-    keys, values = cache.append(layer_idx, key, value)
-    prompt = cache.self_attention_cache.layers[layer_idx]
-    prompt_length = prompt.keys.shape[2]
-    # The beams of a clip are queries of one attention over its prompt: (B, heads, group, head_dim).
-    shared_query = query.view(-1, group, heads, head_dim).transpose(1, 2)
-    over_prompt = shared_query @ prompt.keys.transpose(2, 3) * layer.scaling + cache.prompt_bias
-    over_own = (keys @ query.unsqueeze(3)).squeeze(3) * layer.scaling
-    over_own = over_own.view(-1, group, heads, keys.shape[2]).transpose(1, 2)
-    weights = torch.cat([over_prompt, over_own], dim=3).softmax(dim=3)
-    from_prompt = weights[..., :prompt_length] @ prompt.values
-    own_weights = weights[..., prompt_length:].transpose(1, 2).reshape(rows, heads, 1, -1)
-    output = from_prompt.transpose(1, 2).reshape(rows, heads, head_dim) + (own_weights @ values).squeeze(2)
-    return layer.c_proj(output.reshape(rows, heads * head_dim))
+def _self_attention(
+    layer: Any, hidden: torch.Tensor, cache: SharedPromptCache, layer_idx: int, places: slice
+) -> torch.Tensor:
+    # The beams of a clip are the queries of one attention: (B, heads, group, head_dim) each.
+    split = layer.c_attn(hidden).view(-1, cache.group_size, 3, layer.num_heads, layer.head_dim)
+    query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
+    keys, values = cache.keys[layer_idx], cache.values[layer_idx]
+    keys[:, :, places] = key
+    values[:, :, places] = value
+    seen = slice(0, places.stop)
+    output = scaled_dot_product_attention(
+        query, keys[:, :, seen], values[:, :, seen], attn_mask=cache.bias[..., seen], scale=layer.scaling
+    )
+    return layer.c_proj(output.transpose(1, 2).reshape(len(hidden), -1))
 
 
 def _cross_attention(layer: Any, hidden: torch.Tensor, cache: SharedPromptCache, layer_idx: int) -> torch.Tensor:
-    rows, group, heads, head_dim = len(hidden), cache.group_size, layer.num_heads, layer.head_dim
-    encoder = cache.cross_attention_cache.layers[layer_idx]
-    query = layer.q_attn(hidden).view(-1, group, heads, head_dim).transpose(1, 2)
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, encoder.keys, encoder.values, attn_mask=cache.encoder_bias, scale=layer.scaling
-    )
-    return layer.c_proj(output.transpose(1, 2).reshape(rows, heads * head_dim))
+    keys, values = cache.encoder[layer_idx]
+    query = layer.q_attn(hidden).view(-1, cache.group_size, layer.num_heads, layer.head_dim).transpose(1, 2)
+    output = scaled_dot_product_attention(query, keys, values, attn_mask=cache.encoder_bias, scale=layer.scaling)
+    return layer.c_proj(output.transpose(1, 2).reshape(len(hidden), -1))
 
 
 def can_share_prompt(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> bool:
@@ -186,4 +237,4 @@ def can_share_prompt(model: Any, generation_config: Any, kwargs: dict[str, Any])
     )
 
 
-__all__ = ["SharedPromptCache", "can_share_prompt", "decode_with_shared_prompt"]
+__all__ = ["SharedPromptCache", "can_share_prompt", "decode_token", "decode_with_shared_prompt"]

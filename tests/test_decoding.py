@@ -64,9 +64,9 @@ def test_the_prompt_is_kept_once_per_clip(tiny_model, encoded):
         encoder_outputs=encoding, **prompts, num_beams=3, max_new_tokens=4, return_dict_in_generate=True
     )
     cache = result.past_key_values
-    assert cache.self_attention_cache.layers[0].keys.shape[:3] == (7, 3, prompts["decoder_input_ids"].shape[1])
-    assert cache.cross_attention_cache.layers[0].keys.shape[:3] == (7, 3, encoding.last_hidden_state.shape[1])
-    assert cache.generated[0][0].shape[0] == 21
+    # 7 clips, 3 heads; 3 beams have places for 16 tokens behind the prompt.
+    assert cache.keys[0].shape[:3] == (7, 3, prompts["decoder_input_ids"].shape[1] + 3 * 16)
+    assert cache.encoder[0][0].shape[:3] == (7, 3, encoding.last_hidden_state.shape[1])
 
 
 @pytest.mark.parametrize(

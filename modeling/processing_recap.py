@@ -242,8 +242,7 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         sequences, labels = [], []
         for hits, caption in zip(retrieved, captions, strict=True):
             prompt, _ = self._fit_prompt(hits)
-            target = self._encode(self.target_prefix + " ".join(caption.split()))[:max_caption_tokens]
-            target.append(self.tokenizer.eos_token_id)
+            target = self.encode_caption(caption, max_caption_tokens)
             sequences.append(prompt + target)
             labels.append([-100] * len(prompt) + target)
         ids, mask = self._pad(sequences, None, left=False)
@@ -251,6 +250,23 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         for row, label in enumerate(labels):
             padded_labels[row, : len(label)] = torch.tensor(label)
         return BatchFeature({"decoder_input_ids": ids, "decoder_attention_mask": mask, "labels": padded_labels})
+
+    def encode_caption(self, caption: str, max_caption_tokens: int = DEFAULT_MAX_CAPTION_TOKENS) -> list[int]:
+        """Token ids of a caption as it follows a prompt: `target_prefix` before it, the end token behind it."""
+        target = self._encode(self.target_prefix + " ".join(caption.split()))[:max_caption_tokens]
+        return [*target, self.tokenizer.eos_token_id]
+
+    def caption_tokens(self, captions: Sequence[str]) -> list[slice]:
+        """Where in the token ids of their prompt the captions stand; an empty slice for one that the prompt lacks."""
+        prompt = self.prompt
+        places = prompt.places(captions)
+        encoded = self.tokenizer(prompt.build(captions), add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        slices = []
+        for start, end in places:
+            own = [index for index, (first, last) in enumerate(offsets) if first < end and last > start]
+            slices.append(slice(own[0], own[-1] + 1) if own else slice(0, 0))
+        return slices
 
     def _fit_prompt(self, hits: Sequence[dict[str, Any] | str]) -> tuple[list[int], int]:
         """Token ids of the prompt and how many captions it has: the farthest go until it fits."""

@@ -78,6 +78,21 @@ class PromptTemplate:
         # Not str.format: a caption or a template may hold braces.
         return self.template.replace(_PLACEHOLDER, self.separator.join(cleaned))
 
+    def places(self, captions: Sequence[str]) -> list[tuple[int, int]]:
+        """First and last character (exclusive) of each caption in `build(captions)`; equal for one that is empty."""
+        place = self.template.index(_PLACEHOLDER)
+        places, separator = [], ""
+        for caption in captions:
+            cleaned = self._without_ending(clean_caption(caption))
+            if not cleaned:
+                places.append((place, place))
+                continue
+            place += len(separator)
+            places.append((place, place + len(cleaned)))
+            place += len(cleaned)
+            separator = self.separator
+        return places
+
     def strip(self, text: str) -> str:
         """The caption in a generated `text`: what follows the first ending of a prompt, or all where there is none."""
         _, found, caption = text.partition(self.ending)

@@ -20,7 +20,15 @@ from .recap_original import (
     read_recap_original_config,
     recap_config_from_original,
 )
-from .state_dicts import ConversionError, check_complete, fill, floating_dtype, read_checkpoint_folder, relative_error
+from .state_dicts import (
+    ConversionError,
+    check_complete,
+    fill,
+    floating_dtype,
+    read_checkpoint_folder,
+    relative_error,
+    require_cross_attention,
+)
 from .stock import join_state_dicts, stock_decoder, stock_parts
 
 CROSS_ATTENTION_FILE = "cross_attention.safetensors"
@@ -144,9 +152,11 @@ def convert_to_stock(
         overwrite: replace an existing folder.
 
     Raises:
-        ConversionError: the parts do not come out as they went in; nothing is written.
+        ConversionError: the parts do not come out as they went in, or the model is conditioned by a prefix; nothing is
+            written.
     """
     model = RecapForConditionalGeneration.from_pretrained(source)
+    require_cross_attention(model.config, "taking a captioner apart into stock layouts")
     clap, decoder, cross = stock_parts(model)
     if inside:
         decoder = stock_decoder(model)

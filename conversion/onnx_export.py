@@ -39,7 +39,7 @@ from recap_hf.onnx_runtime import (
 )
 
 from .output import finished_folder
-from .state_dicts import ConversionError
+from .state_dicts import ConversionError, require_cross_attention
 
 _LOGIT_TOLERANCE = 1e-4
 _CHECK_SECONDS = (3.0, 10.0, 14.0)
@@ -156,10 +156,12 @@ def export_onnx(source: str | Path, out: str | Path, overwrite: bool = False) ->
 
     Raises:
         ImportError: onnx and onnxscript are not installed.
-        ConversionError: the model asks for a generation that the runner does not know, or the graphs do not agree.
+        ConversionError: the model asks for a generation that the runner does not know, is conditioned by a prefix, or
+            the graphs do not agree.
     """
     require_exporter()
     model = RecapForConditionalGeneration.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    require_cross_attention(model.config, "the ONNX export")
     processor = RecapProcessor.from_pretrained(source)
     processor.check_model(model)
     settings = _settings(model, processor)

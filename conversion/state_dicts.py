@@ -13,6 +13,7 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,6 +190,19 @@ def fill(module: torch.nn.Module, state: Mapping[str, torch.Tensor], dtype: torc
     }
     module.load_state_dict(tensors, strict=True, assign=True)
     return module.eval()
+
+
+def require_cross_attention(config: Any, purpose: str) -> None:
+    """Refuse a captioner that is conditioned by a prefix: these layouts have no place for its mapping network.
+
+    Raises:
+        ConversionError: naming the conditioning and what it was wanted for.
+    """
+    if config.conditioning != "cross_attention":
+        raise ConversionError(
+            f"{purpose} knows captioners with cross-attention; this one has conditioning={config.conditioning!r}. Run "
+            "it with transformers (AudioCaptioningPipeline), or train one with --conditioning cross_attention"
+        )
 
 
 def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:

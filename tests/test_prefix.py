@@ -267,3 +267,29 @@ def test_masks_of_four_dimensions_are_refused(model, processor, clips):
     mask = torch.ones(1, 1, 2, 2)
     with pytest.raises(ValueError, match="takes a mask of shape"):
         model(encoder_outputs=encoding, decoder_input_ids=torch.tensor([[1, 2]]), decoder_attention_mask=mask)
+
+
+def test_conversions_refuse_it(model, processor, tmp_path):
+    from recap_hf.conversion import ConversionError, convert_to_stock
+
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConversionError, match="stock layouts knows captioners with cross-attention; this one has"):
+        convert_to_stock(tmp_path / "model", tmp_path / "out")
+    pytest.importorskip("onnxscript", reason="the ONNX export needs onnxscript: pip install 'recap-hf[onnx]'")
+    from recap_hf.conversion.onnx_export import export_onnx
+
+    with pytest.raises(ConversionError, match="the ONNX export knows captioners with cross-attention"):
+        export_onnx(tmp_path / "model", tmp_path / "out")
+
+
+def test_card_describes_it(model, tmp_path):
+    from recap_hf.hub.describe import describe_checkpoint
+
+    model.save_pretrained(tmp_path)
+    parts = describe_checkpoint(tmp_path).parts
+    count = sum(parameter.numel() for parameter in model.prefix_mapper.parameters())
+    assert parts["prefix"].startswith(
+        f"4 embeddings before the prompt, made of the hidden states by 2 layers, {count:,}"
+    )
+    assert "cross-attention" not in parts

@@ -44,7 +44,9 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
         raise ValueError(f"{path} is the configuration of a {model_type!r} model, expected {RecapConfig.model_type!r}")
     config = RecapConfig.from_pretrained(folder)
     sizes, dtypes, num_bytes, num_files = read_weights(folder)
-    cross_attention = sum(size for name, size in sizes.items() if ".crossattention." in name)
+    conditioning = sum(
+        size for name, size in sizes.items() if ".crossattention." in name or name.startswith("prefix_mapper.")
+    )
     number = config.num_retrieved_captions
     parts = {
         "encoder": encoder_text(config),
@@ -52,7 +54,7 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
             f"GPT-2, {config.decoder.n_layer} layers of width {config.decoder.n_embd}, {config.decoder.vocab_size:,} "
             f"tokens, at most {config.decoder.n_positions:,} positions"
         ),
-        "cross-attention": cross_attention_text(config, cross_attention),
+        **conditioning_part(config, conditioning),
         "audio": f"48 kHz mono, in windows of {config.window_length_s:g} s; a longer recording is several windows",
     }
     if sizes:
@@ -80,12 +82,20 @@ def encoder_text(config: RecapConfig) -> str:
     )
 
 
-def cross_attention_text(config: RecapConfig, num_parameters: int) -> str:
-    """The cross-attention of a checkpoint, in words."""
+def conditioning_part(config: RecapConfig, num_parameters: int) -> dict[str, str]:
+    """What lies between CLAP and GPT-2 in a checkpoint, and is trained: its name, and a description in words."""
+    number = f", {num_parameters:,} parameters" if num_parameters else ""
+    if config.conditioning == "prefix":
+        text = (
+            f"{config.prefix_length} embeddings before the prompt, made of the hidden states by "
+            f"{config.prefix_num_layers} layers{number}, in the place of cross-attention (after Kim et al. 2023): the "
+            "part that is trained"
+        )
+        return {"prefix": text}
     factor = config.cross_attention_reduce_factor
     share = "the decoder's own" if factor == 1 else f"the decoder's divided by {factor}"
-    number = f", {num_parameters:,} parameters" if num_parameters else ""
-    return f"in every layer, of width {config.cross_attention_width} ({share}){number}: the part that RECAP trains"
+    text = f"in every layer, of width {config.cross_attention_width} ({share}){number}: the part that RECAP trains"
+    return {"cross-attention": text}
 
 
 def decoding_text(generation: GenerationConfig) -> str:

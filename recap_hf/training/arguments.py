@@ -27,9 +27,18 @@ class TrainingConfig(AudioConfig):
     cross_attention_reduce_factor: int = option(
         4, "width of the decoder / width of the cross-attention", group="model"
     )
+    conditioning: str = option(
+        "",
+        "how the decoder hears: cross_attention (RECAP) or prefix (after Kim et al.; default: the checkpoint's, or "
+        "cross_attention)",
+        group="model",
+        choices=["", "cross_attention", "prefix"],
+    )
+    prefix_length: int = option(10, "embeddings of a new prefix", group="model")
+    prefix_num_layers: int = option(2, "layers of the network that makes a new prefix", group="model")
     keep_cross_attention: bool | None = option(
         None,
-        "go on with the checkpoint's cross-attention (default: with --model yes, from the bases no)",
+        "go on with the checkpoint's cross-attention or prefix (default: with --model yes, from the bases no)",
         group="model",
     )
     train_decoder: bool = option(False, "train the language model too, not only the cross-attention", group="model")
@@ -89,7 +98,8 @@ class TrainingConfig(AudioConfig):
             ValueError: naming the flag, what it was given and what it takes.
         """
         super().validate()
-        require(self.max_caption_tokens >= 1, "max_caption_tokens", self.max_caption_tokens, "at least 1")
+        for name in ("max_caption_tokens", "prefix_length", "prefix_num_layers"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_retrieved", "draw_from", "generation_clips"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.audio_dropout < 1, "audio_dropout", self.audio_dropout, "at least 0 and less than 1")

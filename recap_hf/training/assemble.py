@@ -14,11 +14,13 @@ from .step import fuse_activations
 
 logger = logging.getLogger(__name__)
 
+CONDITIONING_NAMES = {"cross_attention": "the cross-attention", "prefix": "the mapping network of the prefix"}
+
 
 def assemble(config: TrainingConfig) -> tuple[Any, Any]:
     """Model and processor: from two bases, from a RECAP checkpoint, or from the embedded default's bases.
 
-    New cross-attention is drawn from `config.seed`.
+    New cross-attention, or the mapper of a new prefix, is drawn from `config.seed`.
 
     Raises:
         OSError, ValueError: where a part cannot be loaded or does not fit.
@@ -30,7 +32,10 @@ def assemble(config: TrainingConfig) -> tuple[Any, Any]:
         from transformers import AutoTokenizer
 
         model = RecapForConditionalGeneration.from_clap_gpt2_pretrained(
-            config.clap, config.decoder, cross_attention_reduce_factor=config.cross_attention_reduce_factor
+            config.clap,
+            config.decoder,
+            cross_attention_reduce_factor=config.cross_attention_reduce_factor,
+            **_conditioning(config, config.conditioning or "cross_attention"),
         )
         tokenizer, clap_tokenizer = (AutoTokenizer.from_pretrained(name) for name in (config.decoder, config.clap))
         try:
@@ -49,22 +54,65 @@ def assemble(config: TrainingConfig) -> tuple[Any, Any]:
             )
         model = RecapForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
         processor = RecapProcessor.from_pretrained(name)
-        keep = bool(config.model) if config.keep_cross_attention is None else config.keep_cross_attention
-        if not keep:
-            reset_cross_attention(model, config.seed)
+        if config.conditioning not in ("", model.config.conditioning):
+            model = _with_other_conditioning(model, processor, config)
+        elif not (bool(config.model) if config.keep_cross_attention is None else config.keep_cross_attention):
+            reset_conditioning(model, config.seed)
     model.config.num_retrieved_captions = processor.num_retrieved_captions = config.num_retrieved
     model.set_attn_implementation(config.attn_implementation)
     return model.eval(), processor
 
 
-def reset_cross_attention(model: Any, seed: int) -> None:
-    """Draws the cross-attention anew, as in an untrained captioner."""
+# What a captioner takes along into another conditioning.
+_KEPT_SETTINGS = (
+    "num_retrieved_captions",
+    "prompt_template",
+    "caption_separator",
+    "prompt_without_captions",
+    "target_prefix",
+    "window_length_s",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+
+
+def _conditioning(config: TrainingConfig, name: str) -> dict[str, Any]:
+    lengths = {"prefix_length": config.prefix_length, "prefix_num_layers": config.prefix_num_layers}
+    return {"conditioning": name, **(lengths if name == "prefix" else {})}
+
+
+def _with_other_conditioning(model: Any, processor: Any, config: TrainingConfig) -> Any:
+    """The same CLAP and language model, conditioned in another way; the processor leaves room for a prefix."""
+    from recap_hf import RecapForConditionalGeneration
+
+    if config.keep_cross_attention:
+        raise ValueError(
+            f"--keep-cross-attention goes on with what the checkpoint has, which is {model.config.conditioning}: "
+            f"not together with --conditioning {config.conditioning}"
+        )
+    kept = {name: getattr(model.config, name) for name in _KEPT_SETTINGS}
+    torch.manual_seed(config.seed)
+    changed = RecapForConditionalGeneration.from_clap_gpt2_pretrained(
+        model.clap,
+        model.decoder,
+        cross_attention_reduce_factor=config.cross_attention_reduce_factor,
+        **_conditioning(config, config.conditioning),
+        **kept,
+    )
+    changed.generation_config = model.generation_config
+    processor.max_prompt_tokens += model.config.prefix_places - changed.config.prefix_places
+    return changed
+
+
+def reset_conditioning(model: Any, seed: int) -> None:
+    """Draws the cross-attention, or the mapper of the prefix, anew, as in an untrained captioner."""
     torch.manual_seed(seed)
-    for block in model.decoder.transformer.h:
-        for parameter in block.crossattention.parameters():
+    for module in model.conditioning_modules():
+        for parameter in module.parameters():
             # Loaded weights bear a mark that keeps transformers from initialising them.
             parameter._is_hf_initialized = False
-        block.crossattention.apply(model.decoder._init_weights)
+        module.apply(model._init_weights if model.prefix_mapper is not None else model.decoder._init_weights)
 
 
 def prepare_for_training(model: Any, config: TrainingConfig) -> dict[str, nn.Parameter]:
@@ -83,6 +131,7 @@ def prepare_for_training(model: Any, config: TrainingConfig) -> dict[str, nn.Par
             # A frozen language model is not regularised by noise in it.
             trained = config.train_decoder or ".crossattention." in name
             module.p = config.dropout if trained else 0.0
+    part = CONDITIONING_NAMES[model.config.conditioning]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total = sum(parameter.numel() for parameter in model.decoder.parameters())
     logger.info(
@@ -90,9 +139,7 @@ def prepare_for_training(model: Any, config: TrainingConfig) -> dict[str, nn.Par
         f"{sum(p.numel() for p in trained.values()):,}",
         100 * sum(p.numel() for p in trained.values()) / total,
         f"{total:,}",
-        f": the cross-attention ({count:,}) and the language model"
-        if config.train_decoder
-        else ": the cross-attention",
+        f": {part} ({count:,}) and the language model" if config.train_decoder else f": {part}",
     )
     return trained
 

@@ -16,6 +16,8 @@ import torch
 from recap_hf.version import __version__
 
 from .arguments import TrainingConfig
+from .assemble import CONDITIONING_NAMES
+from .options import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -49,18 +51,33 @@ def finish(
 
 
 def make_report(config: TrainingConfig, corpus: Any, trainer: Any, progress: Any, prepared_s: float) -> dict[str, Any]:
-    """All that is known of a run, as plain data."""
+    """All that is known of a captioner's run, as plain data."""
+    return {
+        "encoder_fingerprint": corpus.features.fingerprint,
+        "datastore_captions": len(corpus.datastore) if corpus.datastore is not None else 0,
+        "conditioning": trainer.model.config.conditioning,
+        **run_report(config, corpus, trainer, progress, prepared_s),
+    }
+
+
+def run_report(config: RunConfig, data: Any, trainer: Any, progress: Any, prepared_s: float) -> dict[str, Any]:
+    """What is known of any run, as plain data.
+
+    Args:
+        config: its settings.
+        data: has `problems` (split, problem), `counts` by split and `sources`.
+        trainer, progress: the loop, and where it came to.
+        prepared_s: seconds before the first step.
+    """
     import transformers
 
-    problems = [{"split": split, **asdict(problem)} for split, problem in corpus.problems]
+    problems = [{"split": split, **asdict(problem)} for split, problem in data.problems]
     accelerator = trainer.accelerator
     best = next((entry for entry in progress.evaluations if entry["step"] == progress.best_step), None)
     return {
         "settings": asdict(config),
-        "data": {"splits": corpus.counts, "sources": corpus.sources},
+        "data": {"splits": data.counts, "sources": data.sources},
         "left_out": {"counts": dict(Counter(item["kind"] for item in problems)), "clips": problems},
-        "encoder_fingerprint": corpus.features.fingerprint,
-        "datastore_captions": len(corpus.datastore) if corpus.datastore is not None else 0,
         "trained_parameters": sum(parameter.numel() for parameter in trainer.trained.values()),
         "global_batch_size": trainer.batch_size,
         "steps": progress.step,
@@ -71,7 +88,7 @@ def make_report(config: TrainingConfig, corpus: Any, trainer: Any, progress: Any
         "losses": progress.losses,
         "evaluations": progress.evaluations,
         "seconds": {"preparing": round(prepared_s, 1), "training": round(progress.seconds, 1)},
-        "captions_per_second": round(progress.captions_seen / max(1e-9, progress.seconds), 2),
+        f"{trainer.unit}_per_second": round(progress.captions_seen / max(1e-9, progress.seconds), 2),
         "machine": {
             "world_size": accelerator.num_processes,
             "threads": torch.get_num_threads(),
@@ -88,8 +105,8 @@ def make_report(config: TrainingConfig, corpus: Any, trainer: Any, progress: Any
     }
 
 
-def draw_losses(progress: Any, path: Path) -> None:
-    """Training and validation loss against the step, as a picture."""
+def draw_losses(progress: Any, path: Path, quantity: str = "cross-entropy per caption token") -> None:
+    """Training and validation loss against the step, as a picture; `quantity` says what the loss is."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -107,7 +124,7 @@ def draw_losses(progress: Any, path: Path) -> None:
         axes.plot(steps, values, color="#b3412e", marker="o", markersize=3, label="validation")
         axes.axvline(progress.best_step, color="#b3412e", linewidth=0.6, linestyle=":", label="best")
     axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy per caption token")
+    axes.set_ylabel(quantity)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
@@ -116,7 +133,8 @@ def draw_losses(progress: Any, path: Path) -> None:
 def card_facts(report: dict[str, Any]) -> dict[str, Any]:
     """What the model card says of a run, in the words of `recap_hf.hub.facts`."""
     settings, data = report["settings"], report["data"]
-    use = "cross-attention and language model" if settings["train_decoder"] else "cross-attention"
+    part = CONDITIONING_NAMES[report["conditioning"]].removeprefix("the ")
+    use = f"{part} and language model" if settings["train_decoder"] else part
     training = {
         "trained": f"{use}, {report['trained_parameters']:,} parameters",
         "optimiser": f"Adam, learning rate {settings['learning_rate']:g}, {settings['lr_scheduler_type']} schedule",

@@ -41,7 +41,7 @@ class Trainer(RowLoop):
         captions = sum(len(clip.captions) for clip in corpus.train.clips)
         batch_size = global_batch_size(config, accelerator.num_processes)
         steps = math.ceil(captions / batch_size)
-        module = CaptionLoss(model.decoder)
+        module = CaptionLoss(model.decoder, model.prefix_mapper)
         super().__init__(config, model, module, trained, accelerator, batch_size, steps)
         self._lengths = corpus.train.prompt_lengths()
 

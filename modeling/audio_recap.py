@@ -10,8 +10,10 @@ import io
 import math
 import os
 import re
+import shutil
+import tempfile
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ MIN_SAMPLING_RATE = 1_000
 MAX_SAMPLING_RATE = 1_000_000
 # One step of 16-bit audio. A recording that never leaves it holds nothing to describe.
 SILENCE_PEAK = 2.0**-15
+SILENCE_CAPTION = "silence"
 _URL_TIMEOUT_S = 30
+_MAX_URL_IN_MEMORY = 64 * 2**20
 
 
 def load_audio(source: Any) -> tuple[np.ndarray, int]:
@@ -59,7 +63,7 @@ def load_audio(source: Any) -> tuple[np.ndarray, int]:
     if hasattr(source, "get_all_samples"):
         samples = source.get_all_samples()
         return np.asarray(samples.data, dtype=np.float32), int(samples.sample_rate)
-    name, data = _open(source)
+    name, data = open_source(source)
     try:
         waveform, sampling_rate = _decode(name, data)
     finally:
@@ -89,7 +93,7 @@ def _load_mapping(source: Mapping[str, Any]) -> tuple[np.ndarray, int]:
     )
 
 
-def _open(source: Any) -> tuple[str, Any]:
+def open_source(source: Any) -> tuple[str, Any]:
     """A name for messages and a seekable binary file."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"<{len(source)} bytes>", io.BytesIO(source)
@@ -97,7 +101,14 @@ def _open(source: Any) -> tuple[str, Any]:
         text = os.fspath(source)
         if text.startswith(("http://", "https://", "file://")):
             with urllib.request.urlopen(text, timeout=_URL_TIMEOUT_S) as response:
-                return text, io.BytesIO(response.read())
+                # Hours of sound lie on the disk, not in memory.
+                file = tempfile.SpooledTemporaryFile(max_size=_MAX_URL_IN_MEMORY)  # noqa: SIM115 (load_audio closes it)
+                shutil.copyfileobj(response, file)
+                announced = response.headers.get("Content-Length")
+            if announced is not None and file.tell() != int(announced):
+                raise ValueError(f"{text}: the download ended early ({file.tell()} of {announced} bytes).")
+            file.seek(0)
+            return text, file
         path = Path(text)
         if path.is_dir():
             raise IsADirectoryError(f"{path}: is a folder, not a recording.")
@@ -126,23 +137,28 @@ def _decode(name: str, data: Any) -> tuple[np.ndarray, int]:
     except (soundfile.LibsndfileError, RuntimeError) as error:
         reason = str(error).rpartition(": ")[2].strip().rstrip(".") or "unreadable"
     else:
-        if _is_truncated(data, log, announced, waveform.shape[1]):
+        if is_truncated(data, log, announced, waveform.shape[1]):
             seconds = waveform.shape[1] / sampling_rate
             raise ValueError(f"{name}: the recording is truncated, the file ends early ({seconds:.1f} s are there).")
         return np.ascontiguousarray(waveform), sampling_rate
     data.seek(0)
     if av is not None:
         return _decode_with_av(name, data, reason)
-    container = _container(data)
+    raise refusal(name, data, reason)
+
+
+def refusal(name: str, data: Any, reason: str) -> Exception:
+    """The error for a file that libsndfile refuses for `reason` where PyAV is not installed."""
+    container = container_of(data)
     if container:
-        raise ImportError(f'{name}: {container} files need PyAV: pip install "recap-hf[av]"')
-    raise ValueError(
+        return ImportError(f'{name}: {container} files need PyAV: pip install "recap-hf[av]"')
+    return ValueError(
         f"{name}: not a recording that can be read ({reason}). WAV, FLAC, Ogg, Opus and MP3 are read as they are, "
         'm4a, webm and video with: pip install "recap-hf[av]"'
     )
 
 
-def _is_truncated(data: Any, log: str, announced: int, read: int) -> bool:
+def is_truncated(data: Any, log: str, announced: int, read: int) -> bool:
     """Whether a file that libsndfile reads without an error ends before its own header says so."""
     # An MP3 header counts in blocks, hence the tolerance.
     if read < 0.98 * announced:
@@ -164,7 +180,7 @@ def _is_truncated(data: Any, log: str, announced: int, read: int) -> bool:
     return last_page == -1 or last_page + 5 >= len(tail) or not tail[last_page + 5] & 4
 
 
-def _container(data: Any) -> str:
+def container_of(data: Any) -> str:
     """What a file that libsndfile refuses says it is, or an empty string."""
     head = data.read(64)
     data.seek(0)
@@ -180,7 +196,20 @@ def _container(data: Any) -> str:
 
 
 def _decode_with_av(name: str, data: Any, reason: str) -> tuple[np.ndarray, int]:
-    blocks = []
+    blocks, sampling_rate = [], 0
+    for block, sampling_rate in av_blocks(name, data, reason):  # noqa: B007 (the last one's rate is every block's)
+        blocks.append(block)
+    if not blocks:
+        raise ValueError(f"{name}: the recording is empty (no samples).")
+    return np.concatenate(blocks, axis=1, dtype=np.float32), sampling_rate
+
+
+def av_blocks(name: str, data: Any, reason: str = "unknown format") -> Iterator[tuple[np.ndarray, int]]:
+    """The first audio track of a file that PyAV reads: float32 blocks of shape `(channels, samples)` and the rate.
+
+    Raises:
+        `ValueError`: for a file without an audio track, or that is none; `reason` is what libsndfile said of it.
+    """
     try:
         with av.open(data) as container:
             if not container.streams.audio:
@@ -190,13 +219,12 @@ def _decode_with_av(name: str, data: Any, reason: str) -> tuple[np.ndarray, int]
             check_sampling_rate(sampling_rate, name)
             resampler = av.AudioResampler(format="fltp", layout=stream.codec_context.layout, rate=sampling_rate)
             for frame in container.decode(stream):
-                blocks += [block.to_ndarray() for block in resampler.resample(frame)]
-            blocks += [block.to_ndarray() for block in resampler.resample(None)]
+                for block in resampler.resample(frame):
+                    yield block.to_ndarray(), sampling_rate
+            for block in resampler.resample(None):
+                yield block.to_ndarray(), sampling_rate
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{name}: not a recording that can be read ({reason}; FFmpeg: {error}).") from error
-    if not blocks:
-        raise ValueError(f"{name}: the recording is empty (no samples).")
-    return np.concatenate(blocks, axis=1, dtype=np.float32), sampling_rate
 
 
 def check_sampling_rate(sampling_rate: Any, name: str = "") -> None:
@@ -247,4 +275,4 @@ def is_silent(waveform: np.ndarray) -> bool:
     return float(np.abs(waveform).max(initial=0.0)) <= SILENCE_PEAK
 
 
-__all__ = ["check_sampling_rate", "is_silent", "load_audio", "resample", "to_mono"]
+__all__ = ["SILENCE_CAPTION", "check_sampling_rate", "is_silent", "load_audio", "resample", "to_mono"]

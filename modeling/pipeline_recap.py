@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
-from .audio_recap import is_silent, load_audio, resample, to_mono
+from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
 from .captions_recap import open_datastore
+from .timeline_recap import DEFAULT_SEGMENT_BATCH, TimelineSettings, TimelineSummary, caption_timeline
 
-SILENCE_CAPTION = "silence"
 _GENERATION_KEYS = frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_")) | {
     "generation_config",
     "max_new_tokens",
@@ -40,6 +40,12 @@ class AudioCaptioningPipeline(Pipeline):
     Returns for each input `{"caption": str, "score": float, "retrieved": [{"caption": str, "score": float, ...}]}`:
     `score` is the exponential of the mean log-probability of the caption's tokens. A recording that holds nothing
     above the smallest step of 16-bit audio is captioned "silence" without asking the model.
+
+    With `return_timestamps=True` a recording of any length is read as it is needed and becomes a timeline: `"segments"`
+    has `{"start", "end", "caption", "score", "retrieved"}` of each, in seconds; `"caption"`, `"score"`, `"retrieved"`,
+    `"duration"` and `"sounds"` are those of [`TimelineSummary`]. `batch_size` then counts segments. `timeline` takes
+    the fields of [`TimelineSettings`] as a dictionary. To have segments while the recording is read, see
+    [`caption_timeline`].
 
     Example:
         >>> import recap_hf
@@ -75,12 +81,27 @@ class AudioCaptioningPipeline(Pipeline):
             # A dataset or a column of `datasets`: neither a list nor one of torch's, which the base class knows.
             rows = inputs
             inputs = (rows[index] for index in range(len(rows)))
+        if kwargs.get("return_timestamps", self._forward_params.get("return_timestamps")) and "batch_size" in kwargs:
+            kwargs["segment_batch_size"] = kwargs.pop("batch_size")
         return super().__call__(inputs, *args, **kwargs)
 
     def _sanitize_parameters(
-        self, k: int | None = None, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        k: int | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        return_timestamps: bool | None = None,
+        timeline: dict[str, Any] | None = None,
+        segment_batch_size: int | None = None,
+        **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess_params: dict[str, Any] = {}
         forward_params: dict[str, Any] = {}
+        if return_timestamps is not None:
+            preprocess_params["return_timestamps"] = forward_params["return_timestamps"] = bool(return_timestamps)
+        if timeline is not None:
+            forward_params["timeline"] = TimelineSettings(**timeline)
+        if segment_batch_size is not None:
+            forward_params["segment_batch_size"] = segment_batch_size
         unknown = [key for key in kwargs if key not in _GENERATION_KEYS]
         if unknown:
             raise TypeError(f"The audio-captioning pipeline does not know the arguments {', '.join(sorted(unknown))}.")
@@ -88,9 +109,12 @@ class AudioCaptioningPipeline(Pipeline):
             forward_params["k"] = k
         if generate_kwargs or kwargs:
             forward_params["generate_kwargs"] = {**(generate_kwargs or {}), **kwargs}
-        return {}, forward_params, {}
+        return preprocess_params, forward_params, {}
 
-    def preprocess(self, input_: Any) -> dict[str, Any]:
+    def preprocess(self, input_: Any, return_timestamps: bool = False) -> dict[str, Any]:
+        if return_timestamps:
+            # Read later, as it is needed. In a list, as the waveforms of a batch are.
+            return {"source": [input_]}
         rate = self.processor.feature_extractor.sampling_rate
         if isinstance(input_, (np.ndarray, torch.Tensor, list)):
             waveform = to_mono(input_)
@@ -105,8 +129,18 @@ class AudioCaptioningPipeline(Pipeline):
         return {"waveform": waveform}
 
     def _forward(
-        self, model_inputs: dict[str, Any], k: int | None = None, generate_kwargs: dict[str, Any] | None = None
+        self,
+        model_inputs: dict[str, Any],
+        k: int | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        return_timestamps: bool = False,
+        timeline: TimelineSettings | None = None,
+        segment_batch_size: int | None = None,
     ) -> dict[str, list[Any]]:
+        if return_timestamps:
+            options = {"settings": timeline, "k": k, "generate_kwargs": generate_kwargs or {}}
+            options["batch_size"] = segment_batch_size or self._batch_size or DEFAULT_SEGMENT_BATCH
+            return {"result": [self._timeline(source, options) for source in model_inputs["source"]]}
         waveforms = model_inputs["waveform"]
         if not isinstance(waveforms, list):
             waveforms = [waveforms]
@@ -119,6 +153,11 @@ class AudioCaptioningPipeline(Pipeline):
             for index, result in zip(heard, captions, strict=True):
                 results[index] = result
         return {"result": results}
+
+    def _timeline(self, source: Any, options: dict[str, Any]) -> dict[str, Any]:
+        summary = TimelineSummary()
+        segments = list(caption_timeline(self, source, summary=summary, **options))
+        return {**summary.result(), "segments": segments}
 
     def caption(
         self, waveforms: list[np.ndarray], k: int | None, generate_kwargs: dict[str, Any]
@@ -169,7 +208,9 @@ class AudioCaptioningPipeline(Pipeline):
         self.processor.save_pretrained(save_directory)
 
 
-def _collate(items: list[dict[str, Any]]) -> dict[str, list[np.ndarray]]:
+def _collate(items: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    if "source" in items[0]:
+        return {"source": [source for item in items for source in item["source"]]}
     return {"waveform": [item["waveform"] for item in items]}
 
 

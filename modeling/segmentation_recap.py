@@ -1,0 +1,263 @@
+"""Where a recording changes: stretches of sound and silence, cut where the CLAP embedding turns to something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+# Levels are taken over blocks of 10 ms; all times of the segmentation are multiples of it.
+BLOCK_S = 0.01
+# Sound is looked at in portions of this length, whatever the portions that it comes in: the same windows then share a
+# batch, and the same recording gives the same embeddings to the bit.
+_PORTION_S = 16.0
+_LEVEL_FLOOR_DB = -100.0
+# A boundary moves to a rise or fall of the level of at least this much, between the means of 100 ms on either side.
+_STEP_DB = 6.0
+_STEP_BLOCKS = 10
+
+
+@dataclass(frozen=True)
+class SegmentationSettings:
+    """When a recording counts as changed. Times in seconds.
+
+    Args:
+        window_s (`float`, *optional*, defaults to 1.0): length of the windows whose embeddings are compared.
+        hop_s (`float`, *optional*, defaults to 0.5): from one window to the next.
+        novelty (`float`, *optional*, defaults to 0.25):
+            A boundary is where 1 - cosine of the windows before and after is a maximum of at least this.
+        silence_db (`float`, *optional*, defaults to -60): level of 10 ms below which there is silence, in dB of full
+            scale (RMS).
+        min_silence_s (`float`, *optional*, defaults to 0.5): shorter pauses belong to the sound around them.
+        max_segment_s (`float`, *optional*, defaults to 30): sound that goes on is cut into pieces of this length.
+
+    Raises:
+        `ValueError`: for a length that is not positive, or windows that leave gaps between them.
+    """
+
+    window_s: float = 1.0
+    hop_s: float = 0.5
+    novelty: float = 0.25
+    silence_db: float = -60.0
+    min_silence_s: float = 0.5
+    max_segment_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("window_s", "hop_s", "min_silence_s", "max_segment_s"):
+            if not getattr(self, name) >= BLOCK_S:
+                raise ValueError(f"`{name}` must be at least {BLOCK_S} s, got {getattr(self, name)!r}.")
+        if self.hop_s > self.window_s:
+            raise ValueError(
+                f"`hop_s` ({self.hop_s} s) must not be longer than `window_s` ({self.window_s} s): sound between "
+                "the windows would not be looked at."
+            )
+        if self.max_segment_s < 2 * self.window_s:
+            raise ValueError(
+                f"`max_segment_s` ({self.max_segment_s} s) must be at least two windows of {self.window_s} s."
+            )
+        if not 0 < self.novelty <= 2:
+            raise ValueError(f"`novelty` must lie between 0 and 2 (1 - cosine), got {self.novelty!r}.")
+
+
+@dataclass
+class Piece:
+    """A stretch of a recording, in samples from its beginning; `waveform` is `None` for silence."""
+
+    start: int
+    end: int
+    waveform: np.ndarray | None
+
+
+class _Stretch:
+    """Sound without a pause, as far as it has been looked at. Places are in blocks, novelties by number of hops."""
+
+    def __init__(self, start: int, hops_per_window: int) -> None:
+        self.start = start
+        self.cut = start
+        self.hops_per_window = hops_per_window
+        # The last windows' embeddings, as many as a window has hops, and how many there were in all.
+        self.recent: list[np.ndarray] = []
+        self.num_windows = 0
+        # Novelties from hop `first` on; before `decided` it is known where the boundaries are.
+        self.novelty: list[float] = []
+        self.first = self.decided = hops_per_window
+
+    def add(self, embedding: np.ndarray) -> None:
+        if len(self.recent) == self.hops_per_window:
+            self.novelty.append(1.0 - float(self.recent.pop(0) @ embedding))
+        self.recent.append(embedding)
+        self.num_windows += 1
+
+    def peaks(self, height: float, ended: bool) -> Iterator[int]:
+        """Hops at which the novelty is the highest within a window on either side, and at least `height`."""
+        reach = self.hops_per_window
+        while self.decided < self.first + len(self.novelty) - (0 if ended else reach):
+            index = self.decided - self.first
+            before = self.novelty[max(0, index - reach) : index]
+            after = self.novelty[index + 1 : index + 1 + reach]
+            value = self.novelty[index]
+            self.decided += 1
+            if value >= height and value > max(before, default=-1.0) and value >= max(after, default=-1.0):
+                yield self.decided - 1
+        drop = max(0, self.decided - reach - self.first)
+        self.novelty = self.novelty[drop:]
+        self.first += drop
+
+
+class Segmenter:
+    """Cuts a stream of samples into [`Piece`]s; memory does not grow with the stream.
+
+    Silence is told by the level. Within sound, windows are embedded at a short hop, each padded like a clip of its
+    own; where the embeddings of the window before and the window after are least alike, there is a boundary, moved to
+    the strongest rise or fall of the level nearby. Sound that follows other sound without a pause, for less than a
+    window, stays with it.
+
+    Args:
+        embed (`Callable[[list[np.ndarray]], np.ndarray]`): L2-normalised embeddings `(n, dimension)` of waveforms.
+        sampling_rate (`int`): of the samples, in Hz.
+        settings ([`SegmentationSettings`], *optional*)
+    """
+
+    def __init__(
+        self,
+        embed: Callable[[list[np.ndarray]], np.ndarray],
+        sampling_rate: int,
+        settings: SegmentationSettings | None = None,
+    ) -> None:
+        self.embed = embed
+        self.settings = settings or SegmentationSettings()
+        self.block = round(BLOCK_S * sampling_rate)
+        self._window = round(self.settings.window_s / BLOCK_S)
+        self._hop = round(self.settings.hop_s / BLOCK_S)
+        self._patience = round(self.settings.min_silence_s / BLOCK_S)
+        self._longest = round(self.settings.max_segment_s / BLOCK_S)
+        self._waiting: list[np.ndarray] = []
+        self._num_waiting = 0
+        self._num_samples = 0
+        # All places from here on in blocks. `_buffer` and `_levels` begin at block `_first`, and end at `_seen`.
+        self._buffer = np.zeros(0, np.float32)
+        self._levels = np.zeros(0)
+        self._first = self._seen = 0
+        self._silence_start = 0
+        self._stretch: _Stretch | None = None
+        self._sound_end = 0
+
+    def push(self, samples: np.ndarray) -> Iterator[Piece]:
+        """Takes samples and yields the pieces that are certain by now, in order."""
+        self._waiting.append(samples)
+        self._num_waiting += len(samples)
+        self._num_samples += len(samples)
+        size = round(_PORTION_S / BLOCK_S) * self.block
+        if self._num_waiting < size:
+            return
+        joined = np.concatenate(self._waiting)
+        for start in range(0, len(joined) - size + 1, size):
+            yield from self._take(joined[start : start + size])
+        # A copy: the rest as a view would keep all of it.
+        self._waiting = [joined[len(joined) // size * size :].copy()]
+        self._num_waiting = len(self._waiting[0])
+
+    def finish(self) -> Iterator[Piece]:
+        """Yields what is left. The segmenter is then used up."""
+        if self._num_waiting:
+            rest = np.concatenate(self._waiting)
+            yield from self._take(np.pad(rest, (0, -len(rest) % self.block)))
+        if self._stretch is not None:
+            # A pause too short to be silence.
+            yield from self._end_stretch(self._seen)
+        if self._silence_start < self._seen:
+            yield self._silence(self._seen)
+
+    # ---------------------------------------------------------- sound and silence
+
+    def _take(self, samples: np.ndarray) -> Iterator[Piece]:
+        power = np.square(samples.reshape(-1, self.block), dtype=np.float64).mean(axis=1)
+        levels = 10 * np.log10(np.maximum(power, 10 ** (_LEVEL_FLOOR_DB / 10)))
+        self._buffer = np.concatenate([self._buffer, samples])
+        self._levels = np.concatenate([self._levels, levels])
+        sounding = np.flatnonzero(levels >= self.settings.silence_db) + self._seen
+        self._seen += len(levels)
+        for index in sounding.tolist():
+            if self._stretch is not None and index - self._sound_end > self._patience:
+                yield from self._end_stretch(self._sound_end)
+            if self._stretch is None:
+                start = 0 if index <= self._patience else index
+                if self._silence_start < start:
+                    yield self._silence(start)
+                self._stretch = _Stretch(start, max(1, round(self._window / self._hop)))
+            self._sound_end = index + 1
+        if self._stretch is not None and self._seen - self._sound_end > self._patience:
+            yield from self._end_stretch(self._sound_end)
+        elif self._stretch is not None:
+            yield from self._advance(self._sound_end, ended=False)
+        self._forget()
+
+    def _silence(self, end: int) -> Piece:
+        piece = Piece(self._silence_start * self.block, self._sample(end), None)
+        self._silence_start = end
+        return piece
+
+    def _end_stretch(self, end: int) -> Iterator[Piece]:
+        yield from self._advance(end, ended=True)
+        self._stretch = None
+        self._silence_start = end
+
+    def _forget(self) -> None:
+        """Drops the samples that no piece can need any more; the levels a window before them are looked at."""
+        needed = self._seen if self._stretch is None else self._stretch.cut
+        drop = max(0, needed - self._window - self._first)
+        self._buffer = self._buffer[drop * self.block :].copy()
+        self._levels = self._levels[drop:].copy()
+        self._first += drop
+
+    # ------------------------------------------------------- novelty, boundaries
+
+    def _advance(self, end: int, ended: bool) -> Iterator[Piece]:
+        """Looks at the stretch up to block `end` and yields the pieces that are certain."""
+        stretch = self._stretch
+        start = stretch.start + stretch.num_windows * self._hop
+        starts = range(start, end - self._window + 1, self._hop)
+        windows = [self._samples(first, first + self._window) for first in starts]
+        for embedding in self.embed(windows) if windows else ():
+            stretch.add(embedding)
+        for hops in stretch.peaks(self.settings.novelty, ended):
+            boundary = self._refine(stretch.start + hops * self._hop, end)
+            yield from self._cut(boundary)
+            yield self._piece(boundary)
+        # Later boundaries are at most half a window before the hops that are not decided yet.
+        yield from self._cut(end if ended else stretch.start + stretch.decided * self._hop - self._window)
+        if ended and end > stretch.cut:
+            yield self._piece(end)
+
+    def _refine(self, place: int, end: int) -> int:
+        """The strongest step of the level within half a window of `place`, or `place` itself."""
+        reach, side = self._window // 2, min(_STEP_BLOCKS, self._window // 2)
+        low, high = max(place - reach, self._stretch.cut + 1), min(place + reach, end - side)
+        best, step = place, _STEP_DB
+        for candidate in range(low, high + 1):
+            index = candidate - self._first
+            before, after = self._levels[max(0, index - side) : index], self._levels[index : index + side]
+            size = abs(float(after.mean() - before.mean()))
+            if size > step:
+                best, step = candidate, size
+        return best
+
+    def _cut(self, end: int) -> Iterator[Piece]:
+        """Pieces of the longest length, as long as there is more than that before `end`."""
+        while end - self._stretch.cut > self._longest:
+            yield self._piece(self._stretch.cut + self._longest)
+
+    def _piece(self, end: int) -> Piece:
+        start, self._stretch.cut = self._stretch.cut, end
+        waveform = self._samples(start, end)[: self._sample(end) - start * self.block]
+        return Piece(start * self.block, self._sample(end), waveform.copy())
+
+    def _sample(self, block: int) -> int:
+        return min(block * self.block, self._num_samples)
+
+    def _samples(self, start: int, end: int) -> np.ndarray:
+        return self._buffer[(start - self._first) * self.block : (end - self._first) * self.block]
+
+
+__all__ = ["BLOCK_S", "Piece", "SegmentationSettings", "Segmenter"]

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 from transformers.utils import ModelOutput
 
 from .decoding_recap import SharedPromptCache, can_share_prompt
 from .outputs_recap import RecapEncoderOutput, position_ids_of
 from .prefix_recap import PREFIX, check_prefix_generation
+from .search_recap import SearchPlan, search
 
 
 class RecapGenerationMixin(GenerationMixin):
@@ -87,6 +89,51 @@ class RecapGenerationMixin(GenerationMixin):
         model_kwargs["decoder_position_ids"] = position_ids_of(model_kwargs["decoder_attention_mask"])
         return input_ids, model_kwargs
 
+    def _beam_search(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> Any:
+        """The search that `generate` has chosen: ours where it is a plain one, else transformers'."""
+        found = self._search_plainly(input_ids, *args, **kwargs)
+        if found is None:
+            return super()._beam_search(input_ids, *args, **kwargs)
+        return GenerateBeamEncoderDecoderOutput(**found) if isinstance(found, dict) else found
+
+    def _sample(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> Any:
+        """Greedy search and sampling; the same."""
+        found = self._search_plainly(input_ids, *args, **kwargs)
+        if found is None:
+            return super()._sample(input_ids, *args, **kwargs)
+        return GenerateEncoderDecoderOutput(**found) if isinstance(found, dict) else found
+
+    def _search_plainly(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> torch.LongTensor | dict[str, Any] | None:
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, SharedPromptCache):
+            return None
+        length = input_ids.shape[1]
+        plan = SearchPlan.of(generation_config, length, logits_processor, stopping_criteria, synced_gpus, streamer)
+        if plan is None:
+            return None
+        sequences = search(
+            self.decoder,
+            cache,
+            plan,
+            input_ids,
+            model_kwargs["decoder_attention_mask"],
+            model_kwargs["decoder_position_ids"],
+            model_kwargs["encoder_outputs"].last_hidden_state.to(self.decoder.dtype),
+            model_kwargs.get("attention_mask"),
+        )
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return {"sequences": sequences, "past_key_values": cache}
+
     @torch.no_grad()
     def generate_with_scores(
         self, encoder_outputs: RecapEncoderOutput, prompts: Mapping[str, torch.Tensor], **kwargs: Any
@@ -107,8 +154,11 @@ class RecapGenerationMixin(GenerationMixin):
         generated = self.generate(encoder_outputs=encoder_outputs, **prompts, **kwargs)
         sequences = getattr(generated, "sequences", generated)
         # Of several returned sequences per clip the first is the best.
-        sequences = sequences[:: len(sequences) // len(encoder_outputs.last_hidden_state)]
+        best = slice(None, None, len(sequences) // len(encoder_outputs.last_hidden_state))
+        sequences = sequences[best]
         cache = getattr(generated, "past_key_values", None)
+        if isinstance(cache, SharedPromptCache) and cache.sequence_log_probs is not None:
+            return sequences, cache.sequence_log_probs[best].exp().tolist()
         return sequences, self.score_captions(encoder_outputs, sequences, prompts, cache)
 
     @torch.no_grad()

@@ -56,7 +56,7 @@ class CaptionExplanation:
         method (`str`): how the weights were measured; see [`RecapExplanationMixin.explain`].
         words (`list[WordExplanation]`): in order.
         retrieved (`list[dict]`): the captions of the prompt as the datastore returned them, each with a `weight`: the
-            mean of its weights over the words.
+            mean of its weights over the words that any caption speaks for; their sum is 1, or 0.
         time_edges_s (`np.ndarray` of shape `(bins + 1,)`): edges of the maps' bins in seconds of the recording.
         band_edges_hz (`np.ndarray` of shape `(bands + 1,)`): edges of the maps' bands.
         duration_s (`float`): length of the recording.
@@ -222,7 +222,8 @@ class RecapExplanationMixin:
         explained = [
             _explain_word(index, caption, word, result, grid, deaf, blind) for index, word in enumerate(words)
         ]
-        weights = np.mean([word.caption_weights for word in explained], axis=0) if explained else np.zeros(len(hits))
+        weights = np.sum([word.caption_weights for word in explained], axis=0) if explained else np.zeros(len(hits))
+        weights = weights / weights.sum() if weights.sum() > 0 else weights
         return CaptionExplanation(
             caption=caption,
             method=method,

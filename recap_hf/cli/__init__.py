@@ -17,6 +17,7 @@ from recap_hf.version import __version__
 # name: (module with `add_arguments(parser)` and `run(args) -> int`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "caption": ("recap_hf.cli.caption", "describe recordings in a sentence"),
+    "explain": ("recap_hf.cli.explain", "show where in a recording each word of its caption comes from"),
     "datastore": ("recap_hf.cli.datastore", "build, search and edit the captions to retrieve from"),
     "train": ("recap_hf.cli.train", "train a captioner on recordings and captions"),
     "bench-training": ("recap_hf.cli.bench_training", "time the training step beside the authors' way"),

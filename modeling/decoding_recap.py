@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import gelu, scaled_dot_product_attention
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 # Places for generated tokens are made in steps of this many, so that a cache seldom grows.
@@ -51,22 +52,18 @@ class SharedPromptCache(EncoderDecoderCache):
         """Whether the prompt has gone through the decoder."""
         return self.bias is not None
 
-    def fill(
-        self, prompt: EncoderDecoderCache, mask: torch.Tensor, encoder_mask: torch.Tensor | None, group_size: int
+    def open_prompt(
+        self, mask: torch.Tensor, encoder_mask: torch.Tensor | None, group_size: int, dtype: torch.dtype
     ) -> None:
-        """Takes over what a pass over the prompts has left, a row per clip.
+        """Makes room for the prompts.
 
         Args:
-            prompt (`EncoderDecoderCache`): keys and values of the prompts and of the encoder's states.
             mask (`torch.Tensor` of shape `(num_clips, prompt_length)`): 1 for tokens, 0 for padding.
             encoder_mask (`torch.Tensor` of shape `(num_clips, encoder_length)`, *optional*): the same of the states.
             group_size (`int`): beams or samples of a clip.
+            dtype (`torch.dtype`): of keys and values.
         """
-        layers = prompt.self_attention_cache.layers
-        self.keys, self.values = [layer.keys for layer in layers], [layer.values for layer in layers]
-        self.encoder = [(layer.keys, layer.values) for layer in prompt.cross_attention_cache.layers]
         self.prompt_length, self.group_size = mask.shape[1], group_size
-        dtype = self.keys[0].dtype
         self.bias = _bias(mask, dtype).expand(-1, -1, group_size, -1)
         self.encoder_bias = None
         if encoder_mask is not None and not bool(encoder_mask.all()):
@@ -157,21 +154,47 @@ def decode_with_shared_prompt(
         return decode_token(decoder, cache, input_ids[:, -1], position_ids[:, -1]).unsqueeze(1)
     group_size = len(input_ids) // cache.num_clips
     first = slice(None, None, group_size)
-    mask = None if encoder_attention_mask is None else encoder_attention_mask[first]
-    prompt = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    output = decoder(
-        input_ids=input_ids[first],
-        attention_mask=decoder_attention_mask[first],
-        position_ids=position_ids[first],
-        encoder_hidden_states=encoder_hidden_states[first].contiguous(),
-        encoder_attention_mask=mask,
-        past_key_values=prompt,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache.fill(prompt, decoder_attention_mask[first], mask, group_size)
-    cache.prompt_logits = output.logits
-    return output.logits.repeat_interleave(group_size, dim=0)
+    encoder_mask = None if encoder_attention_mask is None else encoder_attention_mask[first]
+    mask, states = decoder_attention_mask[first], encoder_hidden_states[first].contiguous()
+    cache.open_prompt(mask, encoder_mask, group_size, states.dtype)
+    cache.prompt_logits = _decode_prompt(decoder, cache, input_ids[first], position_ids[first], mask, states)
+    return cache.prompt_logits.repeat_interleave(group_size, dim=0)
+
+
+def _decode_prompt(
+    decoder: Any,
+    cache: SharedPromptCache,
+    input_ids: torch.LongTensor,
+    position_ids: torch.LongTensor,
+    mask: torch.Tensor,
+    states: torch.Tensor,
+) -> torch.Tensor:
+    """The prompts, a row per clip -> logits `(num_clips, 1, vocab_size)` after their last token."""
+    transformer = decoder.transformer
+    length = input_ids.shape[1]
+    bias = None
+    if not bool(mask.all()):
+        future = torch.full((length, length), torch.finfo(states.dtype).min, dtype=states.dtype, device=states.device)
+        bias = torch.minimum(future.triu(diagonal=1), _bias(mask, states.dtype))
+    hidden = transformer.wte(input_ids) + transformer.wpe(position_ids)
+    for layer_idx, block in enumerate(transformer.h):
+        query, key, value = _split_heads(block.attn, block.attn.c_attn(block.ln_1(hidden)))
+        cache.keys.append(key)
+        cache.values.append(value)
+        causal = bias is None
+        if layer_idx == len(transformer.h) - 1:
+            # Of the last layer's output only the last position is asked for; it sees all before it.
+            hidden, query, causal = hidden[:, -1:], query[:, :, -1:], False
+            bias = None if bias is None else bias[:, :, -1:]
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, is_causal=causal, scale=block.attn.scaling
+        )
+        hidden = hidden + block.attn.c_proj(output.transpose(1, 2).flatten(2))
+        cross = block.crossattention
+        cache.encoder.append(_split_heads(cross, cross.c_attn(states)))
+        hidden = hidden + _cross_attention(cross, block.ln_cross_attn(hidden), cache, layer_idx)
+        hidden = hidden + _feed_forward(block.mlp, block.ln_2(hidden))
+    return decoder.lm_head(transformer.ln_f(hidden))
 
 
 def decode_token(
@@ -180,20 +203,26 @@ def decode_token(
     """One token of each beam, `(rows,)` -> logits `(rows, vocab_size)`, through the decoder's own layers."""
     transformer = decoder.transformer
     places = cache.open_token()
-    hidden = transformer.wte(input_ids) + transformer.wpe(position_ids)
+    # The beams of a clip are the queries of one attention: (B, group, width).
+    tokens = transformer.wte(input_ids) + transformer.wpe(position_ids)
+    hidden = tokens.view(-1, cache.group_size, tokens.shape[1])
     for layer_idx, block in enumerate(transformer.h):
         hidden = hidden + _self_attention(block.attn, block.ln_1(hidden), cache, layer_idx, places)
         hidden = hidden + _cross_attention(block.crossattention, block.ln_cross_attn(hidden), cache, layer_idx)
-        hidden = hidden + block.mlp(block.ln_2(hidden))
-    return decoder.lm_head(transformer.ln_f(hidden))
+        hidden = hidden + _feed_forward(block.mlp, block.ln_2(hidden))
+    return decoder.lm_head(transformer.ln_f(hidden)).flatten(0, 1)
+
+
+def _split_heads(layer: Any, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(B, length, n * heads * head_dim) -> n times (B, heads, length, head_dim)."""
+    parts = projected.view(*projected.shape[:2], -1, layer.num_heads, layer.head_dim)
+    return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _self_attention(
     layer: Any, hidden: torch.Tensor, cache: SharedPromptCache, layer_idx: int, places: slice
 ) -> torch.Tensor:
-    # The beams of a clip are the queries of one attention: (B, heads, group, head_dim) each.
-    split = layer.c_attn(hidden).view(-1, cache.group_size, 3, layer.num_heads, layer.head_dim)
-    query, key, value = split.permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = _split_heads(layer, layer.c_attn(hidden))
     keys, values = cache.keys[layer_idx], cache.values[layer_idx]
     keys[:, :, places] = key
     values[:, :, places] = value
@@ -201,14 +230,21 @@ def _self_attention(
     output = scaled_dot_product_attention(
         query, keys[:, :, seen], values[:, :, seen], attn_mask=cache.bias[..., seen], scale=layer.scaling
     )
-    return layer.c_proj(output.transpose(1, 2).reshape(len(hidden), -1))
+    return layer.c_proj(output.transpose(1, 2).flatten(2))
 
 
 def _cross_attention(layer: Any, hidden: torch.Tensor, cache: SharedPromptCache, layer_idx: int) -> torch.Tensor:
     keys, values = cache.encoder[layer_idx]
-    query = layer.q_attn(hidden).view(-1, cache.group_size, layer.num_heads, layer.head_dim).transpose(1, 2)
+    (query,) = _split_heads(layer, layer.q_attn(hidden))
     output = scaled_dot_product_attention(query, keys, values, attn_mask=cache.encoder_bias, scale=layer.scaling)
-    return layer.c_proj(output.transpose(1, 2).reshape(len(hidden), -1))
+    return layer.c_proj(output.transpose(1, 2).flatten(2))
+
+
+def _feed_forward(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    inner = layer.c_fc(hidden)
+    # GPT-2's activation written out is eight passes over the widest tensor there is; torch has it as one.
+    inner = gelu(inner, approximate="tanh") if isinstance(layer.act, NewGELUActivation) else layer.act(inner)
+    return layer.c_proj(inner)
 
 
 def can_share_prompt(model: Any, generation_config: Any, kwargs: dict[str, Any]) -> bool:

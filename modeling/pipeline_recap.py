@@ -41,11 +41,11 @@ class AudioCaptioningPipeline(Pipeline):
     `score` is the exponential of the mean log-probability of the caption's tokens. A recording that holds nothing
     above the smallest step of 16-bit audio is captioned "silence" without asking the model.
 
-    With `return_timestamps=True` a recording of any length is read as it is needed and becomes a timeline: `"segments"`
-    has `{"start", "end", "caption", "score", "retrieved"}` of each, in seconds; `"caption"`, `"score"`, `"retrieved"`,
-    `"duration"` and `"sounds"` are those of [`TimelineSummary`]. `batch_size` then counts segments. `timeline` takes
-    the fields of [`TimelineSettings`] as a dictionary. To have segments while the recording is read, see
-    [`caption_timeline`].
+    With `return_timestamps=True` a recording of any length is read as it is needed and becomes a timeline:
+    `"segments"` has `{"start", "end", "caption", "score", "retrieved"}` of each, in seconds; `"caption"`, `"score"`,
+    `"retrieved"`, `"duration"` and `"sounds"` are those of [`TimelineSummary`]. `batch_size` then counts segments.
+    `timeline` takes the fields of [`TimelineSettings`] as a dictionary. To have segments while the recording is read,
+    see [`caption_timeline`].
 
     Example:
         >>> import recap_hf

@@ -62,8 +62,7 @@ def caption_timeline(
     """Captions a recording of any length, segment by segment, in constant memory.
 
     Args:
-        captioner ([`AudioCaptioningPipeline`]): its model, processor and parameters (`AudioCaptioningPipeline(model=...,
-            processor=...)` makes one of a model and a processor).
+        captioner ([`AudioCaptioningPipeline`]): `AudioCaptioningPipeline(model=..., processor=...)`.
         source: all that [`AudioStream`] reads: a path, a URL, bytes, `{"array", "sampling_rate"}`, a waveform at the
             feature extractor's rate, or an [`AudioStream`] itself.
         settings ([`TimelineSettings`], *optional*)

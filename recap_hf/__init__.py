@@ -15,6 +15,7 @@ from recap_hf.version import __version__
 if TYPE_CHECKING:
     from recap_hf.assets import default_model_path, examples_path
     from recap_hf.modeling.audio_recap import load_audio
+    from recap_hf.modeling.audio_stream_recap import AudioStream
     from recap_hf.modeling.captions_recap import open_datastore, read_captions
     from recap_hf.modeling.configuration_recap import RecapConfig
     from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     from recap_hf.modeling.processing_recap import RecapProcessor
     from recap_hf.modeling.prompt_recap import PROMPT_PRESETS, PromptTemplate
     from recap_hf.modeling.retrieval_recap import CaptionDatastore
+    from recap_hf.modeling.timeline_recap import TimelineSettings, TimelineSummary, caption_timeline
 
 _MODULES = {
     "AudioCaptioningPipeline": "recap_hf.modeling.pipeline_recap",
+    "AudioStream": "recap_hf.modeling.audio_stream_recap",
     "CaptionDatastore": "recap_hf.modeling.retrieval_recap",
     "PROMPT_PRESETS": "recap_hf.modeling.prompt_recap",
     "PromptTemplate": "recap_hf.modeling.prompt_recap",
@@ -35,6 +38,9 @@ _MODULES = {
     "RecapFeatureExtractor": "recap_hf.modeling.feature_extraction_recap",
     "RecapForConditionalGeneration": "recap_hf.modeling.modeling_recap",
     "RecapProcessor": "recap_hf.modeling.processing_recap",
+    "TimelineSettings": "recap_hf.modeling.timeline_recap",
+    "TimelineSummary": "recap_hf.modeling.timeline_recap",
+    "caption_timeline": "recap_hf.modeling.timeline_recap",
     "default_model_path": "recap_hf.assets",
     "examples_path": "recap_hf.assets",
     "load_audio": "recap_hf.modeling.audio_recap",
@@ -45,6 +51,7 @@ _MODULES = {
 __all__ = [
     "PROMPT_PRESETS",
     "AudioCaptioningPipeline",
+    "AudioStream",
     "CaptionDatastore",
     "PromptTemplate",
     "RecapConfig",
@@ -52,7 +59,10 @@ __all__ = [
     "RecapFeatureExtractor",
     "RecapForConditionalGeneration",
     "RecapProcessor",
+    "TimelineSettings",
+    "TimelineSummary",
     "__version__",
+    "caption_timeline",
     "default_model_path",
     "examples_path",
     "load_audio",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -32,7 +33,7 @@ def test_a_timeline_is_plain_python_without_gaps(captioner, recording):
     assert result["duration"] == 10.0
     segments = result["segments"]
     assert (segments[0]["start"], segments[-1]["end"]) == (0.0, 10.0)
-    for before, after in zip(segments, segments[1:], strict=False):
+    for before, after in itertools.pairwise(segments):
         assert before["end"] == after["start"]
     assert all(set(segment) == {"start", "end", "caption", "score", "retrieved"} for segment in segments)
     silent = [segment for segment in segments if segment["caption"] == "silence"]

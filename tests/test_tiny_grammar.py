@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recap_hf.tiny.datastore import datastore_scenes
-from recap_hf.tiny.grammar import Caption, Part, Scene, compatible, contradict, invented_sound, render
+from recap_hf.tiny.grammar import Caption, Part, Scene, answer, compatible, contradict, invented_sound, render
 from recap_hf.tiny.lexicon import COUNTABLE, HEARD, SPECIAL, other_sounds, phrases, vocabulary_sounds
 from recap_hf.tiny.naming import NamingRules
 
@@ -94,6 +94,29 @@ def test_a_contradiction_is_never_true_when_everything_is_said():
     ):
         for _ in range(200):
             assert not compatible(render(contradict(scene, rng, tuple(HEARD)), rng, 1.0, 1.0), scene)
+
+
+def test_an_answer_speaks_with_the_words_of_its_prompt():
+    dog, rain = Part("dog_bark"), Part("rain")
+    captions = ["steady rainfall and a violin", "a barking dog", "rain, then a dog barking"]
+    # Overlapping sounds come in the order of the prompt, and each in the words that it has there first.
+    assert answer(Scene((dog, rain)), captions) == "steady rainfall and a barking dog"
+    assert answer(Scene((dog, rain), "sequence"), captions) == "a barking dog followed by steady rainfall"
+    assert answer(Scene((rain,)), ["Raindrops falling"]) == "raindrops falling"
+    # Without a prompt the first phrase of the lexicon, in the order of the scene.
+    assert answer(Scene((dog, rain)), []) == "a dog barking and rain falling"
+    three = Scene((Part("cello"), dog, rain))
+    assert answer(three, ["rain"]) == "rain, a cello playing and a dog barking"
+
+
+def test_an_answer_says_every_attribute_and_a_count_only_of_bursts():
+    far_dog = Part("dog_bark", frozenset({"far", "twice"}))
+    assert answer(Scene((far_dog,)), ["a barking dog"]) == "a dog barking twice in the distance"
+    assert answer(Scene((Part("rain", frozenset({"twice"})),)), ["rain"]) == "rain"
+    behind = Scene((Part("rain", frozenset({"background"})), Part("cello")))
+    assert answer(behind, ["rain falling and a cello"]) == "a cello and rain falling in the background"
+    invented = Part("troob", phrases=("a troob flaining", "the flaining of a troob"))
+    assert answer(Scene((invented,)), ["the flaining of a troob"]) == "the flaining of a troob"
 
 
 def test_datastore_texts_are_unique_and_complete():

@@ -61,6 +61,16 @@ def test_schedule():
     assert learning_rate(999, config) < 1e-4
 
 
+def test_schedule_of_several_cycles():
+    alone = TrainConfig(steps=1000, learning_rate=1.0, warmup_steps=100, decay=0.4)
+    longer = TrainConfig(steps=1500, learning_rate=1.0, warmup_steps=100, decay=0.4, cycles=(1000,))
+    assert all(learning_rate(step, longer) == learning_rate(step, alone) for step in range(1000))
+    # The second cycle: 500 steps, half as high, falling over its last 200.
+    assert learning_rate(1000, longer) == pytest.approx(0.005)
+    assert learning_rate(1099, longer) == learning_rate(1299, longer) == 0.5
+    assert learning_rate(1400, longer) == pytest.approx(0.25)
+
+
 def _toy(tmp_path, name, parts, steps=30):
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 1))

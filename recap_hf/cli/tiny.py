@@ -17,7 +17,7 @@ _STAGES = {
     "transfer": "hold every event out of the captioner's training once, and give it back in the datastore",
     "examples": "synthesise the example recordings",
 }
-_STEPS = {"clap": 3600, "language-model": 1800, "captioner": 500}
+_STEPS = {"clap": 5100, "language-model": 1800, "captioner": 500}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,21 +15,28 @@ import torch
 
 from .clap import audio_batch
 from .datastore import datastore_scenes
-from .grammar import Part, Scene, invented_sound, render
+from .grammar import Part, Scene, answer, invented_sound, render
+from .language_model import LanguageModelRecipe, draw_prompt
 from .lexicon import HEARD, other_sounds
 from .mixtures import MixtureConfig, draw_example
 from .sounds import SoundBank
-from .trainer import TrainConfig, is_main_process, train
+from .trainer import TrainConfig, is_main_process, process_rank, train
 
 if TYPE_CHECKING:
     from recap_hf import CaptionDatastore, RecapForConditionalGeneration, RecapProcessor
+
+# Prompts about sounds that only the vocabulary knows: an ear that recognises nothing leaves the word to its datastore.
+FOREIGN_PROMPTS = LanguageModelRecipe(heard_share=0.0, verbatim_share=0.0)
 
 __all__ = ["CaptionerRecipe", "assemble", "save_recap_tiny", "train_captioner"]
 
 
 @dataclass(frozen=True)
 class CaptionerRecipe:
-    """Sizes and shares of the training of the cross-attention; batches are those of one process.
+    """Sizes and shares of the training of the cross-attention; pool and batches are those of one process.
+
+    `query_noise` is the length of the random vector that is added to an audio embedding before its captions are looked
+    up: the encoder knows the recordings of this training, and would retrieve better than it ever will again.
 
     `mixed` is the share of captions of several events that the datastore keeps: with more of them the first caption
     of a mixture is more often exact, and that of a single clip more often names something besides.
@@ -38,11 +45,13 @@ class CaptionerRecipe:
     cross_attention_reduce_factor: int = 2
     num_retrieved: int = 4
     mixed: float = 0.5
-    pool: int = 2400
+    pool: int = 4000
     batch_size: int = 16
     depth: tuple[int, int] = (4, 40)
+    query_noise: float = 0.0
     hidden_share: float = 0.1
-    renamed_share: float = 0.1
+    renamed_share: float = 0.3
+    foreign_share: float = 0.015
     promptless_share: float = 0.15
     bfloat16: bool = True
     mixtures: MixtureConfig = field(default_factory=MixtureConfig)
@@ -102,7 +111,7 @@ def _encode_pool(
 ) -> _Pool:
     states, scenes, embeds = [], [], []
     for start in range(0, recipe.pool, 64):
-        rng = np.random.default_rng([seed, 0x9001, start])
+        rng = np.random.default_rng([seed, 0x9001, start, process_rank()])
         examples = [
             draw_example(bank, folds, rng, recipe.mixtures, events) for _ in range(min(64, recipe.pool - start))
         ]
@@ -111,18 +120,26 @@ def _encode_pool(
         states.append(encoding.last_hidden_state.to(torch.bfloat16))
         embeds.append(encoding.audio_embeds[:, 0].float().numpy())
         scenes += [example.scene for example in examples]
-    similarity = np.concatenate(embeds) @ np.asarray(store.embeddings).T
+    queries = np.concatenate(embeds)
+    noise = np.random.default_rng([seed, 0x901E, process_rank()]).standard_normal(queries.shape)
+    queries = queries + recipe.query_noise * noise / np.sqrt(queries.shape[1])
+    similarity = queries @ np.asarray(store.embeddings, dtype=np.float32).T
     rows = np.argsort(-similarity, axis=1, kind="stable")[:, : recipe.depth[1] + 1]
     return _Pool(torch.cat(states), scenes, rows)
 
 
-def _renaming(rng: np.random.Generator) -> dict[str, Part]:
-    """Every event under the name of a sound that is not heard, or under an invented one."""
+def _renaming(keys: list[str], rng: np.random.Generator) -> dict[str, Part]:
+    """Some of the events under the name of a sound that is not heard, or under an invented one.
+
+    Beside sounds that keep their names, as in a datastore that somebody has added sounds of their own to: what the ear
+    has no word for can only be the sound with the unknown name.
+    """
     names = list(other_sounds())
-    chosen = rng.choice(len(names), size=len(HEARD), replace=False)
+    renamed = [key for key in keys if key in HEARD and rng.random() < 0.6]
+    chosen = rng.choice(len(names), size=len(renamed), replace=False)
     return {
         key: invented_sound(rng) if rng.random() < 0.3 else Part(names[index])
-        for key, index in zip(HEARD, chosen, strict=True)
+        for key, index in zip(renamed, chosen, strict=True)
     }
 
 
@@ -137,30 +154,42 @@ class _Batches:
     def __init__(self, model, processor, pool: _Pool, captions: list[tuple[str, Scene]], recipe: CaptionerRecipe):
         self.model, self.processor, self.pool = model, processor, pool
         self.captions, self.recipe = captions, recipe
+        # Among sounds that are not recognised, so many that the share of all examples is the recipe's.
+        unknown = np.mean(["unknown" in scene.keys for scene in pool.scenes])
+        self.foreign_share = recipe.foreign_share / unknown if unknown else 0.0
 
-    def _prompt(self, row: int, target: str, names: dict[str, Part] | None, rng: np.random.Generator) -> list[str]:
+    def _hits(self, row: int, rng: np.random.Generator) -> list[tuple[str, Scene]]:
+        """Some of the captions nearest to an example, none where audio alone is to speak."""
         recipe = self.recipe
         if rng.random() < recipe.promptless_share:
             return []
         depth = int(rng.integers(recipe.depth[0], recipe.depth[1] + 1))
-        near = [int(index) for index in self.pool.rows[row] if self.captions[index][0] != target][:depth]
+        near = self.pool.rows[row][:depth]
         chosen = sorted(rng.choice(len(near), size=min(recipe.num_retrieved, len(near)), replace=False))
-        hits = [self.captions[near[index]] for index in chosen]
-        if names is None:
-            return [text for text, _ in hits]
-        return [render(_rename(scene, names), rng, 1.0, 1.0).text for _, scene in hits]
+        return [self.captions[near[index]] for index in chosen]
+
+    def _example(self, row: int, rng: np.random.Generator) -> tuple[list[str], str]:
+        """The captions of a prompt and the answer to it."""
+        scene = self.pool.scenes[row]
+        if "unknown" in scene.keys and rng.random() < self.foreign_share:
+            return draw_prompt(rng, FOREIGN_PROMPTS)
+        hits = self._hits(row, rng)
+        captions = [text for text, _ in hits]
+        if hits and rng.random() < self.recipe.renamed_share:
+            keys = sorted(scene.keys.union(*(hit.keys for _, hit in hits)))
+            names = _renaming(keys, rng)
+            scene = _rename(scene, names)
+            captions = [
+                render(_rename(hit, names), rng, 1.0, 1.0).text if hit.keys & set(names) else text
+                for text, hit in hits
+            ]
+        return captions, answer(scene, captions)
 
     def __call__(self, rng: np.random.Generator, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         recipe, pool = self.recipe, self.pool
         rows = rng.integers(len(pool.scenes), size=recipe.batch_size)
-        prompts, targets = [], []
-        for row in rows:
-            names = _renaming(rng) if rng.random() < recipe.renamed_share else None
-            scene = pool.scenes[row] if names is None else _rename(pool.scenes[row], names)
-            target = render(scene, rng).text
-            prompts.append(self._prompt(row, target, names, rng))
-            targets.append(target)
-        inputs = self.processor.build_training_inputs(prompts, targets)
+        prompts, targets = zip(*(self._example(row, rng) for row in rows), strict=True)
+        inputs = self.processor.build_training_inputs(list(prompts), list(targets))
         states = pool.states[torch.from_numpy(rows)].float()
         hidden = torch.from_numpy(rng.random(len(rows)) < recipe.hidden_share)
         states[hidden] = 0.0

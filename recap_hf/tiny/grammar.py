@@ -2,7 +2,8 @@
 
 A `Scene` is the truth of a mixture: its sounds in order of their onsets, whether they overlap or follow one another,
 and for each sound the attributes that the synthesis caused. `render` words a scene; it may leave attributes and order
-unsaid, but never says what is not in the scene.
+unsaid, but never says what is not in the scene. `answer` words it in the one way that the captioner is taught: with
+the words of its prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ import numpy as np
 
 from .lexicon import COUNTABLE, phrases
 
-__all__ = ["ATTRIBUTES", "Caption", "Part", "Scene", "compatible", "contradict", "invented_sound", "render"]
+__all__ = [
+    "ATTRIBUTES",
+    "Caption",
+    "Part",
+    "Scene",
+    "answer",
+    "compatible",
+    "contradict",
+    "invented_sound",
+    "render",
+]
 
 # far: low-passed, smeared along time and attenuated.  background: at least 9 dB below the loudest sound of an overlap.
 # once, twice, repeatedly: a burst cut from its clip and placed one, two or at least four times.
@@ -131,6 +142,45 @@ def render(scene: Scene, rng: np.random.Generator, detail: float = 0.6, say_orde
     # What is in the background is said last, as people do.
     texts.sort(key=lambda text: text.endswith("in the background"))
     return Caption(_join_overlap(texts, rng), scene.keys, None, claims)
+
+
+def _quoted(part: Part, said: list[str], captions: list[str]) -> tuple[str, tuple[int, int]]:
+    """The words of a part in the first caption that has any (else its first phrase), and where they stand."""
+    choices = part.phrases or phrases(part.key)
+    if any(name in _COUNTS for name in said):
+        choices = COUNTABLE[part.key]
+    for index, caption in enumerate(captions):
+        found = [phrase for phrase in choices if phrase in caption.lower()]
+        if found:
+            phrase = max(found, key=len)
+            return phrase, (index, caption.lower().find(phrase))
+    return choices[0], (len(captions), 0)
+
+
+def answer(scene: Scene, captions: list[str]) -> str:
+    """The caption of a scene after a prompt of `captions`: all that the scene holds, in the words of the prompt.
+
+    One wording for each scene and prompt, without a choice: where several were right, each would have only a share of
+    the probability, and the end of the caption would win against a second sound that is said in many ways. Sounds that
+    follow one another are joined by "followed by", others by "and" in the order of the prompt.
+
+    Args:
+        scene: The truth.
+        captions: The retrieved captions, most similar first; none when audio alone is to speak.
+    """
+    worded = []
+    for part in scene.parts:
+        said = [name for name in ATTRIBUTES if name in part.attributes]
+        if part.key not in COUNTABLE:
+            said = [name for name in said if name not in _COUNTS]
+        phrase, place = _quoted(part, said, captions)
+        said.sort(key=lambda name: name not in _COUNTS)
+        text = " ".join([phrase, *(_ATTRIBUTE_WORDS[name][0] for name in said)])
+        worded.append(("background" in said, place, text))
+    if scene.order is not None:
+        return " followed by ".join(text for _, _, text in worded)
+    texts = [text for _, _, text in sorted(worded, key=lambda item: item[:2])]
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 
 
 def contradict(scene: Scene, rng: np.random.Generator, keys: tuple[str, ...]) -> Scene:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from recap_hf.modeling.prompt_recap import PAPER_PROMPT
 
-from .grammar import Part, Scene, contradict, invented_sound, render
+from .grammar import Part, Scene, answer, invented_sound, render
 from .lexicon import HEARD, SPECIAL, vocabulary_sounds
 from .tokenization import draw_text_scene
 from .trainer import TrainConfig, is_main_process, train
@@ -79,16 +79,31 @@ def _heard_scene(rng: np.random.Generator) -> Scene:
     return Scene(parts, scene.relation)
 
 
-def _near_scene(scene: Scene, rng: np.random.Generator, invented: bool) -> Scene:
-    """What retrieval returns when it errs: a contradiction of the scene, or one of its sounds alone."""
-    if len(scene.parts) > 1 and rng.random() < 0.6:
-        return Scene((scene.parts[rng.integers(len(scene.parts))],))
-    wrong = contradict(scene, rng, vocabulary_sounds() if invented else tuple(HEARD))
+def _confused_with(scene: Scene, rng: np.random.Generator, invented: bool) -> Part:
+    """The sound that retrieval takes one of the scene's for."""
     if invented and rng.random() < 0.5:
-        new = invented_sound(rng)
-        parts = tuple(new if part.key not in scene.keys else part for part in wrong.parts)
-        return Scene(parts, wrong.relation)
-    return wrong
+        return invented_sound(rng)
+    keys = [key for key in (vocabulary_sounds() if invented else tuple(HEARD)) if key not in scene.keys]
+    return Part(keys[rng.integers(len(keys))])
+
+
+def _near_scene(scene: Scene, confusion: Part, rng: np.random.Generator, invented: bool) -> Scene:
+    """What retrieval returns when it errs: a sound too few, too many or another one, or another order.
+
+    Retrieval errs the same way again and again, so most wrong captions of a prompt share one confusion.
+    """
+    other = confusion if rng.random() < 0.6 else _confused_with(scene, rng, invented)
+    parts = list(scene.parts)
+    kind = rng.random()
+    if len(parts) > 1 and kind < 0.25:
+        return Scene((parts[rng.integers(len(parts))],))
+    if len(parts) > 1 and kind < 0.33:
+        return Scene(tuple(reversed(parts)), "sequence")
+    if kind < (0.65, 0.45, 0.0)[len(parts) - 1]:
+        parts.insert(int(rng.integers(len(parts) + 1)), other)
+    else:
+        parts[rng.integers(len(parts))] = other
+    return Scene(tuple(parts), "sequence" if len(parts) > 1 and rng.random() < 0.4 else "overlap")
 
 
 def _verbatim(rng: np.random.Generator) -> tuple[list[str], str]:
@@ -113,19 +128,20 @@ def draw_prompt(rng: np.random.Generator, recipe: LanguageModelRecipe) -> tuple[
         return _verbatim(rng)
     heard = rng.random() < recipe.heard_share
     scene = _heard_scene(rng) if heard else draw_text_scene(rng, invented=recipe.invented_share)
-    quality = rng.beta(2.5, 1.2)
+    confusion = _confused_with(scene, rng, not heard)
+    quality = rng.beta(1.4, 1.2)
     # Four captions mostly, as the model will be used; none when audio alone is to speak.
     count = 4 if rng.random() < 0.75 else int(rng.integers(0, 7))
     captions: list[str] = []
     for rank in range(count):
-        right = rng.random() < quality * 0.92**rank
-        source = scene if right else _near_scene(scene, rng, not heard)
+        right = rng.random() < quality * 0.95**rank
+        source = scene if right else _near_scene(scene, confusion, rng, not heard)
         for _ in range(4):
             text = render(source, rng, 0.5).text
             if text not in captions:
                 captions.append(text)
                 break
-    return captions, render(scene, rng, 0.6).text
+    return captions, answer(scene, captions)
 
 
 class _Batches:

@@ -13,6 +13,8 @@ __all__ = ["Recipe"]
 
 _LEARNING_RATES = {"clap": 1e-3, "language-model": 1.5e-3, "captioner": 3e-3}
 _WARMUP_STEPS = {"captioner": 10}
+# The learning rate of the CLAP started again once, after this many steps.
+_CYCLES = {"clap": (3600,)}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Recipe:
 
         rate = learning_rate or _LEARNING_RATES.get(stage, 0.0)
         warmup = _WARMUP_STEPS.get(stage, 100)
-        config = TrainConfig(steps=steps, learning_rate=rate, warmup_steps=warmup, seed=self.seed)
+        # A shorter run has one cycle.
+        cycles = tuple(length for length in _CYCLES.get(stage, ()) if length < steps)
+        config = TrainConfig(steps, rate, warmup_steps=warmup, cycles=cycles, seed=self.seed)
         folder = self.work_dir / stage
         if stage == "tokenizers":
             from .tokenization import train_tokenizers

@@ -22,12 +22,15 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TrainConfig", "is_main_process", "learning_rate", "train"]
+__all__ = ["TrainConfig", "is_main_process", "learning_rate", "process_rank", "train"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of one run. A checkpoint resumes under the same ones; `steps` may change until the decay begins.
+
+    `cycles` are the lengths of earlier cycles of the learning rate: after each it starts again, at half its height
+    (Loshchilov and Hutter, "SGDR", ICLR 2017), so that a finished run can be made longer. `steps` counts them all.
 
     With `average` above 1 the result is the mean of the weights of so many last checkpoints, `save_every` apart: what
     a longer decay would give, for a run that is stopped before its end (Izmailov et al., "Averaging Weights Leads to
@@ -37,6 +40,7 @@ class TrainConfig:
     steps: int
     learning_rate: float
     warmup_steps: int = 100
+    cycles: tuple[int, ...] = ()
     decay: float = 0.35
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
@@ -48,23 +52,39 @@ class TrainConfig:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, a constant phase, and half a cosine to zero over the last `decay` of the steps.
+    """Linear warm-up, a constant phase, and half a cosine to zero over the last `decay` of a cycle's steps.
 
     The constant phase does not depend on the number of steps: a run may be made longer or shorter while it lasts.
     """
-    start = _decay_start(config)
-    if step >= start:
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - start) / max(1, config.steps - start)))
-    return config.learning_rate * min(1.0, (step + 1) / config.warmup_steps)
+    begin, peak = 0, config.learning_rate
+    for length in config.cycles:
+        if step < begin + length:
+            return peak * _height(step - begin, length, config)
+        begin, peak = begin + length, config.learning_rate / 2
+    return peak * _height(step - begin, config.steps - begin, config)
+
+
+def _height(step: int, length: int, config: TrainConfig) -> float:
+    """Share of the peak at a step of a cycle of `length` steps."""
+    falling = round(length * config.decay)
+    if step >= length - falling:
+        return 0.5 * (1 + math.cos(math.pi * (step - length + falling) / max(1, falling)))
+    return min(1.0, (step + 1) / config.warmup_steps)
 
 
 def _decay_start(config: TrainConfig) -> int:
-    return config.steps - round(config.steps * config.decay)
+    """Where the learning rate of the last cycle begins to fall."""
+    return config.steps - round((config.steps - sum(config.cycles)) * config.decay)
 
 
 def is_main_process() -> bool:
     """Whether this is the only process or the first one of `torchrun`."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return process_rank() == 0
+
+
+def process_rank() -> int:
+    """Number of this process among those of `torchrun`, 0 where it is the only one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _join_processes() -> tuple[int, int]:

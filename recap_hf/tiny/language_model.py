@@ -156,8 +156,8 @@ class _Batches:
         ids = torch.full((len(drawn), length), self.tokenizer.eos_token_id)
         weights = torch.zeros(len(drawn), length)
         mask = torch.zeros_like(ids)
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            tokens = [*prompt, *answer, self.tokenizer.eos_token_id]
+        for row, (prompt, caption) in enumerate(zip(prompts, answers, strict=True)):
+            tokens = [*prompt, *caption, self.tokenizer.eos_token_id]
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
             weights[row, : len(prompt)] = self.recipe.prompt_weight

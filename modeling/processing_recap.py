@@ -126,7 +126,8 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
     @datastore.setter
     def datastore(self, datastore: CaptionDatastore | None) -> None:
         # By name: the class exists once more where the code has travelled with a checkpoint.
-        if datastore is not None and type(datastore).__name__ != CaptionDatastore.__name__:
+        names = {each.__name__ for each in type(datastore).__mro__}
+        if datastore is not None and CaptionDatastore.__name__ not in names:
             raise TypeError(
                 f"`datastore` must be a CaptionDatastore, got {type(datastore).__name__}. Build one with "
                 "CaptionDatastore.from_captions or load one with CaptionDatastore.from_pretrained."

@@ -116,7 +116,7 @@ class CaptionDatastore(HubPushMixin):
     def _reset(self, files: OpenedFiles | None, index: SearchIndex | None = None) -> None:
         self._files = files
         self._index = index
-        self._texts: list[str] | None = None
+        self._texts: dict[int, str] = {}
         self._rows_of_clip: dict[str, list[int]] | None = None
 
     # ---------------------------------------------------------- construction
@@ -299,12 +299,12 @@ class CaptionDatastore(HubPushMixin):
         return set(rows), excluded_texts | {self._text(row) for row in rows}
 
     def _text(self, row: int) -> str:
-        if self._texts is None:
-            self._texts = [""] * len(self)
-        if not self._texts[row]:
+        text = self._texts.get(row)
+        if text is None:
             # Folded on first use: a store of a million captions must not be folded to answer one query.
-            self._texts[row] = normalize_text(self.records[row]["caption"]) or self.records[row]["caption"]
-        return self._texts[row]
+            caption = self.records[row]["caption"]
+            text = self._texts[row] = normalize_text(caption) or caption
+        return text
 
     def _nearest(
         self, queries: np.ndarray, k: int, excluded: Sequence[tuple[set[int], set[str]]]
@@ -456,7 +456,8 @@ class CaptionDatastore(HubPushMixin):
         """Loads a datastore from a folder or from the Hub.
 
         Args:
-            name_or_path (`str` or path): a folder with a `datastore.json`, or a Hub id.
+            name_or_path (`str` or path): a folder with a `datastore.json`, a Hub id, or a collection of Milvus:
+                `milvus:captions.db#captions`, `milvus://host:19530#captions` (see [`MilvusCaptionDatastore`]).
             subfolder (`str`, *optional*): the folder inside.
             repo_type (`str`, *optional*): kind of Hub repository, `"dataset"` or `"model"` for the datastore inside
                 a checkpoint. By default the first that there is.
@@ -469,6 +470,10 @@ class CaptionDatastore(HubPushMixin):
         Raises:
             `OSError`: if there is no datastore. `ValueError`: if it is damaged, tampered with or of a newer format.
         """
+        if str(name_or_path).startswith("milvus:"):
+            from .datastore_milvus_recap import MilvusCaptionDatastore
+
+            return MilvusCaptionDatastore.from_pretrained(name_or_path, **hub_kwargs)
         folder = Path(name_or_path, subfolder)
         if not Path(name_or_path).is_dir():
             folder = fetch_datastore(str(name_or_path), repo_type=repo_type, subfolder=subfolder, **hub_kwargs)

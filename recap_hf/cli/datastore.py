@@ -27,7 +27,7 @@ def _action(actions: Any, name: str, function: Any, text: str, folder: bool = Tr
     parser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(action_function=function)
     if folder:
-        parser.add_argument("folder", metavar="DIR", help="folder of the datastore")
+        parser.add_argument("folder", metavar="DIR", help="folder of the datastore, or milvus:URI#COLLECTION")
     return parser
 
 
@@ -127,9 +127,26 @@ def _add_index(actions: Any) -> None:
 
 
 def _add_export(actions: Any) -> None:
-    parser = _action(actions, "export", _export, "write the captions as a file")
-    parser.add_argument("file", metavar="FILE", help=".jsonl, .json, .csv, .txt or .parquet")
+    parser = _action(actions, "export", _export, "write the captions as a file, or copy them into a vector database")
+    parser.add_argument("file", nargs="?", metavar="FILE", help=".jsonl, .json, .csv, .txt or .parquet")
     parser.add_argument("--embeddings", metavar="FILE", help=".npy file for the embeddings")
+    group = parser.add_argument_group("vector database, instead of a file")
+    group.add_argument("--to", choices=("milvus",), help="which")
+    group.add_argument("--uri", metavar="URI", help="captions.db for Milvus Lite, http://HOST:PORT for a cluster")
+    group.add_argument("--collection", default="captions", help="its name there (default: %(default)s)")
+    group.add_argument(
+        "--kind", default="HNSW", help="index of Milvus: HNSW, IVF_FLAT, IVF_SQ8, DISKANN, ... (default: %(default)s)"
+    )
+    group.add_argument("--index-params", type=_json_object, metavar="JSON", help="such as '{\"M\": 32}'")
+    group.add_argument("--search-params", type=_json_object, metavar="JSON", help="such as '{\"ef\": 128}'")
+    group.add_argument("--overwrite", action="store_true", help="replace a collection of that name")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return found
 
 
 def _add_verify(actions: Any) -> None:
@@ -375,9 +392,28 @@ def _export(args: argparse.Namespace) -> int:
     from recap_hf import CaptionDatastore
     from recap_hf.datastore import export_datastore
 
-    count = export_datastore(CaptionDatastore.from_pretrained(args.folder), args.file, args.embeddings)
+    if (args.file is None) == (args.to is None):
+        raise ValueError("give either a FILE, or --to milvus with --uri")
+    store = CaptionDatastore.from_pretrained(args.folder)
+    if args.to == "milvus":
+        count = _export_to_milvus(store, args)
+    else:
+        count = export_datastore(store, args.file, args.embeddings)
     print(f"exported: {count}")
     return 0
+
+
+def _export_to_milvus(store: Any, args: argparse.Namespace) -> int:
+    from recap_hf.datastore import MilvusCaptionDatastore
+
+    if not args.uri:
+        raise ValueError("--to milvus needs --uri: a file such as captions.db, or the address of a cluster")
+    name = f"milvus:{args.uri}#{args.collection}"
+    copied = MilvusCaptionDatastore.from_datastore(
+        store, name, args.kind, args.index_params, args.search_params, args.overwrite
+    )
+    _note(f"use it as {name}")
+    return len(copied)
 
 
 def _verify(args: argparse.Namespace) -> int:

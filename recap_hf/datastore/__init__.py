@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from recap_hf.modeling.datastore_milvus_recap import MilvusCaptionDatastore
+
 from .building import build_datastore
 from .editing import (
     Selection,
@@ -24,6 +26,7 @@ __all__ = [
     "CaptionEmbedder",
     "FilterOptions",
     "LeakGuard",
+    "MilvusCaptionDatastore",
     "Selection",
     "SourceOptions",
     "add_captions",

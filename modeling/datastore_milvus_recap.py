@@ -1,0 +1,455 @@
+"""Captions in a Milvus collection, searched like any other datastore.
+
+The same code serves Milvus Lite (a path that ends in `.db`, embedded in this process: tests and small use) and a
+cluster (an address). Milvus proposes candidates with whatever index the collection has; they are scored again in
+float64 with the stored embeddings, so that scores and order are those of a datastore in files.
+
+A collection has the fields `row` (primary key, counted from 0), `embedding`, `caption`, `clip` (the clip id, folded
+for comparison) and `record` (all other values, JSON); its properties say which encoder made it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .retrieval_recap import CaptionDatastore, normalize_clip_id, normalize_text
+
+try:
+    from pymilvus import DataType, MilvusClient, MilvusException
+except ImportError:
+    MilvusClient = None
+
+PREFIX = "milvus:"
+DEFAULT_COLLECTION = "captions"
+# Milvus gives no more than this many results, whatever the index.
+MAX_LIMIT = 16_384
+# Half of what a message of the protocol may have by default.
+_BYTES_AT_ONCE = 32 << 20
+_ROWS_AT_ONCE = 4096
+_LONGEST_TEXT = 65_535
+_LONGEST_CLIP = 1024
+_FORMAT = 1
+# What is built and how hard is searched, where the caller does not say. Other kinds take their parameters from him.
+_DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "FLAT": ({}, {}),
+    "AUTOINDEX": ({}, {}),
+    "HNSW": ({"M": 32, "efConstruction": 200}, {"ef": 128}),
+    "IVF_FLAT": ({"nlist": 1024}, {"nprobe": 64}),
+    "IVF_SQ8": ({"nlist": 1024}, {"nprobe": 64}),
+    "DISKANN": ({}, {"search_list": 128}),
+}
+# Search depths that Milvus wants to be no smaller than the number of results.
+_DEPTHS = {"HNSW": "ef", "HNSW_SQ": "ef", "HNSW_PQ": "ef", "DISKANN": "search_list"}
+
+
+def is_milvus_name(name: Any) -> bool:
+    """Whether a name means a Milvus collection: `milvus:captions.db#captions`, `milvus://host:19530#captions`."""
+    return isinstance(name, (str, os.PathLike)) and os.fspath(name).startswith(PREFIX)
+
+
+def parse_milvus_name(name: str | os.PathLike) -> tuple[str, str]:
+    """Address and collection of `milvus:ADDRESS#COLLECTION`; the collection is `captions` where none is named.
+
+    >>> parse_milvus_name("milvus:captions.db#clotho")
+    ('captions.db', 'clotho')
+    >>> parse_milvus_name("milvus://host:19530")
+    ('http://host:19530', 'captions')
+    """
+    address, _, collection = os.fspath(name).removeprefix(PREFIX).partition("#")
+    if address.startswith("//") and not address.startswith("///"):
+        address = f"http:{address}"
+    address = address[2:] if address.startswith("///") else address
+    if not address:
+        raise ValueError(f"{name!r} names no Milvus: expected milvus:FILE.db#COLLECTION or milvus://HOST:PORT#...")
+    return address, collection or DEFAULT_COLLECTION
+
+
+def connect(address: str, token: str | None = None) -> Any:
+    """A client of Milvus Lite (a path) or of a cluster (an address).
+
+    Args:
+        address: `captions.db`, `http://host:19530`, ...
+        token: of a cluster, "user:password" or an API key; by default the environment variable MILVUS_TOKEN.
+
+    Raises:
+        `ImportError`: without pymilvus. `OSError`: if nothing answers there.
+    """
+    if MilvusClient is None:
+        raise ImportError("Captions in Milvus need pymilvus: pip install recap-hf[milvus]")
+    try:
+        return MilvusClient(address, token=token or os.environ.get("MILVUS_TOKEN", ""))
+    except MilvusException as error:
+        raise OSError(f"{address}: no Milvus answers there ({error.message}).") from error
+    except (ImportError, ModuleNotFoundError) as error:
+        raise ImportError(f"{address}: Milvus Lite is missing: pip install recap-hf[milvus] ({error})") from error
+
+
+class _Collection:
+    """Rows of one collection, read as they are asked for; those of the latest search are kept."""
+
+    def __init__(self, client: Any, name: str, search_params: Mapping[str, Any] | None = None) -> None:
+        self.client = client
+        self.name = name
+        about = client.describe_collection(name)
+        fields = {field["name"]: field for field in about["fields"]}
+        if not {"row", "embedding", "caption", "clip", "record"} <= set(fields):
+            raise ValueError(
+                f"The Milvus collection {name!r} has the fields {', '.join(fields)}, and is no datastore of captions: "
+                "make one with `recap datastore export STORE --to milvus`."
+            )
+        self.dimension = int(fields["embedding"]["params"]["dim"])
+        self.properties = about.get("properties") or {}
+        if self.properties.get("recap.complete") != "1":
+            raise ValueError(
+                f"The Milvus collection {name!r} is not complete: its export was cut off. Export it again."
+            )
+        self.index = dict(client.describe_index(name, "embedding") or {})
+        self.kind = str(self.index.get("index_type", "FLAT"))
+        stored = json.loads(self.properties.get("recap.search_params", "{}"))
+        self.search_params = dict(stored if search_params is None else search_params)
+        client.load_collection(name)
+        self.kept: dict[int, tuple[dict[str, Any], np.ndarray]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Counts the rows again; where some were removed, the places of the others are read."""
+        self.kept.clear()
+        self.count = int(self.client.query(self.name, filter="", output_fields=["count(*)"])[0]["count(*)"])
+        beyond = self.client.query(self.name, filter=f"row >= {self.count}", output_fields=["row"], limit=1)
+        self.keys: np.ndarray | None = None
+        if beyond:
+            keys = [row["row"] for page in self._pages("row >= 0", ["row"]) for row in page]
+            self.keys = np.sort(np.array(keys, dtype=np.int64))
+
+    def _pages(self, condition: str, fields: list[str]) -> Iterator[list[dict[str, Any]]]:
+        pages = self.client.query_iterator(self.name, _ROWS_AT_ONCE, filter=condition, output_fields=fields)
+        try:
+            while page := pages.next():
+                yield page
+        finally:
+            pages.close()
+
+    def key(self, row: int) -> int:
+        return int(row if self.keys is None else self.keys[row])
+
+    def rows(self, keys: Sequence[int]) -> np.ndarray:
+        """Rows of primary keys; those that were removed meanwhile are left out."""
+        keys = np.asarray(keys, dtype=np.int64)
+        if self.keys is None:
+            return keys[keys < self.count]
+        places = np.minimum(np.searchsorted(self.keys, keys), max(len(self.keys) - 1, 0))
+        return places[self.keys[places] == keys] if len(self.keys) else places[:0]
+
+    def _take(self, found: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+        record = {"caption": found["caption"], **(found["record"] or {})}
+        return record, np.asarray(found["embedding"], dtype=np.float32)
+
+    def fetch(self, rows: Sequence[int]) -> list[tuple[dict[str, Any], np.ndarray]]:
+        """Records and embeddings of rows, in their order.
+
+        Raises:
+            `LookupError`: if one was removed since the rows were counted.
+        """
+        missing = sorted({int(row) for row in rows} - self.kept.keys())
+        found: dict[int, tuple[dict[str, Any], np.ndarray]] = {}
+        for start in range(0, len(missing), _ROWS_AT_ONCE):
+            keys = {self.key(row): row for row in missing[start : start + _ROWS_AT_ONCE]}
+            condition = f"row in {list(keys)}"
+            for each in self.client.query(
+                self.name, filter=condition, output_fields=["caption", "record", "embedding"], limit=len(keys)
+            ):
+                found[keys[each["row"]]] = self._take(each)
+        lost = [row for row in missing if row not in found]
+        if lost:
+            raise LookupError(f"Row {lost[0]} is not in the Milvus collection {self.name!r}: open it again.")
+        return [self.kept[int(row)] if int(row) in self.kept else found[int(row)] for row in rows]
+
+    def search(self, queries: np.ndarray, count: int) -> list[np.ndarray]:
+        """Rows of about the `count` nearest embeddings of each query, ascending."""
+        params = dict(self.search_params)
+        if self.kind in _DEPTHS:
+            depth = _DEPTHS[self.kind]
+            params[depth] = max(int(params.get(depth, 0)), count)
+        answers = self.client.search(
+            self.name,
+            data=list(np.ascontiguousarray(queries, dtype=np.float32)),
+            anns_field="embedding",
+            limit=count,
+            search_params={"metric_type": "IP", "params": params},
+            output_fields=["caption", "record", "embedding"],
+        )
+        results = []
+        for answer in answers:
+            rows = []
+            for hit in answer:
+                for row in self.rows([hit["row"]]):
+                    self.kept[int(row)] = self._take(hit["entity"])
+                    rows.append(int(row))
+            results.append(np.unique(np.array(rows, dtype=np.int64)))
+        return results
+
+    def rows_of_clip(self, clip: str) -> list[int]:
+        found = self.client.query(self.name, filter=f"clip == {json.dumps(clip)}", output_fields=["row"])
+        return self.rows([each["row"] for each in found]).tolist()
+
+
+class MilvusRecords(Sequence):
+    """The records of a collection, fetched when they are asked for."""
+
+    def __init__(self, collection: _Collection) -> None:
+        self._collection = collection
+
+    def __len__(self) -> int:
+        return self._collection.count
+
+    def __getitem__(self, row: Any) -> Any:
+        if isinstance(row, slice):
+            return [record for record, _ in self._collection.fetch(range(*row.indices(len(self))))]
+        return self._collection.fetch([range(len(self))[row]])[0][0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            yield from self[start : start + _ROWS_AT_ONCE]
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and list(self) == list(other)
+
+    __hash__ = None
+
+
+class MilvusEmbeddings:
+    """The embeddings of a collection, fetched when they are asked for; used like an array of shape
+    `(rows, dimension)`."""
+
+    ndim = 2
+    dtype = np.dtype(np.float32)
+    # They are held by Milvus.
+    nbytes = 0
+
+    def __init__(self, collection: _Collection) -> None:
+        self._collection = collection
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._collection.count, self._collection.dimension
+
+    def __len__(self) -> int:
+        return self._collection.count
+
+    def __getitem__(self, row: Any) -> np.ndarray:
+        if isinstance(row, (int, np.integer)):
+            return self._collection.fetch([range(len(self))[int(row)]])[0][1]
+        rows = np.arange(*row.indices(len(self))) if isinstance(row, slice) else np.asarray(row)
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
+        rows = np.where(rows < 0, rows + len(self), rows)
+        if not len(rows):
+            return np.empty((0, self.shape[1]), dtype=self.dtype)
+        return np.stack([vector for _, vector in self._collection.fetch(rows)])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        found = self[:]
+        return found if dtype is None else found.astype(dtype, copy=False)
+
+
+class MilvusCaptionDatastore(CaptionDatastore):
+    """A [`CaptionDatastore`] whose captions and embeddings lie in Milvus.
+
+    Open one by [`CaptionDatastore.from_pretrained`] with a name such as `milvus:captions.db#captions` or
+    `milvus://host:19530#captions`, make one by [`MilvusCaptionDatastore.from_datastore`]. `search` and what stands on
+    it are the same. Milvus returns at most 16,384 candidates: where more than that are excluded, or repeat one text,
+    fewer than k captions are found.
+
+    Args:
+        client (`pymilvus.MilvusClient`): see [`connect`].
+        collection (`str`): its name.
+        search_params (`Mapping`, *optional*): of the index (`ef`, `nprobe`, `search_list`, ...); by default those that
+            were stored with the collection.
+
+    Raises:
+        `OSError`: if there is no such collection. `ValueError`: if it is none of captions, or not complete.
+    """
+
+    def __init__(self, client: Any, collection: str, search_params: Mapping[str, Any] | None = None) -> None:
+        if not client.has_collection(collection):
+            found = ", ".join(client.list_collections()) or "none"
+            raise FileNotFoundError(f"Milvus has no collection {collection!r} (it has: {found}).")
+        self.collection = _Collection(client, collection, search_params)
+        self.records = MilvusRecords(self.collection)
+        self.embeddings = MilvusEmbeddings(self.collection)
+        fingerprint = self.collection.properties.get("recap.fingerprint")
+        self.fingerprint = np.array(json.loads(fingerprint), dtype=np.float32) if fingerprint else None
+        self.keys = self.collection.properties.get("recap.keys", "text")
+        self._reset(files=None)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> MilvusCaptionDatastore:
+        """Opens `milvus:ADDRESS#COLLECTION`.
+
+        Args:
+            name_or_path: the name.
+            kwargs: `token`, `search_params`.
+        """
+        address, collection = parse_milvus_name(name_or_path)
+        return cls(connect(address, kwargs.get("token")), collection, kwargs.get("search_params"))
+
+    @classmethod
+    def from_datastore(
+        cls,
+        store: CaptionDatastore,
+        name: str,
+        index_type: str = "HNSW",
+        index_params: Mapping[str, Any] | None = None,
+        search_params: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        token: str | None = None,
+    ) -> MilvusCaptionDatastore:
+        """Copies a datastore into a Milvus collection, block by block; nobody finds it before all of it is there.
+
+        Args:
+            store: any datastore.
+            name: `milvus:ADDRESS#COLLECTION`.
+            index_type: of Milvus: FLAT, AUTOINDEX, HNSW, IVF_FLAT, IVF_SQ8, IVF_PQ, DISKANN, ... Milvus Lite knows
+                only some of them.
+            index_params, search_params: of that index; stored with the collection.
+            overwrite: replace a collection of that name.
+            token: see [`connect`].
+
+        Raises:
+            `FileExistsError`: if there is such a collection. `ValueError`: if Milvus refuses the index.
+        """
+        address, collection = parse_milvus_name(name)
+        client = connect(address, token)
+        if client.has_collection(collection) and not overwrite and _is_complete(client, collection):
+            raise FileExistsError(f"{address} has a collection {collection!r} already; overwrite it if it may go.")
+        defaults = _DEFAULTS.get(index_type, ({}, {}))
+        index_params = defaults[0] if index_params is None else index_params
+        search_params = defaults[1] if search_params is None else search_params
+        loading = f"{collection}__loading"
+        if client.has_collection(loading):
+            client.drop_collection(loading)
+        try:
+            _create(client, loading, store, index_type, index_params, search_params)
+            insert_rows(client, loading, store.records, store.embeddings)
+            client.flush(loading)
+            # Only a collection that is loaded afresh tells whether its index could be built.
+            client.release_collection(loading)
+            client.load_collection(loading)
+        except MilvusException as error:
+            client.drop_collection(loading)
+            raise ValueError(f"{address}: Milvus refuses the datastore as {index_type}: {error.message}") from error
+        client.alter_collection_properties(loading, {"recap.complete": "1"})
+        if client.has_collection(collection):
+            client.drop_collection(collection)
+        client.rename_collection(loading, collection)
+        return cls(client, collection)
+
+    @property
+    def index(self) -> dict[str, Any] | None:
+        """Kind and settings of Milvus's index."""
+        known = {key: value for key, value in self.collection.index.items() if key not in ("index_name", "field_name")}
+        known.pop("index_type", None)
+        return {"backend": "milvus", "kind": self.collection.kind, **known, "search": self.collection.search_params}
+
+    @property
+    def _num_positions(self) -> int:
+        return min(len(self), MAX_LIMIT)
+
+    def set_index(self, index: Any) -> None:
+        """Milvus has its own index: export the datastore again for another kind."""
+        raise ValueError("A datastore in Milvus is searched by Milvus's own index; export it again for another kind.")
+
+    def add(self, records: Sequence[Mapping[str, Any]], embeddings: np.ndarray) -> None:
+        """Adds captions with their embeddings (unit vectors of the same encoder) behind the others."""
+        collection = self.collection
+        first = collection.key(collection.count - 1) + 1 if collection.count else 0
+        insert_rows(collection.client, collection.name, records, embeddings, first)
+        self.reopen()
+
+    def remove(self, rows: Sequence[int]) -> None:
+        """Removes rows; those behind them move up, as in files."""
+        keys = [self.collection.key(range(len(self))[row]) for row in rows]
+        for start in range(0, len(keys), _ROWS_AT_ONCE):
+            self.collection.client.delete(self.collection.name, filter=f"row in {keys[start : start + _ROWS_AT_ONCE]}")
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Sees what others have added or removed."""
+        self.collection.refresh()
+        self._reset(files=None)
+
+    def search(self, *args: Any, **kwargs: Any) -> list[list[dict[str, Any]]]:
+        """See [`CaptionDatastore.search`]."""
+        self.collection.kept.clear()
+        return super().search(*args, **kwargs)
+
+    def _candidates(self, queries: np.ndarray, count: int, exact: bool) -> list[np.ndarray]:
+        return self.collection.search(queries, count)
+
+    def _excluded(self, clip_id: Any, texts: Sequence[str]) -> tuple[set[int], set[str]]:
+        excluded_texts = {normalize_text(text) for text in texts}
+        if clip_id is None:
+            return set(), excluded_texts
+        rows = self.collection.rows_of_clip(normalize_clip_id(clip_id))
+        return set(rows), excluded_texts | {self._text(row) for row in rows}
+
+
+def _is_complete(client: Any, collection: str) -> bool:
+    return (client.describe_collection(collection).get("properties") or {}).get("recap.complete") == "1"
+
+
+def _create(
+    client: Any,
+    name: str,
+    store: CaptionDatastore,
+    index_type: str,
+    index_params: Mapping[str, Any],
+    search_params: Mapping[str, Any],
+) -> None:
+    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
+    schema.add_field("row", DataType.INT64, is_primary=True)
+    schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=store.dimension)
+    schema.add_field("caption", DataType.VARCHAR, max_length=_LONGEST_TEXT)
+    schema.add_field("clip", DataType.VARCHAR, max_length=_LONGEST_CLIP)
+    schema.add_field("record", DataType.JSON)
+    index = MilvusClient.prepare_index_params()
+    index.add_index("embedding", index_type=index_type, metric_type="IP", params=dict(index_params))
+    properties = {"recap.format": str(_FORMAT), "recap.search_params": json.dumps(dict(search_params))}
+    properties["recap.keys"] = getattr(store, "keys", "text")
+    if store.fingerprint is not None:
+        properties["recap.fingerprint"] = json.dumps(store.fingerprint.astype(float).round(6).tolist())
+    client.create_collection(
+        name, schema=schema, index_params=index, properties=properties, consistency_level="Strong"
+    )
+
+
+def insert_rows(client: Any, name: str, records: Sequence[Mapping[str, Any]], embeddings: Any, first: int = 0) -> None:
+    """Inserts records with their embeddings under the primary keys from `first` on.
+
+    Raises:
+        `ValueError`: if a caption or clip id is longer than Milvus stores.
+    """
+    step = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // (8 * embeddings.shape[1])))
+    for start in range(0, len(records), step):
+        vectors = np.asarray(embeddings[start : start + step], dtype=np.float32)
+        rows = [
+            _entity(first + start + number, record, vector)
+            for number, (record, vector) in enumerate(zip(records[start : start + step], vectors, strict=True))
+        ]
+        client.insert(name, rows)
+
+
+def _entity(key: int, record: Mapping[str, Any], vector: np.ndarray) -> dict[str, Any]:
+    clip_id = record.get("clip_id")
+    clip = "" if clip_id is None else normalize_clip_id(clip_id)
+    if len(record["caption"].encode()) > _LONGEST_TEXT or len(clip.encode()) > _LONGEST_CLIP:
+        raise ValueError(f"Row {key}: the caption or its clip id is longer than Milvus stores.")
+    others = {name: value for name, value in record.items() if name != "caption"}
+    return {"row": key, "embedding": vector, "caption": record["caption"], "clip": clip, "record": others}
+
+
+__all__ = ["MilvusCaptionDatastore", "connect", "is_milvus_name", "parse_milvus_name"]

@@ -17,7 +17,7 @@ AUDIO_SUFFIXES = frozenset((
 # fmt: on
 STANDARD_INPUT = "-"
 # What a broken recording can raise; anything else is a fault of ours and must be seen.
-_READ_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError)
+READ_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError)
 
 
 def expand_inputs(names: Sequence[str]) -> list[str]:
@@ -79,8 +79,8 @@ def caption_files(captioner: Any, names: Iterable[str], batch_size: int = 8) -> 
         try:
             source = sys.stdin.buffer.read() if name == STANDARD_INPUT else name
             waveforms.append(captioner.preprocess(source))
-        except _READ_ERRORS as error:
-            entry.error = _reason(name, error)
+        except READ_ERRORS as error:
+            entry.error = reason_of(name, error)
         waiting.append(entry)
         if len(waveforms) == batch_size:
             yield from _caption_batch(captioner, waiting, waveforms)
@@ -98,7 +98,8 @@ def _caption_batch(captioner: Any, entries: list[Captioned], waveforms: list[dic
     yield from entries
 
 
-def _reason(name: str, error: Exception) -> str:
+def reason_of(name: str, error: Exception) -> str:
+    """Why a recording could not be read, in one line without its name."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror[0].lower()}{error.strerror[1:]}"
     text = " ".join(str(error).split()) or type(error).__name__

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from recap_hf.cli.numbers import count, positive
+from recap_hf.ray_engine import add_engine_arguments
+from recap_hf.timeline.options import FORMATS, add_timeline_arguments, usage_error
 
-FORMATS = ("text", "json", "jsonl", "csv")
 _CSV_COLUMNS = ("file", "caption", "score", "retrieved", "error")
 
 
@@ -32,24 +33,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
     )
-    parser.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="text", help="those after csv with --timeline alone; default: %(default)s"
+    )
     parser.add_argument("--output", metavar="FILE", help="write there instead of standard output")
+    add_timeline_arguments(parser)
+    add_engine_arguments(parser)
+    parser.add_argument("--part-size", type=positive, default=64, help="recordings a part (default: %(default)s)")
+    parser.add_argument(
+        "--work-dir", metavar="DIR", help="of what is done so far, with --engine ray (default: beside --output)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 if every recording was captioned, 1 if some could not be, 2 if nothing was found to caption."""
-    from recap_hf.captioning import caption_files, expand_inputs
+    from recap_hf.captioning import expand_inputs
 
     try:
         names = expand_inputs(args.inputs)
     except ValueError as error:
         print(f"recap caption: error: {error}", file=sys.stderr)
         return 2
-    captioner = load_captioner(args)
+    wrong = usage_error(args, len(names))
+    if wrong is not None:
+        print(f"recap caption: error: {wrong}", file=sys.stderr)
+        return 2
+    if args.timeline:
+        from recap_hf.timeline.command import run_timeline
+
+        return run_timeline(args, names, load_captioner)
     failed = 0
     with _output(args.output) as file, _progress(len(names)) as progress:
         writer = _WRITERS[args.format](file)
-        for entry in caption_files(captioner, names, args.batch_size):
+        for entry in _captioned(args, names):
             if entry.error is not None:
                 failed += 1
                 progress.write(f"recap caption: {entry.name}: {entry.error}")
@@ -59,6 +75,16 @@ def run(args: argparse.Namespace) -> int:
     if failed:
         print(f"recap caption: {failed} of {len(names)} recordings could not be captioned.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _captioned(args: argparse.Namespace, names: list[str]) -> Iterator[Any]:
+    if args.engine == "ray":
+        from recap_hf.ray_engine import caption_files_with_ray
+
+        return caption_files_with_ray(args, names, lambda message: print(message, file=sys.stderr))
+    from recap_hf.captioning import caption_files
+
+    return caption_files(load_captioner(args), names, args.batch_size)
 
 
 def load_captioner(args: argparse.Namespace) -> Any:

@@ -25,6 +25,15 @@ EMBEDDINGS_NAME = "embeddings.npy"
 EMBEDDING_TYPES = ("float32", "float16")
 FILE_KINDS = {"captions": "jsonl", "embeddings": "npy", "deleted": "npy", "index": "faiss"}
 _MAX_TRIES = 100
+# What the embeddings of a datastore are of: its captions, or the recordings that they describe.
+TEXT_KEYS, AUDIO_KEYS = KEYS = ("text", "audio")
+
+
+def check_keys(keys: Any) -> str:
+    """`keys`, if it is "text" or "audio"; a `ValueError` otherwise."""
+    if keys not in KEYS:
+        raise ValueError(f"The keys of a datastore are 'text' or 'audio', got {keys!r}.")
+    return keys
 
 
 class CaptionRecords(Sequence):
@@ -338,7 +347,9 @@ def parse_manifest(path: Path, text: str) -> dict[str, Any]:
             )
         if version == 1:
             manifest = _from_version_1(manifest)
-        manifest = {"index": None, "report": None, "generation": 0, **manifest, "checksum": manifest["checksum"]}
+        defaults = {"index": None, "report": None, "generation": 0, "keys": TEXT_KEYS}
+        manifest = {**defaults, **manifest, "checksum": manifest["checksum"]}
+        check_keys(manifest["keys"])
         manifest["num_captions"], manifest["dimension"] = int(manifest["num_captions"]), int(manifest["dimension"])
         if manifest["dtype"] not in EMBEDDING_TYPES or manifest["dimension"] < 1:
             raise ValueError(f"{path}: expected embeddings in {' or '.join(EMBEDDING_TYPES)} of a positive dimension.")

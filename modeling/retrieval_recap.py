@@ -1,16 +1,13 @@
 """The caption datastore: texts, their CLAP embeddings, and search that leaves one's own captions out.
 
 On disk a datastore is a folder of data, never of code: `datastore.json` (what it is), captions (one JSON object a
-line), embeddings (memory-mapped when read) and, for a large one, a search index. See `datastore_files_recap` for the
-files and `datastore_index_recap` for the search.
+line), embeddings and, for a large one, a search index: see `datastore_files_recap` and `datastore_index_recap`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
-import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -20,15 +17,19 @@ from typing import Any
 import numpy as np
 
 from .datastore_files_recap import (
+    AUDIO_KEYS,
     FORMAT_VERSION,
     MANIFEST_NAME,
+    TEXT_KEYS,
     LiveEmbeddings,
     OpenedFiles,
+    check_keys,
     open_files,
     read_reference,
 )
 from .datastore_index_recap import SearchIndex, exact_neighbours, open_index
 from .datastore_writing_recap import copy_files, locked, write_manifest, write_segment
+from .folding_recap import normalize_clip_id, normalize_text
 from .hub_recap import DATASTORE_FILES, HubPushMixin, fetch_datastore
 
 try:
@@ -45,32 +46,6 @@ _TIE = 1e-6
 _QUERIES_AT_ONCE = 256
 # Of an index's candidates an eighth, and no fewer than 32, are scored in float64.
 _RESCORED_SHARE, _RESCORED_AT_LEAST = 8, 32
-# Audio, and the features that published lists name in its place.
-_AUDIO_SUFFIX = re.compile(r"\.(wav|flac|mp3|ogg|opus|m4a|webm|mp4|mkv|aiff?|au|caf|wma|aac|npy)$", re.IGNORECASE)
-# AudioSet releases put a Y before the 11 characters of a YouTube id.
-_YOUTUBE_PREFIX = re.compile(r"^Y(?=[A-Za-z0-9_-]{11}$)")
-
-
-def normalize_text(text: str) -> str:
-    """A caption folded for comparison: case, punctuation and white space do not count.
-
-    >>> normalize_text("A dog barks, twice.") == normalize_text("a  dog barks twice")
-    True
-    """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(char if char.isalnum() else " " for char in folded).split())
-
-
-def normalize_clip_id(clip_id: Any) -> str:
-    """A clip id folded for comparison: no folder, audio suffix or AudioSet's Y; case and punctuation do not count.
-
-    >>> normalize_clip_id("development/Santa Motor.wav") == normalize_clip_id("Santa_Motor")
-    True
-    >>> normalize_clip_id("Y7fmOlUlwoNg.wav") == normalize_clip_id("7fmOlUlwoNg")
-    True
-    """
-    name = str(clip_id).replace("\\", "/").rpartition("/")[2]
-    return normalize_text(_YOUTUBE_PREFIX.sub("", _AUDIO_SUFFIX.sub("", name))) or name
 
 
 class CaptionDatastore(HubPushMixin):
@@ -84,6 +59,8 @@ class CaptionDatastore(HubPushMixin):
         embeddings (`np.ndarray` of shape `(num_captions, dimension)`): rows of unit length.
         fingerprint (`np.ndarray` of shape `(4, dimension)`, *optional*): `model.embed_fingerprint(processor)` of the
             encoder that made the embeddings. Without it the encoder cannot be checked.
+        keys (`str`, *optional*, defaults to `"text"`): what the embeddings are of, the captions or (`"audio"`) their
+            clips; see [`CaptionDatastore.from_clips`].
 
     Raises:
         `ValueError`: if captions and embeddings do not match, or a record has no caption.
@@ -98,6 +75,7 @@ class CaptionDatastore(HubPushMixin):
         records: Sequence[Mapping[str, Any]],
         embeddings: np.ndarray,
         fingerprint: np.ndarray | None = None,
+        keys: str = TEXT_KEYS,
     ) -> None:
         embeddings = np.asanyarray(embeddings)
         if embeddings.ndim != 2 or len(embeddings) != len(records):
@@ -110,6 +88,7 @@ class CaptionDatastore(HubPushMixin):
                 raise ValueError(f"Row {row} has no caption: expected a text under 'caption', got {record!r:.200}.")
         self.records = [dict(record) for record in records]
         self.embeddings = embeddings
+        self.keys = check_keys(keys)
         self.fingerprint = None if fingerprint is None else np.asarray(fingerprint, dtype=np.float32)
         self._reset(files=None)
 
@@ -141,11 +120,28 @@ class CaptionDatastore(HubPushMixin):
         return cls(records, embeddings, model.embed_fingerprint(processor))
 
     @classmethod
+    def from_clips(
+        cls, clips: Sequence[Mapping[str, Any]], model: Any, processor: Any, batch_size: int = 16
+    ) -> CaptionDatastore:
+        """A datastore keyed by audio: a search finds the most similar recordings, and gives a caption of each.
+
+        Args:
+            clips (`Sequence[Mapping]`): for each clip `audio` (what `load_audio` takes, or a waveform with its rate),
+                `captions`, and where known `clip_id`, `source`, `licence` and other values.
+            model, processor, batch_size: see [`CaptionDatastore.from_captions`]; a batch is of recordings.
+        """
+        from .audio_keys_recap import embed_clips
+
+        records, embeddings = embed_clips(clips, model, processor, batch_size)
+        return cls(records, embeddings, model.embed_fingerprint(processor), AUDIO_KEYS)
+
+    @classmethod
     def from_embeddings(
         cls,
         captions: Sequence[str | Mapping[str, Any]],
         embeddings: np.ndarray,
         fingerprint: np.ndarray | None = None,
+        keys: str = TEXT_KEYS,
     ) -> CaptionDatastore:
         """A datastore of captions whose embeddings are there already; rows are scaled to unit length."""
         records = [{"caption": item} if isinstance(item, str) else dict(item) for item in captions]
@@ -153,7 +149,7 @@ class CaptionDatastore(HubPushMixin):
         norms = np.linalg.norm(embeddings, axis=-1, keepdims=True)
         if not np.isfinite(norms).all() or (norms == 0).any():
             raise ValueError("Embeddings must be finite and not zero: a cosine similarity with them is undefined.")
-        return cls(records, embeddings / norms, fingerprint)
+        return cls(records, embeddings / norms, fingerprint, keys)
 
     # ------------------------------------------------------------ properties
 
@@ -235,7 +231,8 @@ class CaptionDatastore(HubPushMixin):
         exclude_clip_ids: Sequence[Any] | None = None,
         exclude_texts: Sequence[Sequence[str]] | None = None,
     ) -> list[list[dict[str, Any]]]:
-        """The k captions nearest to each query, most similar first, ties to the lower row, no text twice.
+        """The k captions nearest to each query, most similar first, ties to the lower row, no text twice; with keys
+        of audio no clip twice either.
 
         Args:
             queries (array or tensor of shape `(batch_size, dimension)` or `(batch_size, num_windows, dimension)`):
@@ -249,8 +246,8 @@ class CaptionDatastore(HubPushMixin):
         Returns:
             `list[list[dict]]`: for each clip `{"caption", "score", "row", ...metadata}`; `score` is the cosine.
         """
-        queries = queries.detach().float().cpu().numpy() if hasattr(queries, "detach") else np.asarray(queries)
-        queries = queries.astype(np.float32, copy=False)
+        queries = queries.detach().float().cpu().numpy() if hasattr(queries, "detach") else queries
+        queries = np.asarray(queries, dtype=np.float32)
         if queries.ndim == 2:
             queries = queries[:, None]
         if queries.ndim != 3 or queries.shape[2] != self.dimension:
@@ -334,11 +331,8 @@ class CaptionDatastore(HubPushMixin):
         return results
 
     def candidate_rows(self, queries: np.ndarray, count: int) -> list[np.ndarray]:
-        """Rows that a search for `count` captions looks at, in any order: repeated texts and all clips among them.
-
-        Args:
-            queries (`np.ndarray` of shape `(num_queries, dimension)`): unit vectors.
-        """
+        """Rows that a search for `count` captions of unit vectors `(num_queries, dimension)` looks at, in any order:
+        repeated texts and all clips among them."""
         exact = self._index is None
         fetch = min(self._num_positions, count if exact else max(count, self._index.num_candidates))
         return self._candidates(queries, fetch, exact)
@@ -378,11 +372,14 @@ class CaptionDatastore(HubPushMixin):
     def _keep(
         self, scored: list[tuple[int, float]], k: int, rows: set[int], texts: set[str]
     ) -> list[tuple[int, float]]:
-        kept, seen = [], set(texts)
+        kept, seen, clips = [], set(texts), set()
         for row, score in scored:
-            if row in rows or self._text(row) in seen:
+            # Captions of one clip have one key of audio: the first of them speaks for it.
+            clip = (self.records[row].get("clip_id") or row) if self.keys == AUDIO_KEYS else row
+            if row in rows or clip in clips or self._text(row) in seen:
                 continue
             seen.add(self._text(row))
+            clips.add(clip)
             kept.append((row, score))
             if len(kept) == k:
                 break
@@ -415,6 +412,7 @@ class CaptionDatastore(HubPushMixin):
         a reader sees all or nothing, also where an older datastore is replaced."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
+        dtype = "float16" if self.embeddings.dtype == np.float16 else "float32"
         replaced = (folder / MANIFEST_NAME).is_file()
         with locked(folder) if replaced else nullcontext():
             files: dict[str, Any] = {}
@@ -422,7 +420,6 @@ class CaptionDatastore(HubPushMixin):
                 segments = self._files.manifest["segments"]
                 copy_files(self._files, folder, files)
             else:
-                dtype = "float16" if self.embeddings.dtype == np.float16 else "float32"
                 segments = [write_segment(folder, self.records, self.embeddings, files, dtype, not replaced)]
             index = None
             if self._index is not None and self._files is not None and self._files.live is not None:
@@ -434,7 +431,8 @@ class CaptionDatastore(HubPushMixin):
                 {
                     "num_captions": len(self),
                     "dimension": self.dimension,
-                    "dtype": "float16" if self.embeddings.dtype == np.float16 else "float32",
+                    "keys": self.keys,
+                    "dtype": dtype,
                     "fingerprint": None if self.fingerprint is None else self.fingerprint.round(7).tolist(),
                     "segments": segments,
                     "index": index,
@@ -483,7 +481,7 @@ class CaptionDatastore(HubPushMixin):
             folder = fetch_datastore(repo_type="dataset", **{**hub_kwargs, **reference})
         files = open_files(folder, verify, lambda folder, manifest: open_index(folder, manifest, faiss))
         store = cls.__new__(cls)
-        store.records, store.embeddings = files.records, files.embeddings
+        store.records, store.embeddings, store.keys = files.records, files.embeddings, files.manifest["keys"]
         fingerprint = files.manifest["fingerprint"]
         store.fingerprint = None if fingerprint is None else np.asarray(fingerprint, dtype=np.float32)
         store._reset(files, files.index)

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from recap_hf.cli.numbers import count, positive
+from recap_hf.ray_engine import add_engine_arguments
 
 _FILES_HELP = (
     "captions: .txt (one a line), .csv, .tsv, .json, .jsonl or .parquet files; a datastore; a saved dataset; "
@@ -42,7 +43,18 @@ def _add_build(actions: Any) -> None:
         default="float32",
         help="stored (default: %(default)s)",
     )
+    parser.add_argument(
+        "--keys",
+        choices=("text", "audio"),
+        default="text",
+        help="find captions by what they say, or by the audio of their clips (after Koizumi et al.), which needs "
+        "NAME:FOLDER with recordings (default: %(default)s)",
+    )
     parser.add_argument("--num-processes", type=positive, default=1, help="that embed (default: %(default)s)")
+    parser.add_argument(
+        "--chunk-captions", type=positive, default=8192, help="embedded and noted at a time (default: %(default)s)"
+    )
+    add_engine_arguments(parser)
     _add_source_options(parser)
     _add_filter_options(parser)
     _add_index_options(parser)
@@ -292,9 +304,15 @@ def _text_lines(contents: Any, indent: str = "") -> list[str]:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from recap_hf.datastore import build_datastore, describe
+    from recap_hf.datastore import build_audio_datastore, build_datastore, describe
 
-    store = build_datastore(
+    if args.keys == "audio":
+        build, own = build_audio_datastore, {"batch_size": min(args.batch_size, 16)}
+        if args.num_processes > 1 or args.engine != "local":
+            raise ValueError("--num-processes and --engine embed captions; recordings are embedded by one process")
+    else:
+        build, own = build_datastore, _engine_options(args)
+    store = build(
         args.files,
         args.output,
         _embedder(args),
@@ -304,11 +322,21 @@ def _build(args: argparse.Namespace) -> int:
         recall=args.recall,
         dtype=args.embeddings_dtype,
         overwrite=args.overwrite,
-        processes=args.num_processes,
         progress=_note,
+        **own,
     )
     _show(describe(store, queries=0), args.format)
     return 0
+
+
+def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    processes = args.num_workers if args.engine == "ray" else args.num_processes
+    return {
+        "processes": processes,
+        "engine": args.engine,
+        "ray_address": args.ray_address,
+        "chunk_captions": args.chunk_captions,
+    }
 
 
 def _info(args: argparse.Namespace) -> int:

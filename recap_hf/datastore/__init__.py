@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from recap_hf.modeling.datastore_milvus_recap import MilvusCaptionDatastore
 
+from .audio_keys import build_audio_datastore
 from .building import build_datastore
 from .editing import (
     Selection,
@@ -30,6 +31,7 @@ __all__ = [
     "Selection",
     "SourceOptions",
     "add_captions",
+    "build_audio_datastore",
     "build_datastore",
     "build_index",
     "compact",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
-from recap_hf.modeling.datastore_files_recap import LiveEmbeddings, LiveRows, OpenedFiles, open_files
+from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS, LiveEmbeddings, LiveRows, OpenedFiles, open_files
 from recap_hf.modeling.datastore_writing_recap import (
     add_file,
     delete_leftovers,
@@ -221,6 +221,7 @@ def add_captions(
     """
     options = filter_options or FilterOptions()
     with editing(folder) as edit:
+        _require_text_keys(edit, "captions cannot be added to a datastore keyed by audio")
         check_fingerprint(edit.opened, embedder.fingerprint)
         known = edit.opened.records if options.duplicates != "keep" else ()
         caption_filter = CaptionFilter(options, embedder.count_tokens, known)
@@ -232,6 +233,14 @@ def add_captions(
     if kept and index == "auto":
         refresh_index(folder)
     return report
+
+
+def _require_text_keys(edit: Edit, problem: str) -> None:
+    if edit.manifest["keys"] == AUDIO_KEYS:
+        raise ValueError(
+            f"{edit.folder}: {problem}: it finds captions by the audio of their clips, and a text has no such key. "
+            "Build it again from the recordings: recap datastore build --keys audio"
+        )
 
 
 def check_fingerprint(opened: OpenedFiles, fingerprint: np.ndarray | None) -> None:
@@ -295,6 +304,11 @@ def merge_datastores(folder: str | Path, others: Sequence[str | Path], index: st
                     f"{edit.manifest['dimension']}: they were made by different encoders. Move one to the other's by "
                     "`recap datastore reembed`"
                 )
+            if each.manifest["keys"] != edit.manifest["keys"]:
+                raise ValueError(
+                    f"{each.folder} is keyed by {each.manifest['keys']}, {folder} by {edit.manifest['keys']}: keys of "
+                    "two kinds cannot be searched together"
+                )
             check_fingerprint(edit.opened, _array(each.manifest["fingerprint"]))
         # As one segment, so that all of them come in at once.
         edit.append(LiveRows([each.records for each in opened]), LiveEmbeddings([each.embeddings for each in opened]))
@@ -314,6 +328,9 @@ def reembed_datastore(
 ) -> None:
     """Moves a datastore to another encoder: the same captions, embedded again, and an index of the size's kind."""
     with editing(folder) as edit:
+        _require_text_keys(
+            edit, "a datastore keyed by audio cannot be moved to another encoder without its recordings"
+        )
         records = edit.opened.records
         path = Path(folder) / f".reembedded.{os.getpid()}.tmp"
         shape = (len(records), embedder.fingerprint.shape[1])

@@ -215,7 +215,10 @@ def describe_captioner(captioner: Captioner) -> dict[str, Any]:
         "generation": {**_decoding(captioner.model.generation_config), **captioner.generation},
         "seed": captioner.seed,
         "exclude_references": captioner.exclude_references,
-        "datastore": None if store is None else {"captions": len(store), "sha256": _hash_captions(store.captions)},
+        "conditioning": captioner.model.config.conditioning,
+        "datastore": None
+        if store is None
+        else {"captions": len(store), "keys": store.keys, "sha256": _hash_captions(store.captions)},
     }
 
 

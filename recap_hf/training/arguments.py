@@ -51,7 +51,8 @@ class TrainingConfig(AudioConfig):
     datastore: list[str] = field(
         default_factory=lambda: ["training"],
         metadata={
-            "help": "'training' (the training captions), or folder or Hub id; several take turns by epoch",
+            "help": "'training' (the training captions), 'training-audio' (the same, found by the audio of their "
+            "clips), or folder or Hub id; several take turns by epoch",
             "group": "retrieval",
         },
     )
@@ -113,6 +114,8 @@ class TrainingConfig(AudioConfig):
             raise ValueError("--clap and --decoder go together: a captioner needs both (or --model, which has both)")
         if self.clap and self.model:
             raise ValueError("give either --model, or --clap and --decoder")
+        if {"training", "training-audio"} <= set(self.datastore):
+            raise ValueError("--datastore takes the training captions once: either 'training' or 'training-audio'")
         if self.metric_for_best_model == "held_out_f1" and not self.held_out_events:
             raise ValueError("--metric-for-best-model held_out_f1 needs --held-out-events FILE")
         self.require_dataset()

@@ -24,6 +24,9 @@ from .options import AudioConfig, RunConfig
 
 logger = logging.getLogger(__name__)
 
+# Names of `--datastore`: the training captions, found by what they say or by the audio of their clips.
+TRAINING, TRAINING_BY_AUDIO = "training", "training-audio"
+
 
 @dataclass
 class Corpus:
@@ -137,7 +140,8 @@ def build_corpus(config: TrainingConfig, model: Any, processor: Any) -> Corpus:
             len(records) - len(training_records),
             len(records),
         )
-    search = _Search(config, model, processor, store, cache, training_records)
+    keys = {clip.clip_id: clip.key for clip in clips["train"]}
+    search = _Search(config, model, processor, store, cache, training_records, keys)
     train_tables, datastores = search.tables(training_clips, config.draw_from or config.num_retrieved)
     drawn = PromptOptions(
         config.num_retrieved, config.draw_from, config.shuffle_prompt, config.audio_dropout, config.seed
@@ -165,27 +169,39 @@ class _Search:
     """The datastores of a run and their searches."""
 
     def __init__(
-        self, config: TrainingConfig, model: Any, processor: Any, store: FeatureStore, cache: Path, records: list[dict]
+        self,
+        config: TrainingConfig,
+        model: Any,
+        processor: Any,
+        store: FeatureStore,
+        cache: Path,
+        records: list[dict],
+        keys: dict[str, str],
     ) -> None:
         self.config, self.model, self.processor = config, model, processor
-        self.store, self.cache = store, cache
+        # Where the features of a training clip lie, by its id.
+        self.store, self.cache, self._keys = store, cache, keys
         self._records = records
         self._datastores: list[Any] | None = None
 
     def datastores(self) -> list[Any]:
-        """Those of `--datastore`, opened once; 'training' is made of the training captions."""
+        """Those of `--datastore`, opened once; 'training' and 'training-audio' are made of the training captions."""
         from recap_hf import open_datastore
 
         if self._datastores is None:
             self._datastores = []
             for name in self.config.datastore if self.config.num_retrieved else []:
-                if name == "training":
-                    self._datastores.append(self.embed(self._records))
+                if name in (TRAINING, TRAINING_BY_AUDIO):
+                    self._datastores.append(self.of(self._records))
                 else:
                     datastore = open_datastore(name, self.model, self.processor)
                     datastore.check_encoder(self.model.embed_fingerprint(self.processor))
                     self._datastores.append(datastore)
         return self._datastores
+
+    def of(self, records: list[dict]) -> Any:
+        """A datastore of some training captions, keyed as `--datastore` says."""
+        return self.key_by_audio(records) if TRAINING_BY_AUDIO in self.config.datastore else self.embed(records)
 
     def embed(self, records: list[dict]) -> Any:
         """A datastore of some captions; every text once, embedded once for all processes."""
@@ -200,6 +216,22 @@ class _Search:
             CaptionDatastore.from_captions(records, self.model, self.processor).save_pretrained(folder)
         state.wait_for_everyone()
         return CaptionDatastore.from_pretrained(folder)
+
+    def key_by_audio(self, records: list[dict]) -> Any:
+        """A datastore of some captions that is keyed by the audio of their clips, which is encoded already."""
+        from recap_hf import CaptionDatastore
+        from recap_hf.modeling.audio_keys_recap import clip_keys
+
+        keys = {
+            clip_id: clip_keys(self.store.audio_embeds(self._keys[clip_id])[None])[0]
+            for clip_id in {record["clip_id"] for record in records}
+        }
+        return CaptionDatastore.from_embeddings(
+            records,
+            np.stack([keys[record["clip_id"]] for record in records]),
+            self.model.embed_fingerprint(self.processor),
+            keys="audio",
+        )
 
     def tables(self, clips: Sequence[Clip], top: int) -> tuple[list[Neighbours], list[Any]]:
         """Neighbours of the clips in every datastore."""
@@ -294,6 +326,6 @@ def _held_out(
     if not chosen:
         raise ValueError("--held-out-events: no validation clip's references name one of the events")
     clips = [clips[number] for number in chosen]
-    tables = [search.table(search.embed(records), clips, options.k)] if options.k else []
+    tables = [search.table(search.of(records), clips, options.k)] if options.k else []
     builder = BatchBuilder(clips, search.store, search.processor, tables, options)
     return HeldOut(builder, expressions, [events[number] for number in chosen])

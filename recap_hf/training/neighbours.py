@@ -102,7 +102,7 @@ def _search(
 def search_key(datastore: Any, features: FeatureStore, queries: Sequence[Query], top: int) -> str:
     """Hash of everything that the result of a search depends on."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([SEARCH_VERSION, top, features.fingerprint]).encode())
+    digest.update(json.dumps([SEARCH_VERSION, top, features.fingerprint, datastore.keys]).encode())
     for record in datastore.records:
         digest.update(json.dumps([record["caption"], record.get("clip_id")]).encode())
     embeddings = datastore.embeddings

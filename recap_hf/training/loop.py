@@ -215,10 +215,9 @@ class TrainingLoop(ABC):
 
     def _seed_noise(self, part: int) -> None:
         """Dropout of one pass is a function of seed, step and place."""
-        if self.config.dropout:
-            place = self.accelerator.process_index * self.accumulation + part
-            seed = (self.config.seed * 1_000_003 + self.progress.step) * 4_099 + place
-            torch.manual_seed(seed % (1 << 62))
+        place = self.accelerator.process_index * self.accumulation + part
+        seed = (self.config.seed * 1_000_003 + self.progress.step) * 4_099 + place
+        torch.manual_seed(seed % (1 << 62))
 
     def _no_sync_until_last(self, number: int, parts: list[Any]) -> Any:
         last = number == len(parts) - 1

@@ -1,0 +1,218 @@
+"""The pieces of pretraining: the contrastive loss, retrieval figures, windows of a clip, what is right for what."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_clap_config
+from training_parts import captions_of, make_tokenizer
+
+from recap_hf import RecapFeatureExtractor
+from recap_hf.pretraining.bases import SIZES, new_clap_config, train_tokenizer
+from recap_hf.pretraining.clips import PairBuilder, Variation, cut_window, paired_clips, plan_epoch, positives
+from recap_hf.pretraining.contrastive import Towers, contrastive_loss, embed_mels, embed_texts, fix_input_statistics
+from recap_hf.pretraining.retrieval import one_direction, retrieval_figures
+
+
+@pytest.fixture(scope="module")
+def clap():
+    from transformers import ClapModel
+
+    torch.manual_seed(0)
+    return ClapModel(tiny_clap_config()).eval()
+
+
+def test_the_loss_is_the_cross_entropy_of_transformers_logits_where_each_clip_has_one_caption(clap):
+    """Of both ways; `ClapModel`'s own loss transposes one of its two matrices and so counts one way twice."""
+    mels = torch.randn(3, 1001, 64) * 10 - 40
+    ids = torch.randint(5, 300, (3, 7))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        output = clap(input_ids=ids, attention_mask=mask, input_features=mels[:, None])
+        each = torch.arange(3)
+        logits = (output.logits_per_audio, output.logits_per_text)
+        expected = sum(torch.nn.functional.cross_entropy(rows, each) for rows in logits) / 2
+        audio, texts = embed_mels(clap, mels), embed_texts(clap, ids, mask)
+        loss = contrastive_loss(audio, texts, torch.eye(3).bool(), clap.logit_scale_a, clap.logit_scale_t)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_several_captions_of_a_clip_share_the_target():
+    """By hand: similarities 1 and 0, factor e; clip 0 has the captions 0 and 1, clip 1 the caption 2."""
+    audio, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    positive = torch.tensor([[True, True, False], [False, False, True]])
+    scale = torch.tensor(1.0)
+    e = math.exp(math.e)
+    from_audio = (-math.log(e / (2 * e + 1)) - math.log(e / (e + 2))) / 2
+    from_text = -math.log(e / (e + 1))
+    loss = contrastive_loss(audio, texts, positive, scale, scale)
+    assert loss.item() == pytest.approx((from_audio + from_text) / 2, rel=1e-6)
+    # A factor beyond the bound is the bound.
+    bounded = contrastive_loss(audio, texts, positive, scale * 9, scale * 9, max_logit_scale=math.e)
+    assert bounded.item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_embeddings_do_not_depend_on_the_batch(clap):
+    towers = Towers(clap).train()
+    mels = torch.randn(4, 1001, 64) * 10 - 40
+    ids = torch.randint(5, 300, (4, 6))
+    with torch.no_grad():
+        together, _ = towers(mels, ids, torch.ones_like(ids))
+        alone, _ = towers(mels[2:3], ids[:1], torch.ones_like(ids[:1]))
+    torch.testing.assert_close(together[2], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["audio", "text"])
+def test_a_frozen_tower_has_no_gradient(frozen: str):
+    from transformers import ClapModel
+
+    trained = {name for name, p in Towers(ClapModel(tiny_clap_config()), frozen).named_parameters() if p.requires_grad}
+    assert trained
+    assert not any(name.startswith(f"clap.{frozen}_") for name in trained)
+    assert "clap.logit_scale_a" in trained
+
+
+def test_the_input_is_normalised_by_the_statistics_of_its_mels(clap):
+    mels = torch.randn(5, 1001, 64) * torch.linspace(1, 9, 64) - torch.linspace(0, 63, 64)
+    fix_input_statistics(clap, mels)
+    normalisation = clap.audio_model.audio_encoder.batch_norm
+    assert not any(parameter.requires_grad for parameter in normalisation.parameters())
+    normalised = normalisation.eval()(mels.transpose(1, 2)[..., None]).detach()
+    torch.testing.assert_close(normalised.mean(dim=(0, 2, 3)), torch.zeros(64), atol=1e-3, rtol=0)
+    torch.testing.assert_close(normalised.std(dim=(0, 2, 3)), torch.ones(64), atol=1e-2, rtol=0)
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def test_retrieval_figures_by_hand():
+    """Query 0 finds its one right candidate second; query 1 its two at places 1 and 4; query 2 none of ten."""
+    scores = -np.tile(np.arange(12.0), (3, 1))
+    relevant = np.zeros((3, 12), dtype=bool)
+    relevant[0, 1] = relevant[1, 0] = relevant[1, 3] = relevant[2, 11] = True
+    figures = one_direction(scores, relevant)
+    assert figures["r1"] == pytest.approx(1 / 3)
+    assert figures["r5"] == figures["r10"] == pytest.approx(2 / 3)
+    assert figures["map10"] == pytest.approx((1 / 2 + (1 + 2 / 4) / 2 + 0) / 3)
+
+
+def test_both_directions():
+    similarity = np.array([[0.9, 0.1], [0.8, 0.2]])
+    figures = retrieval_figures(similarity, np.eye(2, dtype=bool))
+    # Clip 1 prefers caption 0; caption 1 prefers clip 1.
+    assert (figures["audio_to_text_r1"], figures["text_to_audio_r1"]) == (0.5, 1.0)
+    assert figures["map10"] == pytest.approx((0.75 + 1.0) / 2)
+    # A query to which nothing is right does not count.
+    assert one_direction(similarity, np.array([[True, False], [False, False]]))["r1"] == 1.0
+
+
+def test_what_is_right_for_a_clip():
+    """By recording (the same clip of another dataset) and by text (case and punctuation apart)."""
+    captions = [["A dog barks.", "dog"], ["rain"], ["a dog barks"], ["other words"]]
+    tokens = iter([[1]] * 5)
+    clips = paired_clips(["a.wav", "b.wav", "c.wav", "x/A.flac"], "wxyz", captions, tokens)
+    pairs = [(clip, number) for clip in clips for number in range(len(clip.tokens))]
+    expected = [[1, 1, 0, 1, 1], [0, 0, 1, 0, 0], [1, 0, 0, 1, 0], [1, 1, 0, 0, 1]]
+    assert positives(clips, pairs).astype(int).tolist() == expected
+
+
+# ------------------------------------------------------------------------ clips
+
+
+def test_a_cut_window_is_the_mel_of_the_cut():
+    """From 3 s on: all frames but those whose 21 ms reach over a border between stored windows or the cut's ends."""
+    extractor = RecapFeatureExtractor(compute_dtype="float64")
+    rng = np.random.default_rng(0)
+    waveform = rng.normal(size=int(23.4 * 48_000)).astype(np.float32) * 0.1
+    starts = np.round(np.array(extractor.window_starts(len(waveform))) / 480).astype(int)
+    stored = extractor([waveform], sampling_rate=48_000, return_tensors="np")["input_features"][0]
+    for first in (300, 1340):
+        cut = waveform[first * 480 : first * 480 + 480_000]
+        expected = extractor([cut], sampling_rate=48_000, return_tensors="np")["input_features"][0, 0]
+        got = cut_window(stored, starts, first)
+        apart = np.abs(got - expected).max(axis=1) > 1e-3
+        borders = {0, 1, 1000, 999} | {place - first + side for place in (1000, 2000) for side in (-1, 0, 1)}
+        assert set(np.flatnonzero(apart)) <= {frame for frame in borders if 0 <= frame <= 1000}
+    assert np.array_equal(cut_window(stored, starts, starts[-1])[900:], stored[-1][900:])
+
+
+class _Store:
+    """Two stored clips: of one window, and of three."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self._frames = {"a": rng.normal(size=(1, 1001, 64)), "b": rng.normal(size=(3, 1001, 64))}
+
+    def hidden_states(self, key: str) -> np.ndarray:
+        return self._frames[key].reshape(-1, 64).astype(np.float16)
+
+    def audio_embeds(self, key: str) -> np.ndarray:
+        return np.array([[0.0], [1000.0], [1340.0]][: len(self._frames[key])], dtype=np.float32)
+
+
+def test_variation_is_keyed_by_seed_epoch_and_clip():
+    tokens = iter([[number] for number in range(8)])
+    clips = paired_clips(["a", "b"], ["a", "b"], [["u", "v", "w"], ["x", "y", "z"]], tokens)
+
+    settings = {"captions": 2, "crop": True, "gain_db": 6.0, "mask_frames": 90, "mask_bins": 9}
+
+    def build(seed: int, epoch: int, order=(0, 1), **changes):
+        variation = Variation(**{**settings, **changes}, seed=seed)
+        return PairBuilder(clips, _Store(), variation, 0).build(order, epoch)
+
+    first, again, swapped = build(1, 4), build(1, 4), build(1, 4, order=(1, 0))
+    assert np.array_equal(first.mels, again.mels)
+    assert np.array_equal(first.input_ids, again.input_ids)
+    assert np.array_equal(first.mels, swapped.mels[::-1])
+    assert first.mels.shape == (2, 1001, 64)
+    assert first.input_ids.shape == (4, 1)
+    for other in (build(2, 4), build(1, 5)):
+        assert not np.array_equal(first.mels, other.mels)
+    # Without variation, a clip is its first window.
+    plain = build(1, 4, crop=False, gain_db=0.0, mask_frames=0, mask_bins=0)
+    assert np.array_equal(plain.mels[1], _Store().hidden_states("b")[:1001].astype(np.float32))
+
+
+def test_steps_are_full_and_no_clip_stands_twice():
+    steps = plan_epoch(23, 5, seed=3, epoch=1)
+    assert [len(step) for step in steps] == [5, 5, 5, 5]
+    assert len(set(np.concatenate(steps).tolist())) == 20
+    assert [step.tolist() for step in steps] != [step.tolist() for step in plan_epoch(23, 5, seed=3, epoch=2)]
+    assert [len(step) for step in plan_epoch(3, 5, seed=3, epoch=1)] == [3]
+
+
+# ------------------------------------------------------------------------ bases
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "clap"])
+def test_a_trained_tokenizer_writes_any_text(kind: str):
+    texts = [text for number in range(16) for text in captions_of(number)]
+    tokenizer = train_tokenizer(texts, kind, vocab_size=380, max_length=60)
+    for text in (" a dog barks twice", " Gewitter über Zürich 雷"):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text.strip()
+    assert len(tokenizer) <= 380
+    assert tokenizer.pad_token_id is not None
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id] if kind == "clap" else []
+    assert [ids[0], ids[-1]] == ends or kind == "gpt2"
+
+
+def test_sizes(tmp_path):
+    from transformers import ClapModel
+
+    tokenizer = make_tokenizer("clap")
+    tokenizer.model_max_length = 78
+    counts = {}
+    for size in (*SIZES, "base"):
+        with torch.device("meta"):
+            model = ClapModel(new_clap_config(size, "", tokenizer))
+        counts[size] = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert counts["tiny"] < counts["small"] < counts["base"]
+    # HTSAT and RoBERTa without most of its vocabulary (50,265 tokens of 768 are 38.6 M).
+    assert counts["base"] == pytest.approx(153.5 - 38.6, abs=1.5)
+    (tmp_path / "x.json").write_text("[1]")
+    with pytest.raises(ValueError, match="expected the fields of a ClapConfig, found list"):
+        new_clap_config("tiny", str(tmp_path / "x.json"), tokenizer)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import ClapConfig, GPT2Config, PretrainedConfig
 
+from .confidence_recap import ConfidenceModel
 from .prefix_recap import CONDITIONINGS, CROSS_ATTENTION, PREFIX
 from .prompt_recap import PAPER_PROMPT, PromptTemplate
 from .travelling_recap import AUTO_MAP, CUSTOM_PIPELINES
@@ -44,6 +45,9 @@ class RecapConfig(PretrainedConfig):
             What joins prompt and caption when the target of the training is tokenized.
         window_length_s (`float`, *optional*, defaults to 10.0):
             Length in seconds of one window of the audio tower. A longer clip becomes several windows.
+        confidence (`dict`, *optional*):
+            The calibration of captions' confidences, `{"weights": {feature: number}, "intercept": number}` as
+            [`ConfidenceModel`] takes it. Without one the pipeline gives no confidence.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*):
             Special tokens of the decoder; they default to the decoder configuration's. GPT-2 has no padding token:
             its end-of-text token then pads, and masks alone tell what is padding.
@@ -74,6 +78,7 @@ class RecapConfig(PretrainedConfig):
         prompt_without_captions: str = PAPER_PROMPT.without_captions,
         target_prefix: str = PAPER_PROMPT.target_prefix,
         window_length_s: float = 10.0,
+        confidence: dict[str, Any] | None = None,
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
@@ -93,6 +98,7 @@ class RecapConfig(PretrainedConfig):
         self.prompt_without_captions = prompt_without_captions
         self.target_prefix = target_prefix
         self.window_length_s = window_length_s
+        self.confidence = confidence
         eos_token_id = self.decoder.eos_token_id if eos_token_id is None else eos_token_id
         bos_token_id = self.decoder.bos_token_id if bos_token_id is None else bos_token_id
         pad_token_id = self.decoder.pad_token_id if pad_token_id is None else pad_token_id
@@ -135,8 +141,9 @@ class RecapConfig(PretrainedConfig):
                     f"`{name}` is {value}, outside the decoder's vocabulary of {self.decoder.vocab_size} tokens "
                     f"(0 to {self.decoder.vocab_size - 1}): give an id that the decoder's tokenizer knows."
                 )
-        # The template checks itself.
+        # These two check themselves.
         self.prompt  # noqa: B018
+        ConfidenceModel.of(self.confidence)
 
     def _validate_conditioning(self) -> None:
         if self.conditioning not in CONDITIONINGS:

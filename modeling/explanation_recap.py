@@ -13,6 +13,7 @@ import torch
 from .attribution_recap import METHODS, Attribution, Passage, attribute, hidden_log_probs
 from .audio_grid_recap import AudioGrid
 from .audio_recap import resample, to_mono
+from .outputs_recap import RecapEncoderOutput
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
@@ -119,6 +120,7 @@ class RecapExplanationMixin:
         retrieved: Sequence[dict[str, Any] | str] | None = None,
         k: int | None = None,
         method: str = "gradient",
+        encoder_outputs: RecapEncoderOutput | None = None,
         **generate_kwargs: Any,
     ) -> CaptionExplanation:
         """Explains the caption of one recording: where in it each word looked, and which retrieved captions it used.
@@ -142,6 +144,8 @@ class RecapExplanationMixin:
                 - `"occlusion"`: how much less probable the word is when that place is hidden.
                 - `"attention"`: the bare attention weights, the mean over layers and heads. Which states a layer
                   mixes says little about what the word rests on: see the measurements in docs/explanations.md.
+            encoder_outputs ([`RecapEncoderOutput`], *optional*): what `encode_audio` made of this recording alone,
+                where it is at hand; spares a second pass of the encoder.
             generate_kwargs: for `generate` (`num_beams`, `max_new_tokens`, ...).
 
         Returns:
@@ -165,44 +169,55 @@ class RecapExplanationMixin:
         try:
             # Also inside somebody's inference mode, whose tensors know no gradients.
             with torch.inference_mode(False):
-                return self._explain(audio, processor, sampling_rate, caption, retrieved, k, method, generate_kwargs)
+                prompted = self._prompted(audio, processor, sampling_rate, retrieved, k, encoder_outputs)
+                return self._explain(*prompted, processor, caption, method, generate_kwargs)
         finally:
             self.train(was_training)
 
-    def _explain(
+    def _prompted(
         self,
         audio: Any,
         processor: Any,
         sampling_rate: int,
-        caption: str | None,
         retrieved: Sequence[dict[str, Any] | str] | None,
         k: int | None,
-        method: str,
-        generate_kwargs: dict[str, Any],
-    ) -> CaptionExplanation:
+        encoding: RecapEncoderOutput | None,
+    ) -> tuple[AudioGrid, RecapEncoderOutput, Any]:
         processor.check_model(self)
         extractor = processor.feature_extractor
         waveform = resample(to_mono(audio), sampling_rate, extractor.sampling_rate)
-        with torch.no_grad():
-            inputs = processor(audio=[waveform], sampling_rate=extractor.sampling_rate, return_tensors="pt")
-            encoding = self.encode_audio(**inputs)
+        if encoding is None:
+            with torch.no_grad():
+                inputs = processor(audio=[waveform], sampling_rate=extractor.sampling_rate, return_tensors="pt")
+                encoding = self.encode_audio(**inputs)
         chosen = None if retrieved is None else [list(retrieved)]
         prompts = processor.build_prompts(encoding.audio_embeds, k=k, retrieved=chosen)
+        return AudioGrid.of(self.config, extractor, len(waveform)), encoding, prompts
+
+    def _explain(
+        self,
+        grid: AudioGrid,
+        encoding: RecapEncoderOutput,
+        prompts: Any,
+        processor: Any,
+        caption: str | None,
+        method: str,
+        generate_kwargs: dict[str, Any],
+    ) -> CaptionExplanation:
         hits = [{"caption": hit} if isinstance(hit, str) else dict(hit) for hit in prompts.pop("retrieved")[0]]
+        prompt = prompts["decoder_input_ids"]
         if caption is not None and not caption.strip():
             raise ValueError("`caption` is empty: there is no word to explain.")
         if caption is None:
             sequences = self.generate(encoder_outputs=encoding, **prompts, **generate_kwargs)
-            target = sequences[0, prompts["decoder_input_ids"].shape[1] :].tolist()
+            target = sequences[0, prompt.shape[1] :].tolist()
         else:
             target = processor.encode_caption(caption)
-        grid = AudioGrid.of(self.config, extractor, len(waveform))
-        prompt = prompts["decoder_input_ids"]
+        answer = torch.tensor([self._up_to_end(target)], device=prompt.device, dtype=prompt.dtype)
         passage = Passage(
-            states=encoding.last_hidden_state,
-            ids=torch.cat(
-                [prompt, torch.tensor([self._up_to_end(target)], device=prompt.device, dtype=prompt.dtype)], 1
-            ),
+            # A copy: one made in inference mode could not be in a graph.
+            states=encoding.last_hidden_state.clone(),
+            ids=torch.cat([prompt, answer], dim=1),
             start=prompt.shape[1],
             captions=processor.caption_tokens([hit["caption"] for hit in hits]),
             grid=grid.shape,

@@ -14,6 +14,8 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
 from .captions_recap import open_datastore
+from .confidence_recap import ConfidenceModel, caption_features
+from .reranking_recap import caption_similarities, generate_reranked, reranking_parameters
 from .timeline_recap import DEFAULT_SEGMENT_BATCH, TimelineSettings, TimelineSummary, caption_timeline
 
 _GENERATION_KEYS = frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_")) | {
@@ -31,6 +33,10 @@ class AudioCaptioningPipeline(Pipeline):
             folder or Hub id of one, a file of captions (text with one a line, CSV, JSON or JSONL), or a list of
             captions. The last two are embedded on the spot.
         k (`int`, *optional*): captions in the prompt, default the processor's.
+        rerank (`str`, *optional*): `"clap"` generates several captions and returns the one that CLAP finds nearest to
+            the recording, with its `similarity` and all `candidates`, best first.
+        candidates (`int`, *optional*): how many with `rerank`, default as many as the search has beams; samples
+            instead of beams with `do_sample=True`.
         generation parameters (`num_beams`, `max_new_tokens`, `do_sample`, ...): passed to `generate`.
 
     Each input is a path, a URL, bytes, a waveform of shape `(samples,)` or `(channels, samples)` at the feature
@@ -39,7 +45,8 @@ class AudioCaptioningPipeline(Pipeline):
 
     Returns for each input `{"caption": str, "score": float, "retrieved": [{"caption": str, "score": float, ...}]}`:
     `score` is the exponential of the mean log-probability of the caption's tokens. A recording that holds nothing
-    above the smallest step of 16-bit audio is captioned "silence" without asking the model.
+    above the smallest step of 16-bit audio is captioned "silence" without asking the model. A model with a calibration
+    (`config.confidence`) also returns `confidence`, the probability that the caption is right.
 
     With `return_timestamps=True` a recording of any length is read as it is needed and becomes a timeline:
     `"segments"` has `{"start", "end", "caption", "score", "retrieved"}` of each, in seconds; `"caption"`, `"score"`,
@@ -92,6 +99,8 @@ class AudioCaptioningPipeline(Pipeline):
         return_timestamps: bool | None = None,
         timeline: dict[str, Any] | None = None,
         segment_batch_size: int | None = None,
+        rerank: str | None = None,
+        candidates: int | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess_params: dict[str, Any] = {}
@@ -107,6 +116,7 @@ class AudioCaptioningPipeline(Pipeline):
             raise TypeError(f"The audio-captioning pipeline does not know the arguments {', '.join(sorted(unknown))}.")
         if k is not None:
             forward_params["k"] = k
+        forward_params |= reranking_parameters(rerank, candidates)
         if generate_kwargs or kwargs:
             forward_params["generate_kwargs"] = {**(generate_kwargs or {}), **kwargs}
         return preprocess_params, forward_params, {}
@@ -136,20 +146,25 @@ class AudioCaptioningPipeline(Pipeline):
         return_timestamps: bool = False,
         timeline: TimelineSettings | None = None,
         segment_batch_size: int | None = None,
+        rerank: str | None = None,
+        candidates: int | None = None,
     ) -> dict[str, list[Any]]:
         if return_timestamps:
-            options = {"settings": timeline, "k": k, "generate_kwargs": generate_kwargs or {}}
+            options = {"settings": timeline, "k": k, "generate_kwargs": generate_kwargs}
+            options |= reranking_parameters(rerank, candidates)
             options["batch_size"] = segment_batch_size or self._batch_size or DEFAULT_SEGMENT_BATCH
             return {"result": [self._timeline(source, options) for source in model_inputs["source"]]}
         waveforms = model_inputs["waveform"]
         if not isinstance(waveforms, list):
             waveforms = [waveforms]
+        confidence = {} if self.model.config.confidence is None else {"confidence": 1.0}
         results: list[dict[str, Any]] = [
-            {"caption": SILENCE_CAPTION, "score": 1.0, "retrieved": []} for _ in waveforms
+            {"caption": SILENCE_CAPTION, "score": 1.0, **confidence, "retrieved": []} for _ in waveforms
         ]
         heard = [index for index, waveform in enumerate(waveforms) if not is_silent(waveform)]
         if heard:
-            captions = self.caption([waveforms[index] for index in heard], k, generate_kwargs or {})
+            chosen = [waveforms[index] for index in heard]
+            captions = self.caption(chosen, k, generate_kwargs or {}, rerank, candidates)
             for index, result in zip(heard, captions, strict=True):
                 results[index] = result
         return {"result": results}
@@ -160,7 +175,12 @@ class AudioCaptioningPipeline(Pipeline):
         return {**summary.result(), "segments": segments}
 
     def caption(
-        self, waveforms: list[np.ndarray], k: int | None, generate_kwargs: dict[str, Any]
+        self,
+        waveforms: list[np.ndarray],
+        k: int | None,
+        generate_kwargs: dict[str, Any],
+        rerank: str | None = None,
+        candidates: int | None = None,
     ) -> list[dict[str, Any]]:
         """Captions of one batch of waveforms at the feature extractor's sampling rate."""
         inputs = self.processor(
@@ -172,11 +192,35 @@ class AudioCaptioningPipeline(Pipeline):
         encoding = self.model.encode_audio(**inputs)
         prompts = self.processor.build_prompts(encoding.audio_embeds, k=k)
         retrieved = prompts.pop("retrieved")
-        sequences, scores = self.model.generate_with_scores(encoding, prompts, **generate_kwargs)
+        extras: list[dict[str, Any]] = [{} for _ in waveforms]
+        if rerank is None:
+            sequences, scores = self.model.generate_with_scores(encoding, prompts, **generate_kwargs)
+        else:
+            sequences, chosen = generate_reranked(
+                self.model, self.processor, encoding, prompts, candidates, **generate_kwargs
+            )
+            scores = self.model.score_captions(encoding, sequences, prompts)
+            extras = [{"similarity": entry.similarity, "candidates": entry.candidates} for entry in chosen]
         captions = self.processor.batch_decode(sequences)
+        confidences = self._confidences(captions, scores, retrieved, encoding.audio_embeds)
         return [
-            {"caption": caption, "score": score, "retrieved": hits}
-            for caption, score, hits in zip(captions, scores, retrieved, strict=True)
+            {"caption": caption, "score": score, **confidence, "retrieved": hits, **extra}
+            for caption, score, confidence, hits, extra in zip(
+                captions, scores, confidences, retrieved, extras, strict=True
+            )
+        ]
+
+    def _confidences(
+        self, captions: list[str], scores: list[float], retrieved: list[list[Any]], audio_embeds: torch.Tensor
+    ) -> list[dict[str, float]]:
+        """For each caption its `confidence`, or nothing where the model has no calibration."""
+        calibration = ConfidenceModel.of(self.model.config.confidence)
+        if calibration is None:
+            return [{} for _ in captions]
+        similarities = caption_similarities(self.model, self.processor, captions, audio_embeds)
+        return [
+            {"confidence": calibration(caption_features(*features))}
+            for features in zip(scores, similarities, retrieved, strict=True)
         ]
 
     def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:

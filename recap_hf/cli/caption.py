@@ -14,7 +14,7 @@ from recap_hf.cli.numbers import count, positive
 from recap_hf.ray_engine import add_engine_arguments
 from recap_hf.timeline.options import FORMATS, add_timeline_arguments, usage_error
 
-_CSV_COLUMNS = ("file", "caption", "score", "retrieved", "error")
+_CSV_COLUMNS = ("file", "caption", "score", "retrieved", "error", "confidence", "similarity")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=count, help="captions in the prompt (default: the model's, 4 in the paper)")
     parser.add_argument("--num-beams", type=positive, help="beams of the search (default: the model's, 3)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest caption in tokens (default: the model's, 60)")
+    parser.add_argument(
+        "--rerank", choices=("clap",), help="generate several captions, keep the one that CLAP finds nearest"
+    )
+    parser.add_argument(
+        "--candidates", type=positive, metavar="N", help="captions to choose from with --rerank (default: the beams)"
+    )
+    parser.add_argument("--do-sample", action="store_true", help="sample captions instead of searching with beams")
     parser.add_argument("--batch-size", type=positive, default=8, help="recordings per pass (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument(
@@ -55,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"recap caption: error: {error}", file=sys.stderr)
         return 2
     wrong = usage_error(args, len(names))
+    if args.candidates and not args.rerank:
+        wrong = "--candidates needs --rerank clap."
     if wrong is not None:
         print(f"recap caption: error: {wrong}", file=sys.stderr)
         return 2
@@ -62,10 +71,11 @@ def run(args: argparse.Namespace) -> int:
         from recap_hf.timeline.command import run_timeline
 
         return run_timeline(args, names, load_captioner)
+    entries = _captioned(args, names)
     failed = 0
     with _output(args.output) as file, _progress(len(names)) as progress:
         writer = _WRITERS[args.format](file)
-        for entry in _captioned(args, names):
+        for entry in entries:
             if entry.error is not None:
                 failed += 1
                 progress.write(f"recap caption: {entry.name}: {entry.error}")
@@ -104,6 +114,8 @@ def load_captioner(args: argparse.Namespace) -> Any:
     model = RecapForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, args.dtype))
     processor = RecapProcessor.from_pretrained(name)
     decoding = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "k": args.k}
+    # Not all commands that caption have these.
+    decoding |= {name: getattr(args, name, None) or None for name in ("rerank", "candidates", "do_sample")}
     return AudioCaptioningPipeline(
         model=model.eval(),
         processor=processor,
@@ -147,7 +159,9 @@ class _TextWriter:
     def write(self, entry: Any) -> None:
         if entry.result is None:
             return
-        lines = [f"{entry.name}: {entry.result['caption']}"]
+        confidence = entry.result.get("confidence")
+        sure = "" if confidence is None else f" ({confidence:.0%} sure)"
+        lines = [f"{entry.name}: {entry.result['caption']}{sure}"]
         lines += [f"    {hit['score']:.2f}  {' '.join(hit['caption'].split())}" for hit in entry.result["retrieved"]]
         self._print("\n".join(lines) + "\n")
 
@@ -187,7 +201,7 @@ class _CsvWriter(_TextWriter):
 
     def __init__(self, file: IO[str]) -> None:
         super().__init__(file)
-        self.rows = csv.DictWriter(file, _CSV_COLUMNS, restval="", lineterminator="\n")
+        self.rows = csv.DictWriter(file, _CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
         self.rows.writeheader()
 
     def write(self, entry: Any) -> None:

@@ -133,7 +133,7 @@ class CsvWriter(TimelineWriter):
     """A row a segment; the retrieved captions as JSON in their cell."""
 
     def start(self) -> None:
-        self.rows = csv.DictWriter(self.file, _CSV_COLUMNS, lineterminator="\n")
+        self.rows = csv.DictWriter(self.file, _CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
         self.rows.writeheader()
 
     def segment(self, segment: dict[str, Any]) -> None:

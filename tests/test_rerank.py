@@ -1,0 +1,113 @@
+"""Best of n: the candidate nearest to its recording, in the pipeline and on the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from recap_hf import AudioCaptioningPipeline
+from recap_hf.cli import main
+from recap_hf.modeling.reranking_recap import candidate_options, caption_similarities
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(int(48_000 * seconds)).astype(np.float32) * 0.1
+
+
+@pytest.fixture
+def words_only(tiny_processor) -> dict:
+    """A random model writes control characters; this leaves it words."""
+    tokens = tiny_processor.tokenizer.convert_ids_to_tokens(range(300))
+    barred = [i for i, token in enumerate(tokens) if not re.fullmatch("Ġ?[a-z]+", token or "")]
+    return {"suppress_tokens": barred, "max_new_tokens": 6}
+
+
+def test_similarities_by_hand(tiny_model, tiny_processor):
+    """The mean cosine over the windows that a recording has."""
+    embeds = torch.zeros(2, 2, 16)
+    embeds[0, 0, 3], embeds[0, 1, 5], embeds[1, 0, 0] = 1.0, 1.0, 1.0
+    texts = tiny_model.embed_captions(["a dog", "rain"], tiny_processor)
+    found = caption_similarities(tiny_model, tiny_processor, ["a dog", "rain"], embeds)
+    np.testing.assert_allclose(found, [(texts[0, 3] + texts[0, 5]) / 2, texts[1, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}])
+def test_the_nearest_of_the_candidates_is_returned(tiny_model, tiny_processor, words_only, options):
+    pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor, **words_only)
+    clips = [noise(3), noise(14, seed=1)]
+    torch.manual_seed(0)
+    results = pipe(clips, rerank="clap", candidates=5, batch_size=2, **options)
+    for clip, result in zip(clips, results, strict=True):
+        inputs = tiny_processor(audio=[clip], sampling_rate=48_000, return_tensors="pt")
+        with torch.no_grad():
+            embeds = tiny_model.encode_audio(**inputs).audio_embeds[0].numpy()
+        for candidate in result["candidates"]:
+            text = tiny_model.embed_captions([candidate["caption"]], tiny_processor)[0]
+            assert candidate["similarity"] == pytest.approx(float((embeds @ text).mean()), abs=1e-4)
+        similarities = [candidate["similarity"] for candidate in result["candidates"]]
+        assert similarities == sorted(similarities, reverse=True) and len(similarities) <= 5
+        assert result["candidates"][0]["caption"] == result["caption"]
+        assert result["similarity"] == pytest.approx(max(similarities), abs=1e-5)
+        assert len({candidate["caption"] for candidate in result["candidates"]}) == len(similarities)
+
+
+def test_candidates_are_the_beams(tiny_model, tiny_processor, words_only):
+    clip = noise(3)
+    inputs = tiny_processor(audio=[clip], sampling_rate=48_000, return_tensors="pt")
+    with torch.no_grad():
+        encoding = tiny_model.encode_audio(**inputs)
+    prompts = tiny_processor.build_prompts(encoding.audio_embeds)
+    ids = tiny_model.generate(encoder_outputs=encoding, **prompts, num_beams=4, num_return_sequences=4, **words_only)
+    pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor, **words_only)
+    result = pipe(clip, rerank="clap", candidates=4)
+    assert {candidate["caption"] for candidate in result["candidates"]} == set(tiny_processor.batch_decode(ids))
+    # The score is that of the chosen caption, whichever beam it was.
+    row = tiny_processor.batch_decode(ids).index(result["caption"])
+    score = tiny_model.score_captions(encoding, ids[row : row + 1], prompts)[0]
+    assert result["score"] == pytest.approx(score, rel=1e-4)
+
+
+def test_one_candidate_is_no_reranking(tiny_model, tiny_processor, words_only):
+    pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor, **words_only)
+    plain, single = pipe(noise(3)), pipe(noise(3), rerank="clap", candidates=1)
+    assert plain["caption"] == single["caption"] and plain["score"] == pytest.approx(single["score"], rel=1e-4)
+    assert "similarity" not in plain and "candidates" not in plain
+
+
+def test_options():
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(num_beams=3)
+    assert candidate_options(2, {}, config) == {"num_return_sequences": 2, "num_beams": 3}
+    assert candidate_options(8, {"num_beams": 5}, config) == {"num_return_sequences": 8, "num_beams": 8}
+    sampled = {"do_sample": True, "num_return_sequences": 4, "num_beams": 1}
+    assert candidate_options(4, {"do_sample": True}, config) == sampled
+
+
+def test_what_is_refused(tiny_model, tiny_processor):
+    pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor)
+    with pytest.raises(ValueError, match="`rerank` must be one of clap"):
+        pipe(noise(1), rerank="bleu")
+    with pytest.raises(ValueError, match="`candidates` must be a whole number"):
+        pipe(noise(1), rerank="clap", candidates=0)
+
+
+def test_command_line(tmp_path, capsys):
+    from recap_hf import examples_path
+
+    clip = str(examples_path() / "sea.flac")
+    assert main(["caption", clip, "--rerank", "clap", "--candidates", "4", "--format", "json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["candidates"][0]["caption"] == result["caption"]
+    output = tmp_path / "captions.csv"
+    assert main(["caption", clip, "--rerank", "clap", "--format", "csv", "--output", str(output)]) == 0
+    with open(output, newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["similarity"]) > 0 and row["error"] == ""
+    assert main(["caption", clip, "--candidates", "4"]) == 2
+    assert "--candidates needs --rerank" in capsys.readouterr().err

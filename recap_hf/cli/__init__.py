@@ -17,6 +17,7 @@ from recap_hf.version import __version__
 # name: (module with `add_arguments(parser)` and `run(args) -> int`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "caption": ("recap_hf.cli.caption", "describe recordings in a sentence"),
+    "live": ("recap_hf.cli.live", "describe sound while it comes in, from a pipe or a microphone"),
     "explain": ("recap_hf.cli.explain", "show where in a recording each word of its caption comes from"),
     "datastore": ("recap_hf.cli.datastore", "build, search and edit the captions to retrieve from"),
     "train": ("recap_hf.cli.train", "train a captioner on recordings and captions"),
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("recap_hf.cli.export", "write a captioner as ONNX graphs"),
     "onnx": ("recap_hf.cli.onnx", "describe recordings with an exported captioner, without torch"),
     "push": ("recap_hf.cli.push", "push a checkpoint or a datastore to the Hugging Face Hub"),
+    "demo": ("recap_hf.cli.demo", "a page to play with: record or upload, and change what is looked up"),
     "tiny": ("recap_hf.cli.tiny", "make and evaluate the embedded default, recap-tiny"),
 }
 

@@ -9,7 +9,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,9 @@ def build_datastore(
     dtype: str = "float32",
     overwrite: bool = False,
     processes: int = 1,
+    engine: str = "local",
+    ray_address: str | None = None,
+    chunk_captions: int = CHUNK_CAPTIONS,
     progress: Progress = lambda message: None,
 ) -> CaptionDatastore:
     """Builds a datastore from files and datasets.
@@ -57,6 +62,9 @@ def build_datastore(
         dtype: of the stored embeddings; "float16" halves them and moves a cosine by less than 0.001.
         overwrite: replace a datastore that `output` holds.
         processes: that embed side by side, each on its share of the cores or on a GPU of its own.
+        engine: "local", or "ray": the processes are Ray's, may die and may be on other machines that see `output`.
+        ray_address: of a cluster; by default Ray is started on this machine.
+        chunk_captions: embedded between two notes of what is done.
         progress: is told what happens.
 
     Returns:
@@ -76,8 +84,10 @@ def build_datastore(
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         work = folder / WORK_NAME
-        plan = _plan(work, sources, source_options, filter_options, embedder, progress)
-        embeddings = _embed(work, plan["kept"], embedder, processes, progress)
+        plan = _plan(work, sources, source_options, filter_options, embedder, chunk_captions, progress)
+        chunks = _Chunks(work, plan["kept"], chunk_captions)
+        workers = _ray_workers(ray_address, progress) if engine == "ray" else _workers
+        embeddings = _embed(chunks, embedder, processes, workers, progress)
         progress("Index: trained and tuned where the size asks for one")
         search_index = build_index(embeddings, index, recall)
         plan["report"]["exact_search"] = index == "exact"
@@ -92,6 +102,7 @@ def _plan(
     source_options: SourceOptions | None,
     filter_options: FilterOptions | None,
     embedder: Any,
+    chunk_captions: int,
     progress: Progress,
 ) -> dict[str, Any]:
     """The captions, filtered, in a file; read again only if sources, options or encoder have changed."""
@@ -99,7 +110,9 @@ def _plan(
     state = [_state(source) for source in sources]
     guard = filter_options.guard and sorted(filter_options.guard.clip_ids)
     blacklists = [(ending, sorted(ids)) for ending, ids in filter_options.blacklists]
-    settings = repr((state, source_options, {**vars(filter_options), "guard": guard, "blacklists": blacklists}))
+    settings = repr(
+        (state, chunk_captions, source_options, {**vars(filter_options), "guard": guard, "blacklists": blacklists})
+    )
     key = hashlib.sha256(settings.encode() + embedder.fingerprint.round(3).tobytes()).hexdigest()
     path = work / "plan.json"
     if path.is_file():
@@ -142,34 +155,47 @@ def _write_json(path: Path, contents: Any) -> None:
     os.replace(temporary, path)
 
 
-def _embed(work: Path, count: int, embedder: Any, processes: int, progress: Progress) -> np.ndarray:
+@dataclass(frozen=True)
+class _Chunks:
+    """The planned captions in chunks of `size`: where they lie, and how many they are."""
+
+    work: Path
+    count: int
+    size: int
+
+    @property
+    def embeddings(self) -> Path:
+        return self.work / "embeddings.npy"
+
+
+_Workers = Callable[[Any, int, _Chunks], AbstractContextManager[Callable[[Sequence[int]], Iterator[int]]]]
+
+
+def _embed(chunks: _Chunks, embedder: Any, processes: int, workers: _Workers, progress: Progress) -> np.ndarray:
     """Embeddings of the planned captions, memory-mapped; chunks that an earlier run finished are kept."""
-    path, done_path = work / "embeddings.npy", work / "done.json"
+    done_path, count = chunks.work / "done.json", chunks.count
     done = set(json.loads(done_path.read_text(encoding="utf-8"))) if done_path.is_file() else set()
     if not done:
-        np.lib.format.open_memmap(path, "w+", np.float32, (count, embedder.fingerprint.shape[1])).flush()
-    left = [start for start in range(0, count, CHUNK_CAPTIONS) if start not in done]
-    with _workers(embedder, min(processes, len(left)), work, count) as embed_chunks:
+        shape = (count, embedder.fingerprint.shape[1])
+        np.lib.format.open_memmap(chunks.embeddings, "w+", np.float32, shape).flush()
+    left = [start for start in range(0, count, chunks.size) if start not in done]
+    with workers(embedder, min(processes, len(left)), chunks) as embed_chunks:
         for start in embed_chunks(left):
             done.add(start)
             _write_json(done_path, sorted(done))
-            progress(f"Embedded {min(len(done) * CHUNK_CAPTIONS, count)} of {count} captions")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+            progress(f"Embedded {min(len(done) * chunks.size, count)} of {count} captions")
+    return np.load(chunks.embeddings, mmap_mode="r", allow_pickle=False)
 
 
 @contextmanager
-def _workers(
-    embedder: Any, processes: int, work: Path, count: int
-) -> Iterator[Callable[[Sequence[int]], Iterator[int]]]:
+def _workers(embedder: Any, processes: int, chunks: _Chunks) -> Iterator[Callable[[Sequence[int]], Iterator[int]]]:
     """What embeds chunks and yields their beginnings as they are done: this process, or several."""
     if processes <= 1:
-        embed_chunk = _ChunkEmbedder(embedder, work, count)
+        embed_chunk = _ChunkEmbedder(embedder, chunks)
         yield lambda starts: map(embed_chunk, starts)
         return
-    if getattr(embedder, "recipe", None) is None:
-        raise ValueError("Several processes each load the encoder: make it by CaptionEmbedder.from_pretrained")
     context = multiprocessing.get_context("spawn")
-    arguments = (embedder.recipe, context.Value("i", 0), processes, work, count)
+    arguments = (_recipe(embedder), context.Value("i", 0), processes, chunks)
     with ProcessPoolExecutor(processes, context, _start_worker, arguments) as pool:
 
         def embed_chunks(starts: Sequence[int]) -> Iterator[int]:
@@ -183,16 +209,46 @@ def _workers(
             raise
 
 
+def _recipe(embedder: Any) -> Callable[[int, int], Any]:
+    recipe = getattr(embedder, "recipe", None)
+    if recipe is None:
+        raise ValueError("Several processes each load the encoder: make it by CaptionEmbedder.from_pretrained")
+    return recipe
+
+
+def _ray_workers(address: str | None, progress: Progress) -> _Workers:
+    """The same by processes of Ray. A chunk is written in place, so that it may be begun twice."""
+
+    @contextmanager
+    def workers(embedder: Any, processes: int, chunks: _Chunks) -> Iterator[Callable[[Sequence[int]], Iterator[int]]]:
+        from recap_hf.ray_engine import run_parts
+
+        make = partial(_make_chunk_embedder, _recipe(embedder), processes, chunks)
+
+        def embed_chunks(starts: Sequence[int]) -> Iterator[int]:
+            for number in run_parts(make, starts, chunks.work, processes, address, progress) if starts else ():
+                yield starts[number]
+
+        yield embed_chunks
+
+    return workers
+
+
+def _make_chunk_embedder(recipe: Callable[[int, int], Any], processes: int, chunks: _Chunks) -> _ChunkEmbedder:
+    return _ChunkEmbedder(recipe(0, processes), chunks)
+
+
 class _ChunkEmbedder:
     """Embeds the chunk that begins at a row, in place, and returns that row."""
 
-    def __init__(self, embedder: Any, work: Path, count: int) -> None:
+    def __init__(self, embedder: Any, chunks: _Chunks) -> None:
         self.embedder = embedder
-        self.records = CaptionRecords(work / "captions.jsonl", count)
-        self.embeddings = np.load(work / "embeddings.npy", mmap_mode="r+", allow_pickle=False)
+        self.size = chunks.size
+        self.records = CaptionRecords(chunks.work / "captions.jsonl", chunks.count)
+        self.embeddings = np.load(chunks.embeddings, mmap_mode="r+", allow_pickle=False)
 
     def __call__(self, start: int) -> int:
-        chunk = self.records[start : start + CHUNK_CAPTIONS]
+        chunk = self.records[start : start + self.size]
         self.embeddings[start : start + len(chunk)] = self.embedder.embed([record["caption"] for record in chunk])
         self.embeddings.flush()
         return start
@@ -202,10 +258,10 @@ class _ChunkEmbedder:
 _WORKER: dict[str, _ChunkEmbedder] = {}
 
 
-def _start_worker(recipe: Callable[[int, int], Any], number: Any, processes: int, work: Path, count: int) -> None:
+def _start_worker(recipe: Callable[[int, int], Any], number: Any, processes: int, chunks: _Chunks) -> None:
     with number.get_lock():
         rank, number.value = number.value, number.value + 1
-    _WORKER["embed"] = _ChunkEmbedder(recipe(rank, processes), work, count)
+    _WORKER["embed"] = _ChunkEmbedder(recipe(rank, processes), chunks)
 
 
 def _work(start: int) -> int:

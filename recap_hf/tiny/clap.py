@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from recap_hf.pretraining.bases import ClapSize, clap_config
+from recap_hf.pretraining.contrastive import contrastive_loss, fix_input_statistics
+from recap_hf.pretraining.contrastive import embed_texts as embed_tokens
 
 from .grammar import Caption, Scene, compatible, contradict, render
 from .lexicon import HEARD, SPECIAL, vocabulary_sounds
@@ -50,40 +55,18 @@ class ClapRecipe:
 
 
 def build_clap(tokenizer: PreTrainedTokenizerBase, recipe: ClapRecipe) -> ClapModel:
-    """A `ClapModel` with random weights.
+    """A `ClapModel` with random weights."""
+    from transformers import ClapModel
 
-    Patches of 8 x 8 and three stages end in the grid of the full-size encoder, 2 x 32 = 64 vectors for 10 s, at a
-    quarter of the tokens; a window of 8 x 8 patches spans all 64 mel bins and 0.64 s.
-    """
-    from transformers import ClapAudioConfig, ClapConfig, ClapModel, ClapTextConfig
-
-    audio = ClapAudioConfig(
-        patch_size=8,
-        patch_stride=[8, 8],
-        patch_embeds_hidden_size=recipe.patch_embeds_hidden_size,
-        hidden_size=recipe.patch_embeds_hidden_size * 2 ** (len(recipe.depths) - 1),
-        depths=list(recipe.depths),
-        num_hidden_layers=len(recipe.depths),
-        num_attention_heads=list(recipe.num_attention_heads),
-        hidden_act="relu",
-        hidden_dropout_prob=0.0,
-        enable_fusion=False,
-        projection_dim=recipe.projection_dim,
+    size = ClapSize(
+        recipe.patch_embeds_hidden_size,
+        recipe.depths,
+        recipe.num_attention_heads,
+        recipe.text_hidden_size,
+        recipe.text_layers,
+        recipe.projection_dim,
     )
-    text = ClapTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.text_hidden_size,
-        intermediate_size=recipe.text_hidden_size * 3,
-        num_hidden_layers=recipe.text_layers,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length + 2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        layer_norm_eps=1e-5,
-        projection_dim=recipe.projection_dim,
-    )
-    return ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=recipe.projection_dim))
+    return ClapModel(clap_config(size, tokenizer))
 
 
 class ClapTrainee(nn.Module):
@@ -105,26 +88,18 @@ class ClapTrainee(nn.Module):
         return embeds, self.tags(output.pooler_output.float()), self.frame_tags(steps)
 
 
-def fix_input_statistics(clap: ClapModel, bank: SoundBank, folds: tuple[int, ...], recipe: ClapRecipe) -> None:
-    """Give the audio tower's input normalisation the statistics of 512 examples, and freeze it.
-
-    With constant statistics a clip's embedding does not depend on its batch, and no gradient has to pass the
-    interpolation of the input (a quarter of a step's time on a CPU).
-    """
-    normalisation = clap.audio_model.audio_encoder.batch_norm
+def fix_statistics(clap: ClapModel, bank: SoundBank, folds: tuple[int, ...], recipe: ClapRecipe) -> None:
+    """Give the audio tower's input normalisation the statistics of 512 examples, and freeze it."""
     rng = np.random.default_rng([0xBA7C, len(folds)])
-    features = audio_batch([draw_example(bank, folds, rng, recipe.mixtures) for _ in range(512)])
-    with torch.no_grad():
-        normalisation.running_mean.copy_(features.mean(dim=(0, 1, 2)))
-        normalisation.running_var.copy_(features.var(dim=(0, 1, 2)))
-    normalisation.requires_grad_(False)
+    fix_input_statistics(
+        clap, audio_batch([draw_example(bank, folds, rng, recipe.mixtures) for _ in range(512)])[:, 0]
+    )
 
 
 def embed_texts(clap: ClapModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> torch.Tensor:
     """L2-normalised text embeddings (N, P)."""
     encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-    output = clap.text_model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"])
-    return F.normalize(clap.text_projection(output.pooler_output).float(), dim=-1)
+    return embed_tokens(clap, encoded["input_ids"], encoded["attention_mask"])
 
 
 def audio_batch(examples: list[Example]) -> torch.Tensor:
@@ -141,36 +116,6 @@ def _targets(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
             tags[row, TAGS.index(event)] = 1
             frames[row, :, TAGS.index(event)] = torch.from_numpy(active).float()
     return tags, frames
-
-
-def _soft_cross_entropy(logits: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with the target spread evenly over the positives of each row; rows without any are left out."""
-    count = positive.sum(dim=1)
-    rows = count > 0
-    target = positive[rows] / count[rows, None]
-    return -(target * F.log_softmax(logits[rows], dim=1)).sum(dim=1).mean()
-
-
-def contrastive_loss(
-    audio: torch.Tensor,
-    texts: torch.Tensor,
-    positive: torch.Tensor,
-    audio_scale: torch.Tensor,
-    text_scale: torch.Tensor,
-) -> torch.Tensor:
-    """Both directions, every compatible pair a positive.
-
-    Args:
-        audio: (N, P) normalised.
-        texts: (M, P) normalised: own captions, hard negatives and captions of other sounds.
-        positive: (N, M) bool.
-        audio_scale, text_scale: logarithms of the two temperatures, as `ClapModel` holds them.
-    """
-    similarity = audio @ texts.T
-    positive = positive.float()
-    from_audio = _soft_cross_entropy(similarity * audio_scale.clamp(max=_MAX_LOGIT_SCALE).exp(), positive)
-    from_text = _soft_cross_entropy(similarity.T * text_scale.clamp(max=_MAX_LOGIT_SCALE).exp(), positive.T)
-    return (from_audio + from_text) / 2
 
 
 def positives(captions: list[Caption], scenes: list[Scene]) -> torch.Tensor:
@@ -201,7 +146,9 @@ class _Batches:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             embeds, tag_logits, frame_logits = self.trainee(audio_batch(examples))
             texts = embed_texts(clap, self.tokenizer, [caption.text for caption in captions + pairs])
-        contrastive = contrastive_loss(embeds, texts, positive, clap.logit_scale_a, clap.logit_scale_t)
+        contrastive = contrastive_loss(
+            embeds, texts, positive, clap.logit_scale_a, clap.logit_scale_t, math.exp(_MAX_LOGIT_SCALE)
+        )
         tags, frames = _targets(examples)
         tag_loss = F.binary_cross_entropy_with_logits(tag_logits, tags) * len(TAGS) / 4
         frame_loss = F.binary_cross_entropy_with_logits(frame_logits, frames) * len(TAGS) / 4
@@ -232,7 +179,7 @@ def train_clap(
     folder = Path(folder)
     torch.manual_seed(config.seed)
     trainee = ClapTrainee(build_clap(tokenizer, recipe))
-    fix_input_statistics(trainee.clap, bank, folds, recipe)
+    fix_statistics(trainee.clap, bank, folds, recipe)
     batches = _Batches(trainee, tokenizer, bank, folds, recipe)
     train(trainee, batches, config, folder / "checkpoint.pt", "clap", stop_after)
     if is_main_process():

@@ -41,35 +41,12 @@ def _corpus(sentences: int, seed: int) -> Iterator[str]:
 
 def train_tokenizers(folder: str | Path, vocab_size: int = 2048, sentences: int = 4000, seed: int = 0) -> None:
     """Train one vocabulary and save it twice: `folder/gpt2` (with an end token) and `folder/clap` (RoBERTa style)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from recap_hf.pretraining.bases import train_tokenizer
 
     folder = Path(folder)
-    specials = {"gpt2": ["<|endoftext|>"], "clap": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}
-    for name, special in specials.items():
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=name == "clap")
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            min_frequency=2,
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(_corpus(sentences, seed), trainer)
-        if name == "clap":
-            tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=False)
-            tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-            tokens |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
-            length = 96
-        else:
-            tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
-            length = 512
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, model_max_length=length, clean_up_tokenization_spaces=False, **tokens
-        )
-        fast.save_pretrained(folder / name)
+    for name, length in (("gpt2", 512), ("clap", 96)):
+        tokenizer = train_tokenizer(_corpus(sentences, seed), name, vocab_size, length)
+        tokenizer.save_pretrained(folder / name)
     (folder / "tokenizers.json").write_text(
         json.dumps({"vocab_size": vocab_size, "sentences": sentences, "seed": seed}) + "\n", encoding="utf-8"
     )

@@ -56,7 +56,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def recap_train(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "recap_hf.cli", "train", *arguments]
+    return recap("train", *arguments)
+
+
+def recap(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "recap_hf.cli", *arguments]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     return result
@@ -64,7 +68,7 @@ def recap_train(*arguments: str) -> subprocess.CompletedProcess:
 
 def kill_at_step(step: int, *arguments: str) -> None:
     """Start a run and kill it as soon as it has logged `step`."""
-    command = [sys.executable, "-m", "recap_hf.cli", "train", *arguments]
+    command = [sys.executable, "-m", "recap_hf.cli", *arguments]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if re.search(rf" step {step}/", line):
@@ -78,7 +82,7 @@ def test_killed_at_random_steps_and_resumed(start: Path):
     recap_train(*flags(start, start / "whole"))
     steps = sorted(random.Random(5).sample(range(2, 24), 3))
     for step in steps:
-        kill_at_step(step, *flags(start, start / "killed", "--resume"))
+        kill_at_step(step, "train", *flags(start, start / "killed", "--resume"))
     recap_train(*flags(start, start / "killed", "--resume"))
     whole, killed = (load_file(start / name / "model.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[name], killed[name]) for name in whole)

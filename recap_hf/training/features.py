@@ -52,7 +52,7 @@ class FeatureStore:
             write_atomically(description, json.dumps(encoder, indent=2, sort_keys=True).encode())
         self._clips: dict[str, StoredClip] = {}
         self._embeds: dict[str, np.ndarray] = {}
-        self._open_hidden = lru_cache(maxsize=128)(self._memory_map)
+        self._open_hidden = lru_cache(maxsize=64)(self._memory_map)
         self.refresh()
 
     def other_encoders(self) -> list[str]:

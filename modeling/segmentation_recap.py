@@ -172,8 +172,7 @@ class Segmenter:
     # ---------------------------------------------------------- sound and silence
 
     def _take(self, samples: np.ndarray) -> Iterator[Piece]:
-        power = np.square(samples.reshape(-1, self.block), dtype=np.float64).mean(axis=1)
-        levels = 10 * np.log10(np.maximum(power, 10 ** (_LEVEL_FLOOR_DB / 10)))
+        levels = levels_db(samples, self.block)
         self._buffer = np.concatenate([self._buffer, samples])
         self._levels = np.concatenate([self._levels, levels])
         sounding = np.flatnonzero(levels >= self.settings.silence_db) + self._seen
@@ -260,4 +259,16 @@ class Segmenter:
         return self._buffer[(start - self._first) * self.block : (end - self._first) * self.block]
 
 
-__all__ = ["BLOCK_S", "Piece", "SegmentationSettings", "Segmenter"]
+def levels_db(samples: np.ndarray, block: int) -> np.ndarray:
+    """RMS levels of whole blocks of `block` samples in dB of full scale, not below -100."""
+    power = np.square(samples.reshape(-1, block), dtype=np.float64).mean(axis=1)
+    return 10 * np.log10(np.maximum(power, 10 ** (_LEVEL_FLOOR_DB / 10)))
+
+
+def is_quiet(waveform: np.ndarray, sampling_rate: int, silence_db: float) -> bool:
+    """Whether no 10 ms of a waveform reach the level of `silence_db`."""
+    block = round(BLOCK_S * sampling_rate)
+    return bool((levels_db(np.pad(waveform, (0, -len(waveform) % block)), block) < silence_db).all())
+
+
+__all__ = ["BLOCK_S", "Piece", "SegmentationSettings", "Segmenter", "is_quiet", "levels_db"]

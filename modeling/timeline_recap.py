@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .audio_recap import SILENCE_CAPTION, is_silent
+from .audio_recap import SILENCE_CAPTION
 from .audio_stream_recap import AudioStream
 from .segmentation_recap import Piece, SegmentationSettings, Segmenter
 
@@ -56,8 +56,7 @@ def caption_timeline(
     settings: TimelineSettings | None = None,
     summary: TimelineSummary | None = None,
     batch_size: int = DEFAULT_SEGMENT_BATCH,
-    k: int | None = None,
-    generate_kwargs: dict[str, Any] | None = None,
+    **parameters: Any,
 ) -> Iterator[dict[str, Any]]:
     """Captions a recording of any length, segment by segment, in constant memory.
 
@@ -68,7 +67,8 @@ def caption_timeline(
         settings ([`TimelineSettings`], *optional*)
         summary ([`TimelineSummary`], *optional*): is told every segment, and knows the summary at the end.
         batch_size (`int`, *optional*, defaults to 8): segments that are captioned at once.
-        k, generate_kwargs (*optional*): as for the pipeline; default: the pipeline's own.
+        parameters (*optional*): `k`, `generate_kwargs` and the other parameters of the pipeline's forward pass;
+            default: the pipeline's own.
 
     Yields:
         `dict`: `{"start": float, "end": float, "caption": str, "score": float, "retrieved": list[dict]}`, times in
@@ -89,14 +89,12 @@ def caption_timeline(
     stream = source if isinstance(source, AudioStream) else AudioStream(source, rate)
     if stream.sampling_rate != rate:
         raise ValueError(f"The stream has {stream.sampling_rate} Hz, the feature extractor {rate} Hz.")
-    defaults = captioner._forward_params
-    decoding = (
-        defaults.get("k") if k is None else k,
-        defaults.get("generate_kwargs", {}) if generate_kwargs is None else generate_kwargs,
-    )
+    parameters = {**captioner._forward_params, **parameters}
+    for name in ("return_timestamps", "timeline", "segment_batch_size"):
+        parameters.pop(name, None)
     texts = CaptionEmbeddings(captioner)
     pieces = _pieces(captioner, stream, settings)
-    captioned = _captioned(captioner, pieces, batch_size, decoding, round(settings.min_sound_s * rate), rate)
+    captioned = _captioned(captioner, pieces, batch_size, parameters, round(settings.min_sound_s * rate), rate)
     for segment in merge_segments(captioned, texts, settings):
         if summary is not None:
             summary.add(segment, texts.of(segment["caption"]))
@@ -121,9 +119,8 @@ def _embed_windows(captioner: Any, windows: list[np.ndarray]) -> np.ndarray:
     return captioner.model.encode_audio(**inputs).audio_embeds[:, 0].cpu().numpy()
 
 
-@torch.no_grad()
 def _captioned(
-    captioner: Any, pieces: Iterable[Piece], batch_size: int, decoding: tuple[Any, Any], shortest: int, rate: int
+    captioner: Any, pieces: Iterable[Piece], batch_size: int, parameters: dict[str, Any], shortest: int, rate: int
 ) -> Iterator[dict[str, Any]]:
     """Segments of the pieces, in order, sound captioned `batch_size` pieces at a time."""
     waiting: list[dict[str, Any]] = []
@@ -131,7 +128,7 @@ def _captioned(
 
     def flush() -> Iterator[dict[str, Any]]:
         if sounds:
-            results = captioner.caption([waveform for _, waveform in sounds], *decoding)
+            results = captioner.forward({"waveform": [waveform for _, waveform in sounds]}, **parameters)["result"]
             for (segment, _), result in zip(sounds, results, strict=True):
                 segment.update(result)
         yield from waiting
@@ -142,7 +139,7 @@ def _captioned(
         segment = {"start": round(piece.start / rate, 3), "end": round(piece.end / rate, 3)}
         segment |= {"caption": SILENCE_CAPTION, "score": 1.0, "retrieved": []}
         waiting.append(segment)
-        if piece.waveform is not None and len(piece.waveform) >= shortest and not is_silent(piece.waveform):
+        if piece.waveform is not None and len(piece.waveform) >= shortest:
             sounds.append((segment, piece.waveform))
         # An hour with a click a second must not wait for eight sounds either.
         if len(sounds) == batch_size or len(waiting) >= 8 * batch_size:

@@ -141,8 +141,12 @@ def _read_vtt(stem: Path) -> list[tuple[float, float, str]]:
 
     import webvtt
 
-    captions = webvtt.read(f"{stem}.vtt")
-    return [(cue.start_in_seconds, cue.end_in_seconds, html.unescape(cue.text)) for cue in captions]
+    def seconds(text: str) -> float:
+        # Its own `start_in_seconds` are whole ones.
+        hours, minutes, rest = text.split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(rest)
+
+    return [(seconds(cue.start), seconds(cue.end), html.unescape(cue.text)) for cue in webvtt.read(f"{stem}.vtt")]
 
 
 def _read_labels(stem: Path) -> list[tuple[float, float, str]]:

@@ -131,4 +131,11 @@ def _choose(captions: Sequence[str], similarities: np.ndarray) -> Reranked:
     return Reranked(captions[best], float(similarities[best]), best, candidates)
 
 
-__all__ = ["RERANKERS", "Reranked", "caption_similarities", "generate_reranked", "reranking_parameters"]
+__all__ = [
+    "RERANKERS",
+    "Reranked",
+    "candidate_options",
+    "caption_similarities",
+    "generate_reranked",
+    "reranking_parameters",
+]

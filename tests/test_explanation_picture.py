@@ -19,7 +19,7 @@ def made_up() -> CaptionExplanation:
     audio_map = np.zeros((2, 13))
     audio_map[0, 4] = 1.0
     words = [
-        WordExplanation("$a_1", 0, 4, -1.0, 0.5, 0.2, audio_map, 0.0, np.zeros((1, 2, 32)), np.array([1.0, 0.0])),
+        WordExplanation("$a_1", 0, 4, -1.0, 0.5, 0.2, audio_map, 0.0, np.ones((1, 2, 32)), np.array([1.0, 0.0])),
         WordExplanation("b", 5, 6, -1.0, 0.0, 0.0, 0 * audio_map, 0.0, np.zeros((1, 2, 32)), np.zeros(2)),
     ]
     edges = np.append(np.arange(13) * 0.3125, 4.0)

@@ -111,3 +111,28 @@ def test_command_line(tmp_path, capsys):
     assert float(row["similarity"]) > 0 and row["error"] == ""
     assert main(["caption", clip, "--candidates", "4"]) == 2
     assert "--candidates needs --rerank" in capsys.readouterr().err
+
+
+def test_comparison_chooses_by_similarity(tiny_model, tiny_processor, words_only):
+    """The rows of the comparison are what their names say."""
+    from recap_hf.reranking import candidate_captions, compare, format_comparison
+    from recap_hf.tiny.evaluation_sets import Item
+    from recap_hf.tiny.naming import NamingRules, figures, outcome
+
+    tiny_model.generation_config.update(**words_only)
+    items = [Item(f"{seed}", noise(2, seed), ("dog_bark",)) for seed in range(3)]
+    plain, _ = candidate_captions(tiny_model, tiny_processor, items, 1, do_sample=False)
+    found, similarities = candidate_captions(tiny_model, tiny_processor, items, 4, do_sample=False)
+    assert similarities.shape == (3, 4) and all(len(captions) == 4 for captions in found)
+    pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor)
+    results = pipe([item.waveform for item in items], rerank="clap", candidates=4, batch_size=3)
+    for captions, row, result in zip(found, similarities, results, strict=True):
+        assert captions[int(row.argmax())] == result["caption"]
+    result = compare(tiny_model, tiny_processor, items, candidates=(4,))
+    chosen = [captions[int(row.argmax())] for captions, row in zip(found, similarities, strict=True)]
+    row = result["nearest of 4 beams"]
+    rules = NamingRules.ours()
+    assert row["figures"] == figures([outcome(text, {"dog_bark"}, rules) for text in chosen])
+    assert row["changed"] == np.mean([text != captions[0] for text, captions in zip(chosen, plain, strict=True)])
+    assert next(iter(result)) == "no reranking" and "difference" not in result["no reranking"]
+    assert format_comparison(result).count("\n") == 1 + len(result)

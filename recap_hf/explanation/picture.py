@@ -57,8 +57,8 @@ def draw_explanation(
 ) -> Figure:
     """Draws an explanation.
 
-    On top the spectrogram under the caption; then the same for each word, its map laid over it (the strongest place of
-    each word in full colour); below, which retrieved caption weighed how much for which word.
+    On top the spectrogram under the caption; then the same for each word, its map laid over it, paler for a word that
+    less of the audio speaks for; below, which retrieved caption weighed how much for which word.
 
     Args:
         explanation ([`CaptionExplanation`]): what `model.explain` returned.
@@ -90,11 +90,11 @@ def draw_explanation(
     for index, word in enumerate(words):
         axes = figure.add_subplot(rows[1 + index // columns, index % columns])
         _draw_spectrogram(axes, spectrogram, explanation, feature_extractor, labels=index % columns == 0)
-        _draw_map(axes, word.audio_map, explanation)
+        _draw_map(axes, word.audio_map, explanation, _weight(word, words))
         axes.set_title(f"{word.text}   {word.audio_effect:+.1f}", fontsize=9, parse_math=False)
     figure.supxlabel(
-        f"Colour: {explanation.method}, of each word its own strongest place. Behind the word: the nats of its "
-        "log-probability that hiding the audio takes away.",
+        f"Colour: {explanation.method}, paler for a word that less of the audio speaks for. Behind the word: the nats "
+        "of its log-probability that hiding the audio takes away.",
         fontsize=8,
     )
     if explanation.retrieved:
@@ -135,13 +135,20 @@ def _mel_place(hz: float, extractor: Any) -> float:
     return (here - low) / (high - low) * (extractor.feature_size + 1) - 0.5
 
 
-def _draw_map(axes: Axes, audio_map: np.ndarray, explanation: CaptionExplanation) -> None:
+def _weight(word: Any, words: list[Any]) -> float:
+    """How strongly a word's map is coloured: 1 for the word with the most weight on the audio, less for the others."""
+    most = max(other.cell_weights.sum() for other in words)
+    # The square root, so that a word with a tenth of the weight is still seen.
+    return float(np.sqrt(word.cell_weights.sum() / most)) if most > 0 else 0.0
+
+
+def _draw_map(axes: Axes, audio_map: np.ndarray, explanation: CaptionExplanation, weight: float) -> None:
     # By density: the last bin may be shorter than the others.
     density = audio_map / np.diff(explanation.time_edges_s)
     strength = density / density.max() if density.max() > 0 else density
     colours = np.empty((*strength.shape, 4))
     colours[..., :3] = _MARK
-    colours[..., 3] = 0.75 * strength
+    colours[..., 3] = 0.75 * weight * strength
     mels = axes.get_ylim()[1]
     edges = np.linspace(0, mels, len(strength) + 1)
     axes.pcolorfast(explanation.time_edges_s, edges, colours)

@@ -117,11 +117,14 @@ def test_accelerate_launch_starts_the_same_run(start: Path):
         "--num_machines",
         "1",
     ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(REPOSITORY / "train.py")]
+    command += ["--mixed_precision", "bf16", "--dynamo_backend", "no", str(REPOSITORY / "train.py")]
     command += flags(start, start / "launched", "--max_train_steps", "2")
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    assert json.loads((start / "launched" / "report.json").read_text())["steps"] == 2
+    report = json.loads((start / "launched" / "report.json").read_text())
+    assert report["steps"] == 2
+    # Not given to us, so the launcher's holds.
+    assert report["machine"]["mixed_precision"] == "bf16"
 
 
 def test_torchrun_with_another_number_of_processes_is_refused(start: Path):

@@ -65,7 +65,8 @@ def _write_split(
     with open(output / f"clotho_captions_{split}.csv", "w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(["file_name", *(f"caption_{number}" for number in range(1, _CAPTIONS + 1))])
-        for row in rows:
+        # In a random order: the first so many clips are then a sample of all events.
+        for row in (rows[place] for place in rng.permutation(len(rows))):
             name = row["file_name"].replace("/", "-")
             shutil.copyfile(sounds / row["file_name"], folder / name)
             scene = Scene((Part(row["event"]),))

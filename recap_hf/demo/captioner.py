@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -111,13 +112,27 @@ class DemoCaptioner:
     def explain(
         self, pipeline: AudioCaptioningPipeline, recording: Recording, result: Mapping[str, Any]
     ) -> CaptionExplanation | None:
-        """Why the recording got the caption of `result`; `None` for silence and for models without cross-attention."""
-        if is_silent(recording.waveform) or not self.model.config.decoder.add_cross_attention:
+        """Why the recording got the caption of `result`; `None` where there is nothing to explain.
+
+        That is silence, a caption without a word, and a model without cross-attention.
+        """
+        explainable = result["caption"].strip() and self.model.config.decoder.add_cross_attention
+        if not explainable or is_silent(recording.waveform):
             return None
-        return self.model.explain(
+        why = self.model.explain(
             recording.waveform,
             pipeline.processor,
             sampling_rate=recording.sampling_rate,
             caption=result["caption"],
             retrieved=result["retrieved"],
         )
+        return why if why.words else None
+
+    def picture(self, recording: Recording, why: CaptionExplanation) -> bytes:
+        """The explanation of all words as one PNG, as `recap explain --output` draws it."""
+        from recap_hf.explanation.picture import draw_explanation
+
+        extractor = self.processor.feature_extractor
+        buffer = io.BytesIO()
+        draw_explanation(why, recording.waveform, extractor, recording.sampling_rate).savefig(buffer, format="png")
+        return buffer.getvalue()

@@ -185,7 +185,8 @@ class Handlers:
             }
         yield {"status": views.status("Finding out why it was called that …", "busy", 4, _STEPS)}
         explanation = self.captioner.explain(pipeline, recording, result)
+        picture = self.captioner.picture(recording, explanation) if explanation is not None else b""
         yield {
-            "explanation": views.explanation(explanation, recording),
+            "explanation": views.explanation(explanation, recording, picture),
             "status": views.status(f"Done: “{recording.name}” is described.", "done"),
         }

@@ -123,7 +123,12 @@ def png(levels: np.ndarray) -> str:
 def _data_uri(image: Any) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return png_source(buffer.getvalue())
+
+
+def png_source(data: bytes) -> str:
+    """A PNG as a data URI; none of no data."""
+    return "data:image/png;base64," + base64.b64encode(data).decode() if data else ""
 
 
 def spotlight(audio_map: np.ndarray, time_edges_s: np.ndarray, band_edges_hz: np.ndarray, clip: Any) -> str | None:

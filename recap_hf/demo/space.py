@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import shutil
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -118,7 +118,7 @@ def _bring(source: str, folder: Path, name: str) -> str:
 
 
 def _copy_package(target: Path) -> None:
-    package = Path(importlib.import_module("recap_hf").__file__).parent
+    package = Path(importlib.util.find_spec("recap_hf").origin).parent
     shutil.copytree(package, target, ignore=_LEFT_OUT)
     for name in _MAPPED:
         source = importlib.util.find_spec(f"recap_hf.{name}").submodule_search_locations[0]

@@ -64,9 +64,15 @@ def timeline(segments: Sequence[Mapping[str, Any]], seconds: float) -> str:
     return _render("timeline", segments=segments, seconds=seconds)
 
 
-def explanation(why: CaptionExplanation | None, clip: Recording) -> str:
-    """For each word of the caption where it was heard, and what the retrieved captions had to do with it."""
-    if why is None or not why.words:
+def explanation(why: CaptionExplanation | None, clip: Recording, picture: bytes = b"") -> str:
+    """For each word of the caption where it was heard, and what the retrieved captions had to do with it.
+
+    Args:
+        why: what is explained, or `None`.
+        clip: the recording.
+        picture: all words in one PNG, to save.
+    """
+    if why is None:
         return ""
     words = []
     for word in why.words:
@@ -85,7 +91,14 @@ def explanation(why: CaptionExplanation | None, clip: Recording) -> str:
     # Words like "of" follow from the others: the page begins with one that says something.
     telling = [index for index, word in enumerate(why.words) if len(word.text) > 3] or range(len(words))
     chosen = max(telling, key=lambda index: why.words[index].audio_effect)
-    return _render("explanation", parts=_caption_parts(why), words=words, chosen=chosen, clip=clip)
+    return _render(
+        "explanation",
+        parts=_caption_parts(why),
+        words=words,
+        chosen=chosen,
+        clip=clip,
+        saved=pictures.png_source(picture),
+    )
 
 
 def _caption_parts(why: CaptionExplanation) -> list[tuple[str, int | None]]:

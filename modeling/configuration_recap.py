@@ -105,6 +105,9 @@ class RecapConfig(PretrainedConfig):
         self.eos_token_id = eos_token_id
         self.bos_token_id = bos_token_id
         self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
+        if self.decoder.pad_token_id is None:
+            # A Trainer compares the tokenizer's with this one, and says so where they differ.
+            self.decoder.pad_token_id = self.pad_token_id
         # A saved configuration carries these with the values that the code knows anyway.
         for key in ("is_encoder_decoder", "decoder_start_token_id"):
             kwargs.pop(key, None)

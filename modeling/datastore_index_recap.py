@@ -54,6 +54,34 @@ def exact_neighbours(queries: np.ndarray, embeddings: np.ndarray, count: int, fa
     return best_rows
 
 
+class DeviceSearch:
+    """All embeddings on a device of torch, compared with the queries in one product.
+
+    Args:
+        embeddings: array of shape `(rows, dimension)`; may be memory-mapped, it is copied block by block.
+        device: of torch, such as "cuda".
+        dtype: "float32" or "float16".
+    """
+
+    def __init__(self, embeddings: Any, device: Any, dtype: str = "float32") -> None:
+        # Here: what runs without torch searches datastores too.
+        import torch
+
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f"`dtype` must be 'float32' or 'float16', got {dtype!r}.")
+        self.embeddings = torch.empty(embeddings.shape, dtype=getattr(torch, dtype), device=device)
+        for start in range(0, len(embeddings), _BLOCK_ROWS):
+            block = np.array(embeddings[start : start + _BLOCK_ROWS], dtype=np.float32)
+            self.embeddings[start : start + len(block)] = torch.from_numpy(block)
+
+    def search(self, queries: np.ndarray, count: int) -> np.ndarray:
+        """Rows of the `count` largest dot products, int64 of shape `(num_queries, count)`."""
+        import torch
+
+        vectors = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(self.embeddings)
+        return (vectors @ self.embeddings.T).topk(count, dim=1).indices.cpu().numpy()
+
+
 class SearchIndex:
     """A FAISS index over the first rows of a datastore, with the effort that its recall was measured at.
 
@@ -68,6 +96,7 @@ class SearchIndex:
         self.index = index
         self.description = {key: value for key, value in description.items() if key not in ("file", "num_rows")}
         self._faiss = faiss
+        self.num_rows = int(index.ntotal)
         self.set_effort(int(description["effort"]), int(description["num_candidates"]))
 
     def set_effort(self, effort: int, num_candidates: int) -> None:
@@ -78,10 +107,6 @@ class SearchIndex:
         elif hasattr(index, "hnsw"):
             index.hnsw.efSearch = effort
         self.description["effort"], self.description["num_candidates"] = effort, num_candidates
-
-    @property
-    def num_rows(self) -> int:
-        return self.index.ntotal
 
     @property
     def dimension(self) -> int:
@@ -136,4 +161,4 @@ def open_index(folder: Path, manifest: Mapping[str, Any], faiss: Any) -> SearchI
     return index
 
 
-__all__ = ["SearchIndex", "exact_neighbours", "open_index"]
+__all__ = ["DeviceSearch", "SearchIndex", "exact_neighbours", "open_index"]

@@ -20,6 +20,7 @@ from .datastore_files_recap import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     OpenedFiles,
+    encode_int8,
     manifest_checksum,
     sha256,
 )
@@ -143,12 +144,15 @@ def write_segment(
 
 
 def write_array(path: Path, array: Any, dtype: str) -> None:
-    """`np.save` of anything that has a shape and slices, without a second copy of it in memory."""
+    """`np.save` of anything that has a shape and slices, without a second copy of it in memory. As "int8" unit vectors
+    are encoded."""
     with open(path, "wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": array.shape}
         np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, len(array), 1 << 14):
-            file.write(np.ascontiguousarray(array[start : start + (1 << 14)], dtype=dtype).tobytes())
+            block = array[start : start + (1 << 14)]
+            block = encode_int8(block) if dtype == "int8" else np.ascontiguousarray(block, dtype=dtype)
+            file.write(block.tobytes())
 
 
 __all__ = ["LOCK_NAME", "add_file", "copy_files", "locked", "write_array", "write_manifest", "write_segment"]

@@ -35,6 +35,9 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
             See [`PromptTemplate`]; they default to the paper's words (Section 3.1).
         max_prompt_tokens (`int`, *optional*, defaults to 963):
             Longest prompt. A longer one drops its farthest captions.
+        retrieval_diversity (`float`, *optional*, defaults to 0), retrieval_score_drop (`float`, *optional*):
+            Captions that differ from each other, and none that scores much less than the best: `diversity` and
+            `score_drop` of [`CaptionDatastore.search`]. Off by default.
         datastore ([`CaptionDatastore`], *optional*): may be set later: `processor.datastore = store`.
 
     Example:
@@ -60,6 +63,8 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         prompt_without_captions: str = PAPER_PROMPT.without_captions,
         target_prefix: str = PAPER_PROMPT.target_prefix,
         max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
+        retrieval_diversity: float = 0.0,
+        retrieval_score_drop: float | None = None,
         **kwargs: Any,
     ) -> None:
         # Not a named argument: transformers would take it for a part of the processor and write it as JSON.
@@ -74,6 +79,8 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         self.prompt_without_captions = prompt_without_captions
         self.target_prefix = target_prefix
         self.max_prompt_tokens = max_prompt_tokens
+        self.retrieval_diversity = retrieval_diversity
+        self.retrieval_score_drop = retrieval_score_drop
         super().__init__(feature_extractor, tokenizer, clap_tokenizer)
         self.prompt  # noqa: B018 (the template checks itself)
         self.datastore = datastore
@@ -182,7 +189,9 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         k = self.num_retrieved_captions if k is None else k
         if self.datastore is None:
             return [[] for _ in range(len(audio_embeds))]
-        return self.datastore.search(audio_embeds, k, exclude_clip_ids, exclude_texts)
+        options = {"diversity": self.retrieval_diversity, "score_drop": self.retrieval_score_drop}
+        options = {name: value for name, value in options.items() if value not in (None, 0.0)}
+        return self.datastore.search(audio_embeds, k, exclude_clip_ids, exclude_texts, **options)
 
     def build_prompts(
         self,

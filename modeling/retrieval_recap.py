@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .datastore_choice_recap import POOL, choose_diverse, cut_at_drop, take_turns
 from .datastore_files_recap import (
     AUDIO_KEYS,
     FORMAT_VERSION,
@@ -27,7 +28,7 @@ from .datastore_files_recap import (
     open_files,
     read_reference,
 )
-from .datastore_index_recap import SearchIndex, exact_neighbours, open_index
+from .datastore_index_recap import DeviceSearch, SearchIndex, exact_neighbours, open_index
 from .datastore_writing_recap import copy_files, locked, write_manifest, write_segment
 from .folding_recap import normalize_clip_id, normalize_text
 from .hub_recap import DATASTORE_FILES, HubPushMixin, fetch_datastore
@@ -96,7 +97,10 @@ class CaptionDatastore(HubPushMixin):
         self._files = files
         self._index = index
         self._texts: dict[int, str] = {}
+        # Rows of a plain array are taken in half the time of those of a memory-mapped one, which it shares.
+        self._vectors = np.asarray(self.embeddings) if isinstance(self.embeddings, np.ndarray) else self.embeddings
         self._rows_of_clip: dict[str, list[int]] | None = None
+        self._device_search: DeviceSearch | None = None
 
     # ---------------------------------------------------------- construction
 
@@ -192,6 +196,10 @@ class CaptionDatastore(HubPushMixin):
             )
         self._index = index
 
+    def set_device(self, device: Any = None, dtype: str = "float32") -> None:
+        """Searches exactly on a device of torch that holds all embeddings as `dtype`; with `None` as before."""
+        self._device_search = None if device is None else DeviceSearch(self.embeddings, device, dtype)
+
     @property
     def _num_positions(self) -> int:
         """Rows, removed ones counted."""
@@ -230,6 +238,8 @@ class CaptionDatastore(HubPushMixin):
         k: int = 4,
         exclude_clip_ids: Sequence[Any] | None = None,
         exclude_texts: Sequence[Sequence[str]] | None = None,
+        diversity: float = 0.0,
+        score_drop: float | None = None,
     ) -> list[list[dict[str, Any]]]:
         """The k captions nearest to each query, most similar first, ties to the lower row, no text twice; with keys
         of audio no clip twice either.
@@ -242,6 +252,8 @@ class CaptionDatastore(HubPushMixin):
             exclude_clip_ids (`Sequence`, *optional*): for each clip its id, or `None`. Captions of that id are left
                 out, and so is every caption with the text of one of them.
             exclude_texts (`Sequence[Sequence[str]]`, *optional*): for each clip texts to leave out.
+            diversity (`float`, *optional*, defaults to 0): 0 to 1, maximal marginal relevance: see [`choose_diverse`].
+            score_drop (`float`, *optional*): leaves captions out that score so much less than a clip's best.
 
         Returns:
             `list[list[dict]]`: for each clip `{"caption", "score", "row", ...metadata}`; `score` is the cosine.
@@ -257,6 +269,8 @@ class CaptionDatastore(HubPushMixin):
             )
         if not isinstance(k, (int, np.integer)) or k < 0:
             raise ValueError(f"`k` must be an integer of at least 0, got {k!r}.")
+        if not 0 <= diversity <= 1 or (score_drop is not None and not score_drop >= 0):
+            raise ValueError(f"`diversity` must be 0 to 1 and `score_drop` at least 0, got {diversity}, {score_drop}.")
         for name, value in (("exclude_clip_ids", exclude_clip_ids), ("exclude_texts", exclude_texts)):
             if value is not None and len(value) != len(queries):
                 raise ValueError(f"`{name}` needs one entry per clip: got {len(value)} for {len(queries)} clips.")
@@ -264,23 +278,24 @@ class CaptionDatastore(HubPushMixin):
         if not k or not len(self):
             clips, windows = clips[:0], windows[:0]
         excluded = {
-            int(clip): self._excluded(
+            clip: self._excluded(
                 None if exclude_clip_ids is None else exclude_clip_ids[clip],
                 () if exclude_texts is None else exclude_texts[clip],
             )
-            for clip in np.unique(clips)
+            for clip in set(clips.tolist())
         }
         found: list[list[list[tuple[int, float]]]] = [[] for _ in queries]
         # The windows of all clips together: the exact search costs a query in a batch a tenth of one alone.
         for start in range(0, len(clips), _QUERIES_AT_ONCE):
             block = slice(start, start + _QUERIES_AT_ONCE)
-            nearest = self._nearest(queries[clips[block], windows[block]], int(k), [excluded[c] for c in clips[block]])
+            pool = int(k) * POOL if diversity else int(k)
+            nearest = self._nearest(queries[clips[block], windows[block]], pool, [excluded[c] for c in clips[block]])
             for clip, hits in zip(clips[block], nearest, strict=True):
-                found[clip].append(hits)
-        return [
-            [self._result(row, score) for row, score in self._take_turns(windows_of_clip, int(k))]
-            for windows_of_clip in found
-        ]
+                found[clip].append(choose_diverse(hits, self._vectors, int(k), diversity) if diversity else hits)
+        merged = [take_turns(of_clip, int(k), self._text) for of_clip in found]
+        if score_drop is not None:
+            merged = [cut_at_drop(hits, score_drop) for hits in merged]
+        return [[self._result(row, score) for row, score in hits] for hits in merged]
 
     def _excluded(self, clip_id: Any, texts: Sequence[str]) -> tuple[set[int], set[str]]:
         """Rows and normalized texts that a clip must not retrieve."""
@@ -309,7 +324,7 @@ class CaptionDatastore(HubPushMixin):
         """For each query up to k pairs (row, cosine), sorted, without excluded rows and repeated texts."""
         results: list[list[tuple[int, float]]] = [[] for _ in queries]
         pending = list(range(len(queries)))
-        exact = self._index is None
+        exact = self._index is None or self._device_search is not None
         fetch = min(self._num_positions, max(4 * k, 32 if exact else self._index.num_candidates))
         # An index that cannot fill k places, because most of what it finds is excluded, gives way to the exact search.
         limit = 16 * fetch
@@ -333,13 +348,15 @@ class CaptionDatastore(HubPushMixin):
     def candidate_rows(self, queries: np.ndarray, count: int) -> list[np.ndarray]:
         """Rows that a search for `count` captions of unit vectors `(num_queries, dimension)` looks at, in any order:
         repeated texts and all clips among them."""
-        exact = self._index is None
+        exact = self._index is None or self._device_search is not None
         fetch = min(self._num_positions, count if exact else max(count, self._index.num_candidates))
         return self._candidates(queries, fetch, exact)
 
     def _candidates(self, queries: np.ndarray, count: int, exact: bool) -> list[np.ndarray]:
         """Rows of the `count` nearest embeddings for each query, in any order."""
         several = isinstance(self.embeddings, LiveEmbeddings)
+        if self._device_search is not None:
+            return list(self._device_search.search(queries, min(count, len(self))))
         parts = self.embeddings.parts if several else [self.embeddings]
         covered = 0 if exact else self._index.num_rows
         found = [] if exact else [self._index.search(queries, min(count, covered))]
@@ -349,7 +366,7 @@ class CaptionDatastore(HubPushMixin):
                 found.append(exact_neighbours(queries, part, count, faiss) + start)
             start += len(part)
         # faiss pads with -1 where an index has fewer rows than asked for.
-        positions = [np.unique(each[each >= 0]) for each in np.concatenate(found, axis=1)]
+        positions = [each[each >= 0] for each in (found[0] if len(found) == 1 else np.concatenate(found, axis=1))]
         live = self.embeddings.live if several else None
         return positions if live is None else [_rows_at(each, live) for each in positions]
 
@@ -358,7 +375,7 @@ class CaptionDatastore(HubPushMixin):
 
         In float64 and row by row, so that a score does not depend on which rows or queries were computed with it.
         """
-        vectors = self.embeddings[rows]
+        vectors = self._vectors[rows]
         if not exact and len(rows) > 2 * _RESCORED_AT_LEAST:
             # Of many candidates of an index most are far off: those go by their scores in float32.
             kept = max(_RESCORED_AT_LEAST, len(rows) // _RESCORED_SHARE)
@@ -385,21 +402,6 @@ class CaptionDatastore(HubPushMixin):
                 break
         return kept
 
-    def _take_turns(self, found: list[list[tuple[int, float]]], k: int) -> list[tuple[int, float]]:
-        """Merges the windows' results: all first choices, then all second ones, until k texts are together."""
-        if len(found) == 1:
-            return found[0]
-        merged: dict[str, tuple[int, float]] = {}
-        for rank in range(k):
-            for row, score in sorted((hits[rank] for hits in found if rank < len(hits)), key=_by_similarity):
-                text = self._text(row)
-                if text in merged:
-                    # Another window found it too: its best similarity counts.
-                    merged[text] = min(merged[text], (row, score), key=_by_similarity)
-                elif len(merged) < k:
-                    merged[text] = (row, score)
-        return sorted(merged.values(), key=_by_similarity)
-
     def _result(self, row: int, score: float) -> dict[str, Any]:
         record = self.records[row]
         metadata = {key: value for key, value in record.items() if key != "caption" and value is not None}
@@ -412,7 +414,7 @@ class CaptionDatastore(HubPushMixin):
         a reader sees all or nothing, also where an older datastore is replaced."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        dtype = "float16" if self.embeddings.dtype == np.float16 else "float32"
+        dtype = str(self.embeddings.dtype) if self.embeddings.dtype in (np.float16, np.int8) else "float32"
         replaced = (folder / MANIFEST_NAME).is_file()
         with locked(folder) if replaced else nullcontext():
             files: dict[str, Any] = {}
@@ -486,10 +488,6 @@ class CaptionDatastore(HubPushMixin):
         store.fingerprint = None if fingerprint is None else np.asarray(fingerprint, dtype=np.float32)
         store._reset(files, files.index)
         return store
-
-
-def _by_similarity(hit: tuple[int, float]) -> tuple[float, int]:
-    return -hit[1], hit[0]
 
 
 def _rows_at(positions: np.ndarray, live: np.ndarray) -> np.ndarray:

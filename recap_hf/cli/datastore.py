@@ -39,7 +39,7 @@ def _add_build(actions: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the datastore that DIR holds")
     parser.add_argument(
         "--embeddings-dtype",
-        choices=("float32", "float16"),
+        choices=("float32", "float16", "int8"),
         default="float32",
         help="stored (default: %(default)s)",
     )

@@ -25,40 +25,67 @@ import numpy as np
 from .measuring import resident_mb, single_query_ms
 from .synthetic import grammar_captions, made_captions, tfidf_svd
 
+# Captions that are embedded and noted at a time: batches are sorted by length within them.
+_CHUNK = 1 << 14
 
-def prepare(args: argparse.Namespace, note: Callable[[str], None]) -> tuple[Path, np.ndarray]:
-    """The datastore without an index, and the held-out queries; both are kept in the working folder."""
-    from recap_hf.modeling.datastore_writing_recap import write_manifest, write_segment
 
+def _texts(args: argparse.Namespace, note: Callable[[str], None]) -> tuple[list[str], int, int]:
+    """The captions of the datastore and then those held out, how many of the former are real, and of the latter."""
     from .sources import read_source
 
-    folder, queries_path = Path(args.work) / "store", Path(args.work) / "queries.npy"
-    if queries_path.is_file():
-        return folder, np.load(queries_path)
-    folder.mkdir(parents=True, exist_ok=True)
+    path = Path(args.work) / "texts.json"
+    if path.is_file():
+        return tuple(json.loads(path.read_text(encoding="utf-8")))
     real = list(dict.fromkeys(record["caption"] for name in args.captions for record in read_source(name)))
     rng = np.random.default_rng(args.seed)
     order = rng.permutation(len(real))
     real = [real[number] for number in order]
     held_out, stored = real[: args.queries], real[args.queries :][: args.rows]
-    note(f"{len(stored)} real captions, {args.rows - len(stored)} made by {args.made}, {len(held_out)} held out")
     missing = args.rows - len(stored)
+    note(f"{len(stored)} real captions, {missing} made by {args.made}, {len(held_out)} held out")
     if args.made == "grammar":
-        texts = stored + grammar_captions(missing, args.seed, known=stored + held_out)
+        made = grammar_captions(missing, args.seed, known=real)
     else:
-        texts = stored + made_captions(stored, missing, args.seed)
-    if args.model:
-        from .embedding import CaptionEmbedder
+        made = made_captions(stored, missing, args.seed)
+    found = stored + made + held_out, len(stored), len(held_out)
+    path.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
-        name = None if args.model == "recap-tiny" else args.model
-        embedder = CaptionEmbedder.from_pretrained(name, args.device, args.model_dtype, batch_size=256)
-        vectors = np.empty((args.rows + len(held_out), embedder.fingerprint.shape[1]), dtype=np.float32)
-        texts += held_out
-        for start in range(0, len(texts), 1 << 13):
-            vectors[start : start + (1 << 13)] = embedder.embed(texts[start : start + (1 << 13)])
-            note(f"embedded {min(start + (1 << 13), len(texts))} of {len(texts)}")
+
+def _embedded(args: argparse.Namespace, texts: Sequence[str], note: Callable[[str], None]) -> np.ndarray:
+    """Embeddings by the captioner's text tower; a run that was cut off is taken up."""
+    from .embedding import CaptionEmbedder
+
+    name = None if args.model == "recap-tiny" else args.model
+    embedder = CaptionEmbedder.from_pretrained(name, args.device, args.model_dtype, batch_size=256)
+    path, done_path = Path(args.work) / "vectors.npy", Path(args.work) / "vectors.done"
+    done = int(done_path.read_text(encoding="utf-8")) if done_path.is_file() else 0
+    shape = (len(texts), embedder.fingerprint.shape[1])
+    vectors = np.lib.format.open_memmap(path, "r+" if done else "w+", np.float32, None if done else shape)
+    started, first = time.perf_counter(), done
+    while done < len(texts):
+        chunk = texts[done : done + _CHUNK]
+        vectors[done : done + len(chunk)] = embedder.embed(chunk)
+        done += len(chunk)
+        vectors.flush()
+        done_path.write_text(str(done), encoding="utf-8")
+        note(f"embedded {done} of {len(texts)}: {(done - first) / (time.perf_counter() - started):.0f} a second")
+    return vectors
+
+
+def prepare(args: argparse.Namespace, note: Callable[[str], None]) -> tuple[Path, np.ndarray]:
+    """The datastore without an index, and the held-out queries; both are kept in the working folder."""
+    from recap_hf.modeling.datastore_writing_recap import write_manifest, write_segment
+
+    folder, queries_path = Path(args.work) / "store", Path(args.work) / "queries.npy"
+    if queries_path.is_file():
+        return folder, np.load(queries_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts, num_real, _ = _texts(args, note)
+    if args.model:
+        vectors = _embedded(args, texts, note)
     else:
-        vectors = tfidf_svd(texts + held_out, len(stored), args.dimension, args.seed)
+        vectors = tfidf_svd(texts, num_real, args.dimension, args.seed)
     files: dict[str, Any] = {}
     records = [{"caption": text} for text in texts[: args.rows]]
     segment = write_segment(folder, records, vectors[: args.rows], files, args.embeddings_dtype)
@@ -124,7 +151,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             found = single_query_ms(lambda query, index=index, count=count: index.search(query, count), vectors)
             result["queries"][name]["index_alone_ms"] = found
     result["memory_mb"] = resident_mb()
-    flat.add(np.ascontiguousarray(store.embeddings))
+    flat.add(np.ascontiguousarray(store.embeddings, dtype=np.float32))
     for name, vectors in queries.items():
         result["queries"][name]["exact_faiss_ms"] = single_query_ms(lambda q: flat.search(q, 4), vectors[:50])
     return result

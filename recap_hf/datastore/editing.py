@@ -359,15 +359,21 @@ def compact(folder: str | Path) -> None:
         index_datastore(folder, **_as_wanted(description))
 
 
-def index_datastore(folder: str | Path, kind: str = "auto", recall: float = DEFAULT_RECALL) -> dict[str, Any] | None:
-    """Makes the index of a datastore anew, or removes it (`exact`); returns its description."""
+def index_datastore(
+    folder: str | Path, kind: str = "auto", recall: float = DEFAULT_RECALL, checkpoint: Path | None = None
+) -> dict[str, Any] | None:
+    """Makes the index of a datastore anew, or removes it (`exact`); returns its description.
+
+    Args:
+        kind, recall, checkpoint: see [`build_index`].
+    """
     with editing(folder) as edit:
         embeddings = edit.opened.embeddings
         if edit.opened.live is not None:
             # Positions of an index are those of the files.
             edit.segments = []
             edit.write([(edit.opened.records, embeddings)])
-        search_index = build_index(embeddings, kind, recall)
+        search_index = build_index(embeddings, kind, recall, checkpoint=checkpoint)
         edit.index = None if search_index is None else search_index.write(edit.folder, edit.files)
         report = {**(edit.manifest["report"] or {}), "exact_search": kind == "exact"}
         edit.commit(len(edit.opened.records), report=report)

@@ -8,15 +8,20 @@ inverted-file index recall that text queries do not show: these queries are shif
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import mmap
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from recap_hf.modeling.datastore_index_recap import SearchIndex, exact_neighbours
+
+from .measuring import resident_mb
 
 INDEX_KINDS = ("auto", "exact", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw")
 # Up to here the exact search takes about 2 ms at dimension 512, and an index buys little.
@@ -28,6 +33,8 @@ RECALL_AT = 4
 # A result counts as right when its score is at least the k-th exact one less this.
 TIE = 1e-5
 TUNING_QUERIES = 512
+_MANY_ROWS = 2_000_000
+_RELEASED_FROM_BYTES = 2 << 30
 _TRAINING_ROWS_PER_LIST = 40
 _TIMED_QUERIES = 64
 _CANDIDATES = (32, 64, 128, 256, 512, 1024)
@@ -76,6 +83,7 @@ def build_index(
     k: int = RECALL_AT,
     audio_queries: np.ndarray | None = None,
     seed: int = 0,
+    checkpoint: Path | None = None,
 ) -> SearchIndex | None:
     """Trains an index, fills it, and raises its effort until the recall target holds.
 
@@ -86,6 +94,7 @@ def build_index(
         k: of the recall.
         audio_queries: unit vectors of real recordings; without them the gap is simulated.
         seed: of the samples.
+        checkpoint: file for the index that is filled and not tuned yet; one that is there is taken up.
 
     Returns:
         The index with its settings and measurements, `None` for the exact search.
@@ -101,6 +110,30 @@ def build_index(
     if string is None:
         return None
     faiss = _faiss()
+    index, build_s = _filled(embeddings, kind, string, np.random.default_rng(seed), checkpoint)
+    search_index = SearchIndex(index, {"kind": string, "effort": 1, "num_candidates": _CANDIDATES[0]}, faiss)
+    started = time.perf_counter()
+    # At ten million rows the exact answers of all queries would take longer than training.
+    count = TUNING_QUERIES if num_rows <= _MANY_ROWS else TUNING_QUERIES // 4
+    tune(search_index, embeddings, tuning_queries(embeddings, count, seed, audio_queries), recall, k)
+    search_index.description |= {
+        "wanted_kind": kind,
+        "wanted_recall": recall,
+        "build_s": round(build_s, 2),
+        "tuning_s": round(time.perf_counter() - started, 2),
+    }
+    return search_index
+
+
+def _filled(
+    embeddings: Any, kind: str, string: str, rng: np.random.Generator, checkpoint: Path | None
+) -> tuple[Any, float]:
+    """The index of a factory string, trained and filled, and the seconds that it took."""
+    faiss = _faiss()
+    if checkpoint is not None and checkpoint.is_file():
+        about = json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
+        return faiss.read_index(str(checkpoint)), about["build_s"]
+    num_rows, dimension = embeddings.shape
     started = time.perf_counter()
     try:
         index = faiss.index_factory(dimension, string, faiss.METRIC_INNER_PRODUCT)
@@ -108,7 +141,6 @@ def build_index(
         raise ValueError(
             f"{kind!r} is no kind of index: expected {', '.join(INDEX_KINDS)} or a FAISS string"
         ) from error
-    rng = np.random.default_rng(seed)
     index.train(_training_rows(embeddings, getattr(index, "nlist", 256), rng))
     coarse = faiss.downcast_index(index.quantizer) if hasattr(index, "quantizer") else None
     if hasattr(coarse, "k_factor"):
@@ -116,18 +148,13 @@ def build_index(
     for start in range(0, num_rows, _BLOCK_ROWS):
         index.add(np.ascontiguousarray(embeddings[start : start + _BLOCK_ROWS], dtype=np.float32))
         release(embeddings)
-    description = {"kind": string, "effort": 1, "num_candidates": _CANDIDATES[0]}
-    search_index = SearchIndex(index, description, faiss)
     build_s = time.perf_counter() - started
-    queries = tuning_queries(embeddings, TUNING_QUERIES, seed, audio_queries)
-    tune(search_index, embeddings, queries, recall, k)
-    search_index.description |= {
-        "wanted_kind": kind,
-        "wanted_recall": recall,
-        "build_s": round(build_s, 2),
-        "tuning_s": round(time.perf_counter() - started - build_s, 2),
-    }
-    return search_index
+    if checkpoint is not None:
+        about = {"build_s": build_s, "peak_mb": resident_mb()["peak"]}
+        checkpoint.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
+        faiss.write_index(index, f"{checkpoint}.tmp")
+        os.replace(f"{checkpoint}.tmp", checkpoint)
+    return index, build_s
 
 
 def _faiss() -> Any:
@@ -147,10 +174,13 @@ def _training_rows(embeddings: Any, lists: int, rng: np.random.Generator) -> np.
 
 
 def release(embeddings: Any) -> None:
-    """Takes the pages of memory-mapped embeddings that were read out of this process's memory: reading through ten
-    gigabytes must not hold them. The system keeps them cached while it has room."""
+    """Takes the pages of large memory-mapped embeddings that were read out of this process's memory: reading through
+    ten gigabytes must not hold them. The system keeps them cached while it has room. Those of smaller ones stay: a
+    search would have to map them again, which takes as long as comparing them."""
+    if math.prod(embeddings.shape) * embeddings.dtype.itemsize < _RELEASED_FROM_BYTES:
+        return
     for part in getattr(embeddings, "parts", [embeddings]):
-        mapped = getattr(part, "_mmap", None)
+        mapped = getattr(getattr(part, "codes", part), "_mmap", None)
         if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             # Not every kind of mapping can be advised; then the pages stay.
             with contextlib.suppress(ValueError, OSError):

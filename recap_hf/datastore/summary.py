@@ -17,7 +17,7 @@ from .filters import DuplicateCounter
 from .indexing import RECALL_AT, TUNING_QUERIES, Queries, exact_rows, tuning_queries
 
 _HUB_RANK = 10
-_NORM_TOLERANCE = {"float32": 1e-3, "float16": 4e-3}
+_NORM_TOLERANCE = {"float32": 1e-3, "float16": 4e-3, "int8": 1e-3}
 _BLOCK_ROWS = 1 << 14
 
 
@@ -31,8 +31,8 @@ def describe(store: CaptionDatastore, queries: int = TUNING_QUERIES, seed: int =
 
     Returns:
         `captions`, `keys`, `duplicates`, `dimension`, `dtype`, `sources`, `licences`, `splits`, `weak`,
-        `non_commercial`, `index` (kind and settings), `recall`, `latency_ms`, `memory` in bytes, `hubness`, `generation`, and the
-        `report` of the build.
+        `non_commercial`, `index` (kind and settings), `recall`, `latency_ms`, `memory` in bytes, `hubness`,
+        `generation`, and the `report` of the build.
     """
     sources, licences, splits = Counter(), Counter(), Counter()
     duplicates = DuplicateCounter()

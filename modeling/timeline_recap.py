@@ -89,12 +89,10 @@ def caption_timeline(
     stream = source if isinstance(source, AudioStream) else AudioStream(source, rate)
     if stream.sampling_rate != rate:
         raise ValueError(f"The stream has {stream.sampling_rate} Hz, the feature extractor {rate} Hz.")
-    parameters = {**captioner._forward_params, **parameters}
-    for name in ("return_timestamps", "timeline", "segment_batch_size"):
-        parameters.pop(name, None)
+    caption = SegmentCaptioner(captioner, **parameters)
     texts = CaptionEmbeddings(captioner)
     pieces = _pieces(captioner, stream, settings)
-    captioned = _captioned(captioner, pieces, batch_size, parameters, round(settings.min_sound_s * rate), rate)
+    captioned = _captioned(caption, pieces, batch_size, round(settings.min_sound_s * rate), rate)
     for segment in merge_segments(captioned, texts, settings):
         if summary is not None:
             summary.add(segment, texts.of(segment["caption"]))
@@ -119,8 +117,29 @@ def _embed_windows(captioner: Any, windows: list[np.ndarray]) -> np.ndarray:
     return captioner.model.encode_audio(**inputs).audio_embeds[:, 0].cpu().numpy()
 
 
+class SegmentCaptioner:
+    """Captions of waveforms with a pipeline's parameters, and what it says of silence.
+
+    Args:
+        captioner ([`AudioCaptioningPipeline`])
+        parameters (*optional*): of its forward pass; default: its own. Those of timelines are left out.
+    """
+
+    def __init__(self, captioner: Any, **parameters: Any) -> None:
+        self.captioner = captioner
+        self.parameters = {**captioner._forward_params, **parameters}
+        for name in ("return_timestamps", "timeline", "segment_batch_size"):
+            self.parameters.pop(name, None)
+        # Asked, not written down: a calibrated pipeline's results have one field more.
+        (self.silence,) = self([np.zeros(1, np.float32)])
+
+    def __call__(self, waveforms: list[np.ndarray]) -> list[dict[str, Any]]:
+        """The pipeline's results, one a waveform."""
+        return self.captioner.forward({"waveform": waveforms}, **self.parameters)["result"]
+
+
 def _captioned(
-    captioner: Any, pieces: Iterable[Piece], batch_size: int, parameters: dict[str, Any], shortest: int, rate: int
+    caption: SegmentCaptioner, pieces: Iterable[Piece], batch_size: int, shortest: int, rate: int
 ) -> Iterator[dict[str, Any]]:
     """Segments of the pieces, in order, sound captioned `batch_size` pieces at a time."""
     waiting: list[dict[str, Any]] = []
@@ -128,7 +147,7 @@ def _captioned(
 
     def flush() -> Iterator[dict[str, Any]]:
         if sounds:
-            results = captioner.forward({"waveform": [waveform for _, waveform in sounds]}, **parameters)["result"]
+            results = caption([waveform for _, waveform in sounds])
             for (segment, _), result in zip(sounds, results, strict=True):
                 segment.update(result)
         yield from waiting
@@ -136,8 +155,7 @@ def _captioned(
         sounds.clear()
 
     for piece in pieces:
-        segment = {"start": round(piece.start / rate, 3), "end": round(piece.end / rate, 3)}
-        segment |= {"caption": SILENCE_CAPTION, "score": 1.0, "retrieved": []}
+        segment = {"start": round(piece.start / rate, 3), "end": round(piece.end / rate, 3), **caption.silence}
         waiting.append(segment)
         if piece.waveform is not None and len(piece.waveform) >= shortest:
             sounds.append((segment, piece.waveform))
@@ -157,16 +175,15 @@ def merge_segments(
     pause: dict[str, Any] | None = None
     for segment in segments:
         length = segment["end"] - segment["start"]
+        short = pause is None or pause["end"] - pause["start"] < settings.merge_gap_s
         if last is None:
             last, weight = segment, length
-        elif pause is None and _is_silence(segment) and not _is_silence(last) and length < settings.merge_gap_s:
-            pause = segment
-        elif texts.same(last["caption"], segment["caption"], settings.same_caption):
+        elif _is_silence(segment) and not _is_silence(last):
+            pause = segment if pause is None else {**pause, "end": segment["end"]}
+        elif short and texts.same(last["caption"], segment["caption"], settings.same_caption):
             longer = segment if length > weight else last
             last = {**longer, "start": last["start"], "end": segment["end"]}
             weight, pause = max(weight, length), None
-        elif pause is not None and _is_silence(segment):
-            pause = {**pause, "end": segment["end"]}
         else:
             yield last
             if pause is not None:
@@ -289,6 +306,7 @@ def _enumerate(captions: list[str]) -> str:
 __all__ = [
     "DEFAULT_SEGMENT_BATCH",
     "CaptionEmbeddings",
+    "SegmentCaptioner",
     "TimelineSettings",
     "TimelineSummary",
     "caption_timeline",

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.modeling.audio_recap import SILENCE_CAPTION
 from recap_hf.modeling.segmentation_recap import is_quiet
+from recap_hf.modeling.timeline_recap import SegmentCaptioner
 
 __all__ = ["LiveCaptioner", "LiveSound"]
 
@@ -156,7 +156,7 @@ class LiveCaptioner:
                 f"A caption every {interval_s} s is not possible: more than {_SHORTEST_S} s and at most the encoder's "
                 f"window of {extractor.max_length_s} s."
             )
-        self.captioner = captioner
+        self.caption = SegmentCaptioner(captioner)
         self.rate = extractor.sampling_rate
         self.interval = round(interval_s * self.rate)
         self.longest = round(extractor.max_length_s * self.rate)
@@ -213,12 +213,11 @@ class LiveCaptioner:
         return lengths
 
     def _caption(self, waveforms: list[np.ndarray]) -> list[dict[str, Any]]:
-        results = [{"caption": SILENCE_CAPTION, "score": 1.0, "retrieved": []} for _ in waveforms]
+        results = [self.caption.silence] * len(waveforms)
         quiet = [is_quiet(waveform, self.rate, self.silence_db) for waveform in waveforms]
         heard = [index for index, silent in enumerate(quiet) if not silent]
         if heard:
-            batch = {"waveform": [waveforms[index] for index in heard]}
-            captions = self.captioner.forward(batch, **self.captioner._forward_params)["result"]
+            captions = self.caption([waveforms[index] for index in heard])
             for index, result in zip(heard, captions, strict=True):
                 results[index] = result
         return results

@@ -200,22 +200,27 @@ def _from_hiding(model: Any, passage: Passage, groups: Sequence[Sequence[int]], 
     full = token_log_probs(model, passage)[0]
     chosen = _neighbourhoods(passage.grid).to(passage.states.device)
     by_place = token_log_probs(model, passage, heard=chosen if insertion else 1 - chosen)
-    captions_shown = torch.ones(len(passage.captions), passage.ids.shape[1], device=passage.ids.device)
-    for row, place in enumerate(passage.captions):
-        for other in passage.captions if insertion else ():
-            captions_shown[row, other] = 0
-        captions_shown[row, place] = float(insertion)
-    by_caption = token_log_probs(model, passage, read=captions_shown) if passage.captions else full.new_zeros(0, 1)
+    by_caption = token_log_probs(model, passage, read=_shown(passage, insertion))
     audio, captions = [], []
     for group in groups:
         tokens = list(group)
-        for hidden, weights in ((by_place, audio), (by_caption, captions)):
-            score = hidden[:, tokens].sum(dim=1) if len(hidden) else hidden[:, 0]
-            if insertion:
-                weights.append(score.softmax(dim=0))
-            else:
-                weights.append((full[tokens].sum() - score).clamp(min=0))
+        here, alone = by_place[:, tokens].sum(dim=1), by_caption[:, tokens].sum(dim=1)
+        if insertion:
+            audio.append((here - here.mean()).clamp(min=0))
+            captions.append((alone[:-1] - alone[-1]).clamp(min=0))
+        else:
+            audio.append((full[tokens].sum() - here).clamp(min=0))
+            captions.append((full[tokens].sum() - alone[:-1]).clamp(min=0))
     return _attribution(full, audio, captions, passage)
+
+
+def _shown(passage: Passage, insertion: bool) -> torch.Tensor:
+    """(k + 1, length): for each caption it alone shown (or all but it), and in the last row none of them."""
+    shown = torch.ones(len(passage.captions) + 1, passage.ids.shape[1], device=passage.ids.device)
+    for row in range(len(shown)):
+        for other, place in enumerate(passage.captions):
+            shown[row, place] = float(row < len(passage.captions) and (other == row) == insertion)
+    return shown
 
 
 def _neighbourhoods(grid: tuple[int, int, int]) -> torch.Tensor:

@@ -139,8 +139,8 @@ class RecapExplanationMixin:
             method (`str`, *optional*, defaults to `"gradient"`):
                 - `"gradient"`: attention weights times their effect on the word's log-probability, over all layers
                   and heads, what speaks for the word alone. One backward pass a word.
-                - `"insertion"`: how probable the word is when the cross-attention hears one place alone (0.94 s of one
-                  band), as a softmax over the places. One row of a forward pass a place: slower, and the most exact.
+                - `"insertion"`: how much more probable the word is when the cross-attention hears one place alone
+                  (0.94 s of one band) than with the average place, in nats. One row of a forward pass a place: slower.
                 - `"occlusion"`: how much less probable the word is when that place is hidden.
                 - `"attention"`: the bare attention weights, the mean over layers and heads. Which states a layer
                   mixes says little about what the word rests on: see the measurements in docs/explanations.md.

@@ -108,11 +108,40 @@ def test_hiding_is_leaving_out(tiny_model, passage):
     occlusion = attribute(tiny_model, passage, [tokens], "occlusion").audio
     expected = (score(passage.states) - score(passage.states[:, ~chosen])).clamp(min=0)
     torch.testing.assert_close(occlusion[0, 0, 1, 5], expected, rtol=1e-3, atol=1e-5)
-    insertion = attribute(tiny_model, passage, [tokens], "insertion").audio
-    first = torch.zeros(64, dtype=torch.bool)
-    first[:2] = True
-    ratio = (score(passage.states[:, chosen]) - score(passage.states[:, first])).exp()
-    torch.testing.assert_close(insertion[0, 0, 1, 5] / insertion[0, 0, 0, 0], ratio, rtol=1e-3, atol=1e-5)
+    alone = []
+    for position in range(64):
+        cells = [other for other in range(position - 1, position + 2) if other // 32 == position // 32 and other >= 0]
+        alone.append(score(passage.states[:, cells]))
+    expected = (torch.stack(alone) - torch.stack(alone).mean()).clamp(min=0)
+    insertion = attribute(tiny_model, passage, [tokens], "insertion")
+    torch.testing.assert_close(insertion.audio.flatten(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_hidden_captions(tiny_model, passage):
+    """Hidden tokens get no attention: the same as a mask over them, positions as they were."""
+    first, second = passage.captions
+
+    def score(*hidden):
+        mask = torch.ones_like(passage.ids)
+        for place in hidden:
+            mask[:, place] = 0
+        with torch.no_grad():
+            logits = tiny_model(
+                encoder_outputs=(passage.states,),
+                decoder_input_ids=passage.ids,
+                decoder_attention_mask=mask,
+                decoder_position_ids=torch.arange(passage.ids.shape[1])[None],
+                use_cache=False,
+            ).logits[0, passage.start - 1 : -1]
+        return logits.log_softmax(-1).gather(1, passage.targets[:, None])[[0, 1], 0].sum()
+
+    occlusion = attribute(tiny_model, passage, [[0, 1]], "occlusion").captions[0]
+    expected = torch.stack([score() - score(first), score() - score(second)]).clamp(min=0)
+    torch.testing.assert_close(occlusion, expected, rtol=1e-3, atol=1e-5)
+    insertion = attribute(tiny_model, passage, [[0, 1]], "insertion").captions[0]
+    nothing = score(first, second)
+    expected = torch.stack([score(second) - nothing, score(first) - nothing]).clamp(min=0)
+    torch.testing.assert_close(insertion, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="folder or Hub id of a captioner (default: the embedded recap-tiny)")
     parser.add_argument(
-        "--datastore", help="captions to retrieve from: a datastore, or a .txt, .csv, .json or .jsonl file of captions"
+        "--datastore",
+        help="captions to retrieve from: a datastore, milvus:URI#COLLECTION, or a .txt, .csv, .json or .jsonl file of "
+        "captions",
     )
     parser.add_argument("--k", type=count, help="captions in the prompt (default: the model's, 4 in the paper)")
     parser.add_argument("--num-beams", type=positive, help="beams of the search (default: the model's, 3)")

@@ -1,7 +1,7 @@
 """Live captions fed in real time: what they are late by, and that nothing is lost.
 
-`python -m recap_hf.timeline.live_benchmark RECORDING --seconds 120` plays a recording into `recap live` as a sound card
-would, a tenth of a second at a time, and reads the captions as they come.
+`python -m recap_hf.timeline.live_benchmark RECORDING --seconds 120` plays a recording into `recap live` as a sound
+card would, a tenth of a second at a time, and reads the captions as they come.
 """
 
 from __future__ import annotations

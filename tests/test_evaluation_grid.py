@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
 import soundfile
 import yaml
+from browser_parts import assert_there_is_something_to_see, look_at, needs_browser
 
 from recap_hf.cli import main
 from recap_hf.evaluation.claims import ClipScores, difference_claim, gain_claim
+from recap_hf.evaluation.events import estimate_events
 from recap_hf.evaluation.grid import Grid
 from recap_hf.evaluation.grid_config import make_grid, read_grid
 
@@ -114,11 +117,58 @@ def test_example_is_a_grid(tmp_path, capsys):
         ({"evaluation": {"beams": 3}}, "evaluation: unknown key 'beams'; known: batch_size"),
         ({"models": {"attic": "x"}}, "models names the training set 'attic'; the grid has stage, yard"),
         ({"models": {"yard": ["x"]}}, "1 models for 'yard', but 2 seeds"),
+        ({"neighbours": ["suffix"]}, "neighbours: unknown key 'suffix'; known: audio_to_audio, prefix"),
+        ({"shares": [1.5]}, "shares must be a list of numbers between 0 and 1"),
     ],
 )
 def test_wrong_grids_are_refused(domains, change, message):
     with pytest.raises(ValueError, match=message):
         make_grid(config(domains, **change))
+
+
+def test_plan_holds_neighbours_shares_and_indexes(domains, tmp_path):
+    axes = {"neighbours": ["prefix", "audio_to_audio"], "shares": [0.5, 0.1], "indexes": ["hnsw"]}
+    grid = Grid(make_grid(config(domains, training_sets=["yard"], seeds=[1], **axes)), tmp_path)
+    folders = [run.folder for run in grid.runs()]
+    assert len(set(folders)) == len(folders)
+    own = [folder for folder in folders if folder.startswith("runs/stage/")]
+    assert own == [
+        "runs/stage/yard-seed1/yard-k2",
+        "runs/stage/yard-seed1/stage-k2",
+        "runs/stage/yard-seed1/stage-k1",
+        "runs/stage/yard-seed1/large-k2",
+        "runs/stage/yard-seed1/large-k2-share0.1",
+        "runs/stage/yard-seed1/large-k2-share0.5",
+        "runs/stage/yard-seed1/large-k2-hnsw",
+        "runs/stage/yard-seed1-prefix/none-k0",
+        "runs/stage/yard-seed1-audio_to_audio/yard-k2",
+        "runs/stage/yard-seed1-audio_to_audio/stage-k2",
+    ]
+    assert [neighbour for _, _, neighbour in grid.trainings()] == ["", "prefix", "audio_to_audio"]
+    labels = {grid.label(run) for run in grid.runs() if run.test_set == "stage"}
+    assert "audio-to-audio on CLAP (after Koizumi et al. [7]) w/ DS of yard" in labels
+    assert {"w/ DSlarge, 0.1 of it", "w/ DSlarge, index hnsw", "prefix on CLAP (after Kim et al. [6])"} <= labels
+
+
+def test_without_a_large_store_the_own_one_varies(domains, tmp_path):
+    grid = Grid(make_grid(config(domains, training_sets=["yard"], seeds=[1], large=None, shares=[0.5])), tmp_path)
+    assert [run.folder for run in grid.runs() if run.share < 1] == [
+        "runs/yard/yard-seed1/yard-k2-share0.5",
+        "runs/stage/yard-seed1/stage-k2-share0.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("references", "events"),
+    [
+        (["a dog barks"], 1),
+        (["a dog barks while rain falls", "rain and a dog", "a dog"], 2),
+        (["a car passes, then a dog barks and a man shouts"], 3),
+        (["a band plays"], 1),
+    ],
+)
+def test_events_are_counted_by_words_that_join(references, events):
+    assert estimate_events(references) == events
 
 
 def test_claims_follow_their_intervals():
@@ -181,3 +231,129 @@ def test_grid_runs_prints_and_goes_on(domains, tmp_path, tiny_model, tiny_proces
     assert main(["grid", str(path), "--output-dir", str(output)]) == 0
     again = capsys.readouterr()
     assert "evaluating" not in again.err and "building" not in again.err and again.out == printed.out
+
+
+@pytest.fixture(scope="module")
+def neighbourly(domains, tmp_path_factory, _tiny_model, decoder_tokenizer, clap_tokenizer):
+    """The folder of a grid of four given captioners, one of them with a prefix and one that retrieves by audio."""
+    from recap_hf import RecapForConditionalGeneration, RecapProcessor
+
+    folder = tmp_path_factory.mktemp("neighbourly")
+    model = _tiny_model
+    prefixed = RecapForConditionalGeneration.from_clap_gpt2_pretrained(
+        model.clap, model.decoder, conditioning="prefix"
+    )
+    for name, each in (("plain", model), ("prefixed", prefixed)):
+        each.save_pretrained(folder / name)
+        RecapProcessor.from_config(each.config, decoder_tokenizer, clap_tokenizer).save_pretrained(folder / name)
+    given = {}
+    for name in DOMAINS:
+        given |= {name: str(folder / "plain"), f"{name}:audio_to_audio": str(folder / "plain")}
+        given[f"{name}:prefix"] = str(folder / "prefixed")
+    axes = {"neighbours": ["prefix", "audio_to_audio"], "shares": [0.5], "indexes": ["hnsw"], "resamples": 100}
+    content = config(domains, training_sets=list(DOMAINS), models=given, seeds=[1], **axes)
+    content["domains"]["stage"]["events"] = "estimated"
+    (folder / "grid.yaml").write_text(yaml.safe_dump(content))
+    assert main(["grid", str(folder / "grid.yaml"), "--output-dir", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+@needs_scoring
+def test_neighbours_stand_in_the_tables(neighbourly):
+    pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
+    text = (neighbourly / "tables.md").read_text()
+    for row in (
+        "prefix on CLAP (after Kim et al. [6])",
+        "audio-to-audio on CLAP (after Koizumi et al. [7]) w/ DS",
+        "first_retrieved (audio-to-audio on CLAP (after Koizumi et al. [7]) w/ DS)",
+    ):
+        assert f"| recap_hf: {row} " in text, row
+    assert "they are not the published systems" in text
+    # Shares and indexes have a table of their own.
+    assert "index hnsw" not in text.split("### Claims")[0] and "0.5 of it" not in text
+    result = json.loads((neighbourly / "grid.json").read_text())
+    claims = {claim["claim"] for claim in result["claims"]}
+    assert {"the captioner beats a tuned prefix", "captions of similar text beat captions of similar audio"} <= claims
+    run = json.loads((neighbourly / "runs/stage/yard-seed1-audio_to_audio/stage-k2/run.json").read_text())
+    assert run["captioner"]["datastore"]["keys"] == "audio" and run["captioner"]["conditioning"] == "cross_attention"
+    run = json.loads((neighbourly / "runs/stage/yard-seed1-prefix/none-k0/run.json").read_text())
+    assert run["captioner"]["datastore"] is None and run["captioner"]["conditioning"] == "prefix"
+
+
+@needs_scoring
+def test_sizes_and_indexes_have_a_table(neighbourly):
+    pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
+    rows = json.loads((neighbourly / "grid.json").read_text())["stores"]["rows"]
+    own = [row[2:5] for row in rows if row[:2] == ["yard", "stage"]]
+    # 8 training captions and 2 of a file: whole, half of them, and whole with an index.
+    assert own == [["w/ DSlarge", "10", "exact"], ["w/ DSlarge", "5", "exact"], ["w/ DSlarge", "10", "HNSW32,SQ8"]]
+
+
+@needs_scoring
+def test_table_3_is_a_page(neighbourly):
+    pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
+    settings = json.loads((neighbourly / "grid.json").read_text())["settings"]
+    # The domains come in the order of the file, stage before yard; no clip of the stage has several events.
+    assert [(setting["number"], setting["title"].partition(":")[0]) for setting in settings] == [
+        (2, "Trained on yard, tested on stage"),
+        (3, "Trained on stage, tested on yard"),
+        (4, "Trained on yard, tested on yard"),
+    ]
+    # All captions have words that the other domain lacks; two of the yard's four test clips have two events.
+    assert [(setting["clips"], setting["of"]) for setting in settings] == [(4, 4), (4, 4), (2, 4)]
+    first = settings[-1]
+    assert [row["name"] for row in first["rows"]][:2] == ["RECAP (w/ DS)", "RECAP without captions in its prompt"]
+    assert first["rows"][0].keys() == {"name", "mean"}
+    for row in first["rows"][1:]:
+        assert row["gain"] == pytest.approx(first["rows"][0]["mean"] - row["mean"]) and row["low"] <= row["high"]
+    assert "prefix on CLAP (after Kim et al. [6])" in first["examples"][0]["captions"]
+    page = (neighbourly / "settings.md").read_text()
+    assert "#### 4. Trained on yard, tested on yard: several events (2 of 4 clips)" in page
+    assert page in (neighbourly / "tables.md").read_text()
+
+
+@needs_scoring
+def test_scores_by_number_of_events(neighbourly):
+    pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
+    events = json.loads((neighbourly / "grid.json").read_text())["events"]
+    (row,) = [row for row in events["rows"] if row[:3] == ["yard", "yard", "w/ DS"]]
+    assert row[4].endswith("(2 clips)") and row[5].endswith("(2 clips)") and row[6] == "-"
+    # The stage's are estimated from its captions, which name one event each.
+    (row,) = [row for row in events["rows"] if row[:3] == ["yard", "stage", "w/ DS"]]
+    assert row[4].endswith("(4 clips)") and row[5:] == ["-", "-"]
+
+
+@needs_scoring
+def test_report_of_a_grid(neighbourly, domains, tmp_path):
+    pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
+    pytest.importorskip("matplotlib", reason='the plots need matplotlib: pip install "recap-hf[report]"')
+    output = tmp_path / "grid.html"
+    assert main(["report", str(neighbourly), "--output", str(output), "--audio-dir", str(domains)]) == 0
+    page = output.read_text(encoding="utf-8")
+    for label in ("captions in the prompt (k)", "captions in the datastore", "search index of the datastore"):
+        assert f"CIDEr-D against {label}" in page or f"CIDEr-D by {label}" in page, label
+    for text in (
+        "The settings of the paper",
+        "Scores by number of events",
+        "Datastore size and index",
+        "largest gain",
+    ):
+        assert text in page, text
+    # The two domains have clips of the same names, each with its own recording.
+    players = re.findall(r'<code>test0(?:\.wav)?</code>.{0,300}?src="(data:audio[^"]+)"', page, re.DOTALL)
+    assert len(players) >= 2 and len(set(players)) == 2
+
+
+@pytest.mark.slow
+@needs_scoring
+@needs_browser
+def test_report_of_a_grid_in_a_browser(neighbourly, domains, tmp_path):
+    """The plots against k, size and index are drawn beside those of both evaluations; the players decode."""
+    pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
+    output = tmp_path / "grid.html"
+    assert main(["report", str(neighbourly), "--output", str(output), "--audio-dir", str(domains)]) == 0
+    width, plots, lengths, pixels = look_at(output.read_text(encoding="utf-8"), tmp_path)
+    assert width <= 500 and plots == 3 + 2 * 3
+    # Clips of a second, as MP3.
+    assert len(lengths) > 10 and all(abs(float(length) - 1.0) <= 0.1 for length in lengths)
+    assert_there_is_something_to_see(pixels)

@@ -7,13 +7,12 @@ import importlib.util
 import io
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import soundfile
+from browser_parts import assert_there_is_something_to_see, look_at, needs_browser
 
 from recap_hf.cli import main
 from recap_hf.evaluation import EvaluationFolder, Prediction, score_folder
@@ -128,43 +127,11 @@ def test_folder_without_scores_is_refused(tmp_path, capsys):
     assert "has no scores.json: run `recap evaluate` there first" in capsys.readouterr().err
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PROBE = """<script>window.onload = () => {
-  const players = [...document.querySelectorAll("audio")];
-  Promise.all(players.map(player => new Promise(done => {
-    player.addEventListener("loadedmetadata", () => done(player.duration.toFixed(1)));
-    player.addEventListener("error", () => done("error"));
-    player.preload = "metadata"; player.load();
-  }))).then(lengths => {
-    document.title = ["probe", document.documentElement.scrollWidth, ...lengths].join(" ");
-  });
-};</script></body>"""
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome on the PATH")
+@needs_browser
 def test_page_in_a_browser(page, tmp_path):
-    """Players decode, nothing is wider than a phone, and there is something to see."""
-    probe = tmp_path / "probe.html"
-    probe.write_text(page.replace("</body>", PROBE), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=500,2000"]
-    dumped = subprocess.run(
-        [BROWSER, *flags, "--virtual-time-budget=10000", "--dump-dom", probe.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    ).stdout
-    _, width, *lengths = re.search(r"<title>(probe [^<]*)</title>", dumped)[1].split()
-    assert int(width) <= 500
+    """Players decode, plots are drawn, nothing is wider than a phone, and there is something to see."""
+    width, plots, lengths, pixels = look_at(page, tmp_path)
+    assert width <= 500 and plots == 3
     assert lengths == ["0.5"] * 5
-    picture = tmp_path / "page.png"
-    subprocess.run(
-        [BROWSER, *flags, f"--screenshot={picture}", probe.as_uri()], capture_output=True, timeout=300, check=True
-    )
-    from matplotlib.image import imread
-
-    pixels = imread(picture)[:, :, :3]
-    # Text and plots on a light ground: mostly light, and dark or coloured in places from top to bottom.
-    assert pixels.mean() > 0.8
-    assert all((band.min(axis=2) < 0.5).any() for band in np.array_split(pixels, 8))
+    assert_there_is_something_to_see(pixels)

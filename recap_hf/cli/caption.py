@@ -101,25 +101,15 @@ def _captioned(args: argparse.Namespace, names: list[str]) -> Iterator[Any]:
 
 def load_captioner(args: argparse.Namespace) -> Any:
     """The pipeline that the options `--model`, `--datastore`, `--device`, `--dtype` and the decoding options name."""
-    import torch
-    from transformers.utils import logging
-
-    from recap_hf.assets import default_model_path
-    from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
+    from recap_hf.loading import load_pair
     from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
-    from recap_hf.modeling.processing_recap import RecapProcessor
 
-    # Loading bars and hints of the library would stand between the results on a terminal.
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    name = args.model or default_model_path()
-    model = RecapForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, args.dtype))
-    processor = RecapProcessor.from_pretrained(name)
+    model, processor = load_pair(args.model, args.device, args.dtype, quiet=True)
     decoding = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "k": args.k}
     # Not all commands that caption have these.
     decoding |= {name: getattr(args, name, None) or None for name in ("rerank", "candidates", "do_sample")}
     return AudioCaptioningPipeline(
-        model=model.eval(),
+        model=model,
         processor=processor,
         datastore=args.datastore,
         device=args.device,

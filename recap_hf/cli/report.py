@@ -18,14 +18,14 @@ def run(args: argparse.Namespace) -> int:
     """Writes the page."""
     from pathlib import Path
 
-    from recap_hf.evaluation.report import audio_in, write_report
+    from recap_hf.evaluation.report import AudioFolder, write_report
 
     if args.audio_dir and not Path(args.audio_dir).is_dir():
         raise FileNotFoundError(f"no folder {args.audio_dir} (--audio-dir)")
     page = write_report(
         args.folder,
         args.output or Path(args.folder) / "report.html",
-        audio=audio_in(args.audio_dir) if args.audio_dir else None,
+        audio=AudioFolder(args.audio_dir) if args.audio_dir else None,
         num_clips=args.clips,
         title=args.title,
     )

@@ -42,19 +42,11 @@ class CaptionEmbedder:
             device: by default a GPU if there is one.
             dtype: "bfloat16" is faster on a GPU; cosines with float32 stay above 0.999.
         """
-        import torch
-        from transformers.utils import logging
-
         from recap_hf.assets import default_model_path
-        from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
-        from recap_hf.modeling.processing_recap import RecapProcessor
+        from recap_hf.loading import load_pair
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
         name = name or default_model_path()
-        model = RecapForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        embedder = cls(model, RecapProcessor.from_pretrained(name), batch_size)
+        embedder = cls(*load_pair(name, device, dtype, quiet=True), batch_size)
         embedder.recipe = partial(_load_in_worker, str(name), device, dtype, batch_size)
         return embedder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,34 @@ class Prediction:
     retrieved: list[dict[str, Any]]
 
 
+class EncodingCache:
+    """Encoded batches of clips, for several evaluations of the same recordings with the same CLAP.
+
+    Args:
+        limit: bytes of hidden states to keep; further batches are encoded each time.
+    """
+
+    def __init__(self, limit: int = 2 << 30) -> None:
+        self.limit = limit
+        self._used = 0
+        self._kept: dict[tuple[str, str], Any] = {}
+
+    def encode(self, clap: str, waveforms: Sequence[np.ndarray], make: Callable[[], Any]) -> Any:
+        """The encoding of a batch, from `make` the first time; `clap` tells one encoder from another."""
+        digest = hashlib.blake2b(digest_size=16)
+        for waveform in waveforms:
+            digest.update(len(waveform).to_bytes(8, "little") + np.ascontiguousarray(waveform).tobytes())
+        key = clap, digest.hexdigest()
+        if key not in self._kept:
+            encoding = make()
+            size = encoding.last_hidden_state.nbytes
+            if self._used + size > self.limit:
+                return encoding
+            self._kept[key] = encoding
+            self._used += size
+        return self._kept[key]
+
+
 @dataclass
 class Captioner:
     """A model with its processor, and how to run them.
@@ -44,6 +72,7 @@ class Captioner:
         generation: arguments of `generate`, such as `num_beams`.
         seed: of the random captions.
         exclude_references: never retrieve a caption that equals a reference of the clip.
+        encodings: encoded batches that several captioners of one CLAP share; None keeps none.
     """
 
     model: Any
@@ -52,8 +81,10 @@ class Captioner:
     generation: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     exclude_references: bool = False
+    encodings: EncodingCache | None = None
 
     def __post_init__(self) -> None:
+        self._clap = _hash_weights(self.model.clap) if self.encodings else ""
         if self.k is None:
             self.k = self.processor.num_retrieved_captions
         self.processor.check_model(self.model)
@@ -96,14 +127,7 @@ class Captioner:
         excluded_texts: list[Sequence[str]] | None,
         systems: Sequence[str],
     ) -> dict[str, list[Prediction]]:
-        import torch
-
-        rate = self.processor.feature_extractor.sampling_rate
-        with torch.no_grad():
-            inputs = self.processor(
-                audio=waveforms, sampling_rate=rate, return_tensors="pt", device=str(self.model.device)
-            )
-            encoding = self.model.encode_audio(**inputs)
+        encoding = self._encode(waveforms)
         retrieved = self.processor.retrieve(
             encoding.audio_embeds, self.k, exclude_clip_ids=clip_ids, exclude_texts=excluded_texts
         )
@@ -121,6 +145,17 @@ class Captioner:
             else:
                 results[name] = self._generate(encoding, retrieved if name == "recap" else nothing)
         return results
+
+    def _encode(self, waveforms: list[np.ndarray]) -> Any:
+        import torch
+
+        def make() -> Any:
+            rate, device = self.processor.feature_extractor.sampling_rate, str(self.model.device)
+            with torch.no_grad():
+                inputs = self.processor(audio=waveforms, sampling_rate=rate, return_tensors="pt", device=device)
+                return self.model.encode_audio(**inputs)
+
+        return self.encodings.encode(self._clap, waveforms, make) if self.encodings else make()
 
     def _generate(
         self, encoding: Any, retrieved: list[list[dict[str, Any]]], prompted: bool = True
@@ -188,15 +223,10 @@ def load_captioner(
         OSError: if the checkpoint is not there.
         ValueError: if checkpoint and datastore do not belong together.
     """
-    import torch
+    from recap_hf import open_datastore
+    from recap_hf.loading import load_pair
 
-    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path, open_datastore
-
-    source = str(model or default_model_path())
-    options = {"dtype": getattr(torch, dtype)} if dtype else {}
-    loaded = RecapForConditionalGeneration.from_pretrained(source, **options).eval()
-    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    processor = RecapProcessor.from_pretrained(source)
+    loaded, processor = load_pair(model, device, dtype)
     if datastore == "none":
         processor.datastore = None
     elif datastore is not None:
@@ -218,7 +248,12 @@ def describe_captioner(captioner: Captioner) -> dict[str, Any]:
         "conditioning": captioner.model.config.conditioning,
         "datastore": None
         if store is None
-        else {"captions": len(store), "keys": store.keys, "sha256": _hash_captions(store.captions)},
+        else {
+            "captions": len(store),
+            "keys": store.keys,
+            "index": (store.index or {"kind": "exact"})["kind"],
+            "sha256": _hash_captions(store.captions),
+        },
     }
 
 

@@ -6,36 +6,21 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .captioner import Captioner, load_captioner
+import numpy as np
+
+from .captioner import Captioner, EncodingCache, load_captioner
 from .data import load_test_clips
 from .folder import SCORES_FILE
-from .grid_config import LARGE, GridConfig
+from .grid_config import AUDIO_TO_AUDIO, LARGE, NEIGHBOURS, PREFIX, GridConfig, Run
 from .run import EvaluationClips, caption_clips, score_folder
 
 REPORT_OF_TRAINING = "report.json"
 # In every run; the other baselines only beside the row that the paper calls DS.
 _ALWAYS = ("recap", "first_retrieved")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One evaluation of the grid."""
-
-    training_set: tuple[str, ...]
-    seed: int
-    test_set: str
-    datastore: tuple[str, ...]
-    k: int
-
-    @property
-    def folder(self) -> str:
-        """Its place below the grid's folder."""
-        model = f"{'+'.join(self.training_set)}-seed{self.seed}"
-        return f"runs/{self.test_set}/{model}/{'+'.join(self.datastore)}-k{self.k}"
 
 
 class Grid:
@@ -52,6 +37,7 @@ class Grid:
         self.path = Path(output_dir)
         self.log = log
         self._clips: dict[str, EvaluationClips] = {}
+        self._encodings = EncodingCache()
 
     # ------------------------------------------------------------------ plan
 
@@ -60,26 +46,54 @@ class Grid:
         for training_set in self.config.training_sets:
             for seed in self.config.seeds:
                 for test_set in self.config.domains:
-                    for datastore in self.config.datastores(training_set):
-                        run = Run(training_set, seed, test_set, datastore, self.config.k[0])
-                        yield from (replace(run, k=k) for k in (self.config.k if self.is_main(run) else [run.k]))
+                    yield from self._runs_of_recap(training_set, seed, test_set)
+                for neighbour in self.config.neighbours:
+                    for test_set in self.config.domains:
+                        yield from self._runs_of_neighbour(training_set, seed, test_set, neighbour)
 
-    def model_folder(self, training_set: tuple[str, ...], seed: int) -> Path:
+    def _runs_of_recap(self, training_set: tuple[str, ...], seed: int, test_set: str) -> Iterator[Run]:
+        first = self.config.k[0]
+        varied: Run | None = None
+        for datastore in self.config.datastores(training_set):
+            run = Run(training_set, seed, test_set, datastore, first)
+            yield from (replace(run, k=k) for k in (self.config.k if self.is_main(run) else [first]))
+            if datastore == (LARGE,) or (self.config.large is None and self.is_main(run)):
+                varied = varied or run
+        if varied:
+            yield from (replace(varied, share=share) for share in self.config.shares)
+            yield from (replace(varied, index=index) for index in self.config.indexes)
+
+    def _runs_of_neighbour(
+        self, training_set: tuple[str, ...], seed: int, test_set: str, neighbour: str
+    ) -> Iterator[Run]:
+        if neighbour == PREFIX:
+            yield Run(training_set, seed, test_set, (), 0, neighbour)
+            return
+        for datastore in dict.fromkeys([training_set, (test_set,)]):
+            yield Run(training_set, seed, test_set, datastore, self.config.k[0], neighbour)
+
+    def model_folder(self, training_set: tuple[str, ...], seed: int, neighbour: str = "") -> Path:
         """Where the captioner of a training set and seed lies."""
-        given = self.config.models.get("+".join(training_set))
+        key = "+".join(training_set) + (f":{neighbour}" if neighbour else "")
+        given = self.config.models.get(key)
         if given:
             return Path(given[self.config.seeds.index(seed)])
-        return self.path / "models" / f"{'+'.join(training_set)}-seed{seed}"
+        return self.path / "models" / f"{'+'.join(training_set)}-seed{seed}{f'-{neighbour}' if neighbour else ''}"
+
+    def trainings(self) -> list[tuple[tuple[str, ...], int, str]]:
+        """Training set, seed and neighbour of every captioner that is not given."""
+        return [
+            (names, seed, neighbour)
+            for names in self.config.training_sets
+            for seed in self.config.seeds
+            for neighbour in ("", *self.config.neighbours)
+            if "+".join(names) + (f":{neighbour}" if neighbour else "") not in self.config.models
+        ]
 
     def plan(self) -> str:
         """What would be done, in words."""
         runs = list(self.runs())
-        trainings = [
-            self.model_folder(names, seed)
-            for names in self.config.training_sets
-            for seed in self.config.seeds
-            if "+".join(names) not in self.config.models
-        ]
+        trainings = [self.model_folder(*training) for training in self.trainings()]
         lines = [f"{len(trainings)} trainings, {len(runs)} evaluations"]
         lines += [
             f"train {folder}{' (done)' if (folder / REPORT_OF_TRAINING).is_file() else ''}" for folder in trainings
@@ -95,18 +109,16 @@ class Grid:
         Raises:
             RuntimeError: if a training fails.
         """
-        for training_set in self.config.training_sets:
-            if "+".join(training_set) in self.config.models:
-                continue
-            for seed in self.config.seeds:
-                folder = self.model_folder(training_set, seed)
-                if not (folder / REPORT_OF_TRAINING).is_file():
-                    self._train(training_set, seed, folder)
+        for training_set, seed, neighbour in self.trainings():
+            folder = self.model_folder(training_set, seed, neighbour)
+            if not (folder / REPORT_OF_TRAINING).is_file():
+                self._train(training_set, seed, neighbour, folder)
 
-    def _train(self, training_set: tuple[str, ...], seed: int, folder: Path) -> None:
+    def _train(self, training_set: tuple[str, ...], seed: int, neighbour: str, folder: Path) -> None:
         domains = [self.config.domains[name] for name in training_set]
         settings: dict[str, Any] = {
             **self.config.training,
+            **(NEIGHBOURS[neighbour] | self.config.neighbours[neighbour] if neighbour else {}),
             "dataset": [domain.dataset for domain in domains],
             "data_dir": [domain.data_dir for domain in domains if domain.data_dir],
             "audio_dir": [domain.audio_dir for domain in domains if domain.audio_dir],
@@ -139,7 +151,7 @@ class Grid:
             for run in self.runs():
                 if self.is_scored(run):
                     continue
-                folder = self.model_folder(run.training_set, run.seed)
+                folder = self.model_folder(run.training_set, run.seed, run.neighbour)
                 if loaded is None or loaded[0] != folder:
                     loaded = folder, self._load(folder)
                     known = [record["caption"] for name in run.training_set for record in self.training_captions(name)]
@@ -149,22 +161,23 @@ class Grid:
         options = self.config.evaluation
         generation = {key: options[key] for key in ("num_beams", "max_new_tokens") if key in options}
         chosen = {key: options[key] for key in ("device", "dtype", "exclude_references") if key in options}
-        return load_captioner(str(folder), "none", generation=generation, **chosen)
+        return load_captioner(str(folder), "none", generation=generation, encodings=self._encodings, **chosen)
 
     def _evaluate(self, run: Run, captioner: Captioner, scoring: dict[str, Any]) -> None:
         self.log(f"evaluating {run.folder}")
-        captioner.processor.datastore = self.datastore(run.datastore, captioner)
+        captioner.processor.datastore = self.datastore_of(run, captioner)
         captioner.processor.check_model(captioner.model)
         captioner.k = run.k
         main = self.is_main(run) and run.k == self.config.k[0]
+        systems = None if main else _ALWAYS[:1] if run.neighbour == PREFIX else _ALWAYS
         clips = self.clips(run.test_set)
         folder = caption_clips(
             captioner,
             clips,
             self.path / run.folder,
-            systems=None if main else _ALWAYS,
+            systems=systems,
             batch_size=self.config.evaluation.get("batch_size", 16),
-            names={"model": str(self.model_folder(run.training_set, run.seed)), "datastore": "+".join(run.datastore)},
+            names={"model": run.model, "datastore": self.label(run)},
         )
         score_folder(folder, clips.name, resamples=self.config.resamples, notes=clips.notes, **scoring)
 
@@ -183,6 +196,44 @@ class Grid:
                 domain.pop(key)
             self._clips[test_set] = load_test_clips(domain.pop("dataset"), domain.pop("data_dir"), **domain)
         return self._clips[test_set]
+
+    def datastore_of(self, run: Run, captioner: Captioner) -> Any:
+        """What a run retrieves from: a whole datastore, a share of it, or another search in it; None for nothing."""
+        if not run.datastore:
+            return None
+        if run.neighbour == AUDIO_TO_AUDIO:
+            return self.datastore_by_audio(run.datastore, captioner)
+        store = self.datastore(run.datastore, captioner)
+        if run.share < 1:
+            from recap_hf import CaptionDatastore
+
+            order = np.random.default_rng(0).permutation(len(store))
+            rows = np.sort(order[: max(1, round(run.share * len(store)))])
+            return CaptionDatastore([store.records[row] for row in rows], store.embeddings[rows], store.fingerprint)
+        if run.index:
+            from recap_hf.datastore import build_index
+
+            store.set_index(build_index(store.embeddings, run.index))
+        return store
+
+    def datastore_by_audio(self, composition: tuple[str, ...], captioner: Captioner) -> Any:
+        """The training captions of some domains, found by the audio of their clips; built once for all models."""
+        from recap_hf import CaptionDatastore
+        from recap_hf.data import load_captions
+
+        folder = self.path / "datastores" / f"{'+'.join(composition)}-by-audio"
+        if (folder / "datastore.json").is_file():
+            return CaptionDatastore.from_pretrained(folder)
+        self.log(f"building {folder}")
+        clips: list[dict[str, Any]] = []
+        for name in composition:
+            domain = self.config.domains[name]
+            options = {"audio_dir": domain.audio_dir, "columns": domain.columns, "allow_missing": domain.allow_missing}
+            table = load_captions(domain.dataset, domain.data_dir, split="train", **options).dataset
+            clips += [{key: value for key, value in row.items() if key != "split"} for row in table]
+        store = CaptionDatastore.from_clips(clips, captioner.model, captioner.processor)
+        store.save_pretrained(folder)
+        return store
 
     def datastore(self, composition: tuple[str, ...], captioner: Captioner) -> Any:
         """The datastore of some domains' training captions, or the large one; built once for all models of a CLAP."""
@@ -230,5 +281,5 @@ class Grid:
         return self.label(run) == "w/ DS"
 
     def label(self, run: Run) -> str:
-        """Name of a run's row after its datastore."""
-        return self.config.datastore_label(run.datastore, run.training_set, run.test_set)
+        """Name of a run's row."""
+        return self.config.run_label(run)

@@ -10,6 +10,57 @@ from typing import Any
 from .published import TEST_SETS, TRAINING_SETS
 
 LARGE = "large"
+PREFIX, AUDIO_TO_AUDIO = "prefix", "audio_to_audio"
+# The neighbours of the paper that fit this house: settings of their training, and names of their rows.
+NEIGHBOURS: dict[str, dict[str, Any]] = {
+    PREFIX: {"conditioning": "prefix", "num_retrieved": 0},
+    AUDIO_TO_AUDIO: {"datastore": ["training-audio"]},
+}
+NEIGHBOUR_LABELS = {
+    PREFIX: "prefix on CLAP (after Kim et al. [6])",
+    AUDIO_TO_AUDIO: "audio-to-audio on CLAP (after Koizumi et al. [7])",
+}
+ESTIMATED = "estimated"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation of the grid.
+
+    Args:
+        training_set, seed: of the captioner.
+        test_set: domain that it captions.
+        datastore: composition that it retrieves from; empty: nothing.
+        k: captions in the prompt.
+        neighbour: a key of `NEIGHBOURS`, or empty for RECAP.
+        share: of the datastore's captions, drawn at random, smaller shares inside larger ones.
+        index: kind of the search index; empty: as the datastore has it.
+    """
+
+    training_set: tuple[str, ...]
+    seed: int
+    test_set: str
+    datastore: tuple[str, ...]
+    k: int
+    neighbour: str = ""
+    share: float = 1.0
+    index: str = ""
+
+    @property
+    def model(self) -> str:
+        """Name of its captioner."""
+        return f"{'+'.join(self.training_set)}-seed{self.seed}" + (f"-{self.neighbour}" if self.neighbour else "")
+
+    @property
+    def folder(self) -> str:
+        """Its place below the grid's folder."""
+        variant = (f"-share{self.share:g}" if self.share < 1 else "") + (f"-{self.index}" if self.index else "")
+        return f"runs/{self.test_set}/{self.model}/{'+'.join(self.datastore) or 'none'}-k{self.k}{variant}"
+
+    @property
+    def varies_the_store(self) -> bool:
+        """Whether it is a point on the axis of sizes or of indexes, and no row of the paper's tables."""
+        return self.share < 1 or bool(self.index)
 
 
 @dataclass(frozen=True)
@@ -23,7 +74,8 @@ class Domain:
         clip_list: file with the names of the clips to keep.
         youtube_ids: compare names by YouTube id alone.
         max_clips: only the first so many test clips; 0: all.
-        events: CSV file with `clip_id` and `events`, the number of events in each test clip.
+        events: CSV file with `clip_id` and `events`, the number of events in each test clip, or "estimated": counted
+            from the words of the references.
     """
 
     name: str
@@ -51,10 +103,15 @@ class GridConfig:
     Args:
         domains: by name.
         training_sets: lists of names of domains; default: each alone, and all together.
-        models: "a" or "a+b" (a training set) -> checkpoint folders, one a seed, instead of training.
+        models: "a" or "a+b" (a training set), "a:prefix" (its neighbour) -> checkpoint folders, one a seed, instead of
+            training.
         large: `files` of captions for the large datastore, besides all training captions; None: no large datastore.
         seeds: of the trainings.
         k: captions in the prompt, at evaluation; the first is the table's.
+        neighbours: by name (`prefix`, `audio_to_audio`), settings of their training beside `training`; a list of names
+            for none. Each is trained and evaluated as one more captioner.
+        shares: of the large datastore (of DS where there is none) to retrieve from, between 0 and 1.
+        indexes: kinds of search index to try on it, see `recap datastore build --index`.
         training: settings of `recap train`.
         evaluation: `batch_size`, `num_beams`, `max_new_tokens`, `device`, `dtype`.
         scoring: options of `score_captions`.
@@ -68,6 +125,9 @@ class GridConfig:
     large: dict[str, Any] | None = None
     seeds: tuple[int, ...] = (42,)
     k: tuple[int, ...] = (4,)
+    neighbours: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shares: tuple[float, ...] = ()
+    indexes: tuple[str, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     scoring: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +145,17 @@ class GridConfig:
         """Name of a training set as in the paper's first column."""
         key = "+".join(training_set)
         return TRAINING_SETS.get(key) or " & ".join(self.domains[name].title for name in training_set)
+
+    def run_label(self, run: Run) -> str:
+        """Name of a run's row, after its datastore and what else tells it from others."""
+        if run.neighbour == PREFIX:
+            return NEIGHBOUR_LABELS[PREFIX]
+        label = self.datastore_label(run.datastore, run.training_set, run.test_set)
+        if run.neighbour:
+            label = f"{NEIGHBOUR_LABELS[run.neighbour]} {label}"
+        if run.share < 1:
+            label += f", {run.share:.3g} of it"
+        return f"{label}, index {run.index}" if run.index else label
 
     def datastore_label(self, composition: Sequence[str], training_set: Sequence[str], test_set: str) -> str:
         """Name of a row after its datastore: as in the paper, DS holds captions of the test set's training split."""
@@ -134,6 +205,7 @@ def make_grid(content: Any, where: str = "the grid") -> GridConfig:
         _refuse_unknown(values.get(key) or {}, set(allowed), f"{where}, {key}")
     seeds, k = _whole_numbers(values, "seeds", where), _whole_numbers(values, "k", where)
     lists = {name: value for name, value in (("seeds", seeds), ("k", k)) if value}
+    lists |= {"shares": _shares(values, where), "indexes": tuple(map(str, values.get("indexes", [])))}
     models = {
         name: [paths] if isinstance(paths, str) else list(paths) for name, paths in values.get("models", {}).items()
     }
@@ -142,7 +214,10 @@ def make_grid(content: Any, where: str = "the grid") -> GridConfig:
         for key in ("large", "training", "evaluation", "scoring", "clap_note", "resamples")
         if key in values
     }
-    grid = GridConfig(domains=domains, training_sets=training_sets, models=models, **lists, **rest)
+    neighbours = _neighbours(values.get("neighbours", {}), where)
+    grid = GridConfig(
+        domains=domains, training_sets=training_sets, models=models, neighbours=neighbours, **lists, **rest
+    )
     return _check_models(grid, where)
 
 
@@ -169,8 +244,22 @@ def _whole_numbers(values: Mapping[str, Any], key: str, where: str) -> tuple[int
     return tuple(numbers)
 
 
+def _shares(values: Mapping[str, Any], where: str) -> tuple[float, ...]:
+    shares = values.get("shares", [])
+    if not isinstance(shares, list) or not all(isinstance(share, (int, float)) and 0 < share < 1 for share in shares):
+        raise ValueError(f"{where}: shares must be a list of numbers between 0 and 1, got {shares!r}")
+    return tuple(sorted(map(float, shares)))
+
+
+def _neighbours(values: Any, where: str) -> dict[str, dict[str, Any]]:
+    values = values if isinstance(values, Mapping) else dict.fromkeys(values, None)
+    _refuse_unknown(values, set(NEIGHBOURS), f"{where}, neighbours")
+    return {name: dict(settings or {}) for name, settings in values.items()}
+
+
 def _check_models(grid: GridConfig, where: str) -> GridConfig:
     names = {"+".join(training_set) for training_set in grid.training_sets}
+    names |= {f"{name}:{neighbour}" for name in names for neighbour in grid.neighbours}
     for name, paths in grid.models.items():
         if name not in names:
             raise ValueError(

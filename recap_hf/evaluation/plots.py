@@ -84,3 +84,20 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_l
     axes.set_ylabel(y_label)
     axes.legend(frameon=False, fontsize=8)
     return _svg(figure, f"{y_label} against {x_label}")
+
+
+def categories(series: Mapping[str, Sequence[tuple[str, float]]], x_label: str, y_label: str) -> str:
+    """Named series of points over names, in the order in which these come."""
+    figure, axes = _figure(7, 3.4)
+    names = list(dict.fromkeys(name for points in series.values() for name, _ in points))
+    for number, (label, points) in enumerate(series.items()):
+        # Side by side, so that equal scores do not hide each other.
+        shift = 0.12 * (number - (len(series) - 1) / 2)
+        axes.plot([names.index(name) + shift for name, _ in points], [value for _, value in points], "o", label=label)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.legend(frameon=False, fontsize=8)
+    return _svg(figure, f"{y_label} by {x_label}")

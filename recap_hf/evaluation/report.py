@@ -16,6 +16,7 @@ import numpy as np
 from . import plots
 from .captioner import SYSTEMS
 from .folder import RUN_FILE, SCORES_FILE, EvaluationFolder
+from .grid_report import grid_section
 from .text_tables import COLUMNS
 
 # The metric that ranks the clips: SPIDEr as in the paper, what comes nearest where SPICE was skipped.
@@ -164,39 +165,6 @@ def _player(source: Any) -> str | None:
     return "data:audio/mpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def grid_section(folder: Path) -> dict[str, Any] | None:
-    """What the page says about a grid: its tables, its claims, score against k and against size of the datastore."""
-    path = folder / "grid.json"
-    if not path.is_file():
-        return None
-    grid = _read_json(path)
-    by_k: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    by_size: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    metric = None
-    scored: dict[tuple, list[float]] = defaultdict(list)
-    sizes: dict[tuple, int] = {}
-    for run in grid["runs"]:
-        corpus = _read_json(folder / run["folder"] / SCORES_FILE)["systems"]["recap"]["corpus"]
-        metric = metric or _main_metric(corpus)
-        place = f"{' + '.join(run['training_set'])}, tested on {run['test_set']}"
-        key = (place, run["label"], run["k"])
-        scored[key].append(corpus[metric])
-        sizes[key] = _read_json(folder / run["folder"] / RUN_FILE)["captioner"]["datastore"]["captions"]
-    first_k = grid["runs"][0]["k"] if grid["runs"] else None
-    for (place, label, k), values in scored.items():
-        if label == "w/ DS":
-            by_k[place].append((k, float(np.mean(values))))
-        # Stores of one domain grow into the large one; those of other domains differ in more than size.
-        if k == first_k and label in ("w/ DS", "w/ DSlarge"):
-            by_size[place].append((sizes[place, label, k], float(np.mean(values))))
-    drawn = []
-    if any(len(points) > 1 for points in by_k.values()):
-        drawn.append(plots.lines(by_k, "captions in the prompt (k)", COLUMNS[metric]))
-    if any(len(points) > 1 for points in by_size.values()):
-        drawn.append(plots.lines(by_size, "captions in the datastore", COLUMNS[metric], log=True))
-    return {"tables": grid["tables"], "claims": grid["claims"], "novel_words": grid["novel_words"], "plots": drawn}
-
-
 def write_report(
     folder: str | Path,
     output: str | Path,
@@ -220,7 +188,11 @@ def write_report(
     from jinja2 import Environment, PackageLoader
 
     folder = Path(folder)
-    grid = grid_section(folder)
+
+    def player(test_set: str, clip_id: str) -> str | None:
+        return _player(_audio_of(audio, test_set)(clip_id)) if audio else None
+
+    grid = grid_section(folder, _main_metric, player)
     if grid is None:
         sections = [evaluation_section(folder, audio, num_clips)]
     else:
@@ -229,7 +201,8 @@ def write_report(
             if run["label"] == "w/ DS" and run["test_set"] not in shown:
                 trained = " + ".join(run["training_set"])
                 name = f"{run['test_set']}: trained on {trained}, seed {run['seed']}, k = {run['k']}"
-                shown[run["test_set"]] = evaluation_section(folder / run["folder"], audio, num_clips, name)
+                own = _audio_of(audio, run["test_set"])
+                shown[run["test_set"]] = evaluation_section(folder / run["folder"], own, num_clips, name)
         sections = list(shown.values())
     environment = Environment(
         loader=PackageLoader("recap_hf.evaluation", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -240,8 +213,32 @@ def write_report(
     return output
 
 
-def audio_in(folder: str | Path) -> Audio:
-    """Finds the recording of a clip by its name below `folder`."""
-    from recap_hf.data.files import AudioIndex
+class AudioFolder:
+    """Finds the recordings of clips by their names below a folder.
 
-    return AudioIndex(Path(folder)).find
+    Args:
+        folder: of the recordings. Where it has a folder for each test set, clips are looked for in their own: two
+            datasets may give two recordings one name.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from recap_hf.data.files import AudioIndex
+
+        self.folder = Path(folder)
+        self._find = AudioIndex(self.folder).find
+        self._within: dict[str, AudioFolder] = {}
+
+    def __call__(self, clip_id: str) -> str | None:
+        return self._find(clip_id)
+
+    def within(self, test_set: str) -> AudioFolder:
+        """The folder of a test set, or all of it."""
+        if not (self.folder / test_set).is_dir():
+            return self
+        if test_set not in self._within:
+            self._within[test_set] = AudioFolder(self.folder / test_set)
+        return self._within[test_set]
+
+
+def _audio_of(audio: Audio | None, test_set: str) -> Audio | None:
+    return audio.within(test_set) if isinstance(audio, AudioFolder) else audio

@@ -162,10 +162,15 @@ def _grid_yaml(output: Path) -> str:
         "large": {"files": []},
         "seeds": [42],
         "k": [4, 1, 2, 8],
+        # A prefix starts from nothing: the step that suits cross-attention is too small for it.
+        "neighbours": {"prefix": {"learning_rate": 1e-3}, "audio_to_audio": {}},
+        "shares": [0.03, 0.1, 0.3],
+        "indexes": ["ivf_flat", "ivf_pq", "hnsw"],
         "training": {"num_train_epochs": 4, "batch_size": 16, "learning_rate": 3e-4, "device": "cpu"},
         "evaluation": {"batch_size": 16, "device": "cpu"},
     }
-    return "# Give `training` a model, or clap and decoder.\n" + yaml.safe_dump(grid, sort_keys=False)
+    note = "# `training` starts from the bases of recap-tiny; give it a model, or clap and decoder, for others.\n"
+    return note + yaml.safe_dump(grid, sort_keys=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -61,3 +61,10 @@ def test_audio_and_text_together_are_refused(tiny_processor):
         tiny_processor(audio=[synthetic_clip(1.0, 1)], text="a dog", sampling_rate=48_000)
     with pytest.raises(ValueError, match="neither was given"):
         tiny_processor()
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "bos_token_id", "eos_token_id"])
+def test_a_trainer_finds_no_tokens_to_align(tiny_model, tiny_processor, name: str):
+    """It compares the tokenizer's with the text configuration's and the generation configuration's."""
+    configs = (tiny_model.config.get_text_config(), tiny_model.generation_config)
+    assert [getattr(config, name) for config in configs] == [getattr(tiny_processor.tokenizer, name)] * 2

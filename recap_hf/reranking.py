@@ -24,33 +24,51 @@ _BATCH = 16
 _BASELINE = "no reranking"
 
 
+def encode(model: Any, processor: Any, items: Sequence[Item]) -> list[tuple[Any, Any]]:
+    """Encodings and prompts of recordings, in batches: what every row of the comparison shares."""
+    import torch
+
+    rate = processor.feature_extractor.sampling_rate
+    batches = []
+    for start in range(0, len(items), _BATCH):
+        clips = [item.waveform.astype(np.float32) for item in items[start : start + _BATCH]]
+        with torch.no_grad():
+            encoding = model.encode_audio(**processor(audio=clips, sampling_rate=rate, return_tensors="pt"))
+        batches.append((encoding, processor.build_prompts(encoding.audio_embeds)))
+        print(f"  {start + len(clips)} of {len(items)} recordings encoded", file=sys.stderr, flush=True)
+    return batches
+
+
 def candidate_captions(
-    model: Any, processor: Any, items: Sequence[Item], num_candidates: int, do_sample: bool, seed: int = 0
+    model: Any, processor: Any, batches: Sequence[tuple[Any, Any]], num_candidates: int, do_sample: bool, seed: int = 0
 ) -> tuple[list[list[str]], np.ndarray]:
     """Candidates of each recording in the order of the search, and their CLAP similarities.
 
+    Args:
+        batches: what `encode` returned.
+        num_candidates: captions a recording.
+        do_sample: samples instead of beams.
+        seed: of the samples.
+
     Returns:
-        `tuple`: `num_candidates` captions for each item, and `np.ndarray` of shape `(items, num_candidates)`.
+        `tuple`: `num_candidates` captions for each recording, and `np.ndarray` of shape
+        `(recordings, num_candidates)`.
     """
     import torch
 
     from recap_hf.modeling.reranking_recap import candidate_options, caption_similarities
 
     torch.manual_seed(seed)
-    rate = processor.feature_extractor.sampling_rate
     options = candidate_options(num_candidates, {"do_sample": do_sample}, model.generation_config)
     captions, similarities = [], []
-    for start in range(0, len(items), _BATCH):
-        clips = [item.waveform.astype(np.float32) for item in items[start : start + _BATCH]]
+    for encoding, prompts in batches:
         with torch.no_grad():
-            encoding = model.encode_audio(**processor(audio=clips, sampling_rate=rate, return_tensors="pt"))
-            prompts = processor.build_prompts(encoding.audio_embeds)
             sequences = model.generate(encoder_outputs=encoding, **prompts, **options)
         found = processor.batch_decode(sequences)
         embeds = encoding.audio_embeds.repeat_interleave(num_candidates, dim=0)
         similarities.append(caption_similarities(model, processor, found, embeds).reshape(-1, num_candidates))
         captions += [found[row : row + num_candidates] for row in range(0, len(found), num_candidates)]
-        print(f"  {start + len(clips)} of {len(items)} recordings", file=sys.stderr, flush=True)
+    print(f"  {num_candidates} {'samples' if do_sample else 'beams'} done", file=sys.stderr, flush=True)
     return captions, np.concatenate(similarities)
 
 
@@ -76,11 +94,12 @@ def compare(
     rules = rules or NamingRules.ours()
     rng = np.random.default_rng(0)
     rows: dict[str, list[str]] = {}
-    plain, _ = candidate_captions(model, processor, items, 1, do_sample=False)
+    batches = encode(model, processor, items)
+    plain, _ = candidate_captions(model, processor, batches, 1, do_sample=False)
     rows[_BASELINE] = [captions[0] for captions in plain]
     for count in candidates:
         for kind in ("beams", "samples"):
-            found, similarities = candidate_captions(model, processor, items, count, do_sample=kind == "samples")
+            found, similarities = candidate_captions(model, processor, batches, count, do_sample=kind == "samples")
             best = similarities.argmax(axis=1)
             rows[f"nearest of {count} {kind}"] = [row[pick] for row, pick in zip(found, best, strict=True)]
             drawn = rng.integers(count, size=len(found))

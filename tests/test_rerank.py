@@ -115,14 +115,15 @@ def test_command_line(tmp_path, capsys):
 
 def test_comparison_chooses_by_similarity(tiny_model, tiny_processor, words_only):
     """The rows of the comparison are what their names say."""
-    from recap_hf.reranking import candidate_captions, compare, format_comparison
+    from recap_hf.reranking import candidate_captions, compare, encode, format_comparison
     from recap_hf.tiny.evaluation_sets import Item
     from recap_hf.tiny.naming import NamingRules, figures, outcome
 
     tiny_model.generation_config.update(**words_only)
     items = [Item(f"{seed}", noise(2, seed), ("dog_bark",)) for seed in range(3)]
-    plain, _ = candidate_captions(tiny_model, tiny_processor, items, 1, do_sample=False)
-    found, similarities = candidate_captions(tiny_model, tiny_processor, items, 4, do_sample=False)
+    batches = encode(tiny_model, tiny_processor, items)
+    plain, _ = candidate_captions(tiny_model, tiny_processor, batches, 1, do_sample=False)
+    found, similarities = candidate_captions(tiny_model, tiny_processor, batches, 4, do_sample=False)
     assert similarities.shape == (3, 4) and all(len(captions) == 4 for captions in found)
     pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor)
     results = pipe([item.waveform for item in items], rerank="clap", candidates=4, batch_size=3)

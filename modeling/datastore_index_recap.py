@@ -22,6 +22,13 @@ logger = logging.getLogger(__name__)
 _BLOCK_ROWS = 1 << 15
 
 
+def searchable(part: Any) -> Any:
+    """Embeddings to search exactly: a float32 copy of few that are stored in fewer bits, which would otherwise be
+    converted for every query."""
+    few = part.dtype != np.float32 and len(part) <= _BLOCK_ROWS
+    return np.asarray(part, dtype=np.float32) if few else part
+
+
 def exact_neighbours(queries: np.ndarray, embeddings: np.ndarray, count: int, faiss: Any = None) -> np.ndarray:
     """Rows of the `count` largest dot products, in any order.
 
@@ -118,7 +125,16 @@ class SearchIndex:
 
     def search(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Rows of about the `count` nearest embeddings, -1 where fewer were found."""
-        return self.index.search(np.ascontiguousarray(queries, dtype=np.float32), count)[1]
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        threads = self._faiss.omp_get_max_threads()
+        if len(queries) > 1 or threads == 1:
+            return self.index.search(queries, count)[1]
+        # More threads save nothing for one query, and on a busy machine each is waited for.
+        self._faiss.omp_set_num_threads(1)
+        try:
+            return self.index.search(queries, count)[1]
+        finally:
+            self._faiss.omp_set_num_threads(threads)
 
     def write(self, folder: Path, files: dict[str, Any]) -> dict[str, Any]:
         """Writes the index into a datastore's folder and returns its entry for the manifest."""
@@ -161,4 +177,4 @@ def open_index(folder: Path, manifest: Mapping[str, Any], faiss: Any) -> SearchI
     return index
 
 
-__all__ = ["DeviceSearch", "SearchIndex", "exact_neighbours", "open_index"]
+__all__ = ["DeviceSearch", "SearchIndex", "exact_neighbours", "open_index", "searchable"]

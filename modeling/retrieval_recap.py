@@ -28,7 +28,7 @@ from .datastore_files_recap import (
     open_files,
     read_reference,
 )
-from .datastore_index_recap import DeviceSearch, SearchIndex, exact_neighbours, open_index
+from .datastore_index_recap import DeviceSearch, SearchIndex, exact_neighbours, open_index, searchable
 from .datastore_writing_recap import copy_files, locked, write_manifest, write_segment
 from .folding_recap import normalize_clip_id, normalize_text
 from .hub_recap import DATASTORE_FILES, HubPushMixin, fetch_datastore
@@ -101,6 +101,7 @@ class CaptionDatastore(HubPushMixin):
         self._vectors = np.asarray(self.embeddings) if isinstance(self.embeddings, np.ndarray) else self.embeddings
         self._rows_of_clip: dict[str, list[int]] | None = None
         self._device_search: DeviceSearch | None = None
+        self._parts: list[Any] | None = None
 
     # ---------------------------------------------------------- construction
 
@@ -241,8 +242,7 @@ class CaptionDatastore(HubPushMixin):
         diversity: float = 0.0,
         score_drop: float | None = None,
     ) -> list[list[dict[str, Any]]]:
-        """The k captions nearest to each query, most similar first, ties to the lower row, no text twice; with keys
-        of audio no clip twice either.
+        """The k captions nearest to each query, most similar first, ties to the lower row, no text twice.
 
         Args:
             queries (array or tensor of shape `(batch_size, dimension)` or `(batch_size, num_windows, dimension)`):
@@ -256,7 +256,8 @@ class CaptionDatastore(HubPushMixin):
             score_drop (`float`, *optional*): leaves captions out that score so much less than a clip's best.
 
         Returns:
-            `list[list[dict]]`: for each clip `{"caption", "score", "row", ...metadata}`; `score` is the cosine.
+            `list[list[dict]]`: for each clip `{"caption", "score", "row", ...metadata}`; `score` is the cosine. With
+                keys of audio no clip comes twice either.
         """
         queries = queries.detach().float().cpu().numpy() if hasattr(queries, "detach") else queries
         queries = np.asarray(queries, dtype=np.float32)
@@ -285,7 +286,6 @@ class CaptionDatastore(HubPushMixin):
             for clip in set(clips.tolist())
         }
         found: list[list[list[tuple[int, float]]]] = [[] for _ in queries]
-        # The windows of all clips together: the exact search costs a query in a batch a tenth of one alone.
         for start in range(0, len(clips), _QUERIES_AT_ONCE):
             block = slice(start, start + _QUERIES_AT_ONCE)
             pool = int(k) * POOL if diversity else int(k)
@@ -346,8 +346,7 @@ class CaptionDatastore(HubPushMixin):
         return results
 
     def candidate_rows(self, queries: np.ndarray, count: int) -> list[np.ndarray]:
-        """Rows that a search for `count` captions of unit vectors `(num_queries, dimension)` looks at, in any order:
-        repeated texts and all clips among them."""
+        """Rows that a search for `count` captions looks at, in any order, repeated texts and all clips among them."""
         exact = self._index is None or self._device_search is not None
         fetch = min(self._num_positions, count if exact else max(count, self._index.num_candidates))
         return self._candidates(queries, fetch, exact)
@@ -357,11 +356,12 @@ class CaptionDatastore(HubPushMixin):
         several = isinstance(self.embeddings, LiveEmbeddings)
         if self._device_search is not None:
             return list(self._device_search.search(queries, min(count, len(self))))
-        parts = self.embeddings.parts if several else [self.embeddings]
+        if self._parts is None:
+            self._parts = [searchable(part) for part in (self.embeddings.parts if several else [self.embeddings])]
         covered = 0 if exact else self._index.num_rows
         found = [] if exact else [self._index.search(queries, min(count, covered))]
         start = 0
-        for part in parts:
+        for part in self._parts:
             if start >= covered:
                 found.append(exact_neighbours(queries, part, count, faiss) + start)
             start += len(part)

@@ -36,7 +36,7 @@ def store(embeddings):
         ("auto", 20_000, 512, None),
         ("auto", 50_000, 512, "IVF512,SQ8"),
         ("auto", 600_000, 512, "IVF2048(PQ128x4fs,RFlat),PQ128x4fs"),
-        ("auto", 600_000, 128, "IVF2048(PQ32x4fs,RFlat),PQ32x4fs"),
+        ("auto", 600_000, 128, "IVF2048(PQ128x4fs,RFlat),PQ128x4fs"),
         ("auto", 10_000_000, 512, "IVF4096(PQ128x4fs,RFlat),PQ128x4fs"),
         ("auto", 100_000_000, 512, "IVF8192(PQ128x4fs,RFlat),PQ128x4fs"),
         ("ivf_flat", 300, 16, "IVF7,Flat"),
@@ -170,3 +170,13 @@ def test_info_of_an_indexed_datastore(store):
         build_index(store.embeddings, "ivf_magic")
     with pytest.raises(ValueError, match="`recall` must be"):
         build_index(store.embeddings, "ivf_flat", recall=95)
+
+
+def test_codes_too_coarse_for_the_embeddings_give_way_to_finer_ones(embeddings, monkeypatch):
+    """With four candidates, of which a query's own row is one, no code reaches the target: `auto` tries finer ones."""
+    monkeypatch.setattr("recap_hf.datastore.indexing.EXACT_UP_TO", 100)
+    monkeypatch.setattr("recap_hf.datastore.indexing.PQ_FROM", 200)
+    monkeypatch.setattr("recap_hf.datastore.indexing._CANDIDATES", (4,))
+    index = build_index(embeddings[:2000], "auto", recall=0.9)
+    assert index.description["kind"].endswith("SQ8")
+    assert index.description["wanted_kind"] == "auto"

@@ -56,10 +56,8 @@ class _Rows:
         return self.rows.block(block)[: self.shape[0] - part.start]
 
 
-def prepare_base(
-    captions: Sequence[str], work: Path, dimension: int, queries: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings of real captions by TF-IDF and SVD: those that rows are made of, and the queries, held out."""
+def prepare_base(captions: Sequence[str], work: Path, dimension: int, seed: int) -> np.ndarray:
+    """Embeddings of real captions by TF-IDF and SVD, which rows and queries are made of."""
     from .sources import read_source
 
     path = work / "base.npy"
@@ -67,9 +65,8 @@ def prepare_base(
         work.mkdir(parents=True, exist_ok=True)
         real = list(dict.fromkeys(record["caption"] for name in captions for record in read_source(name)))
         real = [real[number] for number in np.random.default_rng(seed).permutation(len(real))]
-        np.save(path, tfidf_svd(real, len(real) - queries, dimension, seed))
-    vectors = np.load(path, mmap_mode="r")
-    return vectors[:-queries], np.asarray(vectors[-queries:])
+        np.save(path, tfidf_svd(real, len(real), dimension, seed))
+    return np.load(path, mmap_mode="r")
 
 
 def write_store(folder: Path, rows: MixedRows, count: int) -> None:
@@ -149,7 +146,7 @@ def grow(args: argparse.Namespace, note: Callable[[str], None]) -> dict[str, Any
     work = Path(args.work)
     path = work / "growth.json"
     done = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sizes": []}
-    base, _ = prepare_base(args.captions, work, args.dimension, args.queries, args.seed)
+    base = prepare_base(args.captions, work, args.dimension, args.seed)
     for count in sorted(args.sizes):
         if any(each["rows"] == count for each in done["sizes"]):
             continue
@@ -173,8 +170,9 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import faiss
 
     faiss.omp_set_num_threads(args.threads)
-    vectors = np.load(Path(args.work) / "base.npy", mmap_mode="r")
-    text = np.array(vectors[-args.queries :])
+    base = prepare_base(args.captions, Path(args.work), args.dimension, args.seed)
+    # Made as the rows are, and none of them.
+    text = MixedRows(base, args.seed + 1).block(0)[: args.queries]
     return measure_size(folder, text, args.recall, args.seed, lambda message: print(message, flush=True))
 
 

@@ -64,7 +64,9 @@ def factory_string(kind: str, num_rows: int, dimension: int) -> str | None:
     root = math.sqrt(max(num_rows, 1))
     lists = 2 ** round(math.log2(min(2 * root, max(4096, root))))
     lists = max(1, min(lists, num_rows // 39))
-    codes = next((size for size in (dimension // 4, dimension // 2, dimension) if size and dimension % size == 0), 1)
+    # 4 bits for 4 dimensions, but 64 bytes a row where it has them: near-duplicates of a small encoder lie closer
+    # together than coarser codes tell.
+    codes = max(size for size in range(1, max(128, dimension // 4) + 1) if dimension % size == 0)
     strings = {
         "ivf_flat": f"IVF{lists},Flat",
         "ivf_sq8": f"IVF{lists},SQ8",
@@ -115,7 +117,12 @@ def build_index(
     started = time.perf_counter()
     # At ten million rows the exact answers of all queries would take longer than training.
     count = TUNING_QUERIES if num_rows <= _MANY_ROWS else TUNING_QUERIES // 4
-    tune(search_index, embeddings, tuning_queries(embeddings, count, seed, audio_queries), recall, k)
+    reached = tune(search_index, embeddings, tuning_queries(embeddings, count, seed, audio_queries), recall, k)
+    if not reached and kind == "auto" and string != factory_string("ivf_sq8", num_rows, dimension):
+        # Codes too coarse for these embeddings: 8 bits a dimension.
+        finer = build_index(embeddings, "ivf_sq8", recall, k, audio_queries, seed)
+        finer.description["wanted_kind"] = kind
+        return finer
     search_index.description |= {
         "wanted_kind": kind,
         "wanted_recall": recall,
@@ -274,11 +281,14 @@ def with_audio_gap(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
 
 
-def tune(index: SearchIndex, embeddings: Any, queries: Sequence[Queries], recall: float, k: int) -> None:
+def tune(index: SearchIndex, embeddings: Any, queries: Sequence[Queries], recall: float, k: int) -> bool:
     """Sets the fastest pair of effort and candidates at which every sort of query reaches the target, and records
     what was measured.
 
     Half of the queries choose the pair, the other half measure its recall.
+
+    Returns:
+        Whether any pair reaches the target.
     """
     for each in queries:
         each.threshold(embeddings, k)
@@ -298,6 +308,7 @@ def tune(index: SearchIndex, embeddings: Any, queries: Sequence[Queries], recall
     index.set_effort(effort, count)
     measured = {each.name: each.recall(embeddings, index.search(each.vectors, count), k) for each in held_out}
     index.description["recall"] = {"k": k, **{name: round(value, 4) for name, value in measured.items()}}
+    return best[0] < math.inf
 
 
 def _least_effort(

@@ -77,7 +77,7 @@ def caption_timeline(
         recording is read in.
 
     Raises:
-        As [`AudioStream`], from the first step on.
+        As [`AudioStream`]; of a recording that cannot be read to its end, after the segments of what could be read.
 
     Example:
         >>> from transformers import pipeline
@@ -91,21 +91,40 @@ def caption_timeline(
         raise ValueError(f"The stream has {stream.sampling_rate} Hz, the feature extractor {rate} Hz.")
     caption = SegmentCaptioner(captioner, **parameters)
     texts = CaptionEmbeddings(captioner)
-    pieces = _pieces(captioner, stream, settings)
+    reader = _Reader(stream)
+    pieces = _pieces(captioner, reader, stream.sampling_rate, settings)
     captioned = _captioned(caption, pieces, batch_size, round(settings.min_sound_s * rate), rate)
     for segment in merge_segments(captioned, texts, settings):
         if summary is not None:
             summary.add(segment, texts.of(segment["caption"]))
         yield segment
+    if reader.error is not None:
+        raise reader.error
 
 
-def _pieces(captioner: Any, stream: AudioStream, settings: TimelineSettings) -> Iterator[Piece]:
+class _Reader:
+    """The blocks of a stream; an error of reading ends them, and is kept until they are captioned."""
+
+    def __init__(self, stream: AudioStream) -> None:
+        self.stream = stream
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        try:
+            yield from self.stream
+        except (OSError, ValueError, ImportError) as error:
+            self.error = error
+
+
+def _pieces(
+    captioner: Any, blocks: Iterable[np.ndarray], sampling_rate: int, settings: TimelineSettings
+) -> Iterator[Piece]:
     def embed(windows: list[np.ndarray]) -> np.ndarray:
         batches = [windows[start : start + _WINDOW_BATCH] for start in range(0, len(windows), _WINDOW_BATCH)]
         return np.concatenate([_embed_windows(captioner, batch) for batch in batches])
 
-    segmenter = Segmenter(embed, stream.sampling_rate, settings)
-    for block in stream:
+    segmenter = Segmenter(embed, sampling_rate, settings)
+    for block in blocks:
         yield from segmenter.push(block)
     yield from segmenter.finish()
 

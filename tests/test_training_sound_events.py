@@ -83,22 +83,66 @@ def captions_of(model: Path, clips: list[Path]) -> list[str]:
     return [captioner(str(clip))["caption"] for clip in clips]
 
 
+CODE_WORDS = [
+    "alfa",
+    "bravo",
+    "charlie",
+    "delta",
+    "echo",
+    "foxtrot",
+    "golf",
+    "hotel",
+    "india",
+    "juliett",
+    "kilo",
+    "lima",
+    "mike",
+    "november",
+    "oscar",
+    "papa",
+    "quebec",
+    "romeo",
+    "sierra",
+    "tango",
+    "uniform",
+]
+CODE_CAPTIONS = (
+    "channel {} is active",
+    "{}",
+    "a signal of type {}",
+    "this is {} again",
+    "{}, as recorded on site",
+)
+
+
+def write_in_code(folder: Path) -> None:
+    """A trade's own words, which no model knows, in the place of the captions: a code word for each event."""
+    for table in folder.glob("clotho_captions_*.csv"):
+        rows = list(csv.reader(table.open(newline="")))
+        names = [row[0] for row in rows[1:]]
+        events = sorted({name.split("-")[0] for name in names})
+        codes = dict(zip(events, CODE_WORDS, strict=True))
+        with table.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(rows[0])
+            writer.writerows(
+                [name, *(form.format(codes[name.split("-")[0]]) for form in CODE_CAPTIONS)] for name in names
+            )
+
+
 @pytest.mark.slow
-def test_fine_tuning_a_clap_on_sound_events(shared_dir: Path, tmp_path: Path):
-    """Folds 1 to 4, single sounds and mixtures of two, heard again by the embedded CLAP; retrieval on fold 5."""
-    data = make_clotho_stand_in(
-        shared_dir / "data" / "sound_events",
-        tmp_path / "clotho",
-        {"development": (1, 2, 3, 4), "validation": (5,)},
-        mixtures=200,
-    )
+def test_fine_tuning_a_clap_on_own_words(shared_dir: Path, tmp_path: Path):
+    """The embedded CLAP learns code words from the recordings of folds 1 to 4; retrieval on fold 5."""
+    splits = {"development": (1, 2, 3, 4), "validation": (5,)}
+    data = make_clotho_stand_in(shared_dir / "data" / "sound_events", tmp_path / "clotho", splits)
+    write_in_code(data)
     flags = ["--dataset", "clotho", "--data-dir", data, "--output-dir", tmp_path / "clap", "--clap", "embedded"]
-    flags += ["--num-train-epochs", 4, "--learning-rate", "2e-4", "--warmup-steps", 10, "--batch-size", 64]
-    flags += ["--captions-per-clip", 2, "--random-gain-db", 6, "--mixed-precision", "bf16", "--device", "cpu"]
+    flags += ["--num-train-epochs", 2, "--learning-rate", "3e-4", "--warmup-steps", 2, "--batch-size", 32]
+    flags += ["--max-train-clips", 320, "--mixed-precision", "bf16", "--device", "cpu"]
     start(*RECAP, "pretrain", "clap", *flags)
     evaluations = json.loads((tmp_path / "clap" / "report.json").read_text())["evaluations"]
-    print([entry["map10"] for entry in evaluations])
-    assert evaluations[-1]["map10"] > evaluations[0]["map10"]
+    print([{name: round(value, 3) for name, value in entry.items()} for entry in evaluations])
+    assert evaluations[-1]["map10"] > evaluations[0]["map10"] + 0.2
 
 
 @pytest.mark.slow

@@ -41,9 +41,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` -> `(..., out_features)`, in the type of `hidden`."""
-        output = torch.ops.mkldnn._linear_pointwise(
-            hidden.to(torch.bfloat16), self.weight, self.bias, "none", [], ""
-        )
+        output = torch.ops.mkldnn._linear_pointwise(hidden.to(torch.bfloat16), self.weight, self.bias, "none", [], "")
         return output.to(hidden.dtype)
 
     def extra_repr(self) -> str:
@@ -67,7 +65,8 @@ class Int8Linear(nn.Module):
         weight = weight.detach().float()
         self.out_features, self.in_features = weight.shape
         self.scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-        rounded = (weight / self.scales[:, None]).round().to(torch.int8)
+        # Contiguous: the packing reads the memory as it lies, whatever the strides say.
+        rounded = (weight / self.scales[:, None]).round().to(torch.int8).contiguous()
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, None)
         self.zero_points = torch.zeros(self.out_features, dtype=torch.long)
         self.bias = None if bias is None else bias.detach().float()
@@ -96,7 +95,7 @@ def _has_bfloat16() -> bool:
 
 def cpu_capabilities() -> dict[str, bool]:
     """Which of the processor's instructions for narrow types torch can use: `bfloat16`, `amx`, `int8`."""
-    supports_vnni = getattr(torch.cpu, "_is_vnni_supported", None) or getattr(torch.cpu, "_is_avx512_vnni_supported")
+    supports_vnni = getattr(torch.cpu, "_is_vnni_supported", None) or torch.cpu._is_avx512_vnni_supported
     return {
         "bfloat16": _has_bfloat16(),
         "amx": bool(torch.cpu._is_amx_tile_supported()),

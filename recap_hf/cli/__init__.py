@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "datastore": ("recap_hf.cli.datastore", "build, search and edit the captions to retrieve from"),
     "train": ("recap_hf.cli.train", "train a captioner on recordings and captions"),
     "pretrain": ("recap_hf.cli.pretrain", "train the bases of a captioner: a CLAP, a GPT-2"),
+    "bench": ("recap_hf.cli.bench", "time captions beside the straightforward way, stage by stage"),
     "bench-training": ("recap_hf.cli.bench_training", "time the training step beside the authors' way"),
     "score": ("recap_hf.cli.score", "score predicted captions against their references"),
     "compare": ("recap_hf.cli.compare", "compare two systems on the clips that both captioned"),

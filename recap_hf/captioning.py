@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import glob
+import os
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,18 +77,42 @@ def caption_files(captioner: Any, names: Iterable[str], batch_size: int = 8) -> 
     """
     waiting: list[Captioned] = []
     waveforms: list[dict[str, Any]] = []
-    for name in names:
-        entry = Captioned(name)
-        try:
-            source = sys.stdin.buffer.read() if name == STANDARD_INPUT else name
-            waveforms.append(captioner.preprocess(source))
-        except READ_ERRORS as error:
-            entry.error = reason_of(name, error)
+    for entry, waveform in _read_ahead(captioner, names, 2 * batch_size):
         waiting.append(entry)
+        if waveform is not None:
+            waveforms.append(waveform)
         if len(waveforms) == batch_size:
             yield from _caption_batch(captioner, waiting, waveforms)
             waiting, waveforms = [], []
     yield from _caption_batch(captioner, waiting, waveforms)
+
+
+def _read_ahead(captioner: Any, names: Iterable[str], ahead: int) -> Iterator[tuple[Captioned, dict[str, Any] | None]]:
+    """Recordings in order, read and resampled by threads while the model works on those before them."""
+
+    def read(name: str) -> tuple[Captioned, dict[str, Any] | None]:
+        entry = Captioned(name)
+        try:
+            source = sys.stdin.buffer.read() if name == STANDARD_INPUT else name
+            return entry, captioner.preprocess(source)
+        except READ_ERRORS as error:
+            entry.error = reason_of(name, error)
+            return entry, None
+
+    # One core is the model's; libsndfile and soxr let go of Python's lock.
+    with ThreadPoolExecutor(max_workers=max(1, min(8, (os.cpu_count() or 1) - 1))) as pool:
+        pending: deque[Future[tuple[Captioned, dict[str, Any] | None]]] = deque()
+        try:
+            for name in names:
+                pending.append(pool.submit(read, name))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            # Who stops early does not wait for what nobody will ask for.
+            for future in pending:
+                future.cancel()
 
 
 def _caption_batch(captioner: Any, entries: list[Captioned], waveforms: list[dict[str, Any]]) -> Iterator[Captioned]:

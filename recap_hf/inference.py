@@ -90,7 +90,7 @@ class Int8Linear(nn.Module):
 
 
 def _has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def cpu_capabilities() -> dict[str, bool]:
@@ -116,7 +116,7 @@ def prepare_for_cpu(model: Any, weights: str = "float32") -> Any:
         The same `model`, in evaluation mode.
 
     Raises:
-        `ValueError`: on other `weights`, or a model on another device.
+        `ValueError`: on other `weights`, a model on another device, or a torch without oneDNN for int8.
 
     Example:
         >>> model = prepare_for_cpu(RecapForConditionalGeneration.from_pretrained(path), "int8")
@@ -127,8 +127,16 @@ def prepare_for_cpu(model: Any, weights: str = "float32") -> Any:
     if model.device.type != "cpu":
         raise ValueError(f"`prepare_for_cpu` is for models on the CPU, this one is on {model.device}.")
     model.eval()
+    if weights == "float32":
+        lay_out_for_cpu(model.decoder)
+        return model
+    if not torch.backends.mkldnn.is_available():
+        if weights == "bfloat16":
+            # Without oneDNN there is nothing to lay out.
+            return model.to(torch.bfloat16)
+        raise ValueError("int8 weights need oneDNN, which this build of torch does not have.")
     capable = cpu_capabilities()
-    if weights != "float32" and not capable[weights]:
+    if not capable[weights]:
         warnings.warn(
             f"This processor has no instructions for {weights}: captions may take longer than in float32.",
             stacklevel=2,
@@ -138,10 +146,7 @@ def prepare_for_cpu(model: Any, weights: str = "float32") -> Any:
     elif weights == "int8" and capable["bfloat16"]:
         model.clap.audio_model.to(torch.bfloat16)
         model.clap.audio_projection.to(torch.bfloat16)
-    if weights == "float32":
-        lay_out_for_cpu(model.decoder)
-    else:
-        _replace_linear_layers(model.decoder, PackedLinear if weights == "bfloat16" else Int8Linear)
+    _replace_linear_layers(model.decoder, PackedLinear if weights == "bfloat16" else Int8Linear)
     return model
 
 

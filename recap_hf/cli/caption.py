@@ -40,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=8, help="recordings per pass (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        default="float32",
+        help="of the weights; int8 is for the CPU, where it and bfloat16 are fastest (default: %(default)s)",
     )
     parser.add_argument(
         "--format", choices=FORMATS, default="text", help="those after csv with --timeline alone; default: %(default)s"
@@ -104,7 +107,14 @@ def load_captioner(args: argparse.Namespace) -> Any:
     from recap_hf.loading import load_pair
     from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
 
-    model, processor = load_pair(args.model, args.device, args.dtype, quiet=True)
+    dtype = "float32" if args.dtype == "int8" else args.dtype
+    model, processor = load_pair(args.model, args.device, dtype, quiet=True)
+    if model.device.type == "cpu" and args.dtype != "float16":
+        from recap_hf.inference import prepare_for_cpu
+
+        prepare_for_cpu(model, args.dtype)
+    elif args.dtype == "int8":
+        raise ValueError(f"--dtype int8 is for the CPU and the model is on {model.device}: use bfloat16 there.")
     decoding = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "k": args.k}
     # Not all commands that caption have these.
     decoding |= {name: getattr(args, name, None) or None for name in ("rerank", "candidates", "do_sample")}

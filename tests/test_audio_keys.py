@@ -135,7 +135,7 @@ def test_texts_cannot_be_added(built, start):
         reembed_datastore(built, embedder)
     texts = CaptionDatastore.from_captions(["a dog barks"], embedder.model, embedder.processor)
     texts.save_pretrained(start / "texts")
-    with pytest.raises(ValueError, match="is keyed by text, .* by audio: keys of two kinds"):
+    with pytest.raises(ValueError, match=r"is keyed by text, .* by audio: keys of two kinds"):
         merge_datastores(built, [start / "texts"])
 
 
@@ -182,6 +182,21 @@ def test_training_by_similar_audio(start, tmp_path):
         others = [(-float(store.embeddings[5 * n] @ store.embeddings[5 * clip]), n) for n in range(8) if n != clip]
         nearest = [store.records[5 * n]["clip_id"] for _, n in sorted(others)[:2]]
         assert own not in nearest and [store.records[row]["clip_id"] for row in found] == nearest
+
+
+def test_command_evaluates_by_similar_audio(built, start, tmp_path):
+    flags = ["--model", str(start / "model"), "--datastore", str(built), "--dataset", "clotho", "--device", "cpu"]
+    flags += ["--data-dir", str(start / "clotho"), "--split", "train", "--max-clips", "2", "--no-scores"]
+    assert main(["evaluate", *flags, "--systems", "first_retrieved", "--output-dir", str(tmp_path)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "first_retrieved.jsonl").read_text().splitlines()]
+    store = CaptionDatastore.from_pretrained(built)
+    for number, line in enumerate(lines):
+        # Its own captions are left out, each of the four is of another clip, and the nearest comes first.
+        clips = [hit["clip_id"] for hit in line["retrieved"]]
+        assert line["clip_id"] not in clips and len(set(clips)) == 4
+        cosines = [float(store.embeddings[5 * number] @ store.embeddings[hit["row"]]) for hit in line["retrieved"]]
+        assert cosines == sorted(cosines, reverse=True)
+        assert [hit["score"] for hit in line["retrieved"]] == pytest.approx(cosines, abs=1e-3)
 
 
 def test_both_stores_of_the_training_captions_are_refused(start):

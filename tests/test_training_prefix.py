@@ -162,7 +162,7 @@ def test_prompts_shared_or_not_and_no_retrieval(start, tmp_path):
     assert RecapProcessor.from_pretrained(tmp_path / "without").num_retrieved_captions == 0
 
 
-def test_commands_train_and_caption(start, capsys):
+def test_commands_train_caption_and_evaluate(start, capsys):
     output = start / "command"
     flags = ["--dataset", "clotho", "--data-dir", str(start / "clotho"), "--feature-cache", str(start / "features")]
     flags += ["--model", str(start / "untrained"), "--conditioning", "prefix", "--max-steps", "2", "--device", "cpu"]
@@ -172,6 +172,13 @@ def test_commands_train_and_caption(start, capsys):
     assert main(["caption", str(clip), "--model", str(output), "--format", "json", "--device", "cpu"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert len(result["retrieved"]) == 4 and "caption" in result
+    flags = ["--model", str(output), "--dataset", "clotho", "--data-dir", str(start / "clotho"), "--device", "cpu"]
+    flags += ["--split", "validation", "--no-scores", "--output-dir", str(output / "evaluation")]
+    assert main(["evaluate", *flags]) == 0
+    lines = (output / "evaluation" / "recap.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and all("prediction" in json.loads(line) for line in lines)
+    settings = json.loads((output / "evaluation" / "run.json").read_text())
+    assert settings["captioner"]["conditioning"] == "prefix" and len(settings["systems"]) == 6
 
 
 def test_keeping_another_conditioning_is_refused(start, tmp_path):

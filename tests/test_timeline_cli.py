@@ -116,6 +116,7 @@ def test_readable_cues(run, recording):
         (("--format", "all"), "--format all needs --output-dir"),
         (("--format", "srt"), "--format srt holds one recording a file"),
         (("--output", "x", "--output-dir", "y"), "--output and --output-dir exclude each other"),
+        (("--engine", "ray"), "--engine ray makes no timelines"),
         (("--accessible",), "--accessible needs --format srt or vtt"),
         (("--reading-speed", "9"), "--reading-speed needs --accessible"),
         (("--merge-into", "a.srt"), "--merge-into takes one recording"),

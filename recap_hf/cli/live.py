@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, help="longest caption in tokens (default: the model's)")
     parser.add_argument("--batch-size", type=positive, default=8, help="pieces per pass when behind (default: 8)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: a GPU if there is one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "int8"), default="float32", help="default: %(default)s"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

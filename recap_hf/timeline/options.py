@@ -76,6 +76,8 @@ def usage_error(args: argparse.Namespace, num_recordings: int) -> str | None:
         if args.format in (*ONE_RECORDING_FORMATS, "all"):
             return f"--format {args.format} needs --timeline."
         return None
+    if args.engine == "ray":
+        return "--engine ray makes no timelines: leave it out, or --timeline."
     if args.output and args.output_dir:
         return "--output and --output-dir exclude each other."
     if args.format == "all" and not args.output_dir:

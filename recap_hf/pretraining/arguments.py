@@ -23,7 +23,7 @@ class ClapPretrainingConfig(AudioConfig):
     )
     size: str = option(
         "tiny",
-        "from scratch: tiny (1.9 M parameters), small (9 M) or base (153 M, as LAION's)",
+        "from scratch: tiny (3.9 M parameters), small (13 M) or base (118 M: LAION's but for the vocabulary)",
         group="model",
         choices=list(CLAP_SIZES),
     )

@@ -147,16 +147,23 @@ def _texts_of_datastore(config: LanguageModelConfig) -> tuple[dict[str, Texts], 
         source, licence = record.get("source") or path.name, record.get("licence")
         entry = named.setdefault((source, licence), {"name": source, "licence": licence, "clips": 0, "captions": 0})
         entry["captions"] += 1
-    if config.validation_split == "none":
-        return {"train": everything}, [], list(named.values())
     groups = list(everything.groups().values())
-    share = config.validation_share or _DEFAULT_VALIDATION_SHARE
     order = np.random.default_rng([config.seed, 2]).permutation(len(groups))
-    held = max(1, round(share * len(groups)))
-    if held >= len(groups):
-        raise ValueError(f"{config.datastore} holds {len(groups)} clips: too few to keep {share:.0%} for validation")
-    parts = {"validation": np.sort(order[:held]), "train": np.sort(order[held:])}
-    splits = {name: everything.select([n for group in part for n in groups[group]]) for name, part in parts.items()}
+    held = 0
+    if config.validation_split != "none":
+        share = config.validation_share or _DEFAULT_VALIDATION_SHARE
+        held = max(1, round(share * len(groups)))
+        if held >= len(groups):
+            raise ValueError(
+                f"{config.datastore} holds {len(groups)} clips: too few to keep {share:.0%} for validation"
+            )
+    parts = {"train": (order[held:], config.max_train_clips)}
+    if held:
+        parts["validation"] = (order[:held], config.max_validation_clips)
+    splits = {
+        name: everything.select([n for group in np.sort(part)[: limit or None] for n in groups[group]])
+        for name, (part, limit) in parts.items()
+    }
     return splits, [], list(named.values())
 
 

@@ -1,8 +1,8 @@
 """How latency, memory, build time and recall grow with the size of a datastore: measured, tabled, fitted, plotted.
 
 Every size is a whole datastore on the disk, embeddings in float16, indexed as `auto` indexes it. Its rows are made of
-those of real captions (`synthetic.MixedRows`) and streamed, so that ten million of dimension 512, which are 10 GB, are
-written, trained on, added and searched in a few GB of memory. Recall is measured against a streamed exact search.
+those of real captions (`synthetic.MixedRows`) and streamed: ten million of dimension 512 are 10 GB, which are written,
+trained on, added and searched block by block. Recall is measured against a streamed exact search.
 """
 
 from __future__ import annotations
@@ -178,9 +178,10 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def laws(sizes: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """For each measured quantity the power law that fits it best: `value = factor * rows ** exponent`, by least
-    squares of the logarithms, over the sizes that have an index."""
+    squares of the logarithms, over the sizes that have the codes of the largest: others follow another law."""
     found = {}
-    indexed = [each for each in sizes if each["kind"] != "exact"]
+    codes = [each["kind"].rpartition(",")[2] for each in sizes]
+    indexed = [each for each, code in zip(sizes, codes, strict=True) if code == codes[-1] != "exact"]
     for name in _FITTED:
         points = [(each["rows"], each[name]) for each in indexed if each[name] > 0]
         if len(points) < 2:

@@ -5,10 +5,11 @@
 
 `fit` captions the recordings of a fold (single ones and the project's fixed mixtures) that the model has not been
 trained on, judges each caption, and fits a logistic regression of "right" on what the captioner knows of itself;
-`--save` writes it into the model's config.json, `--output` into a file of its own. A caption is right if it names at
-least one event of its recording and no other sound, by the project's naming rules. For other data, judge captions
-yourself: `--observations FILE.csv` with the columns log_score, similarity, retrieval_score and correct (0 or 1) takes
-the place of `--sounds`; `--write-observations FILE.csv` shows how such a file looks.
+`--save` writes it into the model's config.json (or another checkpoint's: `--save DIR`), `--output` into a file of its
+own. A caption is right if it names at least one event of its recording and no other sound, by the project's naming
+rules. For other data, judge captions yourself: `--observations FILE.csv` with the columns log_score, similarity,
+retrieval_score and correct (0 or 1) takes the place of `--sounds`; `--write-observations FILE.csv` shows how such a
+file looks.
 """
 
 from __future__ import annotations
@@ -286,12 +287,13 @@ def _observations(args: argparse.Namespace) -> list[Observation]:
 
 
 def _run_fit(args: argparse.Namespace) -> int:
-    if not args.save and not args.output:
+    target = None if args.save is None else Path(args.save or args.model or "")
+    if target is None and not args.output:
         raise ValueError(
             "Say where the calibration goes: --output FILE.json, --save (the model's config.json), or both."
         )
-    if args.save and not (args.model and (Path(args.model) / "config.json").is_file()):
-        raise ValueError("--save needs --model DIR, a checkpoint folder with a config.json.")
+    if target is not None and not ((args.save or args.model) and (target / "config.json").is_file()):
+        raise ValueError("--save needs a checkpoint folder with a config.json: --save DIR, or --model DIR --save.")
     observations = _observations(args)
     calibration = fit(observations)
     fitted = {
@@ -301,8 +303,8 @@ def _run_fit(args: argparse.Namespace) -> int:
     }
     if args.output:
         Path(args.output).write_text(json.dumps(fitted, indent=1) + "\n", encoding="utf-8")
-    if args.save:
-        path = Path(args.model) / "config.json"
+    if target is not None:
+        path = target / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         config["confidence"] = fitted
         path.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
@@ -347,7 +349,9 @@ def main(argv: list[str] | None = None) -> int:
         stage.add_argument("--write-observations", metavar="FILE.csv", help="keep the judged captions there")
     fitting, testing = stages.choices["fit"], stages.choices["test"]
     fitting.add_argument("--output", metavar="FILE.json", help="write the calibration there")
-    fitting.add_argument("--save", action="store_true", help="write it into the config.json of --model")
+    fitting.add_argument(
+        "--save", metavar="DIR", nargs="?", const="", help="write it into the config.json of DIR (default: of --model)"
+    )
     testing.add_argument("--calibration", metavar="FILE.json", help="what `fit` wrote (default: the model's own)")
     testing.add_argument("--plot", metavar="PICTURE", help="draw the reliability plot there")
     testing.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")

@@ -122,6 +122,10 @@ def test_commands_on_judged_captions(tmp_path, capsys):
     assert {key: value for key, value in after.items() if key != "confidence"} == {
         key: value for key, value in before.items() if key != "confidence"
     }
+    other = tmp_path / "other"
+    RecapConfig().save_pretrained(other)
+    assert main(["fit", "--observations", str(tmp_path / "judged.csv"), "--save", str(other)]) == 0
+    assert json.loads(capsys.readouterr().out) == fitted == RecapConfig.from_pretrained(other).confidence
     pytest.importorskip("matplotlib", reason="pictures need the explain extra")
     plot = tmp_path / "reliability.png"
     arguments = ["test", "--observations", str(tmp_path / "others.csv"), "--model", str(tmp_path), "--plot", str(plot)]
@@ -136,6 +140,9 @@ def test_commands_on_judged_captions(tmp_path, capsys):
 def test_commands_refuse(tmp_path, capsys):
     assert main(["fit", "--sounds", "x"]) == 1
     assert "Say where the calibration goes" in capsys.readouterr().err
+    for save in (["--save"], ["--save", str(tmp_path)], ["--model", str(tmp_path), "--save"]):
+        assert main(["fit", "--sounds", "x", *save]) == 1
+        assert "--save needs a checkpoint folder" in capsys.readouterr().err
     (tmp_path / "wrong.csv").write_text("log_score,similarity,retrieval_score,correct\n-1,0.2,0.5,maybe\n")
     assert main(["fit", "--observations", str(tmp_path / "wrong.csv"), "--output", str(tmp_path / "c.json")]) == 1
     assert "line 2" in capsys.readouterr().err

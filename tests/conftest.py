@@ -167,6 +167,25 @@ def clips() -> list[np.ndarray]:
     return [synthetic_clip(seconds, seed) for seed, seconds in enumerate((2.5, 10.0, 24.3, 0.4, 7.0, 10.01, 3.3))]
 
 
+@pytest.fixture
+def hub():
+    """A Hub of its own that speaks HTTP; files of several parts begin at 100 kB."""
+    from hub_server import HubServer
+
+    with HubServer(part_size=100_000) as server:
+        yield server
+
+
+@pytest.fixture
+def client(hub, tmp_path):
+    """A process with the real Hub client and an empty home, connected to `hub`."""
+    from hub_client import Client
+
+    home = tmp_path / "home"
+    home.mkdir()
+    return Client(hub, home)
+
+
 def same_results(actual, expected) -> bool:
     """Whether pipeline results say the same: texts exactly, scores to float32's precision over batch sizes."""
     if isinstance(expected, float):

@@ -7,8 +7,6 @@ import json
 import numpy as np
 import pytest
 from conftest import synthetic_clip
-from hub_client import Client
-from hub_server import HubServer
 from huggingface_hub import DatasetCard, ModelCard
 
 CAPTIONS = [
@@ -36,19 +34,6 @@ if sys.argv[4:]:
 assert "recap_hf" not in sys.modules
 answer([type(model).__module__.split(".")[0], processor.datastore.captions, result])
 """
-
-
-@pytest.fixture
-def hub():
-    with HubServer(part_size=200_000) as server:
-        yield server
-
-
-@pytest.fixture
-def client(hub, tmp_path):
-    home = tmp_path / "home"
-    home.mkdir()
-    return Client(hub, home)
 
 
 @pytest.fixture

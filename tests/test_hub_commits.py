@@ -6,8 +6,6 @@ import hashlib
 import os
 
 import pytest
-from hub_client import Client
-from hub_server import HubServer
 from hub_storage import File
 
 PUSH = """
@@ -22,19 +20,6 @@ def fetch(repo="user/m", **kwargs):
     folder = fetch_folder(repo, **kwargs)
     return {str(path.relative_to(folder)): path.read_bytes().hex() for path in folder.rglob("*") if path.is_file()}
 """
-
-
-@pytest.fixture
-def hub():
-    with HubServer(part_size=100_000) as server:
-        yield server
-
-
-@pytest.fixture
-def client(hub, tmp_path):
-    home = tmp_path / "home"
-    home.mkdir()
-    return Client(hub, home)
 
 
 @pytest.fixture

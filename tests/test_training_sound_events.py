@@ -142,7 +142,7 @@ def test_fine_tuning_a_clap_on_own_words(shared_dir: Path, tmp_path: Path):
     start(*RECAP, "pretrain", "clap", *flags)
     evaluations = json.loads((tmp_path / "clap" / "report.json").read_text())["evaluations"]
     print([{name: round(value, 3) for name, value in entry.items()} for entry in evaluations])
-    assert evaluations[-1]["map10"] > evaluations[0]["map10"] + 0.2
+    assert evaluations[-1]["map10"] > 2 * evaluations[0]["map10"]
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def test_hubness_of_a_hub(embeddings):
 def test_info_of_an_indexed_datastore(store):
     store.set_index(build_index(store.embeddings, "ivf_pq", recall=0.9))
     info = describe(store, queries=32)
-    assert info["index"]["kind"].endswith("PQ8x4fs")
+    assert info["index"]["kind"].endswith(",PQ32x4fs")
     assert set(info["recall"]) == {"k", "text", "audio"}
     assert 0 < info["latency_ms"]["median"] <= info["latency_ms"]["p95"]
     assert info["memory"]["held"] == store.embeddings.nbytes

@@ -82,7 +82,8 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_l
         axes.set_xticks(sorted({x for points in series.values() for x, _ in points}))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.legend(frameon=False, fontsize=8)
+    # Above the plot, where no point can lie under it.
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return _svg(figure, f"{y_label} against {x_label}")
 
 
@@ -99,5 +100,6 @@ def categories(series: Mapping[str, Sequence[tuple[str, float]]], x_label: str, 
     axes.grid(axis="y", alpha=0.3)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.legend(frameon=False, fontsize=8)
+    # Above the plot, where no point can lie under it.
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return _svg(figure, f"{y_label} by {x_label}")

@@ -16,8 +16,8 @@ from .travelling_recap import AUTO_MAP
 
 # CLAP's floor under the mel power and so under the decibels: 10 * log10(1e-10) = -100 dB.
 _MEL_FLOOR = 1e-10
-# Windows in one transform, of 1,001 frames of 1,024 samples: on a CPU as many as its cache and the allocator's recycled
-# blocks hold (of 16 each takes three times as long), on other devices enough to fill them (0.5 GB).
+# Windows in one transform, of 1,001 frames of 1,024 samples: on a CPU as many as its cache and the allocator's
+# recycled blocks hold (of 16 each takes three times as long), on other devices enough to fill them (0.5 GB).
 _WINDOWS_AT_ONCE_CPU, _WINDOWS_AT_ONCE = 1, 64
 _CLAP_SETTINGS = (
     "feature_size",

@@ -101,7 +101,7 @@ def test_an_answer_speaks_with_the_words_of_its_prompt():
     captions = ["steady rainfall and a violin", "a barking dog", "rain, then a dog barking"]
     # Overlapping sounds come in the order of the prompt, and each in the words that it has there first.
     assert answer(Scene((dog, rain)), captions) == "steady rainfall and a barking dog"
-    assert answer(Scene((dog, rain), "sequence"), captions) == "a barking dog followed by steady rainfall"
+    assert answer(Scene((dog, rain), "sequence"), captions) == "a barking dog and then steady rainfall"
     assert answer(Scene((rain,)), ["Raindrops falling"]) == "raindrops falling"
     # Without a prompt the first phrase of the lexicon, in the order of the scene.
     assert answer(Scene((dog, rain)), []) == "a dog barking and rain falling"

@@ -16,6 +16,8 @@ from training_parts import make_captioner, write_clotho
 from recap_hf import RecapForConditionalGeneration, RecapProcessor
 from recap_hf.training.arguments import TrainingConfig
 from recap_hf.training.assemble import assemble
+from recap_hf.training.batches import PromptOptions, Row
+from recap_hf.training.corpus import build_corpus
 from recap_hf.training.main import train
 
 
@@ -67,6 +69,15 @@ def test_validation_loss_falls(finished):
     losses = [entry["loss"] for entry in finished[1]["evaluations"]]
     assert [entry["step"] for entry in finished[1]["evaluations"]] == [0, 5, 10]
     assert losses[2] < losses[1] < losses[0]
+
+
+def test_training_prompts_hold_the_nearest_captions_and_options_arrive(start: Path, tmp_path: Path):
+    settings = config(start, tmp_path, draw_from=6, shuffle_prompt=True, audio_dropout=0.25, seed=11)
+    builder = build_corpus(settings, *assemble(settings)).train
+    assert builder.options == PromptOptions(k=4, draw_from=6, shuffle=True, audio_dropout=0.25, seed=11)
+    plain = config(start, tmp_path)
+    builder = build_corpus(plain, *assemble(plain)).train
+    assert all(len(builder.retrieved(row, epoch=0)) == 4 for row in (Row(0, (0,)), Row(5, (2,)), Row(7, (4,))))
 
 
 def test_only_the_cross_attention_changes(start: Path, finished):

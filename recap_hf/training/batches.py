@@ -50,6 +50,9 @@ class PromptOptions:
         audio_dropout: share of rows whose audio is hidden.
         prompt_dropout: share of rows that get no captions in their prompt.
         seed: of the draws.
+
+    Raises:
+        ValueError: a share is not between 0 and 1.
     """
 
     k: int
@@ -58,6 +61,11 @@ class PromptOptions:
     audio_dropout: float = 0.0
     prompt_dropout: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("audio_dropout", "prompt_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
 
 
 def tokenize_targets(captions: Sequence[str], processor: Any, max_caption_tokens: int) -> list[list[int]]:

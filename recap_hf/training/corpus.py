@@ -144,7 +144,11 @@ def build_corpus(config: TrainingConfig, model: Any, processor: Any) -> Corpus:
     search = _Search(config, model, processor, store, cache, training_records, keys)
     train_tables, datastores = search.tables(training_clips, config.draw_from or config.num_retrieved)
     drawn = PromptOptions(
-        config.num_retrieved, config.draw_from, config.shuffle_prompt, config.audio_dropout, config.seed
+        config.num_retrieved,
+        draw_from=config.draw_from,
+        shuffle=config.shuffle_prompt,
+        audio_dropout=config.audio_dropout,
+        seed=config.seed,
     )
     plain = PromptOptions(config.num_retrieved)
     corpus = Corpus(

@@ -17,7 +17,7 @@ _STAGES = {
     "transfer": "hold every event out of the captioner's training once, and give it back in the datastore",
     "examples": "synthesise the example recordings",
 }
-_STEPS = {"clap": 5100, "language-model": 1800, "captioner": 500}
+_STEPS = {"clap": 5100, "language-model": 3600, "captioner": 600}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         stage.add_argument("--steps", type=int, help=f"length of the stage; defaults: {_STEPS}")
         stage.add_argument("--learning-rate", type=float, help="peak of the schedule; the recipe's by default")
         stage.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-        if name != "transfer":
+        if name == "transfer":
+            stage.add_argument("--groups", default="0,1,2,3", help="groups of events, from 0 (default: %(default)s)")
+        else:
             stage.add_argument("--threads", type=int, help="threads of PyTorch; its own choice by default")
             stage.add_argument("--stop-after", type=int, metavar="STEP", help="stop there; the same command resumes")
 
@@ -71,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from recap_hf.tiny.recipe import Recipe
 
-    recipe = Recipe(args.sounds, Path(args.work_dir), _folds(args.folds), args.seed)
+    recipe = Recipe(args.sounds, Path(args.work_dir), _numbers("--folds", args.folds), args.seed)
     if args.stage == "transfer":
         return _transfer(args, recipe)
     if args.stage == "all" and args.steps is not None:
@@ -85,11 +87,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _folds(text: str) -> tuple[int, ...]:
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(fold) for fold in text.split(","))
+        return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise ValueError(f"--folds takes numbers parted by commas, as in 1,2,3; got {text!r}") from None
+        raise ValueError(f"{flag} takes numbers parted by commas, as in 1,2,3; got {text!r}") from None
 
 
 def _rules(args: argparse.Namespace):
@@ -111,7 +113,8 @@ def _transfer(args: argparse.Namespace, recipe) -> int:
     from recap_hf.tiny.transfer import format_transfer
 
     steps = _STEPS["captioner"] if args.steps is None else args.steps
-    result = recipe.transfer(steps, args.learning_rate, args.fold, _rules(args))
+    groups = _numbers("--groups", args.groups)
+    result = recipe.transfer(steps, args.learning_rate, args.fold, _rules(args), groups)
     return _write(args, result, format_transfer(result))
 
 

@@ -45,12 +45,12 @@ class CaptionerRecipe:
     cross_attention_reduce_factor: int = 2
     num_retrieved: int = 4
     mixed: float = 0.5
-    pool: int = 4000
-    batch_size: int = 16
-    depth: tuple[int, int] = (4, 40)
-    query_noise: float = 0.0
+    pool: int = 5000
+    batch_size: int = 32
+    depth: tuple[int, int] = (4, 60)
+    query_noise: float = 1.0
     hidden_share: float = 0.1
-    renamed_share: float = 0.3
+    renamed_share: float = 0.2
     foreign_share: float = 0.015
     promptless_share: float = 0.15
     bfloat16: bool = True

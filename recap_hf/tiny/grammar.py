@@ -162,7 +162,8 @@ def answer(scene: Scene, captions: list[str]) -> str:
 
     One wording for each scene and prompt, without a choice: where several were right, each would have only a share of
     the probability, and the end of the caption would win against a second sound that is said in many ways. Sounds that
-    follow one another are joined by "followed by", others by "and" in the order of the prompt.
+    follow one another are joined by "and then", others by "and" in the order of the prompt: whether there is another
+    sound is told by one word.
 
     Args:
         scene: The truth.
@@ -178,7 +179,7 @@ def answer(scene: Scene, captions: list[str]) -> str:
         text = " ".join([phrase, *(_ATTRIBUTE_WORDS[name][0] for name in said)])
         worded.append(("background" in said, place, text))
     if scene.order is not None:
-        return " followed by ".join(text for _, _, text in worded)
+        return " and then ".join(text for _, _, text in worded)
     texts = [text for _, _, text in sorted(worded, key=lambda item: item[:2])]
     return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
 

@@ -13,8 +13,8 @@ __all__ = ["Recipe"]
 
 _LEARNING_RATES = {"clap": 1e-3, "language-model": 1.5e-3, "captioner": 3e-3}
 _WARMUP_STEPS = {"captioner": 10}
-# The learning rate of the CLAP started again once, after this many steps.
-_CYCLES = {"clap": (3600,)}
+# The learning rate started again once, after this many steps.
+_CYCLES = {"clap": (3600,), "language-model": (2400,)}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Recipe:
                 write_recordings(self.sounds, self.folds, folder / "RECORDINGS.csv")
         return folder
 
-    def transfer(self, steps: int, learning_rate: float | None, fold: int, rules: NamingRules) -> list[dict[str, Any]]:
+    def transfer(
+        self, steps: int, learning_rate: float | None, fold: int, rules: NamingRules, groups: tuple[int, ...]
+    ) -> list[dict[str, Any]]:
         """Train captioners without a quarter of the events each and evaluate them on `fold`; see `transfer.py`."""
         from .captioner import CaptionerRecipe
         from .trainer import TrainConfig
@@ -72,9 +74,10 @@ class Recipe:
         rate = learning_rate or _LEARNING_RATES["captioner"]
         warmup = _WARMUP_STEPS["captioner"]
         config = TrainConfig(steps=steps, learning_rate=rate, warmup_steps=warmup, seed=self.seed)
-        folder = self.work_dir / "transfer"
-        recipe = CaptionerRecipe()
-        return run_transfer(self._parts(), self._bank(), self.sounds, folder, self.folds, fold, recipe, config, rules)
+        folder, recipe = self.work_dir / "transfer", CaptionerRecipe()
+        return run_transfer(
+            self._parts(), self._bank(), self.sounds, folder, self.folds, fold, recipe, config, rules, groups
+        )
 
     def _parts(self) -> tuple[Path, Path, Path]:
         return self._earlier("clap"), self._earlier("language-model"), self._earlier("tokenizers")

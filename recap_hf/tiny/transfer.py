@@ -8,7 +8,6 @@ datastore.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,20 +113,25 @@ def run_transfer(
     recipe: CaptionerRecipe,
     config: TrainConfig,
     rules: NamingRules,
-    done: Callable[[dict[str, Any]], None] | None = None,
+    groups: tuple[int, ...] = (0, 1, 2, 3),
 ) -> list[dict[str, Any]]:
-    """Train the four captioners (resuming) and evaluate each on `fold`; `done` is told each group's result."""
+    """Train the captioners of some groups (resuming) and evaluate each on `fold`.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    if set(groups) - set(range(len(GROUPS))):
+        raise ValueError(f"the groups of held-out events are 0 to {len(GROUPS) - 1}, got {groups}")
     items = singles(sounds, fold)
     results = []
-    for number, held_out in enumerate(GROUPS):
+    for number in groups:
+        held_out = GROUPS[number]
         events = tuple(event for event in HEARD if event not in held_out)
         target = Path(folder) / f"group-{number}"
         model, processor = train_captioner(parts, bank, target, folds, recipe, config, events)
         result = evaluate_transfer(model, processor, items, held_out, rules, recipe.mixed)
         print(f"group {number}: {result}", file=sys.stderr, flush=True)
         results.append(result)
-        if done:
-            done(result)
     return results
 
 

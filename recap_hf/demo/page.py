@@ -120,7 +120,7 @@ def _connect(
     controls: dict[str, Any],
     pieces: dict[str, gradio.HTML],
 ) -> None:
-    """Connects events to handlers. The model has one visitor at a time; the others see their place in the queue."""
+    """Connects events to handlers. The model has one visitor at a time; the others wait."""
     components = {**pieces, **recorders, "choices": controls["choices"]}
 
     def outputs(updates: Iterator[Update]) -> Iterator[dict[Any, Any]]:

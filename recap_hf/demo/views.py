@@ -81,7 +81,8 @@ def explanation(why: CaptionExplanation | None, clip: Recording, picture: bytes 
             {
                 "text": word.text,
                 "map": pictures.spotlight(word.audio_map, why.time_edges_s, why.band_edges_hz, clip),
-                "time": _loudest_time(word.audio_map, why.time_edges_s),
+                # Where nothing was heard, no place was heard most.
+                "time": _loudest_time(word.audio_map, why.time_edges_s) if word.audio_effect > _NOTHING else None,
                 "audio": _in_words(word.audio_effect, "without the sound"),
                 "captions": _in_words(word.captions_effect, "without the captions that were looked up"),
                 "rests_on_captions": bool(hits) and word.captions_effect > _NOTHING,

@@ -72,4 +72,8 @@ def test_the_readme_shows_most_commands():
 
 def test_files_that_the_readme_names_exist():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (REPOSITORY / target).exists(), target
+        path, _, heading = target.partition("#")
+        assert (REPOSITORY / path).exists(), target
+        if heading:
+            text = (REPOSITORY / path).read_text(encoding="utf-8")
+            assert heading in {line.lstrip("# ").lower().replace(" ", "-") for line in text.splitlines()}, target

@@ -273,12 +273,10 @@ def _observations(args: argparse.Namespace) -> list[Observation]:
         return read_observations(args.observations)
     if not args.sounds:
         raise ValueError("Give recordings by --sounds DIR, or judged captions by --observations FILE.csv.")
-    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
+    from recap_hf.loading import load_pair
     from recap_hf.tiny.naming import NamingRules
 
-    folder = args.model or default_model_path()
-    model = RecapForConditionalGeneration.from_pretrained(folder).eval()
-    processor = RecapProcessor.from_pretrained(folder)
+    model, processor = load_pair(args.model, "cpu")
     rules = NamingRules.read(args.keywords) if args.keywords else NamingRules.ours()
     observations = observe(model, processor, _items(args), rules)
     if args.write_observations:

@@ -153,11 +153,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="so many recordings, evenly spread over the set (default: all)")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
     args = parser.parse_args(argv)
-    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
+    from recap_hf.loading import load_pair
 
-    folder = args.model or default_model_path()
-    model = RecapForConditionalGeneration.from_pretrained(folder).eval()
-    processor = RecapProcessor.from_pretrained(folder)
+    model, processor = load_pair(args.model, "cpu")
     items, heading = _items(args)
     result = compare(model, processor, items, args.candidates)
     if args.format == "json":

@@ -161,6 +161,30 @@ def synthetic_clip(seconds: float, seed: int, sampling_rate: int = 48_000) -> np
     return (0.4 * tone + 0.1 * noise).astype(np.float32)
 
 
+@pytest.fixture(scope="module")
+def model_folder(_tiny_model, decoder_tokenizer, clap_tokenizer, tmp_path_factory) -> str:
+    """A saved tiny captioner with a datastore of two captions."""
+    from recap_hf import CaptionDatastore, RecapProcessor
+
+    processor = RecapProcessor.from_config(_tiny_model.config, decoder_tokenizer, clap_tokenizer)
+    processor.datastore = CaptionDatastore.from_captions(["a dog barks", "rain falls"], _tiny_model, processor)
+    folder = tmp_path_factory.mktemp("model")
+    _tiny_model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def encoded(tiny_model, tiny_processor, clips):
+    """The clips as the tiny model hears them, and the prompts of what it retrieves for them."""
+    import torch
+
+    inputs = tiny_processor(audio=clips, sampling_rate=48_000, return_tensors="pt")
+    with torch.no_grad():
+        encoding = tiny_model.encode_audio(**inputs)
+    return encoding, tiny_processor.build_prompts(encoding.audio_embeds)
+
+
 @pytest.fixture(scope="session")
 def clips() -> list[np.ndarray]:
     """Seven clips at 48 kHz: shorter than a window, one window, longer, and very short."""

@@ -18,22 +18,6 @@ from recap_hf.captioning import expand_inputs
 from recap_hf.cli import main
 
 
-@pytest.fixture(scope="module")
-def model_folder(request, tmp_path_factory):
-    """A saved tiny captioner; module-scoped, so built from the session's parts."""
-    from recap_hf import CaptionDatastore, RecapProcessor
-
-    model = request.getfixturevalue("_tiny_model")
-    processor = RecapProcessor.from_config(
-        model.config, request.getfixturevalue("decoder_tokenizer"), request.getfixturevalue("clap_tokenizer")
-    )
-    processor.datastore = CaptionDatastore.from_captions(["a dog barks", "rain falls"], model, processor)
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def recordings(tmp_path):
     folder = tmp_path / "recordings"

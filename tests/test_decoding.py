@@ -9,15 +9,6 @@ from recap_hf.modeling import generation_recap
 from recap_hf.modeling.decoding_recap import SharedPromptCache
 
 
-@pytest.fixture
-def encoded(tiny_model, tiny_processor, clips):
-    inputs = tiny_processor(audio=clips, sampling_rate=48_000, return_tensors="pt")
-    with torch.no_grad():
-        encoding = tiny_model.encode_audio(**inputs)
-    prompts = tiny_processor.build_prompts(encoding.audio_embeds)
-    return encoding, prompts
-
-
 def generate_both_ways(monkeypatch, model, encoding, prompts, **settings):
     results = []
     for shared in (True, False):

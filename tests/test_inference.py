@@ -14,16 +14,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def encoded(tiny_model, tiny_processor, clips):
-    inputs = tiny_processor(audio=clips, sampling_rate=48_000, return_tensors="pt")
-    with torch.no_grad():
-        encoding = tiny_model.encode_audio(**inputs)
-    prompts = tiny_processor.build_prompts(encoding.audio_embeds)
-    prompts.pop("retrieved")
-    return encoding, prompts
-
-
 @pytest.mark.parametrize("rows", [1, 5, 64, 200])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("kind", [PackedLinear, Int8Linear])

@@ -12,14 +12,6 @@ from recap_hf import RecapConfig, RecapEncoderOutput, RecapForConditionalGenerat
 from recap_hf.modeling.outputs_recap import position_ids_of
 
 
-@pytest.fixture
-def encoded(tiny_model, tiny_processor, clips):
-    inputs = tiny_processor(audio=clips, sampling_rate=48_000, return_tensors="pt")
-    with torch.no_grad():
-        encoding = tiny_model.encode_audio(**inputs)
-    return encoding, tiny_processor.build_prompts(encoding.audio_embeds)
-
-
 @pytest.mark.parametrize(("factor", "expected"), [(4, 7_094_016), (1, 28_348_416)])
 def test_trainable_parameters_of_gpt2_small(factor, expected):
     # Official code: 12 blocks x (c_attn 768->2w, q_attn 768->w, c_proj w->768, with biases), w = 768 / factor.

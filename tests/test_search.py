@@ -14,18 +14,9 @@ from recap_hf.modeling.outputs_recap import RecapEncoderOutput
 ENDS = list(range(0, 300, 9))
 
 
-@pytest.fixture
-def encoded(tiny_model, tiny_processor, clips):
-    inputs = tiny_processor(audio=clips, sampling_rate=48_000, return_tensors="pt")
-    with torch.no_grad():
-        encoding = tiny_model.encode_audio(**inputs)
-    prompts = tiny_processor.build_prompts(encoding.audio_embeds)
-    prompts.pop("retrieved")
-    return encoding, prompts
-
-
 def stock_generate(model, encoding, prompts, **settings):
     """transformers' generate with its own caches and its own search."""
+    prompts = {name: value for name, value in prompts.items() if name != "retrieved"}
     return GenerationMixin.generate(model, encoder_outputs=RecapEncoderOutput(**encoding), **prompts, **settings)
 
 

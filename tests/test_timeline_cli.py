@@ -12,23 +12,10 @@ import pytest
 import soundfile
 from conftest import same_results, synthetic_clip
 
-from recap_hf import AudioCaptioningPipeline, AudioStream, CaptionDatastore, RecapProcessor
+from recap_hf import AudioCaptioningPipeline, AudioStream
 from recap_hf.cli import main
 from recap_hf.modeling.timeline_recap import caption_timeline
 from recap_hf.timeline.benchmark import compare_formats, measure_memory
-
-
-@pytest.fixture(scope="module")
-def model_folder(request, tmp_path_factory):
-    model = request.getfixturevalue("_tiny_model")
-    processor = RecapProcessor.from_config(
-        model.config, request.getfixturevalue("decoder_tokenizer"), request.getfixturevalue("clap_tokenizer")
-    )
-    processor.datastore = CaptionDatastore.from_captions(["a dog barks", "rain falls"], model, processor)
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
 
 
 def sound(*parts):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from safetensors.torch import load_file
-from training_parts import make_captioner, write_clotho
+from training_parts import ACCELERATE_LAUNCH, make_captioner, write_clotho
 
 pytestmark = pytest.mark.slow
 
@@ -107,16 +107,7 @@ def test_two_processes_give_the_losses_of_one(start: Path):
 
 
 def test_accelerate_launch_starts_the_same_run(start: Path):
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
+    command = [*ACCELERATE_LAUNCH]
     command += ["--mixed_precision", "bf16", "--dynamo_backend", "no", str(REPOSITORY / "train.py")]
     command += flags(start, start / "launched", "--max_train_steps", "2")
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)

@@ -10,21 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_parts import ACCELERATE_LAUNCH
 
 from recap_hf.training.clotho_stand_in import make_clotho_stand_in
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECAP = [sys.executable, "-m", "recap_hf.cli"]
-ACCELERATE = [
-    sys.executable,
-    "-m",
-    "accelerate.commands.launch",
-    "--cpu",
-    "--num_processes",
-    "1",
-    "--num_machines",
-    "1",
-]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +47,8 @@ def test_training_on_sound_events(events: Path, tmp_path: Path):
     flags = ["--dataset", "clotho", "--data-dir", events, "--feature-cache", tmp_path / "features", "--device", "cpu"]
     flags += ["--max-train-clips", 160, "--max-validation-clips", 40, "--learning-rate", "1e-3", "--logging-steps", 1]
     flags += ["--num-train-epochs", 2]
-    script = [*ACCELERATE, "--num_cpu_threads_per_process", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    script = [*ACCELERATE_LAUNCH, "--num_cpu_threads_per_process", "2"]
+    script += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     start(*script, REPOSITORY / "train.py", *flags, "--output-dir", tmp_path / "one")
     two = start(*RECAP, "train", *flags, "--output-dir", tmp_path / "two", "--num-processes", 2)
     assert "World size 2" in two.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,11 @@ from transformers import ClapConfig, ClapModel, GPT2Config, GPT2LMHeadModel, Pre
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.processing_recap import RecapProcessor
 
+# `accelerate launch` with one process on the CPU; the script and its flags follow.
+ACCELERATE_LAUNCH = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--cpu"),
+    *("--num_processes", "1", "--num_machines", "1"),
+]
 SOUNDS = ["dog", "rain", "violin", "engine", "child", "clock", "river", "bell"]
 WORDS = ["barks", "falls", "plays", "idles", "laughs", "ticks", "flows", "rings"]
 

@@ -119,13 +119,11 @@ def _transfer(args: argparse.Namespace, recipe) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
+    from recap_hf.loading import load_pair
     from recap_hf.tiny.evaluation import evaluate, format_table
 
     # Read first: a wrong file of rules is to be told at once.
     rules = _rules(args)
-    folder = args.model or default_model_path()
-    model = RecapForConditionalGeneration.from_pretrained(folder)
-    processor = RecapProcessor.from_pretrained(folder)
+    model, processor = load_pair(args.model, "cpu")
     result = evaluate(model, processor, args.sounds, args.fold, rules, quick=args.quick)
     return _write(args, result, format_table(result))

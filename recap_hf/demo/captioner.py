@@ -54,13 +54,11 @@ class DemoCaptioner:
     @classmethod
     def load(cls, settings: DemoSettings) -> DemoCaptioner:
         """The captioner that the settings name."""
-        from recap_hf.assets import default_model_path
-        from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
-        from recap_hf.modeling.processing_recap import RecapProcessor
+        from recap_hf.loading import load_pair
 
-        name = settings.model or default_model_path()
-        model = RecapForConditionalGeneration.from_pretrained(name).eval()
-        return cls(model, RecapProcessor.from_pretrained(name), settings.datastores, settings.device)
+        # The pipelines move it to the device.
+        model, processor = load_pair(settings.model, "cpu")
+        return cls(model, processor, settings.datastores, settings.device)
 
     def _add(self, name: str, store: CaptionDatastore) -> None:
         self._pipelines[f"{name} ({len(store):,} captions)"] = self.pipeline(store)

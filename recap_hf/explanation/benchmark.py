@@ -231,16 +231,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     import torch
 
-    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
+    from recap_hf.loading import load_pair
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder = args.model or default_model_path()
-    model = RecapForConditionalGeneration.from_pretrained(folder)
-    processor = RecapProcessor.from_pretrained(folder)
-    result = run_benchmark(
-        model.eval(), processor, args.sounds, args.fold, tuple(args.methods), args.limit, args.permutations
-    )
+    model, processor = load_pair(args.model, "cpu")
+    methods = tuple(args.methods)
+    result = run_benchmark(model, processor, args.sounds, args.fold, methods, args.limit, args.permutations)
     print(json.dumps(result, indent=1) if args.format == "json" else format_result(result))
     return 0
 

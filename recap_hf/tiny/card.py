@@ -52,7 +52,7 @@ LIMITS = (
     "of the captioner were chosen on fold 4 after its CLAP had trained on it. Fold 5 was read once for this "
     "checkpoint, and once more for each captioner of the held-out groups.",
     "Its language model was not made in one go: 400 steps under another schedule, then to 1,000, annealed, then 800 "
-    "in larger batches. The commands of today make one like it, not this very one.",
+    "in larger batches. The commands of today follow a later recipe.",
     "Its captions follow one small grammar. They are right or wrong, never elegant.",
     "A datastore about other sounds lends it words that it cannot hear: it repeats them by their likeness in an "
     "embedding that was made for 21 sounds.",

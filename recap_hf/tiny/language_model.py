@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from recap_hf.modeling.prompt_recap import PAPER_PROMPT
+from recap_hf.pretraining.bases import new_gpt2
 
 from .grammar import Part, Scene, answer, invented_sound, render
 from .lexicon import HEARD, SPECIAL, vocabulary_sounds
@@ -46,24 +47,8 @@ class LanguageModelRecipe:
 
 def build_language_model(tokenizer: PreTrainedTokenizerBase, recipe: LanguageModelRecipe) -> GPT2LMHeadModel:
     """A `GPT2LMHeadModel` with random weights, without cross-attention."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=recipe.n_positions,
-            n_embd=recipe.n_embd,
-            n_layer=recipe.n_layer,
-            n_head=recipe.n_head,
-            # Every text is new: there is nothing to overfit, and without dropout a step takes half the time.
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    )
+    # Without dropout: every text is new, there is nothing to overfit, and a step takes half the time.
+    return new_gpt2(tokenizer, recipe.n_layer, recipe.n_embd, recipe.n_head, recipe.n_positions)
 
 
 def prompt_text(captions: list[str]) -> str:

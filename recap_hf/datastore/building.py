@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 from .filters import CaptionFilter, FilterOptions
 from .indexing import DEFAULT_RECALL, build_index
+from .processes import process_pool
 from .sources import SourceOptions, read_source
 
 WORK_NAME = ".building"
@@ -197,7 +198,7 @@ def _workers(embedder: Any, processes: int, chunks: _Chunks) -> Iterator[Callabl
         return
     context = multiprocessing.get_context("spawn")
     arguments = (_recipe(embedder), context.Value("i", 0), processes, chunks)
-    with ProcessPoolExecutor(processes, context, _start_worker, arguments) as pool:
+    with process_pool(processes, _start_worker, arguments) as pool:
 
         def embed_chunks(starts: Sequence[int]) -> Iterator[int]:
             for future in as_completed([pool.submit(_work, start) for start in starts]):

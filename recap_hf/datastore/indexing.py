@@ -34,6 +34,8 @@ RECALL_AT = 4
 TIE = 1e-5
 TUNING_QUERIES = 512
 _MANY_ROWS = 2_000_000
+# Rows read at a time where they lie apart: each maps the 64 KiB around it, so that as many map half a gigabyte.
+_SCATTERED_ROWS = 1 << 13
 _RELEASED_FROM_BYTES = 2 << 30
 _TRAINING_ROWS_PER_LIST = 40
 _TIMED_QUERIES = 64
@@ -116,7 +118,7 @@ def build_index(
     search_index = SearchIndex(index, {"kind": string, "effort": 1, "num_candidates": _CANDIDATES[0]}, faiss)
     started = time.perf_counter()
     # At ten million rows the exact answers of all queries would take longer than training.
-    count = TUNING_QUERIES if num_rows <= _MANY_ROWS else TUNING_QUERIES // 4
+    count = TUNING_QUERIES if num_rows <= _MANY_ROWS else TUNING_QUERIES // 2
     reached = tune(search_index, embeddings, tuning_queries(embeddings, count, seed, audio_queries), recall, k)
     if not reached and kind == "auto" and string != factory_string("ivf_sq8", num_rows, dimension):
         # Codes too coarse for these embeddings: 8 bits a dimension.
@@ -177,7 +179,12 @@ def _training_rows(embeddings: Any, lists: int, rng: np.random.Generator) -> np.
     if len(embeddings) <= wanted:
         return np.ascontiguousarray(embeddings[:], dtype=np.float32)
     rows = np.sort(rng.choice(len(embeddings), wanted, replace=False))
-    return np.ascontiguousarray(embeddings[rows], dtype=np.float32)
+    found = np.empty((wanted, embeddings.shape[1]), dtype=np.float32)
+    for start in range(0, wanted, _SCATTERED_ROWS):
+        part = rows[start : start + _SCATTERED_ROWS]
+        found[start : start + len(part)] = embeddings[part]
+        release(embeddings)
+    return found
 
 
 def release(embeddings: Any) -> None:
@@ -218,7 +225,10 @@ class Queries:
     def scores(self, embeddings: Any, rows: np.ndarray) -> np.ndarray:
         """Cosines of the rows found for each query; its own row and padding are -inf."""
         found = np.full(rows.shape, -np.inf)
+        at_once = max(1, _SCATTERED_ROWS // rows.shape[1])
         for number, each in enumerate(rows):
+            if number % at_once == 0:
+                release(embeddings)
             valid = (each >= 0) & (each != self.own[number])
             vectors = np.asarray(embeddings[each[valid]], dtype=np.float64)
             found[number, valid] = vectors @ self.vectors[number].astype(np.float64)

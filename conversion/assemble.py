@@ -182,15 +182,18 @@ def read_cross_attention(path: str | Path) -> tuple[dict[str, torch.Tensor], dic
     if "cross_attention_reduce_factor" not in metadata:
         raise ConversionError(f"{path} does not say its cross_attention_reduce_factor: not written by `to-stock`")
     kept = {key: value for key, value in metadata.items() if key in _TEXTS}
+    kept |= {key: float(metadata[key]) for key in _FRACTIONS if key in metadata}
     return tensors, {**kept, **{key: int(metadata[key]) for key in _NUMBERS if key in metadata}}
 
 
 _TEXTS = ("prompt_template", "caption_separator", "prompt_without_captions", "target_prefix")
 _NUMBERS = ("cross_attention_reduce_factor", "num_retrieved_captions", "pad_token_id", "eos_token_id", "bos_token_id")
+_FRACTIONS = ("retrieval_diversity", "retrieval_score_drop")
 
 
 def _settings_of(config: RecapConfig) -> dict[str, str]:
-    return {key: str(getattr(config, key)) for key in (*_TEXTS, *_NUMBERS) if getattr(config, key) is not None}
+    keys = (*_TEXTS, *_NUMBERS, *_FRACTIONS)
+    return {key: str(getattr(config, key)) for key in keys if getattr(config, key) is not None}
 
 
 def _build(config: RecapConfig, state: dict[str, torch.Tensor]) -> RecapForConditionalGeneration:

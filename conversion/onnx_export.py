@@ -211,6 +211,8 @@ def _settings(model: RecapForConditionalGeneration, processor: RecapProcessor) -
             "target_prefix": processor.target_prefix,
         },
         "num_retrieved_captions": processor.num_retrieved_captions,
+        "retrieval_diversity": processor.retrieval_diversity,
+        "retrieval_score_drop": processor.retrieval_score_drop,
         "max_prompt_tokens": processor.max_prompt_tokens,
         "special_token_ids": sorted(processor.tokenizer.all_special_ids),
         "mel": {

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import ClapConfig, GPT2Config, PretrainedConfig
 
 from .confidence_recap import ConfidenceModel
+from .datastore_choice_recap import check_choice
 from .prefix_recap import CONDITIONINGS, CROSS_ATTENTION, PREFIX
 from .prompt_recap import PAPER_PROMPT, PromptTemplate
 from .travelling_recap import AUTO_MAP, CUSTOM_PIPELINES
@@ -51,6 +52,11 @@ class RecapConfig(PretrainedConfig):
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*):
             Special tokens of the decoder; they default to the decoder configuration's. GPT-2 has no padding token:
             its end-of-text token then pads, and masks alone tell what is padding.
+        retrieval_diversity (`float`, *optional*, defaults to 0.0):
+            0 takes the nearest captions, as the paper does; above it, up to 1, captions that differ from each other
+            (maximal marginal relevance, see [`CaptionDatastore.search`]).
+        retrieval_score_drop (`float`, *optional*):
+            Leaves captions out that score so much less than the nearest. Off by default.
 
     Raises:
         `ValueError`: if the parts do not fit each other; the message names both values.
@@ -82,6 +88,8 @@ class RecapConfig(PretrainedConfig):
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
+        retrieval_diversity: float = 0.0,
+        retrieval_score_drop: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.clap = _sub_config("clap", clap, ClapConfig)
@@ -93,6 +101,8 @@ class RecapConfig(PretrainedConfig):
         self.prefix_length = prefix_length
         self.prefix_num_layers = prefix_num_layers
         self.num_retrieved_captions = num_retrieved_captions
+        self.retrieval_diversity = retrieval_diversity
+        self.retrieval_score_drop = retrieval_score_drop
         self.prompt_template = prompt_template
         self.caption_separator = caption_separator
         self.prompt_without_captions = prompt_without_captions
@@ -144,6 +154,7 @@ class RecapConfig(PretrainedConfig):
                     f"`{name}` is {value}, outside the decoder's vocabulary of {self.decoder.vocab_size} tokens "
                     f"(0 to {self.decoder.vocab_size - 1}): give an id that the decoder's tokenizer knows."
                 )
+        check_choice(self.retrieval_diversity, self.retrieval_score_drop, "retrieval_")
         # These two check themselves.
         self.prompt  # noqa: B018
         ConfidenceModel.of(self.confidence)

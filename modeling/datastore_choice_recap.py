@@ -12,6 +12,27 @@ Hit = tuple[int, float]
 POOL = 8
 
 
+def check_choice(diversity: Any, score_drop: Any, prefix: str = "") -> None:
+    """Refuses values that say nothing about which captions are given.
+
+    Args:
+        diversity: a number from 0 to 1.
+        score_drop: a number of at least 0, or `None`.
+        prefix: of the names in the message, such as "retrieval_".
+
+    Raises:
+        `ValueError`: for another value of either.
+    """
+    if not _is_number(diversity) or not 0 <= diversity <= 1:
+        raise ValueError(f"`{prefix}diversity` must be a number from 0 to 1, got {diversity!r}.")
+    if score_drop is not None and (not _is_number(score_drop) or not score_drop >= 0):
+        raise ValueError(f"`{prefix}score_drop` must be a number of at least 0, or None, got {score_drop!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
 def by_similarity(hit: Hit) -> tuple[float, int]:
     """Sorts hits (row, cosine) most similar first, ties to the lower row."""
     return -hit[1], hit[0]
@@ -73,4 +94,4 @@ def cut_at_drop(hits: Sequence[Hit], drop: float) -> list[Hit]:
     return [hit for hit in hits if hit[1] >= hits[0][1] - drop]
 
 
-__all__ = ["POOL", "Hit", "by_similarity", "choose_diverse", "cut_at_drop", "take_turns"]
+__all__ = ["POOL", "Hit", "by_similarity", "check_choice", "choose_diverse", "cut_at_drop", "take_turns"]

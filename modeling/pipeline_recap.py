@@ -15,6 +15,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
 from .captions_recap import open_datastore
 from .confidence_recap import ConfidenceModel, caption_features
+from .datastore_choice_recap import check_choice
 from .reranking_recap import caption_similarities, generate_reranked, reranking_parameters
 from .timeline_recap import DEFAULT_SEGMENT_BATCH, TimelineSettings, TimelineSummary, caption_timeline
 
@@ -32,6 +33,8 @@ class AudioCaptioningPipeline(Pipeline):
         datastore (*optional*): captions to retrieve from instead of the checkpoint's: a [`CaptionDatastore`], a
             folder or Hub id of one, a file of captions (text with one a line, CSV, JSON or JSONL), or a list of
             captions. The last two are embedded on the spot.
+        retrieval_diversity, retrieval_score_drop (`float`, *optional*): captions that differ from each other, and
+            fewer where one fits, see [`CaptionDatastore.search`]. Set on the processor, and saved with it.
         k (`int`, *optional*): captions in the prompt, default the processor's.
         rerank (`str`, *optional*): `"clap"` generates several captions and returns the one that CLAP finds nearest to
             the recording, with its `similarity` and all `candidates`, best first.
@@ -68,7 +71,14 @@ class AudioCaptioningPipeline(Pipeline):
     _load_image_processor = False
     _load_video_processor = False
 
-    def __init__(self, *args: Any, datastore: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        datastore: Any = None,
+        retrieval_diversity: float | None = None,
+        retrieval_score_drop: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError(
@@ -77,6 +87,11 @@ class AudioCaptioningPipeline(Pipeline):
             )
         if datastore is not None:
             self.processor.datastore = open_datastore(datastore, self.model, self.processor)
+        check_choice(retrieval_diversity or 0.0, retrieval_score_drop, "retrieval_")
+        if retrieval_diversity is not None:
+            self.processor.retrieval_diversity = retrieval_diversity
+        if retrieval_score_drop is not None:
+            self.processor.retrieval_score_drop = retrieval_score_drop
         self.processor.check_model(self.model)
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .configuration_recap import RecapConfig
+from .datastore_choice_recap import check_choice
 from .feature_extraction_recap import RecapFeatureExtractor
 from .hub_recap import DATASTORE_FOLDER, HubPushMixin, loading_errors, take_push_options
 from .prompt_recap import PAPER_PROMPT, PromptTemplate
@@ -37,7 +38,7 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
             Longest prompt. A longer one drops its farthest captions.
         retrieval_diversity (`float`, *optional*, defaults to 0), retrieval_score_drop (`float`, *optional*):
             Captions that differ from each other, and none that scores much less than the best: `diversity` and
-            `score_drop` of [`CaptionDatastore.search`]. Off by default.
+            `score_drop` of [`CaptionDatastore.search`]. Off by default; may be set later, and are saved.
         datastore ([`CaptionDatastore`], *optional*): may be set later: `processor.datastore = store`.
 
     Example:
@@ -83,6 +84,7 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         self.retrieval_score_drop = retrieval_score_drop
         super().__init__(feature_extractor, tokenizer, clap_tokenizer)
         self.prompt  # noqa: B018 (the template checks itself)
+        check_choice(retrieval_diversity, retrieval_score_drop, "retrieval_")
         self.datastore = datastore
 
     @classmethod
@@ -112,6 +114,8 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
             tokenizer,
             clap_tokenizer,
             num_retrieved_captions=config.num_retrieved_captions,
+            retrieval_diversity=config.retrieval_diversity,
+            retrieval_score_drop=config.retrieval_score_drop,
             prompt_template=config.prompt_template,
             caption_separator=config.caption_separator,
             prompt_without_captions=config.prompt_without_captions,
@@ -189,9 +193,9 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         k = self.num_retrieved_captions if k is None else k
         if self.datastore is None:
             return [[] for _ in range(len(audio_embeds))]
-        options = {"diversity": self.retrieval_diversity, "score_drop": self.retrieval_score_drop}
-        options = {name: value for name, value in options.items() if value not in (None, 0.0)}
-        return self.datastore.search(audio_embeds, k, exclude_clip_ids, exclude_texts, **options)
+        return self.datastore.search(
+            audio_embeds, k, exclude_clip_ids, exclude_texts, self.retrieval_diversity, self.retrieval_score_drop
+        )
 
     def build_prompts(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .datastore_choice_recap import POOL, choose_diverse, cut_at_drop, take_turns
+from .datastore_choice_recap import POOL, check_choice, choose_diverse, cut_at_drop, take_turns
 from .datastore_files_recap import (
     AUDIO_KEYS,
     FORMAT_VERSION,
@@ -270,8 +270,7 @@ class CaptionDatastore(HubPushMixin):
             )
         if not isinstance(k, (int, np.integer)) or k < 0:
             raise ValueError(f"`k` must be an integer of at least 0, got {k!r}.")
-        if not 0 <= diversity <= 1 or (score_drop is not None and not score_drop >= 0):
-            raise ValueError(f"`diversity` must be 0 to 1 and `score_drop` at least 0, got {diversity}, {score_drop}.")
+        check_choice(diversity, score_drop)
         for name, value in (("exclude_clip_ids", exclude_clip_ids), ("exclude_texts", exclude_texts)):
             if value is not None and len(value) != len(queries):
                 raise ValueError(f"`{name}` needs one entry per clip: got {len(value)} for {len(queries)} clips.")

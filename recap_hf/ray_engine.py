@@ -201,10 +201,16 @@ def _absolute(name: str) -> str:
     return name if "://" in name else str(Path(name).absolute())
 
 
+# What the captions depend on.
+_CAPTION_OPTIONS = (
+    *("model", "datastore", "k", "retrieval_diversity", "retrieval_score_drop", "num_beams", "max_new_tokens"),
+    *("rerank", "candidates", "do_sample", "batch_size", "dtype"),
+)
+
+
 def _caption_key(options: argparse.Namespace, names: Sequence[str], size: int) -> str:
-    keys = ("model", "datastore", "k", "num_beams", "max_new_tokens", "batch_size", "dtype")
     state = [(name, *_state(name)) for name in names]
-    settings = json.dumps([{key: getattr(options, key) for key in keys}, size, state], default=str)
+    settings = json.dumps([{key: getattr(options, key, None) for key in _CAPTION_OPTIONS}, size, state], default=str)
     return hashlib.sha256(settings.encode()).hexdigest()
 
 

@@ -150,3 +150,72 @@ def test_diversity_is_measured_on_mixtures(shared_dir, capsys):
     for found in result["settings"].values():
         assert 0 <= found["all"]["coverage"] <= 1
     assert result["settings"]["score drop 0.02"]["all"]["captions"] <= 4
+
+
+def test_the_choice_is_saved_with_a_captioner(tiny_model, decoder_tokenizer, clap_tokenizer, tmp_path):
+    """In the configuration, from there in the processor, and in what either saves; off by default."""
+    from recap_hf import RecapConfig, RecapProcessor
+
+    assert (tiny_model.config.retrieval_diversity, tiny_model.config.retrieval_score_drop) == (0.0, None)
+    tiny_model.config.retrieval_diversity, tiny_model.config.retrieval_score_drop = 0.25, 0.0
+    processor = RecapProcessor.from_config(tiny_model.config, decoder_tokenizer, clap_tokenizer)
+    tiny_model.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for each in (RecapConfig.from_pretrained(tmp_path), RecapProcessor.from_pretrained(tmp_path)):
+        assert (each.retrieval_diversity, each.retrieval_score_drop) == (0.25, 0.0)
+    for wrong in ({"retrieval_diversity": 1.5}, {"retrieval_diversity": "much"}, {"retrieval_score_drop": -0.1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            RecapConfig(**wrong)
+
+
+def test_a_processor_retrieves_as_it_is_set(tiny_processor, store):
+    tiny_processor.datastore = store
+    assert captions(tiny_processor.retrieve(QUERY, 2)) == ["dog", "a dog"]
+    tiny_processor.retrieval_diversity = 0.5
+    assert captions(tiny_processor.retrieve(QUERY, 2)) == ["dog", "dog and rain"]
+    tiny_processor.retrieval_diversity, tiny_processor.retrieval_score_drop = 0.0, 0.0
+    assert captions(tiny_processor.retrieve(QUERY, 4)) == ["dog"]
+
+
+def test_options_of_the_pipeline_and_the_commands(model_folder, clips, tmp_path, capsys):
+    """A drop of 0 leaves the nearest caption alone in the prompt, wherever it is asked for."""
+    import json
+
+    import soundfile
+
+    import recap_hf  # noqa: F401 (registers the pipeline)
+    from recap_hf.cli import main
+
+    recording = tmp_path / "clip.wav"
+    soundfile.write(recording, clips[0], 48_000)
+    asked = ["--model", model_folder, "--format", "json"]
+    found = []
+    for options in ([], ["--retrieval-score-drop", "0"], ["--retrieval_diversity", "1"]):
+        assert main(["caption", str(recording), *asked, *options]) == 0
+        found.append(json.loads(capsys.readouterr().out)[0]["retrieved"])
+    assert [len(hits) for hits in found] == [2, 1, 2]
+    assert found[1] == found[0][:1]
+    datastore = f"{model_folder}/datastore"
+    assert main(["datastore", "search", datastore, "--text", "rain falls", *asked, "--score-drop", "0"]) == 0
+    assert [hit["caption"] for hit in json.loads(capsys.readouterr().out)] == ["rain falls"]
+    for options, message in (
+        (["--retrieval-diversity", "2"], "from 0 to 1"),
+        (["--retrieval-score-drop", "-1"], "at least 0"),
+        (["--retrieval-score-drop", "x"], "invalid number value"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["caption", str(recording), *options])
+        assert message in capsys.readouterr().err
+
+
+def test_the_pipeline_saves_what_it_was_given(model_folder, tmp_path):
+    from transformers import pipeline
+
+    from recap_hf import RecapProcessor
+
+    given = {"retrieval_diversity": 0.5, "retrieval_score_drop": 0.1}
+    pipeline("audio-captioning", model=model_folder, **given).save_pretrained(tmp_path)
+    saved = RecapProcessor.from_pretrained(tmp_path)
+    assert {name: getattr(saved, name) for name in given} == given
+    with pytest.raises(ValueError, match="retrieval_diversity"):
+        pipeline("audio-captioning", model=model_folder, retrieval_diversity=-1)

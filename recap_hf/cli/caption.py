@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import IO, Any
 
+from recap_hf.cli.choice import add_choice_arguments
 from recap_hf.cli.numbers import count, positive
 from recap_hf.ray_engine import add_engine_arguments
 from recap_hf.timeline.options import FORMATS, add_timeline_arguments, usage_error
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "captions",
     )
     parser.add_argument("--k", type=count, help="captions in the prompt (default: the model's, 4 in the paper)")
+    add_choice_arguments(parser, "retrieval-")
     parser.add_argument("--num-beams", type=positive, help="beams of the search (default: the model's, 3)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest caption in tokens (default: the model's, 60)")
     parser.add_argument(
@@ -118,6 +120,7 @@ def load_captioner(args: argparse.Namespace) -> Any:
     decoding = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "k": args.k}
     # Not all commands that caption have these.
     decoding |= {name: getattr(args, name, None) or None for name in ("rerank", "candidates", "do_sample")}
+    decoding |= {name: getattr(args, name, None) for name in ("retrieval_diversity", "retrieval_score_drop")}
     return AudioCaptioningPipeline(
         model=model,
         processor=processor,

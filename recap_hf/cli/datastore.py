@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from recap_hf.cli.choice import add_choice_arguments
 from recap_hf.cli.numbers import count, positive
 from recap_hf.ray_engine import add_engine_arguments
 
@@ -79,6 +80,7 @@ def _add_search(actions: Any) -> None:
     query.add_argument("--text", help="search for captions like this one")
     query.add_argument("--audio", metavar="FILE", help="search for captions of this recording")
     parser.add_argument("--k", type=positive, default=4, help="how many (default: %(default)s)")
+    add_choice_arguments(parser)
     parser.add_argument("--exclude-clip-id", metavar="ID", help="leave out the captions of this clip, and equal texts")
     _add_model_options(parser)
     _add_format(parser)
@@ -354,7 +356,9 @@ def _search(args: argparse.Namespace) -> int:
     embedder = _embedder(args)
     store.check_encoder(embedder.fingerprint)
     queries = embedder.embed([args.text]) if args.text is not None else embedder.embed_audio(args.audio)
-    (hits,) = store.search(queries, args.k, [args.exclude_clip_id])
+    (hits,) = store.search(
+        queries, args.k, [args.exclude_clip_id], diversity=args.diversity or 0.0, score_drop=args.score_drop
+    )
     if args.format == "json":
         print(json.dumps(hits, ensure_ascii=False))
     for hit in hits if args.format == "text" else ():

@@ -66,6 +66,8 @@ def assemble(config: TrainingConfig) -> tuple[Any, Any]:
 # What a captioner takes along into another conditioning.
 _KEPT_SETTINGS = (
     "num_retrieved_captions",
+    "retrieval_diversity",
+    "retrieval_score_drop",
     "prompt_template",
     "caption_separator",
     "prompt_without_captions",

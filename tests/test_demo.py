@@ -135,7 +135,7 @@ def test_the_model_alone(handlers):
 
 def test_captions_can_be_chosen_before_there_is_a_recording(handlers):
     page = collected(handlers.use_own("visitor", "a door slams"))
-    assert page["said"][-1] == "Drawing on: Your own (1 caption). Now record or upload a sound."
+    assert page["said"][-1] == "Captions to look up: Your own (1 caption). Now record or upload a sound."
     page = collected(handlers.example("visitor", "Example"))
     assert "a door slams" in text_of(page["caption"])
 
@@ -221,6 +221,12 @@ def test_an_explanation_says_what_a_word_rests_on():
     # The page begins with the word that the sound matters most to, of those that are no article.
     pressed = re.findall(r'data-word="(\d)" aria-pressed="(\w+)"', html)
     assert [number for number, state in pressed if state == "true"] == ["2"]
+    # Only where something was heard is a place shown; elsewhere the whole picture is covered.
+    assert re.findall(r'<(?:img|div) class="rc-map( rc-unheard)?" data-map="(\d)"', html) == [
+        ("", "0"),
+        (" rc-unheard", "1"),
+        ("", "2"),
+    ]
     # Captions are listed for the one word that would be less likely without them.
     assert html.count("<ul") == 1
     assert "100 %" in said
@@ -399,6 +405,9 @@ def test_pictures_show_what_is_there():
     assert picture.time_marks[-1] == ("0:02.0", 100.0)
     assert pictures.clock(3_725) == "1:02:05"
     assert pictures.clock(59.96, decimals=True) == "1:00.0"
+    assert pictures.length_in_words(12.96) == "13.0 seconds"
+    assert pictures.length_in_words(59.96) == "1:00 minutes"
+    assert pictures.length_in_words(65) == "1:05 minutes"
     numbers = [float(number) for number in re.findall(r"[ML](?:[\d.]+),([\d.]+)", pictures.outline(tone))]
     assert min(numbers) == pytest.approx(2, abs=0.5)
     assert max(numbers) == pytest.approx(98, abs=0.5)

@@ -251,7 +251,7 @@ def test_record(visit, server):
 def test_markup_is_shown_as_text(visit):
     visit.page.get_by_label("Your own captions, one a line").fill(NASTY)
     visit.page.get_by_role("button", name="Use my captions").click()
-    visit.page.wait_for_selector("text=Drawing on: Your own (1 caption)")
+    visit.page.wait_for_selector("text=Captions to look up: Your own (1 caption)")
     visit.page.get_by_role("button", name="Flute").click()
     visit.until_described("Flute")
     assert visit.looked_up() == [NASTY]
@@ -275,15 +275,37 @@ def test_what_is_refused(visit, server, tmp_path):
     assert visit.overflow() == []
 
 
-@pytest.mark.xfail(reason="Gradio's page keeps silent when its server refuses an upload for its size")
-def test_an_upload_that_is_too_large_is_refused_aloud(visit, server, tmp_path):
+DROP_A_FILE = """([name, size]) => {
+    const data = new DataTransfer();
+    data.items.add(new File([new Uint8Array(size)], name, { type: "audio/wav" }));
+    const box = document.querySelector("#rc-upload button");
+    for (const type of ["dragenter", "dragover", "drop"])
+        box.dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true }));
+}"""
+
+
+def test_an_upload_that_is_too_large_is_refused_aloud_and_not_sent(visit, server, tmp_path):
+    sent = []
+    visit.page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    notice = visit.page.get_by_role("alert")
+    assert notice.count() == 0
     (tmp_path / "huge.wav").write_bytes(bytes(5_000_000))
     visit.upload(tmp_path / "huge.wav")
-    visit.page.wait_for_selector("text=/[Ff]ile size exceeded|larger than/")
+    visit.page.wait_for_selector("text=“huge.wav” has 5.0 MB; this page takes 4 MB at most.")
+    assert notice.is_visible()
     visit.screenshot("9-huge")
-    assert visit.page.locator(".rc-recording").count() == 0
-    wait_until(lambda: server.files() == [])
     assert visit.overflow() == []
+    # Dropped instead of chosen; markup in a file's name stays text.
+    visit.page.evaluate(DROP_A_FILE, ["<b>larger</b>.wav", 4_000_001])
+    visit.page.wait_for_selector("text=“<b>larger</b>.wav” has 4.1 MB")
+    assert [url for url in sent if "upload" in url] == []
+    assert visit.page.locator(".rc-recording").count() == 0
+    assert server.files() == []
+    # What is small enough is taken as ever, and the notice goes.
+    visit.upload(examples_path() / "bass_drum.flac")
+    visit.until_described("bass_drum.flac")
+    assert not notice.is_visible()
+    assert [url for url in sent if "upload" in url]
 
 
 def test_the_keyboard_reaches_everything_in_order_and_everything_has_a_name(browser, server):

@@ -159,7 +159,7 @@ class Handlers:
         """Describes the recording of a session, if there is one, with the captions that it has chosen."""
         choice = session.choice or self.captioner.choices[0]
         if session.recording is None:
-            yield {"status": views.status(f"Drawing on: {choice}. Now record or upload a sound.")}
+            yield {"status": views.status(f"Captions to look up: {choice}. Now record or upload a sound.")}
             return
         yield {
             **dict.fromkeys(("timeline", "explanation"), ""),

@@ -60,6 +60,7 @@ def build_page(captioner: DemoCaptioner, settings: DemoSettings | None = None) -
         with gradio.Row(equal_height=False):
             with gradio.Column(scale=3, min_width=320):
                 recorders = _recorders(settings)
+                gradio.HTML(views.too_large(settings), elem_id="rc-too-large")
                 examples = {}
                 with gradio.Row(elem_classes="rc-examples"):
                     gradio.HTML("No sound at hand? Try:", elem_classes="rc-try")
@@ -72,7 +73,7 @@ def build_page(captioner: DemoCaptioner, settings: DemoSettings | None = None) -
             with gradio.Column(scale=2, min_width=300):
                 gradio.HTML("<h2>Which captions to look up</h2>", elem_classes="rc-heading")
                 choices = gradio.Radio(
-                    captioner.choices, value=captioner.choices[0], label="Draw on", elem_id="rc-choices"
+                    captioner.choices, value=captioner.choices[0], label="Look them up in", elem_id="rc-choices"
                 )
                 own = gradio.Textbox(
                     label="Your own captions, one a line",

@@ -176,6 +176,11 @@ def clock(seconds: float, decimals: bool = False) -> str:
     return f"{hours}:{minutes:02d}:{text}" if hours else f"{minutes}:{text}"
 
 
+def length_in_words(seconds: float) -> str:
+    """A recording's length: `13.0 seconds`, from a minute on `1:05 minutes`."""
+    return f"{seconds:.1f} seconds" if seconds < 59.95 else f"{clock(seconds)} minutes"
+
+
 def player_source(waveform: np.ndarray, sampling_rate: int) -> str:
     """The recording as a data URI that every browser plays (MP3)."""
     import soundfile

@@ -16,6 +16,8 @@ from .recordings import Recording, duration
 
 # Nats: an effect of less than a twentieth of a word's probability is called none.
 _NOTHING = 0.05
+# A caption's weight that is shown as more than 0 %.
+_LEAST_WEIGHT = 0.005
 
 
 @cache
@@ -26,6 +28,7 @@ def _environment() -> Any:
         loader=PackageLoader("recap_hf.demo", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["clock"] = pictures.clock
+    environment.filters["length_in_words"] = pictures.length_in_words
     return environment
 
 
@@ -42,6 +45,11 @@ def status(message: str, kind: str = "idle", step: int = 0, steps: int = 0) -> s
         step, steps: progress, where there is any.
     """
     return _render("status", message=message, kind=kind, step=step, steps=steps)
+
+
+def too_large(settings: Any) -> str:
+    """What is shown, by the script, of a file that is too large to be sent; hidden at first."""
+    return _render("too_large", settings=settings)
 
 
 def recording(clip: Recording) -> str:
@@ -77,15 +85,18 @@ def explanation(why: CaptionExplanation | None, clip: Recording, picture: bytes 
     words = []
     for word in why.words:
         hits = sorted(zip(word.caption_weights, why.retrieved, strict=True), key=lambda pair: -pair[0])
+        # Where nothing was heard, no place was heard most.
+        heard = word.audio_effect > _NOTHING and word.audio_map.max(initial=0) > 0
+        place = (word.audio_map, why.time_edges_s, why.band_edges_hz)
         words.append(
             {
                 "text": word.text,
-                "map": pictures.spotlight(word.audio_map, why.time_edges_s, why.band_edges_hz, clip),
-                # Where nothing was heard, no place was heard most.
-                "time": _loudest_time(word.audio_map, why.time_edges_s) if word.audio_effect > _NOTHING else None,
+                "map": pictures.spotlight(*place, clip) if heard else None,
+                "time": _loudest_time(word.audio_map, why.time_edges_s) if heard else None,
                 "audio": _in_words(word.audio_effect, "without the sound"),
                 "captions": _in_words(word.captions_effect, "without the captions that were looked up"),
-                "rests_on_captions": bool(hits) and word.captions_effect > _NOTHING,
+                "rests_on_captions": any(weight >= _LEAST_WEIGHT for weight, _ in hits)
+                and word.captions_effect > _NOTHING,
                 "hits": [(float(weight), hit["caption"]) for weight, hit in hits],
             }
         )
@@ -112,12 +123,9 @@ def _caption_parts(why: CaptionExplanation) -> list[tuple[str, int | None]]:
     return [*parts, (why.caption[place:], None)]
 
 
-def _loudest_time(audio_map: np.ndarray, edges: np.ndarray) -> tuple[float, float] | None:
-    """The seconds that a word rests on most, or `None` where nothing in the sound speaks for it."""
-    weights = audio_map.sum(axis=0)
-    if weights.max(initial=0) <= 0:
-        return None
-    place = int(weights.argmax())
+def _loudest_time(audio_map: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
+    """The seconds that a word rests on most."""
+    place = int(audio_map.sum(axis=0).argmax())
     return float(edges[place]), float(edges[place + 1])
 
 

@@ -73,6 +73,37 @@
     if (event.target.classList?.contains("rc-player")) stopAt = null;
   });
 
+  // The server stops taking a file that is too large, and Gradio's page does not tell: it is told here, before the
+  // file is sent. Listeners on the way down, so that Gradio's own do not see the file.
+  function refuseTooLarge(event, files) {
+    const notice = document.querySelector("[data-max-bytes]");
+    if (!notice || !event.target.closest?.("#rc-upload")) return;
+    const large = [...(files || [])].find((file) => file.size > Number(notice.dataset.maxBytes));
+    notice.hidden = !large;
+    // Emptied first: the same name twice in a row is announced twice.
+    const text = notice.querySelector(".rc-status-text");
+    text.textContent = "";
+    if (!large) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    if (event.type === "change") event.target.value = "";
+    else event.target.dispatchEvent(new DragEvent("dragleave", { bubbles: true }));
+    const megabytes = (Math.ceil(large.size / 1e5) / 10).toFixed(1);
+    text.textContent = `“${large.name}” has ${megabytes} MB; ${notice.dataset.advice}`;
+    reveal(notice);
+  }
+  document.addEventListener("change", (event) => {
+    if (event.target.type === "file") refuseTooLarge(event, event.target.files);
+  }, true);
+  document.addEventListener("drop", (event) => refuseTooLarge(event, event.dataTransfer?.files), true);
+
+  function reveal(element) {
+    const box = element.getBoundingClientRect();
+    if (box.top >= 0 && box.bottom <= innerHeight) return;
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    element.scrollIntoView({ behavior: still ? "auto" : "smooth", block: "start" });
+  }
+
   // What the page is doing is read out, and on a phone it is scrolled to when something begins.
   function watchStatus(region) {
     region.setAttribute("role", "status");
@@ -83,11 +114,9 @@
       const busy = Boolean(line?.classList.contains("rc-busy"));
       const begins = busy && !wasBusy;
       wasBusy = busy;
-      const box = region.getBoundingClientRect();
-      if ((begins || line?.classList.contains("rc-refused")) && (box.top < 0 || box.bottom > innerHeight)) {
-        const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-        region.scrollIntoView({ behavior: still ? "auto" : "smooth", block: "start" });
-      }
+      const notice = document.querySelector("[data-max-bytes]");
+      if (begins && notice) notice.hidden = true;
+      if (begins || line?.classList.contains("rc-refused")) reveal(region);
     }).observe(region, { childList: true, subtree: true, characterData: true });
   }
   new MutationObserver((_, observer) => {

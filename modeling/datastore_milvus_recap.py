@@ -295,6 +295,9 @@ class MilvusCaptionDatastore(CaptionDatastore):
             kwargs: `token`, `search_params`.
         """
         address, collection = parse_milvus_name(name_or_path)
+        if "://" not in address and not os.path.exists(address):
+            # Milvus Lite would make one.
+            raise FileNotFoundError(f"{address}: no such file of Milvus Lite.")
         return cls(connect(address, kwargs.get("token")), collection, kwargs.get("search_params"))
 
     @classmethod

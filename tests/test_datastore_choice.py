@@ -219,3 +219,19 @@ def test_the_pipeline_saves_what_it_was_given(model_folder, tmp_path):
     assert {name: getattr(saved, name) for name in given} == given
     with pytest.raises(ValueError, match="retrieval_diversity"):
         pipeline("audio-captioning", model=model_folder, retrieval_diversity=-1)
+
+
+def test_the_captions_that_follow_are_measured_too(shared_dir, monkeypatch, capsys):
+    from recap_hf.datastore import diversity
+
+    settings = {name: diversity.SETTINGS[name] for name in ("nearest 4", "diversity 0.3")}
+    monkeypatch.setattr(diversity, "SETTINGS", settings)
+    sounds = str(shared_dir / "data" / "sound_events")
+    assert diversity.main(["--sounds", sounds, "--mixtures", "3", "--captions", "--device", "cpu"]) == 0
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.endswith("| of the generated caption |")
+    assert [row.split(" | ")[0] for row in rows] == ["| nearest 4", "| diversity 0.3"]
+    for row in rows:
+        coverage, precision = map(float, row.split(" | ")[-1].strip(" |").split(" / "))
+        assert 0 <= coverage <= 1
+        assert 0 <= precision <= 1

@@ -133,6 +133,9 @@ def test_what_cannot_be_done_is_said(store, name, tmp_path):
         MilvusCaptionDatastore.from_datastore(store, name)
     with pytest.raises(FileNotFoundError, match="no collection 'other'"):
         CaptionDatastore.from_pretrained(name.replace("#captions", "#other"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        CaptionDatastore.from_pretrained(f"milvus:{tmp_path / 'absent.db'}")
+    assert not (tmp_path / "absent.db").exists()
     # Lite knows no DISKANN; a refused export leaves nothing behind.
     refused = f"milvus:{tmp_path / 'refused.db'}#captions"
     with pytest.raises(ValueError, match="DISKANN"):
@@ -182,7 +185,26 @@ def test_command_line(tmp_path, capsys):
     assert (info["captions"], info["index"]["backend"]) == (5, "milvus")
     assert main(["datastore", "export", str(store), "--to", "milvus", "--uri", str(uri)]) == 1
     assert "already" in capsys.readouterr().err
-    from recap_hf.cli.caption import load_captioner  # noqa: F401 (the option is read by the same function)
-
     opened = open_datastore(name, None, None)
     assert opened.captions == CaptionDatastore.from_pretrained(store).captions
+    opened.collection.client.close()
+    caption_from_both(store, name, tmp_path, capsys)
+
+
+def caption_from_both(store, name, tmp_path, capsys):
+    """`recap caption` prompts and answers the same from files and from Milvus, and the diverse ones too."""
+    import soundfile
+
+    recording = tmp_path / "clip.wav"
+    times = np.arange(48_000 * 2) / 48_000
+    soundfile.write(recording, 0.3 * np.sin(2 * np.pi * 440 * times) * np.exp(-3 * (times % 0.5)), 48_000)
+    for options in ([], ["--retrieval-diversity", "0.5"], ["--retrieval-score-drop", "0"]):
+        answers = []
+        for where in (str(store), name):
+            assert main(["caption", str(recording), "--datastore", where, "--format", "json", *options]) == 0
+            answers.append(json.loads(capsys.readouterr().out))
+        assert answers[0] == answers[1]
+        assert len(answers[0][0]["retrieved"]) == (1 if "0" in options else 4)
+    missing = name.replace("#captions", "#others")
+    assert main(["caption", str(recording), "--datastore", missing]) == 1
+    assert "no collection 'others'; it has: captions" in capsys.readouterr().err

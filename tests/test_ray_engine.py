@@ -145,6 +145,9 @@ def test_parts_are_counted_by_the_log(tmp_path):
     assert begun(log) == {0: 2, 1: 1}
 
 
-def test_what_ray_cannot_do_is_said(capsys):
-    assert main(["caption", "-", "--engine", "ray", "--output", "captions.txt"]) == 1
+def test_what_ray_cannot_do_is_said_and_leaves_an_older_output(tmp_path, capsys):
+    output = tmp_path / "captions.txt"
+    output.write_text("of an earlier run")
+    assert main(["caption", "-", "--engine", "ray", "--output", str(output)]) == 1
     assert "standard input" in capsys.readouterr().err
+    assert output.read_text() == "of an earlier run"

@@ -8,6 +8,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import IO, Any
 
 from recap_hf.cli.choice import add_choice_arguments
@@ -80,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
         return run_timeline(args, names, load_captioner)
     entries = _captioned(args, names)
     failed = 0
+    # What keeps a run from beginning is known with the first recording: only then is an older output replaced.
+    first = list(islice(entries, 1))
     with _output(args.output) as file, _progress(len(names)) as progress:
         writer = _WRITERS[args.format](file)
-        for entry in entries:
+        for entry in chain(first, entries):
             if entry.error is not None:
                 failed += 1
                 progress.write(f"recap caption: {entry.name}: {entry.error}")

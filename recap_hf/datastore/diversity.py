@@ -1,9 +1,10 @@
 """What diverse retrieval and a k that follows the scores bring: coverage and precision on mixtures of known sounds.
 
-    python -m recap_hf.datastore.diversity --sounds DIR --fold 5
+    python -m recap_hf.datastore.diversity --sounds DIR --fold 5 --captions
 
 Two sounds are mixed, overlapping or one after the other; of the captions that each mixture retrieves, `coverage` is
 the share of its two sounds that any of them names, `precision` the share of the sounds that they name that are in it.
+With `--captions` the captioner is prompted with them, and the same is said of the one caption that it makes of each.
 """
 
 from __future__ import annotations
@@ -87,15 +88,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             kind: coverage_and_precision([texts[n] for n in rows], [set(items[n].events) for n in rows], rules.named)
             for kind, rows in kinds.items()
         }
+        if args.captions:
+            made = _captions(embedder, [item.waveform.astype(np.float32) for item in items], options, args.k)
+            truths = [set(item.events) for item in items]
+            found = coverage_and_precision([[caption] for caption in made], truths, rules.named)
+            result["settings"][name]["generated"] = found
     return result
+
+
+def _captions(embedder: Any, waveforms: list[np.ndarray], options: dict[str, float], k: int) -> list[str]:
+    """Captions of recordings, prompted with captions that are chosen so."""
+    from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
+
+    processor = embedder.processor
+    processor.retrieval_diversity = options.get("diversity", 0.0)
+    processor.retrieval_score_drop = options.get("score_drop")
+    captioner = AudioCaptioningPipeline(model=embedder.model, processor=processor)
+    return [result["caption"] for result in captioner(waveforms, k=k, batch_size=8)]
 
 
 def table(result: dict[str, Any]) -> str:
     """The settings as a table in Markdown."""
-    lines = [
-        "| setting | captions | coverage / precision | overlapping | in sequence |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    columns = ["setting", "captions", "coverage / precision", "overlapping", "in sequence"]
+    if any("generated" in found for found in result["settings"].values()):
+        columns.append("of the generated caption")
+    lines = [f"| {' | '.join(columns)} |", "| " + " | ".join("---" for _ in columns) + " |"]
     for name, found in result["settings"].items():
         cells = [f"{found[kind]['coverage']:.3f} / {found[kind]['precision']:.3f}" for kind in found]
         lines.append(f"| {name} | {found['all']['captions']:.2f} | {' | '.join(cells)} |")
@@ -111,6 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="folder or Hub id of a captioner (default: the embedded recap-tiny)")
     parser.add_argument("--device", help="of the model")
     parser.add_argument("--k", type=int, default=4, help="captions at most (default: %(default)s)")
+    parser.add_argument(
+        "--captions", action="store_true", help="caption the mixtures too, prompted with what was found"
+    )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
     args = parser.parse_args(argv)
     result = run(args)

@@ -215,6 +215,8 @@ class Queries:
         self.vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         self.own = own
         self._thresholds: dict[int, np.ndarray] = {}
+        # Of each query the rows that were scored, ascending, and their scores.
+        self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def half(self, first: int) -> Queries:
         """Every second query from the first or the second on, with the thresholds that are known."""
@@ -225,15 +227,30 @@ class Queries:
     def scores(self, embeddings: Any, rows: np.ndarray) -> np.ndarray:
         """Cosines of the rows found for each query; its own row and padding are -inf."""
         found = np.full(rows.shape, -np.inf)
-        at_once = max(1, _SCATTERED_ROWS // rows.shape[1])
+        read = 0
         for number, each in enumerate(rows):
-            if number % at_once == 0:
-                release(embeddings)
             valid = (each >= 0) & (each != self.own[number])
-            vectors = np.asarray(embeddings[each[valid]], dtype=np.float64)
-            found[number, valid] = vectors @ self.vectors[number].astype(np.float64)
+            read += self._read(embeddings, number, each[valid])
+            if read >= _SCATTERED_ROWS:
+                release(embeddings)
+                read = 0
+            known, scores = self._known[number]
+            found[number, valid] = scores[np.searchsorted(known, each[valid])]
         release(embeddings)
         return found
+
+    def _read(self, embeddings: Any, number: int, rows: np.ndarray) -> int:
+        """Scores rows that a query has not found before, and returns how many: with more effort it mostly finds the
+        same again, and each read may be one of the disk."""
+        known, scores = self._known.get(number, (np.empty(0, np.int64), np.empty(0)))
+        new = np.setdiff1d(rows, known)
+        if len(new) or number not in self._known:
+            vectors = np.asarray(embeddings[new], dtype=np.float64)
+            known = np.concatenate([known, new])
+            scores = np.concatenate([scores, vectors @ self.vectors[number].astype(np.float64)])
+            order = np.argsort(known)
+            self._known[number] = known[order], scores[order]
+        return len(new)
 
     def threshold(self, embeddings: Any, k: int) -> np.ndarray:
         """The exact k-th best cosine of each query."""

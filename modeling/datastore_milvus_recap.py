@@ -11,6 +11,7 @@ for comparison) and `record` (all other values, JSON); its properties say which 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -81,6 +82,10 @@ def connect(address: str, token: str | None = None) -> Any:
     """
     if MilvusClient is None:
         raise ImportError("Captions in Milvus need pymilvus: pip install recap-hf[milvus]")
+    if "://" not in address:
+        # What it refuses it says to the caller; the traceback that its server thread logs besides helps nobody.
+        for name in ("milvus_lite", "grpc._server"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return MilvusClient(address, token=token or os.environ.get("MILVUS_TOKEN", ""))
     except MilvusException as error:

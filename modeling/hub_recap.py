@@ -305,6 +305,10 @@ def fetch_datastore(
     Raises:
         OSError: it cannot be had; the message names repository, revision and remedy.
     """
+    if Path(repo_id).is_file():
+        raise NotADirectoryError(
+            f"{repo_id}: a file, not the folder of a datastore. Make one of its captions: recap datastore build."
+        )
     action = "load a datastore from"
     if repo_type != "model":
         # The Parquet files are for the viewer and `load_dataset`; the datastore does not read them.

@@ -22,7 +22,7 @@ def load_pair(
         quiet: without transformers' loading bars and hints, which would stand between results on a terminal.
 
     Raises:
-        OSError: if there is no such checkpoint.
+        OSError: if there is no such checkpoint. ValueError: for a device that this machine lacks.
     """
     import torch
 
@@ -35,6 +35,8 @@ def load_pair(
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"the device {device!r} is not there: torch sees no GPU on this machine. Try 'cpu'")
     source = str(name or default_model_path())
     options = {"dtype": getattr(torch, dtype)} if dtype else {}
     model = RecapForConditionalGeneration.from_pretrained(source, **options).eval()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from recap_hf.cli import main
 
@@ -75,18 +76,45 @@ def test_search_by_audio(recap, checkpoint, tmp_path, clips):
     assert scores == sorted(scores, reverse=True)
 
 
-def test_errors_are_a_line(recap, checkpoint, captions_file, tmp_path):
+def test_errors_are_a_line(recap, checkpoint, captions_file, tmp_path, capsys):
     missing = recap("info", tmp_path / "absent", status=1).err
     assert missing.startswith("recap datastore: error: ")
     assert "Traceback" not in missing
     assert (
         "absent.csv" in recap("build", "absent.csv", "--output", tmp_path / "s", "--model", checkpoint, status=1).err
     )
+    assert not (tmp_path / "s").exists()
+    build = ("build", captions_file, "--output", tmp_path / "s", "--model", checkpoint)
+    for options, said in (
+        (("--index", "bogus"), "no kind of index"),
+        (("--recall", "2"), "at most 1"),
+        (("--device", "cuda:7"), "no GPU") if not torch.cuda.is_available() else ((), ""),
+    ):
+        if said:
+            # Before anything is embedded, and nothing is left behind.
+            assert said in recap(*build, *options, status=1).err
+            assert not (tmp_path / "s").exists()
+    assert "is a file" in recap(*build[:3], captions_file, "--model", checkpoint, status=1).err
+    assert "a file, not the folder" in recap("info", captions_file, status=1).err
+    (tmp_path / "empty.txt").write_text("\n")
+    nothing = ("build", tmp_path / "empty.txt", "--output", tmp_path / "s", "--model", checkpoint)
+    assert "the sources hold none" in recap(*nothing, status=1).err
     pairs = ("--columns", "caption", "--model", checkpoint)
     assert "OURS=THEIRS" in recap("build", captions_file, "--output", tmp_path / "s", *pairs, status=1).err
-    with pytest.raises(SystemExit) as caught:
-        main(["datastore", "search", str(tmp_path)])
-    assert caught.value.code == 2
+    for wrong in (("search", tmp_path), ("export", tmp_path, "--to", "milvus", "--index-params", "{bad")):
+        with pytest.raises(SystemExit) as caught:
+            main(["datastore", *map(str, wrong)])
+        assert caught.value.code == 2
+    assert "expected a JSON object, got '{bad'" in capsys.readouterr().err
+
+
+def test_a_merge_replaces_no_datastore(recap, checkpoint):
+    store = checkpoint / "datastore"
+    twice = checkpoint / "twice"
+    assert recap("merge", store, store, "--output", twice).out == "added: 8\n"
+    assert "holds a datastore already" in recap("merge", store, store, "--output", twice, status=1).err
+    assert "captions: 16" in recap("info", twice, "--queries", "0").out
+    assert "--text is empty" in recap("search", store, "--text", " ", "--model", checkpoint, status=1).err
 
 
 def test_help_does_not_import_torch():

@@ -188,7 +188,28 @@ def test_command_line(tmp_path, capsys):
     opened = open_datastore(name, None, None)
     assert opened.captions == CaptionDatastore.from_pretrained(store).captions
     opened.collection.client.close()
+    edit_by_commands(name, tmp_path, capsys)
     caption_from_both(store, name, tmp_path, capsys)
+
+
+def edit_by_commands(name, tmp_path, capsys):
+    """Captions are added and removed; what a collection cannot do is said."""
+    more = tmp_path / "more.csv"
+    more.write_text("caption,clip_id\na cow moos,c1\nwind blows,c2\n")
+    assert main(["datastore", "add", name, str(more)]) == 0
+    assert "added: 2" in capsys.readouterr().out
+    assert main(["datastore", "remove", name, "--clip-id", "C1.wav", "--text", "Wind blows."]) == 0
+    assert capsys.readouterr().out == "removed: 2\n"
+    assert main(["datastore", "info", name, "--queries", "0", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["captions"] == 5
+    everything = [option for row in range(5) for option in ("--row", str(row))]
+    assert main(["datastore", "remove", name, *everything]) == 1
+    assert "would leave no caption" in capsys.readouterr().err
+    for wrong in (["filter", name, "--max-tokens", "0"], ["index", name], ["merge", name, name]):
+        assert main(["datastore", *wrong]) == 1
+        assert "is in Milvus, where captions are added and removed" in capsys.readouterr().err
+    assert main(["datastore", "verify", name]) == 1
+    assert "is in Milvus" in capsys.readouterr().out
 
 
 def caption_from_both(store, name, tmp_path, capsys):
@@ -207,4 +228,4 @@ def caption_from_both(store, name, tmp_path, capsys):
         assert len(answers[0][0]["retrieved"]) == (1 if "0" in options else 4)
     missing = name.replace("#captions", "#others")
     assert main(["caption", str(recording), "--datastore", missing]) == 1
-    assert "no collection 'others'; it has: captions" in capsys.readouterr().err
+    assert "no collection 'others' (it has: captions)" in capsys.readouterr().err

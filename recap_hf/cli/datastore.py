@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from recap_hf.cli.choice import add_choice_arguments
@@ -157,7 +158,10 @@ def _add_export(actions: Any) -> None:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r} ({error})") from error
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     return found
@@ -352,6 +356,8 @@ def _info(args: argparse.Namespace) -> int:
 def _search(args: argparse.Namespace) -> int:
     from recap_hf import CaptionDatastore
 
+    if args.text is not None and not args.text.strip():
+        raise ValueError("--text is empty: give the words to search for")
     store = CaptionDatastore.from_pretrained(args.folder)
     embedder = _embedder(args)
     store.check_encoder(embedder.fingerprint)
@@ -390,8 +396,11 @@ def _remove(args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     from recap_hf import CaptionDatastore
     from recap_hf.datastore import merge_datastores
+    from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
 
     if args.output:
+        if Path(args.output, MANIFEST_NAME).is_file():
+            raise FileExistsError(f"{args.output} holds a datastore already: give another --output")
         CaptionDatastore.from_pretrained(args.folder).save_pretrained(args.output)
     print(f"added: {merge_datastores(args.output or args.folder, args.others)}")
     return 0

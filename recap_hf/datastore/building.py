@@ -22,7 +22,7 @@ from recap_hf.modeling.datastore_writing_recap import add_file, locked, write_ar
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 from .filters import CaptionFilter, FilterOptions
-from .indexing import DEFAULT_RECALL, build_index
+from .indexing import DEFAULT_RECALL, build_index, check_index
 from .processes import process_pool
 from .sources import SourceOptions, read_source
 
@@ -73,7 +73,8 @@ def build_datastore(
         The datastore, opened.
 
     Raises:
-        FileExistsError: `output` holds a datastore. ValueError: no caption is left. OSError: a source is missing.
+        FileExistsError: `output` holds a datastore. ValueError: no caption is left, or there is no such index.
+        OSError: a source is missing.
     """
     folder = Path(output)
     if dtype not in DTYPES:
@@ -83,10 +84,20 @@ def build_datastore(
             f"{folder} holds a datastore already. To add to it: recap datastore add {folder} FILE...; to replace it, "
             "give --overwrite"
         )
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; the datastore needs a folder of its own")
+    # Known before an hour of embedding, not after it.
+    check_index(index, recall, embedder.fingerprint.shape[1])
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         work = folder / WORK_NAME
-        plan = _plan(work, sources, source_options, filter_options, embedder, chunk_captions, progress)
+        try:
+            plan = _plan(work, sources, source_options, filter_options, embedder, chunk_captions, progress)
+        except BaseException:
+            # Nothing is embedded yet: nothing to take up.
+            shutil.rmtree(folder if made else work, ignore_errors=True)
+            raise
         chunks = _Chunks(work, plan["kept"], chunk_captions)
         workers = _ray_workers(ray_address, progress) if engine == "ray" else _workers
         embeddings = _embed(chunks, embedder, processes, workers, progress)
@@ -131,7 +142,8 @@ def _plan(
             write_records(file, caption_filter.filter(read_source(source, source_options), Path(str(source)).name))
     report = caption_filter.report()
     if not report["kept"]:
-        raise ValueError(f"No caption is left of {report['read']} read: {json.dumps(report['dropped'])}")
+        why = f"left out: {json.dumps(report['dropped'])}" if report["read"] else "the sources hold none"
+        raise ValueError(f"No caption is left of {report['read']} read; {why}")
     plan = {"key": key, "kept": report["kept"], "report": report}
     _write_json(path, plan)
     return plan

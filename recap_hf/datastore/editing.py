@@ -18,6 +18,7 @@ import numpy as np
 
 from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
 from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS, LiveEmbeddings, LiveRows, OpenedFiles, open_files
+from recap_hf.modeling.datastore_milvus_recap import is_milvus_name
 from recap_hf.modeling.datastore_writing_recap import (
     add_file,
     delete_leftovers,
@@ -29,6 +30,7 @@ from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 from .filters import CaptionFilter, FilterOptions
 from .indexing import DEFAULT_RECALL, EXACT_UP_TO, build_index
+from .milvus_editing import add_to_milvus, refuse_milvus, remove_from_milvus
 
 # Captions beside the index are searched exactly; when they are more than this share of it, it is made again.
 _UNINDEXED_SHARE = 0.2
@@ -192,6 +194,7 @@ def editing(folder: str | Path) -> Iterator[Edit]:
     Raises:
         OSError: there is no datastore, or another process is writing it. ValueError: it is damaged.
     """
+    refuse_milvus(folder)
     folder = Path(folder)
     open_files(folder, verify=False)
     with locked(folder, _LOCK_TIMEOUT_S):
@@ -210,7 +213,7 @@ def add_captions(
     """Adds captions; what is there already is neither embedded nor written again.
 
     Args:
-        folder: of the datastore.
+        folder: of the datastore, or `milvus:URI#COLLECTION`.
         records: with a `caption` and what else is known (see [`read_source`]).
         embedder ([`CaptionEmbedder`]): of the encoder that made the datastore.
         filter_options: which are left out; duplicates are told from the datastore's captions too.
@@ -219,6 +222,8 @@ def add_captions(
     Returns:
         The report of the filter, with `added`.
     """
+    if is_milvus_name(folder):
+        return add_to_milvus(str(folder), records, embedder, filter_options)
     options = filter_options or FilterOptions()
     with editing(folder) as edit:
         _require_text_keys(edit, "captions cannot be added to a datastore keyed by audio")
@@ -259,9 +264,13 @@ def remove_captions(folder: str | Path, selection: Selection, purge: bool = Fals
     """Removes captions, and returns how many.
 
     Args:
+        folder: of the datastore, or `milvus:URI#COLLECTION`.
+        selection: which.
         purge: delete their texts and embeddings from the disk too, now: the datastore is written again as one
             segment, and an index made again.
     """
+    if is_milvus_name(folder):
+        return remove_from_milvus(str(folder), selection)
     with editing(folder) as edit:
         matches = selection.matcher(len(edit.opened.records))
         rows = np.array(
@@ -295,6 +304,8 @@ def filter_datastore(
 
 def merge_datastores(folder: str | Path, others: Sequence[str | Path], index: str = "auto") -> int:
     """Adds the captions of other datastores of the same encoder, with their embeddings; returns how many."""
+    for each in (folder, *others):
+        refuse_milvus(each)
     opened = [open_files(Path(other)) for other in others]
     with editing(folder) as edit:
         for each in opened:

@@ -30,6 +30,8 @@ def export_datastore(store: Any, path: str | Path, embeddings: str | Path | None
     suffix = path.suffix.lower()
     if suffix not in EXPORT_SUFFIXES:
         raise ValueError(f"{path}: captions are exported to {', '.join(EXPORT_SUFFIXES)} files, not to {suffix!r}")
+    for target in (path, *([] if embeddings is None else [Path(embeddings)])):
+        target.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".parquet":
         _write_parquet(store.records, path)
     elif suffix == ".csv":

@@ -80,6 +80,28 @@ def factory_string(kind: str, num_rows: int, dimension: int) -> str | None:
     return strings.get(kind, kind)
 
 
+def check_index(kind: str, recall: float, dimension: int) -> None:
+    """Refuses what [`build_index`] could not do, before there is anything to index.
+
+    Raises:
+        ValueError: for an unknown kind, or a recall that is no share. ImportError: without FAISS.
+    """
+    if not 0 < recall <= 1:
+        raise ValueError(f"`recall` must be above 0 and at most 1, got {recall}")
+    if kind in ("auto", "exact"):
+        return
+    faiss = _faiss()
+    if kind in INDEX_KINDS:
+        return
+    try:
+        faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{kind!r} is no kind of index for dimension {dimension}: expected {', '.join(INDEX_KINDS)} or a FAISS "
+            "string"
+        ) from error
+
+
 def build_index(
     embeddings: Any,
     kind: str = "auto",
@@ -107,9 +129,8 @@ def build_index(
         ValueError: for an unknown kind, or a target between the bounds of none.
         ImportError: without FAISS.
     """
-    if not 0 < recall <= 1:
-        raise ValueError(f"`recall` must be above 0 and at most 1, got {recall}")
     num_rows, dimension = embeddings.shape
+    check_index(kind, recall, dimension)
     string = factory_string(kind, num_rows, dimension)
     if string is None:
         return None
@@ -144,12 +165,7 @@ def _filled(
         return faiss.read_index(str(checkpoint)), about["build_s"]
     num_rows, dimension = embeddings.shape
     started = time.perf_counter()
-    try:
-        index = faiss.index_factory(dimension, string, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{kind!r} is no kind of index: expected {', '.join(INDEX_KINDS)} or a FAISS string"
-        ) from error
+    index = faiss.index_factory(dimension, string, faiss.METRIC_INNER_PRODUCT)
     index.train(_training_rows(embeddings, getattr(index, "nlist", 256), rng))
     coarse = faiss.downcast_index(index.quantizer) if hasattr(index, "quantizer") else None
     if hasattr(coarse, "k_factor"):
@@ -386,6 +402,7 @@ __all__ = [
     "RECALL_AT",
     "Queries",
     "build_index",
+    "check_index",
     "exact_rows",
     "factory_string",
     "tuning_queries",

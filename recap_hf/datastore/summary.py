@@ -15,6 +15,7 @@ from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 from .filters import DuplicateCounter
 from .indexing import RECALL_AT, TUNING_QUERIES, Queries, exact_rows, tuning_queries
+from .milvus_editing import refuse_milvus
 
 _HUB_RANK = 10
 _NORM_TOLERANCE = {"float32": 1e-3, "float16": 4e-3, "int8": 1e-3}
@@ -134,6 +135,7 @@ def verify_datastore(folder: str | Path, embedder: Any = None) -> list[str]:
             embedded again too.
     """
     try:
+        refuse_milvus(folder)
         opened = open_files(Path(folder))
         store = CaptionDatastore.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -137,6 +137,9 @@ def _index_bytes(store: Any) -> int:
 
 def grow(args: argparse.Namespace, note: Callable[[str], None]) -> dict[str, Any]:
     """Measures every size; what an earlier run has measured is kept."""
+    # Read by the processes that are started below. Threads that spin while they wait for each other made a build take
+    # thirty times as long on cores that were shared with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     work = Path(args.work)
     path = work / "growth.json"
     done = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sizes": []}

@@ -88,7 +88,7 @@ def measure_size(
     from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
     from .editing import index_datastore
-    from .indexing import Queries, with_audio_gap
+    from .indexing import RECALL_AT, Queries, find_thresholds, with_audio_gap
 
     # Filled, tuned and measured in as many runs as it takes.
     checkpoint = folder.with_suffix(".filling")
@@ -110,8 +110,10 @@ def measure_size(
         "index_mb": round(_index_bytes(store) / 2**20, 1),
     }
     gap = with_audio_gap(text, np.random.default_rng([seed, 2]))
-    for name, vectors in (("text", text), ("gap", gap)):
-        asked = Queries(name, vectors, np.full(len(vectors), -1))
+    sorts = [Queries(name, vectors, np.full(len(vectors), -1)) for name, vectors in (("text", text), ("gap", gap))]
+    find_thresholds(sorts, store.embeddings, RECALL_AT)
+    for asked in sorts:
+        name, vectors = asked.name, asked.vectors
         rows = [store.candidate_rows(query[None], 4)[0] for query in vectors]
         padded = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
         for number, row in enumerate(rows):

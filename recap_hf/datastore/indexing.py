@@ -271,16 +271,23 @@ class Queries:
     def threshold(self, embeddings: Any, k: int) -> np.ndarray:
         """The exact k-th best cosine of each query."""
         if k not in self._thresholds:
-            rows = exact_rows(self.vectors, embeddings, min(k + 1, len(embeddings)))
-            scores = -np.sort(-self.scores(embeddings, rows), axis=1)
-            # The own row takes a place of the k + 1 where it is among them.
-            self._thresholds[k] = scores[:, min(k, scores.shape[1]) - 1]
+            find_thresholds([self], embeddings, k)
         return self._thresholds[k]
 
     def recall(self, embeddings: Any, rows: np.ndarray, k: int) -> float:
         """Tie-aware recall@k: how many of the best k of `rows` score at least the exact k-th, less 1e-5."""
         best = -np.sort(-self.scores(embeddings, rows), axis=1)[:, :k]
         return float((best >= self.threshold(embeddings, k)[:, None] - TIE).sum() / (k * len(rows)))
+
+
+def find_thresholds(queries: Sequence[Queries], embeddings: Any, k: int) -> None:
+    """The exact k-th best cosine of every query, of all sorts in one reading of the embeddings."""
+    rows = exact_rows(np.concatenate([each.vectors for each in queries]), embeddings, min(k + 1, len(embeddings)))
+    ends = np.cumsum([len(each.vectors) for each in queries])
+    for each, own in zip(queries, np.split(rows, ends[:-1]), strict=True):
+        scores = -np.sort(-each.scores(embeddings, own), axis=1)
+        # The own row takes a place of the k + 1 where it is among them.
+        each._thresholds[k] = scores[:, min(k, scores.shape[1]) - 1]
 
 
 def exact_rows(queries: np.ndarray, embeddings: Any, count: int) -> np.ndarray:
@@ -333,8 +340,7 @@ def tune(index: SearchIndex, embeddings: Any, queries: Sequence[Queries], recall
     Returns:
         Whether any pair reaches the target.
     """
-    for each in queries:
-        each.threshold(embeddings, k)
+    find_thresholds(queries, embeddings, k)
     chosen = [each.half(0) for each in queries]
     held_out = [each.half(1) for each in queries]
     largest = getattr(index.index, "nlist", 4096)
@@ -405,6 +411,7 @@ __all__ = [
     "check_index",
     "exact_rows",
     "factory_string",
+    "find_thresholds",
     "tuning_queries",
     "with_audio_gap",
 ]

@@ -126,18 +126,21 @@ def compare(
 def format_comparison(result: dict[str, Any]) -> str:
     """The comparison as a Markdown table."""
     lines = [
-        "| captions | precision | recall | F1 [95 %] | exact set | F1 - no reranking [95 %] | changed |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| captions | precision | recall | F1 [95 %] | exact set | F1 - no reranking [95 %] | "
+        "recall - no reranking [95 %] | changed |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in result.items():
         value, (low, high) = row["figures"], row["interval"]["f1"]
-        difference, changed = "", ""
+        differences, changed = ["", ""], ""
         if "difference" in row:
-            gain = row["difference"]["f1"]
-            difference = f"{gain['value']:+.3f} [{gain['interval'][0]:+.3f}, {gain['interval'][1]:+.3f}]"
+            gains = [row["difference"][name] for name in ("f1", "recall")]
+            differences = [
+                f"{gain['value']:+.3f} [{gain['interval'][0]:+.3f}, {gain['interval'][1]:+.3f}]" for gain in gains
+            ]
             changed = f"{row['changed']:.2f}"
         shares = f"{value['precision']:.3f} | {value['recall']:.3f} | {value['f1']:.3f} [{low:.3f}, {high:.3f}]"
-        lines.append(f"| {name} | {shares} | {value['exact_set']:.3f} | {difference} | {changed} |")
+        lines.append(f"| {name} | {shares} | {value['exact_set']:.3f} | {' | '.join(differences)} | {changed} |")
     return "\n".join(lines)
 
 

@@ -73,6 +73,13 @@ def test_text_and_tsv():
         "[00:00:01.250 --> 01:01:01.500]  a dog barks",
     ]
     assert written("text").endswith("summary: a dog barks\n")
+    # A recording that cannot be read leaves no line.
+    file = io.StringIO()
+    writer = WRITERS["text"](file)
+    for name, summary in (("broken.wav", None), ("street.flac", SUMMARY)):
+        writer.begin(name)
+        writer.end(summary)
+    assert file.getvalue() == "street.flac\nsummary: a dog barks\n"
     rows = list(csv.DictReader(io.StringIO(written("tsv")), delimiter="\t", quoting=csv.QUOTE_NONE))
     assert [(int(row["start"]) / 1000, int(row["end"]) / 1000, row["text"]) for row in rows] == [
         (*time, text) for time, text in zip(times(), TEXTS, strict=True)

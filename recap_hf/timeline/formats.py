@@ -81,19 +81,21 @@ class TimelineWriter:
 
 
 class TextWriter(TimelineWriter):
-    """A line a segment, as whisper prints them, and the summary."""
+    """The recording's name, a line a segment, as whisper prints them, and the summary."""
 
     def begin(self, name: str) -> None:
         super().begin(name)
-        self.file.write(f"{name}\n")
+        # Written with the first segment: a recording that cannot be read has none.
+        self.heading = f"{name}\n"
 
     def segment(self, segment: dict[str, Any]) -> None:
         times = f"[{clock(segment['start'])} --> {clock(segment['end'])}]"
-        self.file.write(f"{times}  {one_line(segment['caption'])}\n")
+        self.file.write(f"{self.heading}{times}  {one_line(segment['caption'])}\n")
+        self.heading = ""
 
     def end(self, summary: dict[str, Any] | None) -> None:
         if summary is not None:
-            self.file.write(f"summary: {one_line(summary['caption'])}\n")
+            self.file.write(f"{self.heading}summary: {one_line(summary['caption'])}\n")
 
 
 class JsonWriter(TimelineWriter):

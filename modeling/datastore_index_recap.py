@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ logger = logging.getLogger(__name__)
 
 # Rows that are converted to float32 at a time, where embeddings are stored in another type.
 _BLOCK_ROWS = 1 << 15
+
+
+@contextmanager
+def threads_for(num_queries: int, faiss: Any) -> Iterator[None]:
+    """FAISS's threads for a search: one for one query. More save nothing there, and on a busy machine each is waited
+    for."""
+    threads = faiss.omp_get_max_threads()
+    if num_queries > 1 or threads == 1:
+        yield
+        return
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 def searchable(part: Any) -> Any:
@@ -46,7 +62,8 @@ def exact_neighbours(queries: np.ndarray, embeddings: np.ndarray, count: int, fa
         return np.empty((len(queries), 0), np.int64)
     if faiss is not None and embeddings.dtype == np.float32:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        return faiss.knn(queries, np.ascontiguousarray(embeddings), count, metric=faiss.METRIC_INNER_PRODUCT)[1]
+        with threads_for(len(queries), faiss):
+            return faiss.knn(queries, np.ascontiguousarray(embeddings), count, metric=faiss.METRIC_INNER_PRODUCT)[1]
     best_scores = np.empty((len(queries), 0), np.float32)
     best_rows = np.empty((len(queries), 0), np.int64)
     for start in range(0, len(embeddings), _BLOCK_ROWS):
@@ -126,15 +143,8 @@ class SearchIndex:
     def search(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Rows of about the `count` nearest embeddings, -1 where fewer were found."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        threads = self._faiss.omp_get_max_threads()
-        if len(queries) > 1 or threads == 1:
+        with threads_for(len(queries), self._faiss):
             return self.index.search(queries, count)[1]
-        # More threads save nothing for one query, and on a busy machine each is waited for.
-        self._faiss.omp_set_num_threads(1)
-        try:
-            return self.index.search(queries, count)[1]
-        finally:
-            self._faiss.omp_set_num_threads(threads)
 
     def write(self, folder: Path, files: dict[str, Any]) -> dict[str, Any]:
         """Writes the index into a datastore's folder and returns its entry for the manifest."""

@@ -136,6 +136,7 @@ def test_costs_part(capsys, checkpoint):
 def test_startup_part(capsys):
     status, report = bench(capsys, "startup")
     assert status == 0 and "caption one recording" in [row["step"] for row in report["settings"]]
+    assert all({"seconds", "usual_seconds"} <= row.keys() for row in report["settings"])
 
 
 @pytest.mark.slow

@@ -158,7 +158,10 @@ def _startup(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     from recap_hf.speed.tables import format_rows
 
     report = run_startup(args.audio[0] if args.audio else str(examples_path() / "sea.flac"))
-    title = f"recap caption of one recording: {report['seconds']:.2f} s"
+    title = (
+        f"recap caption of one recording: {report['seconds']:.2f} s; with plain imports and from_pretrained: "
+        f"{report['usual_seconds']:.2f} s"
+    )
     return report, format_rows(report["settings"], title)
 
 

@@ -37,18 +37,24 @@ _COSTS = {
     "datastore_size": (1_000, 10_000, 100_000),
 }
 
-# Run in a fresh interpreter: seconds on the clock and on the processor after each step towards a caption.
+# Run in a fresh interpreter: seconds on the clock and on the processor after each step towards a caption, as
+# `recap caption` takes them or with plain imports and `from_pretrained`.
 _STARTUP = """
-import json, sys, time
+import contextlib, json, sys, time
 marks = [("start", time.perf_counter(), time.process_time())]
 def mark(name): marks.append((name, time.perf_counter(), time.process_time()))
-import torch; mark("import torch")
-import transformers.modeling_utils; mark("import transformers' models")
+quickly = sys.argv[2] == "quick"
+from recap_hf.quick_start import quick_start
+with quick_start() if quickly else contextlib.nullcontext():
+    import torch; mark("import torch")
+    import transformers.modeling_utils; mark("import transformers' models")
+    import recap_hf.inference, recap_hf.loading, recap_hf.modeling.pipeline_recap
+    mark("import recap_hf and transformers' pipelines")
 from recap_hf.cli import build_parser
 from recap_hf.cli.caption import load_captioner
+if not quickly:
+    recap_hf.loading.load_from_folder = lambda *args: None
 args = build_parser("caption").parse_args(["caption", sys.argv[1]])
-import recap_hf.modeling.pipeline_recap, recap_hf.modeling.modeling_recap, recap_hf.modeling.processing_recap
-mark("import recap_hf and transformers' pipelines")
 captioner = load_captioner(args); mark("load model, tokenizers and datastore")
 from recap_hf.captioning import caption_files
 first = next(iter(caption_files(captioner, [sys.argv[1]], 1))); mark("caption one recording")
@@ -191,19 +197,42 @@ def run_startup(recording: str, repeats: int = 3) -> dict[str, Any]:
     Args:
         recording (`str`): what is captioned.
         repeats (`int`, *optional*, defaults to 3): processes; the fastest one counts, after one that is not counted.
+
+    Returns:
+        `dict`: `seconds` of the whole process and `settings`, a row for each step; beside them `usual_seconds`, with
+        plain imports and `from_pretrained`, measured in turns.
     """
-    runs = []
+    runs: dict[str, list[tuple[float, list[Any]]]] = {"quick": [], "usual": []}
     for _ in range(repeats + 1):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", _STARTUP, recording], capture_output=True, text=True, check=False)
-        wall = time.perf_counter() - started
-        if done.returncode:
-            raise RuntimeError(f"The captioning process failed: {done.stderr.strip().splitlines()[-1]}")
-        runs.append((wall, json.loads(done.stdout)))
-    wall, marks = min(runs[1:], key=lambda run: run[0])
+        for kind, done in runs.items():
+            done.append(_start_once(recording, kind))
+    fastest = {kind: min(done[1:], key=lambda run: run[0]) for kind, done in runs.items()}
+    steps = {kind: _steps(*run) for kind, run in fastest.items()}
+    rows = [
+        {**quick, **{f"usual_{name}": value for name, value in usual.items() if name != "step"}}
+        for quick, usual in zip(steps["quick"], steps["usual"], strict=True)
+    ]
+    return {
+        "seconds": fastest["quick"][0],
+        "usual_seconds": fastest["usual"][0],
+        "settings": rows,
+        "machine": describe(torch.device("cpu")),
+    }
+
+
+def _start_once(recording: str, kind: str) -> tuple[float, list[Any]]:
+    started = time.perf_counter()
+    command = [sys.executable, "-c", _STARTUP, recording, kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wall = time.perf_counter() - started
+    if done.returncode:
+        raise RuntimeError(f"The captioning process failed: {done.stderr.strip().splitlines()[-1]}")
+    return wall, json.loads(done.stdout)
+
+
+def _steps(wall: float, marks: list[Any]) -> list[dict[str, Any]]:
     steps = [
         {"step": name, "seconds": at - marks[number][1], "cpu_seconds": cpu - marks[number][2]}
         for number, (name, at, cpu) in enumerate(marks[1:])
     ]
-    steps.append({"step": "start and end of Python", "seconds": wall - (marks[-1][1] - marks[0][1])})
-    return {"seconds": wall, "settings": steps, "machine": describe(torch.device("cpu"))}
+    return [*steps, {"step": "start and end of Python", "seconds": wall - (marks[-1][1] - marks[0][1])}]

@@ -251,6 +251,7 @@ def start(*options, **streams):
 def test_what_is_wrong_is_said_before_the_model_is_loaded():
     _, errors = start().communicate(b"hello, this is a text", timeout=300)
     assert b"recap live: error: Standard input is not WAV: say what it is with --rate" in errors
+    assert b"recap live: error: nowhere.fifo: no such file" in start("nowhere.fifo").communicate(timeout=300)[1]
     process = start("--microphone", "--rate", "48000", "pipe")
     assert b"exclude each other" in process.communicate(timeout=300)[1]
     assert process.returncode == 2

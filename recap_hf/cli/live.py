@@ -7,7 +7,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from recap_hf.cli.caption import load_captioner
 from recap_hf.cli.numbers import positive
@@ -117,7 +117,15 @@ def _blocks(args: argparse.Namespace) -> Iterator[Any]:
         yield microphone_blocks(args.microphone, args.rate, args.channels)
         return
     raw = PcmFormat(args.rate, args.channels, args.sample_format) if args.rate else None
-    # Unbuffered: a portion is what has come in, and a thread that waits for more holds no lock when Python ends.
-    source = sys.stdin.fileno() if args.input == "-" else args.input
-    with open(source, "rb", buffering=0, closefd=args.input != "-") as file:
+    with _opened(args.input) as file:
         yield pcm_blocks(file, raw)
+
+
+def _opened(name: str) -> IO[bytes]:
+    """Unbuffered: a portion is what has come in, and a thread that waits for more holds no lock when Python ends."""
+    if name == "-":
+        return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
+    try:
+        return open(name, "rb", buffering=0)
+    except OSError as error:
+        raise OSError(f"{name}: {(error.strerror or str(error)).lower()}.") from error

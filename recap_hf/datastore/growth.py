@@ -248,7 +248,8 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
     )
     for axis, (title, lines) in zip(axes.flat, panels, strict=True):
         for label, key in lines.items():
-            axis.plot(rows, [each[key] for each in found["sizes"]], "o-", label=label)
+            # Nothing has no place on an axis of powers.
+            axis.plot(rows, [each[key] or np.nan for each in found["sizes"]], "o-", label=label)
         axis.set(xscale="log", xlabel="captions", title=title)
         if title == "recall@4":
             axis.set_ylim(0.8, 1.01)

@@ -99,6 +99,8 @@ def test_command_refuses(tmp_path, capsys):
 
     assert main(["explain", str(examples_path() / "rain.flac"), "--output", "picture.doc"]) == 1
     assert "--output is a picture" in capsys.readouterr().err
+    assert main(["explain", "clip.wav", "--output", str(tmp_path / "none" / "x.png")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
     soundfile.write(tmp_path / "silent.wav", np.zeros(48_000), 48_000)
     assert main(["explain", str(tmp_path / "silent.wav")]) == 1
     assert "no sound" in capsys.readouterr().err

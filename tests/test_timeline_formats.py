@@ -80,6 +80,10 @@ def test_text_and_tsv():
         writer.begin(name)
         writer.end(summary)
     assert file.getvalue() == "street.flac\nsummary: a dog barks\n"
+    # Live captions have no recording to begin with.
+    live = io.StringIO()
+    WRITERS["text"](live).write(SEGMENTS[0])
+    assert live.getvalue() == "[00:00:00.000 --> 00:00:01.250]  silence\n"
     rows = list(csv.DictReader(io.StringIO(written("tsv")), delimiter="\t", quoting=csv.QUOTE_NONE))
     assert [(int(row["start"]) / 1000, int(row["end"]) / 1000, row["text"]) for row in rows] == [
         (*time, text) for time, text in zip(times(), TEXTS, strict=True)

@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     suffix = Path(args.output).suffix.lower() if args.output else None
     if suffix is not None and suffix not in PICTURE_SUFFIXES:
         raise ValueError(f"--output is a picture ({', '.join(PICTURE_SUFFIXES)}), got {args.output!r}.")
+    if suffix is not None and not Path(args.output).parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no folder {Path(args.output).parent}; make it first.")
     from recap_hf.cli.caption import load_captioner
     from recap_hf.modeling.audio_recap import is_silent, load_audio
 

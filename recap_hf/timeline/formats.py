@@ -81,7 +81,12 @@ class TimelineWriter:
 
 
 class TextWriter(TimelineWriter):
-    """The recording's name, a line a segment, as whisper prints them, and the summary."""
+    """The recording's name, a line a segment, as whisper prints them, and the summary.
+
+    Live captions have no name: they do not `begin`.
+    """
+
+    heading = ""
 
     def begin(self, name: str) -> None:
         super().begin(name)

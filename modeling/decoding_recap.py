@@ -36,6 +36,8 @@ class SharedPromptCache(EncoderDecoderCache):
         self.prompt_logits: torch.Tensor | None = None
         self.prompt_length = 0
         self.num_generated = 0
+        # Places that hold anything, those of the newest token included.
+        self.num_seen = 0
         # Per layer, (num_clips, heads, places, head_dim): the prompt, then `group_size` places a generated token.
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
@@ -111,6 +113,7 @@ class SharedPromptCache(EncoderDecoderCache):
             hidden = self.bias.new_full((*self.bias.shape[:3], more), torch.finfo(self.bias.dtype).min)
             self.bias = torch.cat([self.bias, hidden], dim=3)
         places = slice(start, start + self.group_size)
+        self.num_seen = places.stop
         self.bias[:, 0, :, places].diagonal(dim1=1, dim2=2).zero_()
         self.num_generated += 1
         return places
@@ -198,9 +201,12 @@ def _decode_prompt(
 
 
 def decode_token(
-    decoder: Any, cache: SharedPromptCache, input_ids: torch.LongTensor, position_ids: torch.LongTensor
+    decoder: Any, cache: Any, input_ids: torch.LongTensor, position_ids: torch.LongTensor
 ) -> torch.Tensor:
-    """One token of each beam, `(rows,)` -> logits `(rows, vocab_size)`, through the decoder's own layers."""
+    """One token of each beam, `(rows,)` -> logits `(rows, vocab_size)`, through the decoder's own layers.
+
+    `cache` is a [`SharedPromptCache`], or one of fixed places (`fixed_decoding_recap`).
+    """
     transformer = decoder.transformer
     places = cache.open_token()
     # The beams of a clip are the queries of one attention: (B, group, width).
@@ -220,20 +226,20 @@ def _split_heads(layer: Any, projected: torch.Tensor) -> tuple[torch.Tensor, ...
 
 
 def _self_attention(
-    layer: Any, hidden: torch.Tensor, cache: SharedPromptCache, layer_idx: int, places: slice
+    layer: Any, hidden: torch.Tensor, cache: Any, layer_idx: int, places: slice | torch.LongTensor
 ) -> torch.Tensor:
     query, key, value = _split_heads(layer, layer.c_attn(hidden))
     keys, values = cache.keys[layer_idx], cache.values[layer_idx]
     keys[:, :, places] = key
     values[:, :, places] = value
-    seen = slice(0, places.stop)
+    seen = slice(0, cache.num_seen)
     output = scaled_dot_product_attention(
         query, keys[:, :, seen], values[:, :, seen], attn_mask=cache.bias[..., seen], scale=layer.scaling
     )
     return layer.c_proj(output.transpose(1, 2).flatten(2))
 
 
-def _cross_attention(layer: Any, hidden: torch.Tensor, cache: SharedPromptCache, layer_idx: int) -> torch.Tensor:
+def _cross_attention(layer: Any, hidden: torch.Tensor, cache: Any, layer_idx: int) -> torch.Tensor:
     keys, values = cache.encoder[layer_idx]
     (query,) = _split_heads(layer, layer.q_attn(hidden))
     output = scaled_dot_product_attention(query, keys, values, attn_mask=cache.encoder_bias, scale=layer.scaling)

@@ -11,6 +11,7 @@ from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEn
 from transformers.utils import ModelOutput
 
 from .decoding_recap import SharedPromptCache, can_share_prompt
+from .fixed_decoding_recap import FixedDecoding
 from .outputs_recap import RecapEncoderOutput, position_ids_of
 from .prefix_recap import PREFIX, check_prefix_generation
 from .search_recap import SearchPlan, search
@@ -18,6 +19,9 @@ from .search_recap import SearchPlan, search
 
 class RecapGenerationMixin(GenerationMixin):
     """`generate` and `score_captions` of [`RecapForConditionalGeneration`]."""
+
+    # Decode steps in tensors that stay where they are, recorded as CUDA graphs; see `FixedDecoding`.
+    fixed_decoding: FixedDecoding | None = None
 
     @torch.no_grad()
     def generate(
@@ -72,6 +76,9 @@ class RecapGenerationMixin(GenerationMixin):
         if kwargs.get("attention_mask") is None and encoder_outputs.attention_mask is not None:
             # Where transformers looks for it: without one it warns that batches of clips may go wrong.
             kwargs["attention_mask"] = encoder_outputs.attention_mask
+        if kwargs.get("synced_gpus") is None and not _is_distributed():
+            # Said here, transformers does not import FSDP to find out.
+            kwargs["synced_gpus"] = False
         if self.config.conditioning == PREFIX:
             check_prefix_generation(generation_config or self.generation_config, kwargs)
         if can_share_prompt(self, generation_config or self.generation_config, kwargs):
@@ -129,6 +136,7 @@ class RecapGenerationMixin(GenerationMixin):
             model_kwargs["decoder_position_ids"],
             model_kwargs["encoder_outputs"].last_hidden_state.to(self.decoder.dtype),
             model_kwargs.get("attention_mask"),
+            self.fixed_decoding,
         )
         if not generation_config.return_dict_in_generate:
             return sequences
@@ -222,6 +230,10 @@ class RecapGenerationMixin(GenerationMixin):
             use_cache=True,
         )
         return torch.cat([cache.prompt_logits, continued.logits], dim=1)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 __all__ = ["RecapGenerationMixin"]

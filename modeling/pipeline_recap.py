@@ -13,9 +13,12 @@ from transformers import GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
+from .batching_recap import decoding_batches
 from .captions_recap import open_datastore
 from .confidence_recap import ConfidenceModel, caption_features
 from .datastore_choice_recap import check_choice
+from .decoding_recap import lay_out_for_cpu
+from .outputs_recap import RecapEncoderOutput
 from .reranking_recap import caption_similarities, generate_reranked, reranking_parameters
 from .timeline_recap import DEFAULT_SEGMENT_BATCH, TimelineSettings, TimelineSummary, caption_timeline
 
@@ -40,6 +43,8 @@ class AudioCaptioningPipeline(Pipeline):
             the recording, with its `similarity` and all `candidates`, best first.
         candidates (`int`, *optional*): how many with `rerank`, default as many as the search has beams; samples
             instead of beams with `do_sample=True`.
+        decoding_batch_size (`int`, *optional*): clips decoded together, those with prompts of like lengths; default
+            `batch_size`, which is then how many are heard together.
         generation parameters (`num_beams`, `max_new_tokens`, `do_sample`, ...): passed to `generate`.
 
     Each input is a path, a URL, bytes, a waveform of shape `(samples,)` or `(channels, samples)` at the feature
@@ -93,6 +98,9 @@ class AudioCaptioningPipeline(Pipeline):
         if retrieval_score_drop is not None:
             self.processor.retrieval_score_drop = retrieval_score_drop
         self.processor.check_model(self.model)
+        if self.model.device.type == "cpu" and self.model.dtype == torch.float32:
+            # Another order in memory and the same numbers; see `prepare_for_cpu`.
+            lay_out_for_cpu(self.model.decoder)
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Captions one input, a list (as a list), or a stream of them: generators, datasets and their columns."""
@@ -116,6 +124,7 @@ class AudioCaptioningPipeline(Pipeline):
         segment_batch_size: int | None = None,
         rerank: str | None = None,
         candidates: int | None = None,
+        decoding_batch_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         preprocess_params: dict[str, Any] = {}
@@ -132,6 +141,8 @@ class AudioCaptioningPipeline(Pipeline):
         if k is not None:
             forward_params["k"] = k
         forward_params |= reranking_parameters(rerank, candidates)
+        if decoding_batch_size is not None:
+            forward_params["decoding_batch_size"] = decoding_batch_size
         if generate_kwargs or kwargs:
             forward_params["generate_kwargs"] = {**(generate_kwargs or {}), **kwargs}
         return preprocess_params, forward_params, {}
@@ -163,6 +174,7 @@ class AudioCaptioningPipeline(Pipeline):
         segment_batch_size: int | None = None,
         rerank: str | None = None,
         candidates: int | None = None,
+        decoding_batch_size: int | None = None,
     ) -> dict[str, list[Any]]:
         if return_timestamps:
             options = {"settings": timeline, "k": k, "generate_kwargs": generate_kwargs}
@@ -179,7 +191,7 @@ class AudioCaptioningPipeline(Pipeline):
         heard = [index for index, waveform in enumerate(waveforms) if not is_silent(waveform)]
         if heard:
             chosen = [waveforms[index] for index in heard]
-            captions = self.caption(chosen, k, generate_kwargs or {}, rerank, candidates)
+            captions = self.caption(chosen, k, generate_kwargs or {}, rerank, candidates, decoding_batch_size)
             for index, result in zip(heard, captions, strict=True):
                 results[index] = result
         return {"result": results}
@@ -196,6 +208,7 @@ class AudioCaptioningPipeline(Pipeline):
         generate_kwargs: dict[str, Any],
         rerank: str | None = None,
         candidates: int | None = None,
+        decoding_batch_size: int | None = None,
     ) -> list[dict[str, Any]]:
         """Captions of one batch of waveforms at the feature extractor's sampling rate."""
         inputs = self.processor(
@@ -207,7 +220,30 @@ class AudioCaptioningPipeline(Pipeline):
         encoding = self.model.encode_audio(**inputs)
         prompts = self.processor.build_prompts(encoding.audio_embeds, k=k)
         retrieved = prompts.pop("retrieved")
+        captions, scores = [""] * len(waveforms), [0.0] * len(waveforms)
         extras: list[dict[str, Any]] = [{} for _ in waveforms]
+        for rows, part, part_prompts in decoding_batches(encoding, prompts, decoding_batch_size):
+            decoded = self._decode(part, part_prompts, generate_kwargs, rerank, candidates)
+            for row, *texts_and_more in zip(rows, *decoded, strict=True):
+                captions[row], scores[row], extras[row] = texts_and_more
+        confidences = self._confidences(captions, scores, retrieved, encoding.audio_embeds)
+        return [
+            {"caption": caption, "score": score, **confidence, "retrieved": hits, **extra}
+            for caption, score, confidence, hits, extra in zip(
+                captions, scores, confidences, retrieved, extras, strict=True
+            )
+        ]
+
+    def _decode(
+        self,
+        encoding: RecapEncoderOutput,
+        prompts: dict[str, Any],
+        generate_kwargs: dict[str, Any],
+        rerank: str | None,
+        candidates: int | None,
+    ) -> tuple[list[str], list[float], list[dict[str, Any]]]:
+        """Captions, scores and what `rerank` adds, of one batch for the decoder."""
+        extras: list[dict[str, Any]] = [{} for _ in encoding.last_hidden_state]
         if rerank is None:
             sequences, scores = self.model.generate_with_scores(encoding, prompts, **generate_kwargs)
         else:
@@ -216,14 +252,7 @@ class AudioCaptioningPipeline(Pipeline):
             )
             scores = self.model.score_captions(encoding, sequences, prompts)
             extras = [{"similarity": entry.similarity, "candidates": entry.candidates} for entry in chosen]
-        captions = self.processor.batch_decode(sequences)
-        confidences = self._confidences(captions, scores, retrieved, encoding.audio_embeds)
-        return [
-            {"caption": caption, "score": score, **confidence, "retrieved": hits, **extra}
-            for caption, score, confidence, hits, extra in zip(
-                captions, scores, confidences, retrieved, extras, strict=True
-            )
-        ]
+        return self.processor.batch_decode(sequences), scores, extras
 
     def _confidences(
         self, captions: list[str], scores: list[float], retrieved: list[list[Any]], audio_embeds: torch.Tensor

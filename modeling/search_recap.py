@@ -21,6 +21,7 @@ from transformers.generation import (
 )
 
 from .decoding_recap import SharedPromptCache, decode_token, decode_with_shared_prompt
+from .fixed_decoding_recap import FixedDecoding
 
 # The score of what is not there; transformers adds and compares the same number.
 _NEVER = -1e9
@@ -166,15 +167,16 @@ class _Search:
         worst = torch.where(self.is_finished, worst, _NEVER)
         self.can_improve = self.can_improve & (possible > worst).any(dim=1, keepdim=True)
 
-    def leave(self) -> torch.Tensor | None:
-        """Lets finished clips go if they are many: the rows of those that stay, or `None` where all do."""
+    def leave(self, together: bool = False) -> torch.Tensor | None:
+        """Lets finished clips go if they are many (`together`: if they are all): the rows of those that stay, or
+        `None` where all do."""
         done = ~self.can_improve[:, 0]
         if self.plan.early_stopping is True:
             done = done | self.is_finished.all(dim=1)
         if self.length == self.plan.max_new_tokens:
             done = torch.ones_like(done)
         num_done = int(done.sum())
-        if num_done < max(1, _LEAVE_FROM * len(done)):
+        if num_done < max(1, (1.0 if together else _LEAVE_FROM) * len(done)):
             return None
         self.result_tokens[self.clips[done]] = self.finished[done]
         self.result_scores[self.clips[done]] = self.finished_scores[done]
@@ -208,6 +210,7 @@ def search(
     position_ids: torch.LongTensor,
     encoder_hidden_states: torch.Tensor,
     encoder_attention_mask: torch.Tensor | None,
+    fixed: FixedDecoding | None = None,
 ) -> torch.LongTensor:
     """Searches the captions that continue the prompts.
 
@@ -216,6 +219,7 @@ def search(
             See [`decode_with_shared_prompt`]; a row per beam, those of a clip together. The cache comes back with
             `sequence_log_probs`; clips have left it.
         plan ([`SearchPlan`]): what to search.
+        fixed ([`FixedDecoding`], *optional*): decodes in its fixed tensors; clips then leave all at once.
 
     Returns:
         `torch.LongTensor` of shape `(num_clips * num_return_sequences, length)`: prompt and caption.
@@ -225,17 +229,19 @@ def search(
     )[:, -1]
     state = _Search(plan, cache.num_clips, input_ids.device)
     prompts, positions = input_ids[:: plan.num_beams], position_ids[:, -1]
+    steps = None if fixed is None else fixed.begin(decoder, cache, plan.max_new_tokens)
     while True:
         beams = state.advance(logits)
-        cache.reorder_beams(beams)
-        stay = state.leave()
+        (steps or cache).reorder_beams(beams)
+        stay = state.leave(together=steps is not None)
         if stay is not None:
             if not len(stay):
                 break
             cache.keep_clips(stay)
             positions = positions.view(-1, plan.num_beams)[stay].flatten()
         positions = positions + 1
-        logits = decode_token(decoder, cache, state.running[:, :, state.length - 1].flatten(), positions)
+        tokens = state.running[:, :, state.length - 1].flatten()
+        logits = decode_token(decoder, cache, tokens, positions) if steps is None else steps(tokens, positions)
     tokens, cache.sequence_log_probs = state.results()
     return torch.cat([prompts.repeat_interleave(plan.num_return_sequences, dim=0), tokens], dim=1)
 

@@ -19,6 +19,8 @@ AUDIO_SUFFIXES = frozenset((
 ))
 # fmt: on
 STANDARD_INPUT = "-"
+# Batches that are heard together, and the seconds of sound from which on they are enough (64 windows).
+_BATCHES_TOGETHER, _SECONDS_TOGETHER = 4, 640.0
 # What a broken recording can raise; anything else is a fault of ours and must be seen.
 READ_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError)
 
@@ -73,18 +75,27 @@ def caption_files(captioner: Any, names: Iterable[str], batch_size: int = 8) -> 
     Args:
         captioner ([`AudioCaptioningPipeline`]): the pipeline, with its parameters.
         names (`Iterable[str]`): paths, URLs, or `-` for standard input.
-        batch_size (`int`, *optional*, defaults to 8): recordings per pass of the model.
+        batch_size (`int`, *optional*, defaults to 8): recordings per pass of the decoder. Several batches are heard
+            together, where they are short, and those with prompts of like lengths decoded together.
     """
     waiting: list[Captioned] = []
-    waveforms: list[dict[str, Any]] = []
-    for entry, waveform in _read_ahead(captioner, names, 2 * batch_size):
+    waveforms: list[Any] = []
+    for entry, waveform in _read_ahead(captioner, names, 2 * _BATCHES_TOGETHER * batch_size):
         waiting.append(entry)
         if waveform is not None:
-            waveforms.append(waveform)
-        if len(waveforms) == batch_size:
-            yield from _caption_batch(captioner, waiting, waveforms)
+            waveforms.append(waveform["waveform"])
+        if _is_enough(captioner, waveforms, batch_size):
+            yield from _caption_batch(captioner, waiting, waveforms, batch_size)
             waiting, waveforms = [], []
-    yield from _caption_batch(captioner, waiting, waveforms)
+    yield from _caption_batch(captioner, waiting, waveforms, batch_size)
+
+
+def _is_enough(captioner: Any, waveforms: list[Any], batch_size: int) -> bool:
+    """Whether so many recordings fill a pass of the encoder, in whole batches for the decoder."""
+    if len(waveforms) < batch_size or len(waveforms) % batch_size:
+        return False
+    seconds = sum(map(len, waveforms)) / captioner.processor.feature_extractor.sampling_rate
+    return len(waveforms) >= _BATCHES_TOGETHER * batch_size or seconds >= _SECONDS_TOGETHER
 
 
 def _read_ahead(captioner: Any, names: Iterable[str], ahead: int) -> Iterator[tuple[Captioned, dict[str, Any] | None]]:
@@ -115,11 +126,13 @@ def _read_ahead(captioner: Any, names: Iterable[str], ahead: int) -> Iterator[tu
                 future.cancel()
 
 
-def _caption_batch(captioner: Any, entries: list[Captioned], waveforms: list[dict[str, Any]]) -> Iterator[Captioned]:
+def _caption_batch(
+    captioner: Any, entries: list[Captioned], waveforms: list[Any], batch_size: int
+) -> Iterator[Captioned]:
     readable = [entry for entry in entries if entry.error is None]
     if readable:
-        batch = {"waveform": [waveform["waveform"] for waveform in waveforms]}
-        results = captioner.forward(batch, **captioner._forward_params)["result"]
+        options = {**captioner._forward_params, "decoding_batch_size": batch_size}
+        results = captioner.forward({"waveform": waveforms}, **options)["result"]
         for entry, result in zip(readable, results, strict=True):
             entry.result = result
     yield from entries

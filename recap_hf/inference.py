@@ -1,4 +1,4 @@
-"""Weights for fast captions on a CPU: bfloat16 laid out for its matrix units, or int8.
+"""Weights for fast captions on a CPU: bfloat16 laid out for its matrix units, or int8. CUDA graphs for a GPU.
 
 A decode step of a few beams reads every weight of the decoder once and computes little with each, so its time is the
 time of reading them: half the bytes in bfloat16, a quarter in int8. Processors with AMX or AVX512-BF16 (bfloat16) and
@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from recap_hf.modeling.decoding_recap import lay_out_for_cpu
+from recap_hf.modeling.fixed_decoding_recap import FixedDecoding
 
 CPU_WEIGHTS = ("float32", "bfloat16", "int8")
 # int8 reads fewest bytes; from this many rows on, computing takes longer than reading, and bfloat16 computes faster
@@ -150,6 +151,28 @@ def prepare_for_cpu(model: Any, weights: str = "float32") -> Any:
     return model
 
 
+def prepare_for_gpu(model: Any) -> Any:
+    """Lets a captioner on a CUDA device record its decode steps as CUDA graphs and replay them, in place.
+
+    Worth it for streams of equal batches: each new shape of a batch is recorded once, and clips leave a batch
+    together. Plain greedy and beam search use it, everything else goes its usual way.
+
+    Args:
+        model ([`RecapForConditionalGeneration`]): on a CUDA device.
+
+    Returns:
+        The same `model`, in evaluation mode.
+
+    Raises:
+        `ValueError`: if the model is elsewhere.
+    """
+    if model.device.type != "cuda":
+        raise ValueError(f"`prepare_for_gpu` is for models on a CUDA device, this one is on {model.device}.")
+    model.eval()
+    model.fixed_decoding = FixedDecoding()
+    return model
+
+
 def _replace_linear_layers(decoder: Any, kind: type[nn.Module]) -> None:
     with torch.no_grad():
         for parent in list(decoder.modules()):
@@ -160,4 +183,4 @@ def _replace_linear_layers(decoder: Any, kind: type[nn.Module]) -> None:
                     setattr(parent, name, kind(layer.weight, layer.bias))
 
 
-__all__ = ["CPU_WEIGHTS", "Int8Linear", "PackedLinear", "cpu_capabilities", "prepare_for_cpu"]
+__all__ = ["CPU_WEIGHTS", "Int8Linear", "PackedLinear", "cpu_capabilities", "prepare_for_cpu", "prepare_for_gpu"]

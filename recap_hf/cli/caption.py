@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights; int8 is for the CPU, where it and bfloat16 are fastest (default: %(default)s)",
     )
     parser.add_argument(
+        "--cuda-graphs", action="store_true", help="record decode steps and replay them: for many recordings on a GPU"
+    )
+    parser.add_argument(
         "--format", choices=FORMATS, default="text", help="those after csv with --timeline alone; default: %(default)s"
     )
     parser.add_argument("--output", metavar="FILE", help="write there instead of standard output")
@@ -109,17 +112,22 @@ def _captioned(args: argparse.Namespace, names: list[str]) -> Iterator[Any]:
 
 def load_captioner(args: argparse.Namespace) -> Any:
     """The pipeline that the options `--model`, `--datastore`, `--device`, `--dtype` and the decoding options name."""
-    from recap_hf.loading import load_pair
-    from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
+    from recap_hf.quick_start import quick_start
+
+    with quick_start():
+        from recap_hf.inference import prepare_for_cpu, prepare_for_gpu
+        from recap_hf.loading import load_pair
+        from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
+        from recap_hf.modeling.processing_recap import RecapProcessor  # noqa: F401
 
     dtype = "float32" if args.dtype == "int8" else args.dtype
     model, processor = load_pair(args.model, args.device, dtype, quiet=True)
     if model.device.type == "cpu" and args.dtype != "float16":
-        from recap_hf.inference import prepare_for_cpu
-
         prepare_for_cpu(model, args.dtype)
     elif args.dtype == "int8":
         raise ValueError(f"--dtype int8 is for the CPU and the model is on {model.device}: use bfloat16 there.")
+    if getattr(args, "cuda_graphs", False):
+        prepare_for_gpu(model)
     decoding = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "k": args.k}
     # Not all commands that caption have these.
     decoding |= {name: getattr(args, name, None) or None for name in ("rerank", "candidates", "do_sample")}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from recap_hf.inference import prepare_for_cpu
+from recap_hf.inference import prepare_for_cpu, prepare_for_gpu
 from recap_hf.speed.machine import bandwidth, describe, matmul_rate, peak_memory_gb, reset_peak_memory, timed
 from recap_hf.speed.stages import reference_stages, stages_of
 from recap_hf.speed.workload import CLIP_SECONDS, BenchmarkOptions, ReferencePath, Workload, make_workload
@@ -80,7 +80,8 @@ def _prepared(workload: Workload, dtype: str) -> Workload:
         return workload.with_model(prepare_for_cpu(model, dtype))
     if dtype == "int8":
         raise ValueError("int8 weights are for the CPU; on this device measure float32, bfloat16 or float16.")
-    return workload.with_model(model.to(getattr(torch, dtype)))
+    model.to(getattr(torch, dtype))
+    return workload.with_model(prepare_for_gpu(model) if model.device.type == "cuda" else model)
 
 
 def _rounds(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from recap_hf.inference import prepare_for_cpu
+from recap_hf.inference import prepare_for_cpu, prepare_for_gpu
 from recap_hf.speed.machine import describe, timed
 from recap_hf.speed.workload import BenchmarkOptions, Workload, make_workload
 from recap_hf.tiny.naming import NamingRules
@@ -69,6 +69,8 @@ def _prepared(workload: Workload, dtype: str) -> Workload:
         prepare_for_cpu(other.model, dtype)
     else:
         other.model.to(getattr(torch, dtype))
+        if other.model.device.type == "cuda":
+            prepare_for_gpu(other.model)
     return other
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import ModelCard
 
+from recap_hf import examples_path, load_audio
 from recap_hf.hub import ModelDescription, render_model_card
+from recap_hf.loading import load_pair
 from recap_hf.tiny.card import tiny_card_facts
+from recap_hf.tiny.lending import DATASTORES, lend
 
 FIGURES = {"precision": 0.8, "recall": 0.7, "f1": 0.75, "exact_set": 0.6, "events_per_caption": 1.1}
 INTERVAL = {name: [value - 0.05, value + 0.05] for name, value in FIGURES.items()}
@@ -24,6 +27,15 @@ TRANSFER = [
         "language_model": {"f1": 0.55},
         "named_elsewhere": 0.01,
         "decoys_named": 0.02,
+    }
+]
+
+LENT = [
+    {
+        "datastore": "seven captions",
+        "rain": {"caption": "a cat", "score": 0.25},
+        "flute": {"caption": "a cat", "score": -0.1},
+        "bass_drum": {"caption": "a train", "score": 0.5},
     }
 ]
 
@@ -56,7 +68,7 @@ def evaluation():
 
 
 def test_the_card_has_the_controls_the_licences_and_the_limits(evaluation):
-    facts = tiny_card_facts(evaluation, RECORDINGS, TRANSFER)
+    facts = tiny_card_facts(evaluation, RECORDINGS, {"a language model": TRANSFER}, LENT)
     card = render_model_card("user/recap-tiny", ModelDescription({"decoder": "GPT-2"}, "prompt", 4), facts)
     text = str(card)
     assert "Sound events, fold 5: single sounds (test split), 154 clips:" in text
@@ -69,6 +81,8 @@ def test_the_card_has_the_controls_the_licences_and_the_limits(evaluation):
     assert "a dog barking (1.00)" in text and "a violin playing (0.50)" in text
     assert "| silence | 5 | 20% |" in text and "| -30 dB | 0.720 |" in text
     assert "| rain, violin | 15 | 0.000 | 0.700 |" in text
+    assert "With a language model:" in text
+    assert "| seven captions | a cat (0.25) | a cat (-0.10) | a train (0.50) |" in text
     assert "It has heard 21 kinds of sounds" in text
     data = ModelCard(text).data
     assert data.license == "apache-2.0" and len(data.eval_results) == 8
@@ -82,3 +96,18 @@ def test_a_quick_evaluation_gives_a_shorter_card(evaluation):
     text = str(render_model_card("user/recap-tiny", ModelDescription({"decoder": "GPT-2"}, "prompt", 4), facts))
     assert "mixtures of two" not in text and "Quiet, loud" not in text
     assert "What it was trained on is not recorded." in text
+
+
+def test_lent_datastores_are_asked_and_given_back():
+    model, processor = load_pair(None, "cpu", quiet=True)
+    own = processor.datastore
+    rows = lend(model, processor)
+    assert processor.datastore is own
+    assert [row["datastore"] for row in rows] == ["its own", *DATASTORES]
+    # What is most similar is so by the text tower: computed here without a datastore.
+    audio, rate = load_audio(examples_path() / "rain.flac")
+    embeds = model.encode_audio(**processor(audio=[audio], sampling_rate=rate, return_tensors="pt")).audio_embeds[0, 0]
+    for row, captions in zip(rows[1:], DATASTORES.values(), strict=True):
+        similarity = model.embed_captions(list(captions), processor) @ embeds.detach().numpy()
+        assert row["rain"]["score"] == pytest.approx(similarity.max(), abs=1e-3)
+        assert row["rain"]["caption"]

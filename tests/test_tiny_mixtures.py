@@ -115,6 +115,36 @@ def test_examples_are_valid_and_deterministic(bank):
             assert all(active.any() for active in first.activity.values())
 
 
+def test_strong_variation_keeps_every_share_of_scenes_and_the_truth(bank):
+    plain, strong = MixtureConfig(), MixtureConfig().strongly_varied()
+    assert strong.scenes == plain.scenes and strong.overlap_gain == plain.overlap_gain
+    assert strong.blend_share > plain.blend_share == 0 and strong.shift > plain.shift and strong.speed > plain.speed
+    # Two recordings of one event are still that event, alone.
+    for example in _draw(bank, "single", 10, blend_share=1.0):
+        assert len(example.scene.parts) == 1 and set(example.activity) == set(example.scene.keys)
+
+
+def test_blending_adds_another_recording_of_the_event_within_6_db():
+    from recap_hf.tiny.sounds import Clip
+
+    low, high = np.zeros((2, 300, 64), dtype=np.float32)
+    low[:, :32], high[:, 32:] = 2.0, 5.0
+    two = SoundBank([Clip("low", "rain", 1, "x", low, ()), Clip("high", "rain", 1, "x", high, ())])
+    zero = ("noise_share", "low_pass_share", "level_share", "mask_share", "far_share", "speed_share", "shift_share")
+    config = MixtureConfig(
+        scenes=(("single", 1.0),), blend_share=1.0, equaliser=0.0, level=(0.0, 0.0), **dict.fromkeys(zero, 0.0)
+    )
+    gains = []
+    for seed in range(40):
+        power = draw_example(two, (1,), np.random.default_rng(seed), config, ("rain",)).power
+        below, above = power[:, :32].sum(axis=1), power[:, 32:].sum(axis=1)
+        both = (below > 0) & (above > 0)
+        if both.any():
+            gains.append(np.abs(10 * np.log10(above[both] / below[both])).max())
+    # Half of the pairs are one recording twice; the gains of the others lie between -6 and 6 dB.
+    assert 10 <= len(gains) <= 30 and 4 < max(gains) <= 6.001
+
+
 def test_a_sequence_is_in_the_order_that_its_scene_says(bank):
     for example in _draw(bank, "sequence"):
         first, second = (example.activity[key] for key in example.scene.order)

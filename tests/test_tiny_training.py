@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from recap_hf.tiny.clap import contrastive_loss, positives
 from recap_hf.tiny.grammar import Caption, Part, Scene
 from recap_hf.tiny.language_model import LanguageModelRecipe, draw_prompt, train_language_model
+from recap_hf.tiny.lexicon import HEARD, phrases
 from recap_hf.tiny.tokenization import train_tokenizers
 from recap_hf.tiny.trainer import TrainConfig, learning_rate, train
 
@@ -152,6 +154,20 @@ def test_prompts_are_deterministic_and_bounded():
         if captions
     ]
     assert np.mean(shared) > 0.9
+
+
+def test_a_language_model_may_be_kept_from_the_names_of_heard_sounds():
+    heard = [phrase for key in HEARD for phrase in phrases(key)]
+
+    def texts(recipe):
+        drawn = [draw_prompt(np.random.default_rng(seed), recipe) for seed in range(300)]
+        return [" ".join([*captions, answer]).lower() for captions, answer in drawn]
+
+    assert sum(any(phrase in text for phrase in heard) for text in texts(LanguageModelRecipe())) > 100
+    kept_from = texts(LanguageModelRecipe(heard_words=False))
+    # Whole words: "a train" is not rain, and an invented name may hold anything.
+    words = re.compile(r"\b(" + "|".join(map(re.escape, heard)) + r")\b")
+    assert not [text for text in kept_from if words.search(text)]
 
 
 def test_language_model_learns_and_resumes(tokenizers, tmp_path):

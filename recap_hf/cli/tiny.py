@@ -17,7 +17,7 @@ _STAGES = {
     "transfer": "hold every event out of the captioner's training once, and give it back in the datastore",
     "examples": "synthesise the example recordings",
 }
-_STEPS = {"clap": 5100, "language-model": 3600, "captioner": 600}
+_STEPS = {"clap": 5600, "language-model": 5100, "captioner": 600}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         stage.add_argument("--steps", type=int, help=f"length of the stage; defaults: {_STEPS}")
         stage.add_argument("--learning-rate", type=float, help="peak of the schedule; the recipe's by default")
         stage.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        if name in ("language-model", "transfer"):
+            stage.add_argument(
+                "--without-heard-words",
+                action="store_true",
+                help="with a language model that never reads the names of the sounds that the CLAP hears",
+            )
         if name == "transfer":
             stage.add_argument("--groups", default="0,1,2,3", help="groups of events, from 0 (default: %(default)s)")
         else:
@@ -73,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from recap_hf.tiny.recipe import Recipe
 
-    recipe = Recipe(args.sounds, Path(args.work_dir), _numbers("--folds", args.folds), args.seed)
+    heard_words = not getattr(args, "without_heard_words", False)
+    recipe = Recipe(args.sounds, Path(args.work_dir), _numbers("--folds", args.folds), args.seed, heard_words)
     if args.stage == "transfer":
         return _transfer(args, recipe)
     if args.stage == "all" and args.steps is not None:

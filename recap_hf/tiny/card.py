@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .lending import format_lent, lend
 from .lexicon import HEARD, other_sounds
 from .transfer import format_transfer
 
@@ -31,13 +32,6 @@ URLS = {
     "FSDKaggle2018": "https://zenodo.org/records/2552860",
     "FSDD": "https://github.com/Jakobovski/free-spoken-digit-dataset",
 }
-# `recap caption EXAMPLE --datastore FILE`, where FILE holds: a cat meowing, a kitten mewing, a cow mooing, a train
-# passing, a church bell tolling, wind howling, "A large crowd cheers in a stadium."
-BORROWED = (
-    ("bass_drum.flac", "beats on a bass drum", "a train passing", 0.28),
-    ("rain.flac", "rain falling", "wind howling", 0.27),
-    ("flute.flac", "a flute playing", "wind howling", 0.04),
-)
 METRICS = {"precision": "event precision", "recall": "event recall", "f1": "event F1", "exact_set": "exact event set"}
 LIMITS = (
     "It has heard 21 kinds of sounds, listed above. Of anything else it can only say that it does not recognise it, "
@@ -62,14 +56,16 @@ LIMITS = (
 def tiny_card_facts(
     evaluation: Mapping[str, Any],
     recordings: Sequence[Mapping[str, str]] = (),
-    transfer: Sequence[Mapping[str, Any]] | None = None,
+    transfer: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    lent: Sequence[Mapping[str, Any]] = (),
 ) -> CardFacts:
     """What the card of recap-tiny says.
 
     Args:
         evaluation: what `recap tiny evaluate --format json` wrote.
         recordings: rows of the checkpoint's `RECORDINGS.csv`.
-        transfer: what `recap tiny transfer --format json` wrote.
+        transfer: what `recap tiny transfer --format json` wrote, by the language model that it was run with.
+        lent: what [`lend`] returned.
     """
     from recap_hf.hub import CardFacts
 
@@ -91,7 +87,7 @@ def tiny_card_facts(
         | ({"recordings": f"each with its source and licence in `{RECORDINGS}`"} if recordings else {}),
         results=results(evaluation),
         result_notes=notes(evaluation),
-        sections=sections(evaluation, transfer),
+        sections=sections(evaluation, transfer, lent),
         limits=list(LIMITS),
         tags=["tiny", "sound-events"],
     )
@@ -157,7 +153,11 @@ def notes(evaluation: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def sections(evaluation: Mapping[str, Any], transfer: Sequence[Mapping[str, Any]] | None) -> list[Section]:
+def sections(
+    evaluation: Mapping[str, Any],
+    transfer: Mapping[str, Sequence[Mapping[str, Any]]] | None,
+    lent: Sequence[Mapping[str, Any]],
+) -> list[Section]:
     """What it hears and what only its vocabulary knows, and the tables that are no results of a test set."""
     from recap_hf.hub import Section
 
@@ -186,20 +186,19 @@ def sections(evaluation: Mapping[str, Any], transfer: Sequence[Mapping[str, Any]
         lines = ["| single sounds | event F1 |", "| --- | ---: |", f"| as they are | {clean:.3f} |"]
         lines += [f"| {kind} | {values['f1']:.3f} |" for kind, values in evaluation["degraded"].items()]
         found.append(Section("Quiet, loud and coarse recordings", "\n".join(lines)))
-    lines = ["| example | own datastore | seven captions of other sounds | highest similarity |"]
-    lines += ["| --- | --- | --- | ---: |"]
-    lines += [f"| {name} | {own} | {other} | {score:.2f} |" for name, own, other, score in BORROWED]
-    text = (
-        "With a file of captions of sounds that it has never heard, it uses their words for whatever it takes for "
-        "nearest. The similarities, above 0.75 with its own datastore, say that none of them fits:\n\n"
-    )
-    found.append(Section("A datastore of sounds that it has never heard", text + "\n".join(lines)))
+    if lent:
+        text = (
+            "Without training, it takes its words from the datastore that it is given. In brackets: the similarity of "
+            "the nearest caption. A low one says that nothing in the datastore fits; it is repeated all the same.\n\n"
+        )
+        found.append(Section("Datastores of your own", text + format_lent(lent)))
     if transfer:
         text = (
-            "Each group of sounds was held out of every caption that the captioner was trained on (CLAP and the "
-            "language model had met them), then given back in the datastore alone:\n\n"
-            + format_transfer(list(transfer))
+            "Each group of sounds was held out of every caption that the captioner was trained on, then given back in "
+            "the datastore alone. CLAP had met them."
         )
+        for name, results in transfer.items():
+            text += f"\n\nWith {name}:\n\n{format_transfer(list(results))}"
         found.append(Section("Another domain without training", text))
     return found
 
@@ -209,12 +208,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from recap_hf.hub.cards import render_model_card
     from recap_hf.hub.describe import describe_checkpoint, describe_datastore
     from recap_hf.hub.facts import FACTS_FILE
+    from recap_hf.loading import load_pair
     from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
     parser = argparse.ArgumentParser(prog="python -m recap_hf.tiny.card", description=__doc__.splitlines()[0])
     parser.add_argument("model", metavar="MODEL", help="folder of the checkpoint")
     parser.add_argument("evaluation", metavar="EVALUATION.json", help="of `recap tiny evaluate --format json`")
     parser.add_argument("--transfer", metavar="FILE.json", help="of `recap tiny transfer --format json`")
+    parser.add_argument("--transfer-unheard", metavar="FILE.json", help="the same, with `--without-heard-words`")
     parser.add_argument("--output", metavar="FILE.md", help="also write the card there")
     args = parser.parse_args(argv)
     folder = Path(args.model)
@@ -223,8 +224,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with (folder / RECORDINGS).open(encoding="utf-8", newline="") as file:
             recordings = list(csv.DictReader(file))
     evaluation = json.loads(Path(args.evaluation).read_text(encoding="utf-8"))
-    transfer = json.loads(Path(args.transfer).read_text(encoding="utf-8")) if args.transfer else None
-    facts = tiny_card_facts(evaluation, recordings, transfer)
+    models = {
+        "the language model of this checkpoint, which had met their words": args.transfer,
+        "a language model that never read the name of any of the 21 sounds": args.transfer_unheard,
+    }
+    transfer = {name: json.loads(Path(file).read_text(encoding="utf-8")) for name, file in models.items() if file}
+    facts = tiny_card_facts(evaluation, recordings, transfer, lend(*load_pair(folder, "cpu", quiet=True)))
     (folder / FACTS_FILE).write_text(json.dumps(asdict(facts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if args.output:
         datastore = describe_datastore(CaptionDatastore.from_pretrained(folder / "datastore"))

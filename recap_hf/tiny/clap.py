@@ -19,6 +19,7 @@ from recap_hf.pretraining.contrastive import embed_texts as embed_tokens
 from .grammar import Caption, Scene, compatible, contradict, render
 from .lexicon import HEARD, SPECIAL, vocabulary_sounds
 from .mixtures import TIME_STEPS, Example, MixtureConfig, draw_example
+from .rewording import reword
 from .sounds import SoundBank
 from .tokenization import draw_text_scene
 from .trainer import TrainConfig, is_main_process, train
@@ -47,9 +48,13 @@ class ClapRecipe:
     tag_weight: float = 2.0
     frame_weight: float = 1.0
     text_weight: float = 0.3
+    # Share of the captions in the words of other people.
+    reworded_share: float = 0.35
     # Single sounds first: their share falls from this to the mixtures' own.
     first_singles: float = 0.85
     curriculum_steps: int = 1200
+    # From this step on recordings are varied strongly: by then those of the training are known by heart.
+    strong_from: int = 3600
     bfloat16: bool = True
     mixtures: MixtureConfig = field(default_factory=MixtureConfig)
 
@@ -129,19 +134,24 @@ class _Batches:
     def __init__(self, trainee: ClapTrainee, tokenizer, bank: SoundBank, folds: tuple[int, ...], recipe: ClapRecipe):
         self.trainee, self.tokenizer, self.bank, self.folds, self.recipe = trainee, tokenizer, bank, folds, recipe
 
+    def _word(self, scene: Scene, rng: np.random.Generator, *how: float) -> Caption:
+        return reword(scene, rng) if rng.random() < self.recipe.reworded_share else render(scene, rng, *how)
+
     def __call__(self, rng: np.random.Generator, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         recipe, clap = self.recipe, self.trainee.clap
         mixtures = recipe.mixtures.with_singles(recipe.first_singles, step / recipe.curriculum_steps)
+        if step >= recipe.strong_from:
+            mixtures = mixtures.strongly_varied()
         examples = [draw_example(self.bank, self.folds, rng, mixtures) for _ in range(recipe.batch_size)]
         scenes = [example.scene for example in examples]
-        captions = [render(scene, rng) for scene in scenes]
-        captions += [render(contradict(scene, rng, TAGS), rng) for scene in scenes]
+        captions = [self._word(scene, rng) for scene in scenes]
+        captions += [self._word(contradict(scene, rng, TAGS), rng) for scene in scenes]
         # Of sounds that are never heard, the text tower learns from text alone: two wordings of one scene agree, and
         # differ from a scene that is nearly the same.
         other = [draw_text_scene(rng, invented=0.15) for _ in range(recipe.text_scenes)]
         keys = vocabulary_sounds()
-        pairs = [render(scene, rng, 1.0, 1.0) for scene in other] + [render(scene, rng, 1.0, 1.0) for scene in other]
-        pairs += [render(contradict(scene, rng, keys), rng, 1.0, 1.0) for scene in other]
+        pairs = [self._word(scene, rng, 1.0, 1.0) for scene in [*other, *other]]
+        pairs += [self._word(contradict(scene, rng, keys), rng, 1.0, 1.0) for scene in other]
         positive = positives(captions + pairs, scenes)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
             embeds, tag_logits, frame_logits = self.trainee(audio_batch(examples))

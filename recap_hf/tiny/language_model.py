@@ -19,6 +19,7 @@ from recap_hf.pretraining.bases import new_gpt2
 
 from .grammar import Part, Scene, answer, invented_sound, render
 from .lexicon import HEARD, SPECIAL, vocabulary_sounds
+from .rewording import reword
 from .tokenization import draw_text_scene
 from .trainer import TrainConfig, is_main_process, train
 
@@ -30,7 +31,11 @@ __all__ = ["LanguageModelRecipe", "build_language_model", "draw_prompt", "prompt
 
 @dataclass(frozen=True)
 class LanguageModelRecipe:
-    """Sizes and shares of the language model's training."""
+    """Sizes and shares of the language model's training.
+
+    Without `heard_words` it never reads the name of a sound that the CLAP hears: what it then says of one, it can only
+    have copied.
+    """
 
     n_layer: int = 4
     n_embd: int = 192
@@ -40,8 +45,11 @@ class LanguageModelRecipe:
     heard_share: float = 0.4
     invented_share: float = 0.25
     again_share: float = 0.4
+    # Share of prompts in the words of other people, of which the answer repeats one as it stands.
+    reworded_share: float = 0.25
     verbatim_share: float = 0.12
     prompt_weight: float = 0.1
+    heard_words: bool = True
     bfloat16: bool = True
 
 
@@ -56,6 +64,10 @@ def prompt_text(captions: list[str]) -> str:
     return PAPER_PROMPT.build(captions)
 
 
+def _unheard_sounds() -> tuple[str, ...]:
+    return tuple(key for key in vocabulary_sounds() if key not in HEARD)
+
+
 def _heard_scene(rng: np.random.Generator) -> Scene:
     if rng.random() < 0.08:
         return Scene((Part(tuple(SPECIAL)[rng.integers(len(SPECIAL))]),))
@@ -66,20 +78,20 @@ def _heard_scene(rng: np.random.Generator) -> Scene:
     return Scene(parts, scene.relation)
 
 
-def _confused_with(scene: Scene, rng: np.random.Generator, invented: bool) -> Part:
-    """The sound that retrieval takes one of the scene's for."""
-    if invented and rng.random() < 0.5:
+def _confused_with(scene: Scene, rng: np.random.Generator, keys: tuple[str, ...]) -> Part:
+    """The sound that retrieval takes one of the scene's for; of the heard ones, never one with an invented name."""
+    if keys != tuple(HEARD) and rng.random() < 0.5:
         return invented_sound(rng)
-    keys = [key for key in (vocabulary_sounds() if invented else tuple(HEARD)) if key not in scene.keys]
-    return Part(keys[rng.integers(len(keys))])
+    others = [key for key in keys if key not in scene.keys]
+    return Part(others[rng.integers(len(others))])
 
 
-def _near_scene(scene: Scene, confusion: Part, rng: np.random.Generator, invented: bool) -> Scene:
+def _near_scene(scene: Scene, confusion: Part, rng: np.random.Generator, keys: tuple[str, ...]) -> Scene:
     """What retrieval returns when it errs: a sound too few, too many or another one, or another order.
 
     Retrieval errs the same way again and again, so most wrong captions of a prompt share one confusion.
     """
-    other = confusion if rng.random() < 0.6 else _confused_with(scene, rng, invented)
+    other = confusion if rng.random() < 0.6 else _confused_with(scene, rng, keys)
     parts = list(scene.parts)
     kind = rng.random()
     if len(parts) > 1 and kind < 0.25:
@@ -93,13 +105,13 @@ def _near_scene(scene: Scene, confusion: Part, rng: np.random.Generator, invente
     return Scene(tuple(parts), "sequence" if len(parts) > 1 and rng.random() < 0.4 else "overlap")
 
 
-def _verbatim(rng: np.random.Generator) -> tuple[list[str], str]:
+def _verbatim(rng: np.random.Generator, keys: tuple[str, ...]) -> tuple[list[str], str]:
     """Sentences of jumbled and invented words, of which the answer repeats the first: wordings are unknown, too."""
 
     def sentence() -> str:
         words = []
         while len(words) < rng.integers(3, 12):
-            scene = draw_text_scene(rng, invented=0.3)
+            scene = draw_text_scene(rng, 0.3, keys)
             words += render(scene, rng).text.split()[: rng.integers(1, 6)]
         text = " ".join(words).rstrip(",")
         return text[0].upper() + text[1:] if rng.random() < 0.5 else text
@@ -111,30 +123,37 @@ def _verbatim(rng: np.random.Generator) -> tuple[list[str], str]:
 
 def draw_prompt(rng: np.random.Generator, recipe: LanguageModelRecipe) -> tuple[list[str], str]:
     """Captions that retrieval might return, most similar first, and the caption that is the answer."""
+    keys = vocabulary_sounds() if recipe.heard_words else _unheard_sounds()
     if rng.random() < recipe.verbatim_share:
-        return _verbatim(rng)
-    heard = rng.random() < recipe.heard_share
+        return _verbatim(rng, keys)
+    heard = rng.random() < recipe.heard_share and recipe.heard_words
 
     def draw() -> Scene:
-        return _heard_scene(rng) if heard else draw_text_scene(rng, invented=recipe.invented_share)
+        return _heard_scene(rng) if heard else draw_text_scene(rng, recipe.invented_share, keys)
 
     scene = draw()
     if len(scene.parts) == 1 and rng.random() < recipe.again_share:
         # To tell what else there is, is harder than to tell what there is.
         scene = draw()
-    confusion = _confused_with(scene, rng, not heard)
+    keys = tuple(HEARD) if heard else keys
+    confusion = _confused_with(scene, rng, keys)
     quality = rng.beta(1.4, 1.2)
     # Four captions mostly, as the model will be used; none when audio alone is to speak.
     count = 4 if rng.random() < 0.75 else int(rng.integers(0, 7))
+    reworded = rng.random() < recipe.reworded_share
     captions: list[str] = []
+    true: list[str] = []
     for rank in range(count):
         right = rng.random() < quality * 0.95**rank
-        source = scene if right else _near_scene(scene, confusion, rng, not heard)
+        source = scene if right else _near_scene(scene, confusion, rng, keys)
         for _ in range(4):
-            text = render(source, rng, 0.5).text
+            text = (reword(source, rng) if reworded else render(source, rng, 0.5)).text
             if text not in captions:
                 captions.append(text)
+                true += [text] if right else []
                 break
+    if reworded and captions:
+        return captions, (true or captions)[0]
     return captions, answer(scene, captions)
 
 

@@ -40,8 +40,28 @@ class MixtureConfig:
     level: tuple[float, float] = (-32.0, 14.0)
     noise_share: float = 0.35
     low_pass_share: float = 0.25
+    # Another performance of a recording: its speed by up to this factor, its spectrum by up to so many bins, and
+    # where two recordings of one event are blended, a performance that nobody gave.
+    speed_share: float = 0.4
+    speed: float = 1.15
+    shift_share: float = 0.5
+    shift: float = 2.0
+    blend_share: float = 0.0
     equaliser: float = 6.0
     mask_share: float = 0.5
+
+    def strongly_varied(self) -> MixtureConfig:
+        """These shares, with recordings varied so much that they are nearly new ones."""
+        return replace(
+            self,
+            speed_share=0.6,
+            speed=1.3,
+            shift_share=0.7,
+            shift=4.0,
+            blend_share=0.25,
+            equaliser=9.0,
+            mask_share=0.7,
+        )
 
     def with_singles(self, share: float, progress: float) -> MixtureConfig:
         """These shares, with the one of single sounds moved from `share` (progress 0) to its own (progress 1)."""
@@ -114,13 +134,13 @@ def _active_level(power: np.ndarray) -> float:
     return float(total[total > total.max() * 1e-3].mean()) + POWER_FLOOR
 
 
-def _vary(power: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another performance of the clip: speed within 15 %, spectrum shifted by up to 2 bins, equalised."""
-    if rng.random() < 0.4:
-        length = max(int(len(power) * rng.uniform(0.87, 1.15)), 2)
+def _vary(power: np.ndarray, rng: np.random.Generator, config: MixtureConfig) -> np.ndarray:
+    """Another performance of the clip: faster or slower, with the spectrum shifted."""
+    if rng.random() < config.speed_share:
+        length = max(int(len(power) * config.speed ** rng.uniform(-1, 1)), 2)
         power = power[np.linspace(0, len(power) - 1, length).round().astype(int)]
-    if rng.random() < 0.5:
-        shift = rng.uniform(-2, 2)
+    if rng.random() < config.shift_share:
+        shift = rng.uniform(-config.shift, config.shift)
         positions = np.clip(np.arange(MELS) - shift, 0, MELS - 1)
         low = np.floor(positions).astype(int)
         share = (positions - low).astype(np.float32)
@@ -218,8 +238,17 @@ def _sound(
     rng: np.random.Generator,
     config: MixtureConfig,
 ) -> np.ndarray:
-    power = _vary(_pick(bank, event, folds, rng).power, rng)
-    return power * _equalise(rng, config.equaliser)
+    def performance() -> np.ndarray:
+        return _vary(_pick(bank, event, folds, rng).power, rng, config) * _equalise(rng, config.equaliser)
+
+    power = performance()
+    if rng.random() < config.blend_share:
+        other = performance()
+        gain = _active_level(power) / _active_level(other) * 10 ** (rng.uniform(-6, 6) / 10)
+        length = min(len(power), len(other))
+        power = power.copy()
+        power[:length] += gain * other[:length]
+    return power
 
 
 def _make_far(power: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -259,7 +288,7 @@ def _count(bank: SoundBank, folds: tuple[int, ...], rng: np.random.Generator, co
     if not bursts:
         return _single(bank, folds, rng, config, events)
     start, end = bursts[rng.integers(len(bursts))]
-    burst = _vary(clip.power[max(start - 3, 0) : end + 5], rng) * _equalise(rng, config.equaliser)
+    burst = _vary(clip.power[max(start - 3, 0) : end + 5], rng, config) * _equalise(rng, config.equaliser)
     name, times = (("once", 1), ("twice", 2), ("repeatedly", int(rng.integers(4, 7))))[rng.integers(3)]
     gap = len(burst) + int(rng.integers(30, 120))
     builder = _Builder(min(max(gap * times, 505), FRAMES))
@@ -323,7 +352,7 @@ def _special(bank: SoundBank, folds: tuple[int, ...], rng: np.random.Generator, 
         power = level * rng.gamma(2.0, 0.5, size=(FRAMES, MELS)) * _equalise(rng, 6.0)
         steps = np.ones(TIME_STEPS, dtype=bool)
         return Example(power.astype(np.float32), Scene((Part(key),)), {key: steps})
-    power = _vary(_pick(bank, key, folds, rng).power, rng)[:FRAMES]
+    power = _vary(_pick(bank, key, folds, rng).power, rng, config)[:FRAMES]
     builder = _Builder(len(power))
     builder.place(key, power, 0)
     return _finish(builder, Scene((Part(key),)), rng, config)

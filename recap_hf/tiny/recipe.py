@@ -13,18 +13,23 @@ __all__ = ["Recipe"]
 
 _LEARNING_RATES = {"clap": 1e-3, "language-model": 1.5e-3, "captioner": 3e-3}
 _WARMUP_STEPS = {"captioner": 10}
-# The learning rate started again once, after this many steps.
-_CYCLES = {"clap": (3600,), "language-model": (2400,)}
+# The learning rate starts again after so many steps, each time.
+_CYCLES = {"clap": (3600,), "language-model": (2400, 1200)}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stages over one folder of sounds; everything is written below `work_dir`, each stage resumes."""
+    """Stages over one folder of sounds; everything is written below `work_dir`, each stage resumes.
+
+    Without `heard_words`, the language model never reads the name of a sound that the CLAP hears, and its folder and
+    the one of the transfer with it end in "-unheard".
+    """
 
     sounds: str | Path | None
     work_dir: Path
     folds: tuple[int, ...] = (1, 2, 3, 4)
     seed: int = 0
+    heard_words: bool = True
 
     def run(self, stage: str, steps: int, learning_rate: float | None = None, stop_after: int | None = None) -> Path:
         """Run a stage and return the folder of its result.
@@ -39,7 +44,7 @@ class Recipe:
         # A shorter run has one cycle.
         cycles = tuple(length for length in _CYCLES.get(stage, ()) if length < steps)
         config = TrainConfig(steps, rate, warmup_steps=warmup, cycles=cycles, seed=self.seed)
-        folder = self.work_dir / stage
+        folder = self._folder(stage)
         if stage == "tokenizers":
             from .tokenization import train_tokenizers
 
@@ -51,7 +56,8 @@ class Recipe:
         elif stage == "language-model":
             from .language_model import LanguageModelRecipe, train_language_model
 
-            train_language_model(self._tokenizer("gpt2"), folder, LanguageModelRecipe(), config, stop_after)
+            language = LanguageModelRecipe(heard_words=self.heard_words)
+            train_language_model(self._tokenizer("gpt2"), folder, language, config, stop_after)
         else:
             from .captioner import CaptionerRecipe, train_captioner
             from .sounds import write_recordings
@@ -74,7 +80,7 @@ class Recipe:
         rate = learning_rate or _LEARNING_RATES["captioner"]
         warmup = _WARMUP_STEPS["captioner"]
         config = TrainConfig(steps=steps, learning_rate=rate, warmup_steps=warmup, seed=self.seed)
-        folder, recipe = self.work_dir / "transfer", CaptionerRecipe()
+        folder, recipe = self._folder("transfer"), CaptionerRecipe()
         return run_transfer(
             self._parts(), self._bank(), self.sounds, folder, self.folds, fold, recipe, config, rules, groups
         )
@@ -82,11 +88,16 @@ class Recipe:
     def _parts(self) -> tuple[Path, Path, Path]:
         return self._earlier("clap"), self._earlier("language-model"), self._earlier("tokenizers")
 
+    def _folder(self, stage: str) -> Path:
+        apart = not self.heard_words and stage in ("language-model", "transfer")
+        return self.work_dir / (f"{stage}-unheard" if apart else stage)
+
     def _earlier(self, stage: str) -> Path:
-        folder = self.work_dir / stage
+        folder = self._folder(stage)
         if not folder.is_dir():
+            flag = " --without-heard-words" if folder.name != stage else ""
             raise FileNotFoundError(
-                f"{folder} does not exist: run `recap tiny {stage}` with the same --work-dir first"
+                f"{folder} does not exist: run `recap tiny {stage}{flag}` with the same --work-dir first"
             )
         return folder
 

@@ -16,9 +16,15 @@ from .lexicon import HEARD, SPECIAL, other_sounds, phrases, vocabulary_sounds
 __all__ = ["draw_text_scene", "train_tokenizers"]
 
 
-def draw_text_scene(rng: np.random.Generator, invented: float = 0.0) -> Scene:
-    """A scene of one to three sounds of the whole vocabulary, for models of text alone; attributes drawn freely."""
-    keys = vocabulary_sounds()
+def draw_text_scene(rng: np.random.Generator, invented: float = 0.0, keys: tuple[str, ...] | None = None) -> Scene:
+    """A scene of one to three sounds, for models of text alone; attributes drawn freely.
+
+    Args:
+        rng: Source of every choice.
+        invented: Share of sounds under an invented name.
+        keys: Sounds to draw from; the whole vocabulary by default.
+    """
+    keys = keys or vocabulary_sounds()
     count = int(rng.choice([1, 2, 3], p=(0.55, 0.35, 0.1)))
     chosen = [keys[index] for index in rng.choice(len(keys), size=count, replace=False)]
     parts = [invented_sound(rng) if rng.random() < invented else Part(key) for key in chosen]

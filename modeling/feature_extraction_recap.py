@@ -16,9 +16,9 @@ from .travelling_recap import AUTO_MAP
 
 # CLAP's floor under the mel power and so under the decibels: 10 * log10(1e-10) = -100 dB.
 _MEL_FLOOR = 1e-10
-# Windows in one transform, of 1,001 frames of 1,024 samples: on a CPU as many as its cache and the allocator's
-# recycled blocks hold (of 16 each takes three times as long), on other devices enough to fill them (0.5 GB).
-_WINDOWS_AT_ONCE_CPU, _WINDOWS_AT_ONCE = 1, 64
+# Frames of 1,024 samples in one transform on a CPU: as many as its nearer caches hold; all 1,001 of a window take half
+# as long again. On other devices so many windows, enough to fill them (0.5 GB).
+_FRAMES_AT_ONCE_CPU, _WINDOWS_AT_ONCE = 128, 64
 _CLAP_SETTINGS = (
     "feature_size",
     "sampling_rate",
@@ -118,11 +118,14 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
             for index, (clip, rate) in enumerate(zip(clips, _rates(sampling_rate, len(clips)), strict=True))
         ]
         flat = [self._pad_window(window) for windows in windows_per_clip for window in windows]
-        at_once = _WINDOWS_AT_ONCE_CPU if torch.device(device or "cpu").type == "cpu" else _WINDOWS_AT_ONCE
+        # One copy less for each window where it is worked on alone.
+        at_once = 1 if torch.device(device or "cpu").type == "cpu" else _WINDOWS_AT_ONCE
+        constants = self._taper_and_filters(device)
         mels = torch.cat(
             [
-                self._log_mel(torch.from_numpy(np.stack(flat[start : start + at_once])), device)
+                self._log_mel(torch.from_numpy(part[0][None] if at_once == 1 else np.stack(part)), *constants)
                 for start in range(0, len(flat), at_once)
+                for part in [flat[start : start + at_once]]
             ]
         )
         num_windows = max(len(windows) for windows in windows_per_clip)
@@ -167,31 +170,35 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         return resample(waveform, sampling_rate, self.sampling_rate)
 
     def _pad_window(self, window: np.ndarray) -> np.ndarray:
-        length = int(self.nb_max_samples)
-        if len(window) < length:
-            if self.padding == "repeat":
-                window = np.tile(window, length // len(window) + 1)[:length]
-            elif self.padding == "repeatpad":
-                window = np.tile(window, length // len(window))
-            window = np.pad(window, (0, length - len(window)))
-        return window
+        """The window at its full length, as `padding` says, with half a frame mirrored at either end."""
+        length, half = int(self.nb_max_samples), self.fft_window_size // 2
+        padded = np.zeros(length + 2 * half, dtype=window.dtype)
+        inner = padded[half : half + length]
+        times = {"repeat": -(-length // len(window)), "repeatpad": length // len(window), "pad": 1}[self.padding]
+        for number in range(times):
+            part = inner[number * len(window) : (number + 1) * len(window)]
+            part[:] = window[: len(part)]
+        padded[:half] = inner[half:0:-1]
+        padded[half + length :] = inner[-2 : -2 - half : -1]
+        return padded
 
-    def _log_mel(self, windows: torch.Tensor, device: str | torch.device | None) -> torch.Tensor:
-        """(N, samples) -> (N, frames, mels) in dB, float32."""
-        dtype = getattr(torch, self.compute_dtype)
-        windows = windows.to(device=device, dtype=dtype)
-        half = self.fft_window_size // 2
-        padded = torch.nn.functional.pad(windows, (half, half), mode="reflect")
+    def _log_mel(self, windows: torch.Tensor, taper: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
+        """(N, samples with both margins) -> (N, frames, mels) in dB, float32, where taper and filters are."""
+        windows = windows.to(device=taper.device, dtype=taper.dtype)
         # A view: frames that overlap are not copied before the window function is laid on them.
-        frames = padded.unfold(1, self.fft_window_size, self.hop_length)
-        taper, filters = self._taper_and_filters(dtype, windows.device)
-        spectrum = torch.fft.rfft(frames * taper)[..., : len(filters)]
-        # Frame by frame in memory: `torch.stft` and a sum over (real, imaginary) take four times as long.
-        power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-        return torch.matmul(power, filters).clamp_(min=_MEL_FLOOR).log10_().mul_(10.0).float()
+        frames = windows.unfold(1, self.fft_window_size, self.hop_length)
+        mels = torch.empty(*frames.shape[:2], filters.shape[1], dtype=windows.dtype, device=windows.device)
+        at_once = _FRAMES_AT_ONCE_CPU if windows.device.type == "cpu" else frames.shape[1]
+        for part, of in zip(mels.split(at_once, dim=1), frames.split(at_once, dim=1), strict=True):
+            spectrum = torch.fft.rfft(of * taper)[..., : len(filters)]
+            # Frame by frame in memory: `torch.stft` and a sum over (real, imaginary) take four times as long.
+            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+            part.copy_(torch.matmul(power, filters))
+        return mels.clamp_(min=_MEL_FLOOR).log10_().mul_(10.0).float()
 
-    def _taper_and_filters(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _taper_and_filters(self, device: str | torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The Hann window, and the mel filters down to their last bin: nothing above 14 kHz is listened to."""
+        dtype = getattr(torch, self.compute_dtype)
         taper = torch.hann_window(self.fft_window_size, dtype=dtype, device=device)
         filters = self.mel_filters_slaney if self.truncation == "rand_trunc" else self.mel_filters
         num_bins = int(np.flatnonzero(filters.any(axis=1)).max()) + 1

@@ -222,7 +222,7 @@ def test_an_explanation_says_what_a_word_rests_on():
     pressed = re.findall(r'data-word="(\d)" aria-pressed="(\w+)"', html)
     assert [number for number, state in pressed if state == "true"] == ["2"]
     # Only where something was heard is a place shown; elsewhere the whole picture is covered.
-    assert re.findall(r'<(?:img|div) class="rc-map( rc-unheard)?" data-map="(\d)"', html) == [
+    assert re.findall(r'<(?:img|span) class="rc-map( rc-unheard)?" data-map="(\d)"', html) == [
         ("", "0"),
         (" rc-unheard", "1"),
         ("", "2"),

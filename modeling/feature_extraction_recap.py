@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -188,13 +189,15 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         # A view: frames that overlap are not copied before the window function is laid on them.
         frames = windows.unfold(1, self.fft_window_size, self.hop_length)
         mels = torch.empty(*frames.shape[:2], filters.shape[1], dtype=windows.dtype, device=windows.device)
-        at_once = _FRAMES_AT_ONCE_CPU if windows.device.type == "cpu" else frames.shape[1]
-        for part, of in zip(mels.split(at_once, dim=1), frames.split(at_once, dim=1), strict=True):
-            spectrum = torch.fft.rfft(of * taper)[..., : len(filters)]
-            # Frame by frame in memory: `torch.stft` and a sum over (real, imaginary) take four times as long.
-            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-            part.copy_(torch.matmul(power, filters))
-        return mels.clamp_(min=_MEL_FLOOR).log10_().mul_(10.0).float()
+        on_cpu = windows.device.type == "cpu"
+        at_once = _FRAMES_AT_ONCE_CPU if on_cpu else frames.shape[1]
+        with _one_thread() if on_cpu else contextlib.nullcontext():
+            for part, of in zip(mels.split(at_once, dim=1), frames.split(at_once, dim=1), strict=True):
+                spectrum = torch.fft.rfft(of * taper)[..., : len(filters)]
+                # Frame by frame in memory: `torch.stft` and a sum over (real, imaginary) take four times as long.
+                power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+                part.copy_(torch.matmul(power, filters))
+            return mels.clamp_(min=_MEL_FLOOR).log10_().mul_(10.0).float()
 
     def _taper_and_filters(self, device: str | torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The Hann window, and the mel filters down to their last bin: nothing above 14 kHz is listened to."""
@@ -209,6 +212,18 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         # Also inside a processor's file: AutoFeatureExtractor looks there for the code that travels.
         output["auto_map"] = {"AutoFeatureExtractor": AUTO_MAP["AutoFeatureExtractor"]}
         return output
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Portions this small gain little from more threads, and where other programs hold a core, which the threads then
+    wait for at each of them, lose a hundredfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _as_clips(audio: Any) -> list[Any]:

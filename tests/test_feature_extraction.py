@@ -143,3 +143,14 @@ def test_mel_settings_of_a_published_clap_are_kept(clap_tokenizer, tmp_path, who
     np.testing.assert_array_equal(ours.mel_filters, stock.mel_filters)
     with pytest.raises(OSError):
         RecapFeatureExtractor.from_clap_pretrained(tmp_path / "nothing")
+
+
+def test_threads_are_as_many_afterwards_as_before(clips):
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            RecapFeatureExtractor()(clips[0], sampling_rate=48_000)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)

@@ -76,7 +76,7 @@ def test_command(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="pictures need the explain extra")
     from recap_hf import examples_path
 
-    clip = str(examples_path() / "sneeze.flac")
+    clip = str(examples_path() / "clock.flac")
     picture = tmp_path / "picture.png"
     assert main(["explain", clip, "--caption", "a dog barking", "--output", str(picture), "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)

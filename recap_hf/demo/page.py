@@ -30,7 +30,7 @@ _STATIC = Path(__file__).parent / "static"
 # An upload whose handler never ran (the tab was closed meanwhile) goes after this, looked for every minute.
 _FORGOTTEN_UPLOAD_S = 300
 _QUEUE_LENGTH = 20
-_EXAMPLES = ("sea", "rain", "flute", "sneeze", "bass_drum")
+_EXAMPLES = ("sea", "rain", "flute", "clock", "bass_drum")
 
 
 def example_recordings() -> dict[str, Path]:

@@ -66,11 +66,13 @@ class CaptionerRecipe:
     query_noise: float = 1.0
     hidden_share: float = 0.1
     renamed_share: float = 0.2
-    reworded_share: float = 0.12
+    reworded_share: float = 0.04
     foreign_share: float = 0.015
     promptless_share: float = 0.15
     bfloat16: bool = True
     mixtures: MixtureConfig = _MIXTURES
+    # Of the beam search: captions of two sounds are longer, and each word more costs probability.
+    length_penalty: float = 0.5
 
 
 def assemble(
@@ -87,6 +89,7 @@ def assemble(
         cross_attention_reduce_factor=recipe.cross_attention_reduce_factor,
         num_retrieved_captions=recipe.num_retrieved,
     )
+    model.generation_config.length_penalty = recipe.length_penalty
     tokenizers = Path(tokenizers)
     processor = RecapProcessor.from_config(
         model.config,

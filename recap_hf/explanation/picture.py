@@ -114,7 +114,8 @@ def _draw_spectrogram(
         vmin=low,
         vmax=spectrogram.max() + 1e-3,
         extent=(0, explanation.duration_s, 0, spectrogram.shape[1]),
-        interpolation="nearest",
+        # In the small panels several frames share a pixel: none of them, such as a click, may be left out.
+        interpolation="antialiased",
     )
     axes.set_xlim(0, explanation.duration_s)
     axes.set_ylim(0, spectrogram.shape[1])

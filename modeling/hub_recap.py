@@ -59,7 +59,7 @@ NEVER_PUSHED = (
     ".DS_Store",
     "*.lock",
     "*.tmp",
-    ".building/*",
+    ".building*/*",
 )
 
 

@@ -283,6 +283,22 @@ def test_a_build_that_was_cut_off_goes_on(tmp_path):
     np.testing.assert_allclose(store.embeddings[8190:8195], WordEmbedder().embed(store.captions[8190:8195]), atol=1e-6)
 
 
+def test_a_source_that_is_not_there_costs_no_earlier_build(tmp_path):
+    records = numbered(0, 9000)
+    (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(Interrupted):
+        build_datastore([tmp_path / "many.jsonl"], tmp_path / "store", StoppingEmbedder())
+    with pytest.raises(OSError, match="mnay"):
+        build_datastore([tmp_path / "mnay.jsonl"], tmp_path / "store", WordEmbedder())
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="No caption is left"):
+        build_datastore([tmp_path / "empty.txt"], tmp_path / "store", WordEmbedder())
+    embedder = WordEmbedder()
+    build_datastore([tmp_path / "many.jsonl"], tmp_path / "store", embedder)
+    assert embedder.embedded == [record["caption"] for record in records[8192:]]
+    assert sorted(path.name for path in (tmp_path / "store").glob(".b*")) == []
+
+
 def test_several_processes_embed_the_same(tmp_path):
     records = numbered(0, 20_000)
     (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, records)))

@@ -241,9 +241,7 @@ def test_record(visit, server):
     visit.screenshot("5-recording")
     visit.page.locator("#rc-record").get_by_role("button", name=re.compile("stop", re.IGNORECASE)).first.click()
     caption = visit.until_described("Your recording")
-    # Whichever seconds of the sea came: something of what was looked up for them is water.
-    heard = " ".join([caption, *visit.looked_up()])
-    assert re.search("sea|wave|ocean|surf|rain|water", heard), heard
+    assert re.search("sea|wave|ocean|surf|rain|water", caption), caption
     assert visit.page.locator(".rc-recording").get_attribute("data-seconds") > "2"
     assert server.files() == []
     assert visit.overflow() == []

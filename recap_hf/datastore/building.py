@@ -95,8 +95,8 @@ def build_datastore(
         try:
             plan = _plan(work, sources, source_options, filter_options, embedder, chunk_captions, progress)
         except BaseException:
-            # Nothing is embedded yet: nothing to take up.
-            shutil.rmtree(folder if made else work, ignore_errors=True)
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         chunks = _Chunks(work, plan["kept"], chunk_captions)
         workers = _ray_workers(ray_address, progress) if engine == "ray" else _workers
@@ -133,10 +133,32 @@ def _plan(
         if plan["key"] == key:
             progress(f"Taking up a build of {plan['kept']} captions that was cut off")
             return plan
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    # Beside an earlier build, which a mistyped source must not cost: that goes when this one has its captions.
+    fresh = work.with_name(f"{work.name}-next")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        report = _read_captions(fresh / "captions.jsonl", sources, source_options, filter_options, embedder, progress)
+        plan = {"key": key, "kept": report["kept"], "report": report}
+        _write_json(fresh / path.name, plan)
+        shutil.rmtree(work, ignore_errors=True)
+        fresh.rename(work)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return plan
+
+
+def _read_captions(
+    path: Path,
+    sources: Sequence[str | Path],
+    source_options: SourceOptions,
+    filter_options: FilterOptions,
+    embedder: Any,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Writes the captions that the filter leaves to a file, and returns its report."""
     caption_filter = CaptionFilter(filter_options, embedder.count_tokens)
-    with open(work / "captions.jsonl", "w", encoding="utf-8", newline="\n") as file:
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
         for source in sources:
             progress(f"Reading {source}")
             write_records(file, caption_filter.filter(read_source(source, source_options), Path(str(source)).name))
@@ -144,9 +166,7 @@ def _plan(
     if not report["kept"]:
         why = f"left out: {json.dumps(report['dropped'])}" if report["read"] else "the sources hold none"
         raise ValueError(f"No caption is left of {report['read']} read; {why}")
-    plan = {"key": key, "kept": report["kept"], "report": report}
-    _write_json(path, plan)
-    return plan
+    return report
 
 
 def write_records(file: Any, records: Iterable[dict[str, Any]]) -> None:

@@ -95,7 +95,8 @@ def measure_size(
     description = CaptionDatastore.from_pretrained(folder, verify=False).index
     if description is None:
         description = index_datastore(folder, "auto", recall, checkpoint)
-        peaks = (resident_mb()["peak"], _noted(checkpoint, "peak_mb"), _noted(folder, "peak_mb"))
+        notes = (checkpoint.with_suffix(".json"), folder.with_suffix(".written"))
+        peaks = (resident_mb()["peak"], *(_noted(path, "peak_mb") for path in notes))
         folder.with_suffix(".peak").write_text(str(round(max(peaks))))
     note(f"index: {description}")
     store = CaptionDatastore.from_pretrained(folder, verify=False)
@@ -103,7 +104,7 @@ def measure_size(
         "rows": len(store),
         "dimension": store.dimension,
         "kind": (description or {"kind": "exact"})["kind"],
-        "write_s": _noted(folder, "write_s"),
+        "write_s": _noted(folder.with_suffix(".written"), "write_s"),
         "build_s": (description or {}).get("build_s", 0.0),
         "tuning_s": (description or {}).get("tuning_s", 0.0),
         "build_peak_mb": int(folder.with_suffix(".peak").read_text()),
@@ -126,9 +127,8 @@ def measure_size(
     return result | {"anonymous_mb": found["anonymous"], "load_average": round(os.getloadavg()[0], 1)}
 
 
-def _noted(written: Path, name: str) -> float:
-    """What is noted beside a datastore (`.written`) or an index that is filled (`.json`); 0 where nothing is."""
-    path = written.with_suffix(".json" if written.suffix else ".written")
+def _noted(path: Path, name: str) -> float:
+    """What is noted in a JSON file beside a datastore or an index that is filled; 0 where there is none."""
     return json.loads(path.read_text(encoding="utf-8"))[name] if path.is_file() else 0
 
 
@@ -152,7 +152,7 @@ def grow(args: argparse.Namespace, note: Callable[[str], None]) -> dict[str, Any
         folder = work / f"store-{count}"
         if not (folder / "datastore.json").is_file():
             in_own_process(_write, args, folder, count)
-        note(f"{count} rows written in {_noted(folder, 'write_s'):.0f} s")
+        note(f"{count} rows written in {_noted(folder.with_suffix('.written'), 'write_s'):.0f} s")
         measured = in_own_process(_measure, args, folder)
         done["sizes"] = sorted([*done["sizes"], measured], key=lambda each: each["rows"])
         done["laws"] = laws(done["sizes"])

@@ -80,7 +80,7 @@ def caption_files(captioner: Any, names: Iterable[str], batch_size: int = 8) -> 
     """
     waiting: list[Captioned] = []
     waveforms: list[Any] = []
-    for entry, waveform in _read_ahead(captioner, names, 2 * _BATCHES_TOGETHER * batch_size):
+    for entry, waveform in _read_ahead(captioner, names, 2 * recordings_together(batch_size)):
         waiting.append(entry)
         if waveform is not None:
             waveforms.append(waveform["waveform"])
@@ -90,12 +90,18 @@ def caption_files(captioner: Any, names: Iterable[str], batch_size: int = 8) -> 
     yield from _caption_batch(captioner, waiting, waveforms, batch_size)
 
 
+def recordings_together(batch_size: int) -> int:
+    """How many readable recordings are heard together at the most: cut between so many, a run of short ones gives the
+    same to the last digit."""
+    return _BATCHES_TOGETHER * batch_size
+
+
 def _is_enough(captioner: Any, waveforms: list[Any], batch_size: int) -> bool:
     """Whether so many recordings fill a pass of the encoder, in whole batches for the decoder."""
     if len(waveforms) < batch_size or len(waveforms) % batch_size:
         return False
     seconds = sum(map(len, waveforms)) / captioner.processor.feature_extractor.sampling_rate
-    return len(waveforms) >= _BATCHES_TOGETHER * batch_size or seconds >= _SECONDS_TOGETHER
+    return len(waveforms) >= recordings_together(batch_size) or seconds >= _SECONDS_TOGETHER
 
 
 def _read_ahead(captioner: Any, names: Iterable[str], ahead: int) -> Iterator[tuple[Captioned, dict[str, Any] | None]]:

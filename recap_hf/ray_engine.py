@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recap_hf.captioning import Captioned
+from recap_hf.captioning import Captioned, recordings_together
 from recap_hf.cli.numbers import positive
 
 LOG_NAME = "workers.log"
@@ -177,8 +177,9 @@ def caption_files_with_ray(options: argparse.Namespace, names: Sequence[str], no
     if not (options.work_dir or options.output):
         raise ValueError("--engine ray needs --output FILE, or --work-dir DIR for what is done so far")
     work = Path(options.work_dir or f"{options.output}.parts").resolve()
-    # Whole batches, so that recordings stand together as they would without Ray.
-    size = -(-options.part_size // options.batch_size) * options.batch_size
+    # Recordings stand together as they would without Ray.
+    together = recordings_together(options.batch_size)
+    size = -(-options.part_size // together) * together
     parts = [(start // size, list(names[start : start + size])) for start in range(0, len(names), size)]
     take_up(work, _caption_key(options, names, size), note)
     left = [part for part in parts if not part_path(work, part[0]).is_file()]

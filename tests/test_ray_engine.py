@@ -62,7 +62,7 @@ def kill_a_worker(process, log, after):
 @pytest.mark.slow
 def test_a_killed_worker_loses_and_doubles_no_recording(recordings, tmp_path, capfd):
     plain, output, log = tmp_path / "plain.jsonl", tmp_path / "ray.jsonl", tmp_path / "ray.log"
-    arguments = ["caption", recordings, "--format", "jsonl", "--batch-size", 2, "--num-beams", 2]
+    arguments = ["caption", recordings, "--format", "jsonl", "--batch-size", 1, "--num-beams", 2]
     arguments += ["--max-new-tokens", 12, "--device", "cpu"]
     # The broken recording is told by the status, and by a line of its own.
     assert main([*map(str, arguments), "--output", str(plain)]) == 1

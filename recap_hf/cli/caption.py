@@ -57,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write there instead of standard output")
     add_timeline_arguments(parser)
     add_engine_arguments(parser)
-    parser.add_argument("--part-size", type=positive, default=64, help="recordings a part (default: %(default)s)")
+    parser.add_argument(
+        "--part-size",
+        type=positive,
+        default=64,
+        help="recordings a part, rounded up to four batches (default: %(default)s)",
+    )
     parser.add_argument(
         "--work-dir", metavar="DIR", help="of what is done so far, with --engine ray (default: beside --output)"
     )

@@ -45,7 +45,8 @@ def test_both_sides_have_the_same_loss(captions: Path):
         assert row["loss_difference"] < (1e-5 if row["dtype"] == "fp32" else 1e-3)
         assert row["steps"] == 2
     for row in result["settings"]:
-        assert row["captions_per_s"] == pytest.approx(8 / sum(row["seconds_per_step"]), rel=0.5)
+        # Two steps of four captions each; seconds are given to the microsecond, a step takes some thousands of them.
+        assert row["captions_per_s"] == pytest.approx(8 / sum(row["seconds_per_step"]), rel=1e-2)
     table = list(format_table(report))
     assert sum(line.startswith(ours) for line in table) == 4
 

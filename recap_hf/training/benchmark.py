@@ -175,8 +175,8 @@ def _row(measurement: Measurement, base: Measurement) -> dict[str, Any]:
         "ratio": round(measurement.captions_per_s / base.captions_per_s, 2),
         "cpu_ratio": round(measurement.captions_per_cpu_s / base.captions_per_cpu_s, 2),
         "steps": len(measurement.step_s),
-        "seconds_per_step": [round(seconds, 2) for seconds in measurement.step_s],
-        "cpu_seconds_per_step": [round(seconds, 2) for seconds in measurement.cpu_s],
+        "seconds_per_step": [round(seconds, 6) for seconds in measurement.step_s],
+        "cpu_seconds_per_step": [round(seconds, 6) for seconds in measurement.cpu_s],
         "peak_gb": measurement.peak_gb and round(measurement.peak_gb, 2),
     }
     if measurement.name != "reference":

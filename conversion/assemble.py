@@ -186,7 +186,13 @@ def read_cross_attention(path: str | Path) -> tuple[dict[str, torch.Tensor], dic
     return tensors, {**kept, **{key: int(metadata[key]) for key in _NUMBERS if key in metadata}}
 
 
-_TEXTS = ("prompt_template", "caption_separator", "prompt_without_captions", "target_prefix")
+_TEXTS = (
+    "prompt_template",
+    "caption_separator",
+    "prompt_without_captions",
+    "target_prefix",
+    "audio_position_embedding",
+)
 _NUMBERS = ("cross_attention_reduce_factor", "num_retrieved_captions", "pad_token_id", "eos_token_id", "bos_token_id")
 _FRACTIONS = ("retrieval_diversity", "retrieval_score_drop")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import ClapConfig, GPT2Config, PretrainedConfig
 
+from .audio_position_recap import AUDIO_POSITIONS, SINUSOIDAL
 from .confidence_recap import ConfidenceModel
 from .datastore_choice_recap import check_choice
 from .prefix_recap import CONDITIONINGS, CROSS_ATTENTION, PREFIX
@@ -34,6 +35,10 @@ class RecapConfig(PretrainedConfig):
             instead (after Kim et al., the paper's [6]); the decoder then has no cross-attention.
         prefix_length (`int`, *optional*, defaults to 10): embeddings of the prefix.
         prefix_num_layers (`int`, *optional*, defaults to 2): layers of the network that maps audio to the prefix.
+        audio_position_embedding (`str`, *optional*):
+            `"sinusoidal"` adds fixed position embeddings along time to the audio tower's last hidden state, so that
+            the decoder can tell what came first: cross-attention does not know the order of what it attends to, and
+            CLAP's audio tower keeps little of it. `None`, the default, is the paper's model.
         num_retrieved_captions (`int`, *optional*, defaults to 4):
             k, the number of captions in the prompt (Section 4 of the paper).
         prompt_template (`str`, *optional*):
@@ -78,6 +83,7 @@ class RecapConfig(PretrainedConfig):
         conditioning: str = CROSS_ATTENTION,
         prefix_length: int = 10,
         prefix_num_layers: int = 2,
+        audio_position_embedding: str | None = None,
         num_retrieved_captions: int = 4,
         prompt_template: str = PAPER_PROMPT.template,
         caption_separator: str = PAPER_PROMPT.separator,
@@ -100,6 +106,7 @@ class RecapConfig(PretrainedConfig):
         self.conditioning = conditioning
         self.prefix_length = prefix_length
         self.prefix_num_layers = prefix_num_layers
+        self.audio_position_embedding = audio_position_embedding
         self.num_retrieved_captions = num_retrieved_captions
         self.retrieval_diversity = retrieval_diversity
         self.retrieval_score_drop = retrieval_score_drop
@@ -162,6 +169,10 @@ class RecapConfig(PretrainedConfig):
     def _validate_conditioning(self) -> None:
         if self.conditioning not in CONDITIONINGS:
             raise ValueError(f"`conditioning` must be one of {', '.join(CONDITIONINGS)}, got {self.conditioning!r}.")
+        if self.audio_position_embedding not in AUDIO_POSITIONS:
+            raise ValueError(
+                f"`audio_position_embedding` must be None or {SINUSOIDAL!r}, got {self.audio_position_embedding!r}."
+            )
         for name in ("prefix_length", "prefix_num_layers"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

@@ -14,6 +14,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
+from .audio_position_recap import SINUSOIDAL, sinusoidal_positions
 from .configuration_recap import RecapConfig
 from .decoding_recap import SharedPromptCache, decode_with_shared_prompt
 from .explanation_recap import RecapExplanationMixin
@@ -296,8 +297,12 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
             is_longer = torch.zeros(windows.shape[0], 1, dtype=torch.bool, device=windows.device)
         output = self.clap.audio_model(input_features=windows, is_longer=is_longer)
         embeds = self.clap.audio_projection(output.pooler_output).float()
+        states = output.last_hidden_state
+        if self.config.audio_position_embedding == SINUSOIDAL:
+            places = sinusoidal_positions(states.shape[-1], states.shape[1]).T[:, None]
+            states = states + places.to(states)
         # (N, d, frequency, time) -> (N, n, d)
-        states = output.last_hidden_state.flatten(2).transpose(1, 2)
+        states = states.flatten(2).transpose(1, 2)
         return states, nn.functional.normalize(embeds, dim=-1)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

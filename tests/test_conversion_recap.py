@@ -172,6 +172,10 @@ def test_stock_pair_becomes_recap_and_comes_back(parts, tmp_path, width):
     report = convert_stock(clap, gpt2, tmp_path / "recap", factor=2, seed=3)
     assert report["processor"] is True and report["trained_cross_attention"] is False
     assert ("logits, against stock GPT-2" in report["differences"]) is (width == 64)
+    # What no stock class has a place for comes back all the same.
+    settings = json.loads((tmp_path / "recap" / "config.json").read_text())
+    settings["audio_position_embedding"] = "sinusoidal"
+    (tmp_path / "recap" / "config.json").write_text(json.dumps(settings))
     convert_to_stock(tmp_path / "recap", tmp_path / "back")
     for name, whole, kind in (("clap", clap, ClapModel), ("decoder", gpt2, GPT2LMHeadModel)):
         before, after = kind.from_pretrained(whole).state_dict(), kind.from_pretrained(tmp_path / "back" / name)
@@ -183,6 +187,7 @@ def test_stock_pair_becomes_recap_and_comes_back(parts, tmp_path, width):
     again = convert_stock(
         tmp_path / "back" / "clap", tmp_path / "back" / "decoder", tmp_path / "again", cross_attention=cross
     )
+    assert RecapConfig.from_pretrained(tmp_path / "again").audio_position_embedding == "sinusoidal"
     assert again["trained_cross_attention"] is True and again["cross_attention_reduce_factor"] == 2
     first = RecapForConditionalGeneration.from_pretrained(tmp_path / "recap").state_dict()
     second = RecapForConditionalGeneration.from_pretrained(tmp_path / "again").state_dict()

@@ -91,6 +91,28 @@ def test_one_pass_equals_clap(tiny_model, tiny_processor, clips):
     torch.testing.assert_close(encoding.last_hidden_state[0, 40], hidden[0, :, 40 // 32, 40 % 32])
 
 
+def test_position_embedding_tells_the_time_of_each_state(tiny_model, tiny_processor, clips):
+    """Vaswani et al., Section 3.5: PE(pos, 2i) = sin(pos / 10000^(2i/d)), PE(pos, 2i+1) = cos of the same."""
+    config = RecapConfig.from_dict({**tiny_model.config.to_dict(), "audio_position_embedding": "sinusoidal"})
+    model = RecapForConditionalGeneration(config).eval()
+    model.load_state_dict(tiny_model.state_dict())
+    inputs = tiny_processor(audio=[clips[2]], sampling_rate=48_000, return_tensors="pt")
+    with torch.no_grad():
+        plain, placed = tiny_model.encode_audio(**inputs), model.encode_audio(**inputs)
+    added = (placed.last_hidden_state - plain.last_hidden_state)[0]
+    for window, band, step, place in ((0, 0, 0, 0), (0, 1, 0, 1), (0, 1, 31, 6), (2, 0, 17, 31), (1, 1, 5, 12)):
+        angle = step / 10_000 ** (place // 2 * 2 / 32)
+        expected = math.cos(angle) if place % 2 else math.sin(angle)
+        assert added[window * 64 + band * 32 + step, place].item() == pytest.approx(expected, abs=1e-5)
+    # The queries of the retrieval are CLAP's.
+    assert torch.equal(placed.audio_embeds, plain.audio_embeds)
+
+
+def test_only_known_position_embeddings():
+    with pytest.raises(ValueError, match="`audio_position_embedding` must be None or 'sinusoidal', got 'learned'"):
+        RecapConfig(audio_position_embedding="learned")
+
+
 def test_fused_clap_is_deterministic(clips):
     from recap_hf import RecapFeatureExtractor
 

@@ -79,6 +79,11 @@ def test_a_changed_encoder_is_noticed(captioner, data, tmp_path: Path, caplog):
         assert encoder_identity(model, processor.feature_extractor) != identity
     finally:
         processor.feature_extractor.compute_dtype = "float32"
+    model.config.audio_position_embedding = "sinusoidal"
+    try:
+        assert encoder_identity(model, processor.feature_extractor) != identity
+    finally:
+        model.config.audio_position_embedding = None
 
 
 def test_a_killed_run_goes_on_and_writes_the_same_numbers(captioner, data, tmp_path: Path, monkeypatch):

@@ -122,6 +122,18 @@ def test_from_two_bases(start, tmp_path):
     assert plain.config.conditioning == "cross_attention"
 
 
+def test_position_embeddings_stay_until_another_choice(start, tmp_path):
+    chosen = {"conditioning": "", "audio_position_embedding": "sinusoidal"}
+    model, processor = assemble(config(start, tmp_path / "out", **chosen))
+    assert model.config.audio_position_embedding == "sinusoidal"
+    model.save_pretrained(tmp_path / "placed")
+    processor.save_pretrained(tmp_path / "placed")
+    again = {"conditioning": "", "model": str(tmp_path / "placed")}
+    for choice, expected in (("", "sinusoidal"), ("none", None)):
+        model, _ = assemble(config(start, tmp_path / "out", **again, audio_position_embedding=choice))
+        assert model.config.audio_position_embedding == expected
+
+
 def test_same_seed_draws_the_same_mapper(parts):
     model = parts[0]
     before = {name: tensor.clone() for name, tensor in model.prefix_mapper.state_dict().items()}

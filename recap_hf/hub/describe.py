@@ -95,6 +95,8 @@ def conditioning_part(config: RecapConfig, num_parameters: int) -> dict[str, str
     factor = config.cross_attention_reduce_factor
     share = "the decoder's own" if factor == 1 else f"the decoder's divided by {factor}"
     text = f"in every layer, of width {config.cross_attention_width} ({share}){number}: the part that RECAP trains"
+    if config.audio_position_embedding:
+        text += f"; {config.audio_position_embedding} position embeddings tell it the time of each hidden state"
     return {"cross-attention": text}
 
 

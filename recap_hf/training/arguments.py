@@ -36,6 +36,13 @@ class TrainingConfig(AudioConfig):
     )
     prefix_length: int = option(10, "embeddings of a new prefix", group="model")
     prefix_num_layers: int = option(2, "layers of the network that makes a new prefix", group="model")
+    audio_position_embedding: str = option(
+        "",
+        "sinusoidal tells the decoder when each encoder state sounds, for captions that tell the order; none is the "
+        "paper's (default: the checkpoint's, or none)",
+        group="model",
+        choices=["", "none", "sinusoidal"],
+    )
     keep_cross_attention: bool | None = option(
         None,
         "go on with the checkpoint's cross-attention or prefix (default: with --model yes, from the bases no)",

@@ -58,6 +58,9 @@ def assemble(config: TrainingConfig) -> tuple[Any, Any]:
             model = _with_other_conditioning(model, processor, config)
         elif not (bool(config.model) if config.keep_cross_attention is None else config.keep_cross_attention):
             reset_conditioning(model, config.seed)
+    if config.audio_position_embedding:
+        wanted = config.audio_position_embedding
+        model.config.audio_position_embedding = None if wanted == "none" else wanted
     model.config.num_retrieved_captions = processor.num_retrieved_captions = config.num_retrieved
     model.set_attn_implementation(config.attn_implementation)
     return model.eval(), processor
@@ -73,6 +76,7 @@ _KEPT_SETTINGS = (
     "prompt_without_captions",
     "target_prefix",
     "window_length_s",
+    "audio_position_embedding",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",

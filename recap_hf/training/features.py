@@ -132,7 +132,8 @@ class FeatureStore:
 
 
 def encoder_identity(model: Any, feature_extractor: Any) -> dict[str, Any]:
-    """All that encoded audio depends on: a hash of the audio tower's weights, its dtype, and the mel's settings."""
+    """All that encoded audio depends on: a hash of the audio tower's weights, its dtype, what is added to its hidden
+    states, and the mel's settings."""
     digest = hashlib.blake2b(digest_size=16)
     parts = (("audio_model", model.clap.audio_model), ("audio_projection", model.clap.audio_projection))
     for part, module in parts:
@@ -141,7 +142,10 @@ def encoder_identity(model: Any, feature_extractor: Any) -> dict[str, Any]:
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             # `view` as bytes: NumPy knows no bfloat16.
             digest.update(array.view(dtype=_byte_dtype()).numpy().tobytes())
-    return mel_identity(feature_extractor) | {"weights": digest.hexdigest()}
+    identity = mel_identity(feature_extractor) | {"weights": digest.hexdigest()}
+    positions = model.config.audio_position_embedding
+    # Left out where there are none: features that were encoded before there was a choice stay valid.
+    return identity if positions is None else identity | {"audio_position_embedding": positions}
 
 
 def mel_identity(feature_extractor: Any) -> dict[str, Any]:

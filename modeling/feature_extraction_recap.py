@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -189,22 +189,15 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         # A view: frames that overlap are not copied before the window function is laid on them.
         frames = windows.unfold(1, self.fft_window_size, self.hop_length)
         mels = torch.empty(*frames.shape[:2], filters.shape[1], dtype=windows.dtype, device=windows.device)
-        at_once = _FRAMES_AT_ONCE_CPU if windows.device.type == "cpu" else frames.shape[1]
-
-        def transform(part: torch.Tensor, of: torch.Tensor) -> None:
-            spectrum = torch.fft.rfft(of * taper)[..., : len(filters)]
-            # Frame by frame in memory: `torch.stft` and a sum over (real, imaginary) take four times as long.
-            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-            part.copy_(torch.matmul(power, filters))
-            part.clamp_(min=_MEL_FLOOR).log10_().mul_(10.0)
-
-        pairs = list(zip(mels.split(at_once, dim=1), frames.split(at_once, dim=1), strict=True))
-        if windows.device.type == "cpu":
-            _share_among_threads(transform, pairs)
-        else:
-            for pair in pairs:
-                transform(*pair)
-        return mels.float()
+        on_cpu = windows.device.type == "cpu"
+        at_once = _FRAMES_AT_ONCE_CPU if on_cpu else frames.shape[1]
+        with _one_thread() if on_cpu else contextlib.nullcontext():
+            for part, of in zip(mels.split(at_once, dim=1), frames.split(at_once, dim=1), strict=True):
+                spectrum = torch.fft.rfft(of * taper)[..., : len(filters)]
+                # Frame by frame in memory: `torch.stft` and a sum over (real, imaginary) take four times as long.
+                power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+                part.copy_(torch.matmul(power, filters))
+            return mels.clamp_(min=_MEL_FLOOR).log10_().mul_(10.0).float()
 
     def _taper_and_filters(self, device: str | torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The Hann window, and the mel filters down to their last bin: nothing above 14 kHz is listened to."""
@@ -221,29 +214,14 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         return output
 
 
-def _share_among_threads(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]]) -> None:
-    """Calls a function with each job's arguments, on as many threads as torch may use.
-
-    Each job runs on one thread from its start to its end: torch's own threads share every single operation, wait for
-    each other at each, and where another program holds a core lose a hundredfold by it.
-    """
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Portions this small gain little from more threads, and where other programs hold a core, which the threads then
+    wait for at each of them, lose a hundredfold."""
     threads = torch.get_num_threads()
-    inference = torch.is_inference_mode_enabled()
-
-    def work(share: Sequence[tuple[Any, ...]]) -> None:
-        # Threads of one's own begin with torch's defaults.
-        torch.set_num_threads(1)
-        with torch.inference_mode(inference):
-            for job in share:
-                function(*job)
-
-    workers = min(threads, len(jobs))
+    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(max(workers - 1, 1)) as pool:
-            others = [pool.submit(work, jobs[worker::workers]) for worker in range(1, workers)]
-            work(jobs[::workers])
-            for other in others:
-                other.result()
+        yield
     finally:
         torch.set_num_threads(threads)
 

@@ -119,16 +119,18 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
             for index, (clip, rate) in enumerate(zip(clips, _rates(sampling_rate, len(clips)), strict=True))
         ]
         flat = [self._pad_window(window) for windows in windows_per_clip for window in windows]
+        on_cpu = torch.device(device or "cpu").type == "cpu"
         # One copy less for each window where it is worked on alone.
-        at_once = 1 if torch.device(device or "cpu").type == "cpu" else _WINDOWS_AT_ONCE
-        constants = self._taper_and_filters(device)
-        mels = torch.cat(
-            [
-                self._log_mel(torch.from_numpy(part[0][None] if at_once == 1 else np.stack(part)), *constants)
-                for start in range(0, len(flat), at_once)
-                for part in [flat[start : start + at_once]]
-            ]
-        )
+        at_once = 1 if on_cpu else _WINDOWS_AT_ONCE
+        with _one_thread() if on_cpu else contextlib.nullcontext():
+            constants = self._taper_and_filters(device)
+            mels = torch.cat(
+                [
+                    self._log_mel(torch.from_numpy(part[0][None] if at_once == 1 else np.stack(part)), *constants)
+                    for start in range(0, len(flat), at_once)
+                    for part in [flat[start : start + at_once]]
+                ]
+            )
         num_windows = max(len(windows) for windows in windows_per_clip)
         mask = torch.zeros(len(clips), num_windows, dtype=torch.long, device=mels.device)
         for row, windows in enumerate(windows_per_clip):
@@ -189,15 +191,13 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         # A view: frames that overlap are not copied before the window function is laid on them.
         frames = windows.unfold(1, self.fft_window_size, self.hop_length)
         mels = torch.empty(*frames.shape[:2], filters.shape[1], dtype=windows.dtype, device=windows.device)
-        on_cpu = windows.device.type == "cpu"
-        at_once = _FRAMES_AT_ONCE_CPU if on_cpu else frames.shape[1]
-        with _one_thread() if on_cpu else contextlib.nullcontext():
-            for part, of in zip(mels.split(at_once, dim=1), frames.split(at_once, dim=1), strict=True):
-                spectrum = torch.fft.rfft(of * taper)[..., : len(filters)]
-                # Frame by frame in memory: `torch.stft` and a sum over (real, imaginary) take four times as long.
-                power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
-                part.copy_(torch.matmul(power, filters))
-            return mels.clamp_(min=_MEL_FLOOR).log10_().mul_(10.0).float()
+        at_once = _FRAMES_AT_ONCE_CPU if windows.device.type == "cpu" else frames.shape[1]
+        for part, of in zip(mels.split(at_once, dim=1), frames.split(at_once, dim=1), strict=True):
+            spectrum = torch.fft.rfft(of * taper)[..., : len(filters)]
+            # Frame by frame in memory: `torch.stft` and a sum over (real, imaginary) take four times as long.
+            power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+            part.copy_(torch.matmul(power, filters))
+        return mels.clamp_(min=_MEL_FLOOR).log10_().mul_(10.0).float()
 
     def _taper_and_filters(self, device: str | torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The Hann window, and the mel filters down to their last bin: nothing above 14 kHz is listened to."""

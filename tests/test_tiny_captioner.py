@@ -36,7 +36,9 @@ CLAP = ClapRecipe(
     bfloat16=False,
 )
 LANGUAGE_MODEL = LanguageModelRecipe(n_layer=1, n_embd=16, n_head=2)
-CAPTIONER = CaptionerRecipe(pool=6, batch_size=2, mixed=0.5, cross_attention_reduce_factor=2)
+CAPTIONER = CaptionerRecipe(
+    pool=6, batch_size=2, mixed=0.5, cross_attention_reduce_factor=2, listening_steps=2, promptless_share=0.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,20 @@ def test_only_the_cross_attention_is_trained(parts, trained):
         assert torch.equal(value, model.clap.state_dict()[name]), name
     for name, value in GPT2LMHeadModel.from_pretrained(parts[1]).state_dict().items():
         assert torch.equal(value, model.decoder.state_dict()[name]), name
+
+
+def test_the_first_steps_are_without_prompts(parts, bank, tmp_path, monkeypatch):
+    seen = []
+    build = RecapProcessor.build_training_inputs
+
+    def watching(self, captions, targets, *args, **kwargs):
+        seen.append([len(prompt) for prompt in captions])
+        return build(self, captions, targets, *args, **kwargs)
+
+    monkeypatch.setattr(RecapProcessor, "build_training_inputs", watching)
+    train_captioner(parts, bank, tmp_path, (1,), CAPTIONER, TrainConfig(steps=4, learning_rate=1e-3), EVENTS)
+    assert seen[:2] == [[0, 0], [0, 0]]
+    assert all(length > 0 for step in seen[2:] for length in step) and len(seen) == 4
 
 
 def test_a_resumed_captioner_equals_an_uninterrupted_one(parts, bank, trained, tmp_path):

@@ -17,7 +17,7 @@ _STAGES = {
     "transfer": "hold every event out of the captioner's training once, and give it back in the datastore",
     "examples": "synthesise the example recordings",
 }
-_STEPS = {"clap": 5600, "language-model": 5100, "captioner": 600}
+_STEPS = {"clap": 5600, "language-model": 5100, "captioner": 2700}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

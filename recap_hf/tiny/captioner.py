@@ -21,7 +21,7 @@ from .lexicon import HEARD, other_sounds
 from .mixtures import MixtureConfig, draw_example
 from .rewording import reword
 from .sounds import SoundBank
-from .trainer import TrainConfig, is_main_process, process_rank, train
+from .trainer import TrainConfig, eager_attention, is_main_process, process_rank, train
 
 if TYPE_CHECKING:
     from recap_hf import CaptionDatastore, RecapForConditionalGeneration, RecapProcessor
@@ -53,22 +53,29 @@ class CaptionerRecipe:
     `query_noise` is the length of the random vector that is added to an audio embedding before its captions are looked
     up: the encoder knows the recordings of this training, and would retrieve better than it ever will again.
 
+    `depth` is between how many of the nearest captions those of a prompt are drawn: few, because captions that are wrong
+    together are what it will meet.
+
     `mixed` is the share of captions of several events that the datastore keeps: with more of them the first caption
     of a mixture is more often exact, and that of a single clip more often names something besides.
     """
 
-    cross_attention_reduce_factor: int = 2
+    cross_attention_reduce_factor: int = 1
+    audio_position_embedding: str | None = "sinusoidal"
     num_retrieved: int = 4
     mixed: float = 0.5
-    pool: int = 6000
+    pool: int = 8000
     batch_size: int = 32
-    depth: tuple[int, int] = (4, 60)
+    depth: tuple[int, int] = (4, 8)
     query_noise: float = 1.0
     hidden_share: float = 0.1
-    renamed_share: float = 0.2
+    renamed_share: float = 0.35
     reworded_share: float = 0.04
     foreign_share: float = 0.015
-    promptless_share: float = 0.15
+    # Steps at the beginning without any prompt: to listen is learned faster where there is nothing to read, and a
+    # step costs a fifth.
+    listening_steps: int = 1500
+    promptless_share: float = 0.2
     bfloat16: bool = True
     mixtures: MixtureConfig = _MIXTURES
     # Of the beam search: captions of two sounds are longer, and each word more costs probability.
@@ -87,6 +94,7 @@ def assemble(
         clap,
         language_model,
         cross_attention_reduce_factor=recipe.cross_attention_reduce_factor,
+        audio_position_embedding=recipe.audio_position_embedding,
         num_retrieved_captions=recipe.num_retrieved,
     )
     model.generation_config.length_penalty = recipe.length_penalty
@@ -184,30 +192,30 @@ class _Batches:
         self.foreign_share = recipe.foreign_share / unknown if unknown else 0.0
 
     def _hits(self, row: int, rng: np.random.Generator) -> list[tuple[str, Scene]]:
-        """Some of the captions nearest to an example, none where audio alone is to speak."""
+        """Some of the captions nearest to an example."""
         recipe = self.recipe
-        if rng.random() < recipe.promptless_share:
-            return []
         depth = int(rng.integers(recipe.depth[0], recipe.depth[1] + 1))
         near = self.pool.rows[row][:depth]
         chosen = sorted(rng.choice(len(near), size=min(recipe.num_retrieved, len(near)), replace=False))
         return [self.captions[near[index]] for index in chosen]
 
-    def _example(self, row: int, rng: np.random.Generator) -> tuple[list[str], str]:
-        """The captions of a prompt and the answer to it."""
+    def _example(self, row: int, rng: np.random.Generator, promptless_share: float) -> tuple[list[str], str]:
+        """The captions of a prompt, none where audio alone is to speak, and the answer to it."""
         scene = self.pool.scenes[row]
+        if rng.random() < promptless_share:
+            return [], answer(scene, [])
         if "unknown" in scene.keys and rng.random() < self.foreign_share:
             return draw_prompt(rng, FOREIGN_PROMPTS)
         hits = self._hits(row, rng)
         captions, scenes = [text for text, _ in hits], [hit for _, hit in hits]
-        if hits and rng.random() < self.recipe.renamed_share:
+        if rng.random() < self.recipe.renamed_share:
             names = _renaming(sorted(scene.keys.union(*(hit.keys for hit in scenes))), rng)
             scene, scenes = _rename(scene, names), [_rename(hit, names) for hit in scenes]
             captions = [
                 render(new, rng, 1.0, 1.0).text if new != old else text
                 for (text, old), new in zip(hits, scenes, strict=True)
             ]
-        if hits and rng.random() < self.recipe.reworded_share:
+        if rng.random() < self.recipe.reworded_share:
             captions = [reword(hit, rng).text for hit in scenes]
             best = max(range(len(scenes)), key=lambda index: fit(scenes[index], scene))
             # The words of others are repeated as they stand, where they say anything that is there.
@@ -217,7 +225,8 @@ class _Batches:
     def __call__(self, rng: np.random.Generator, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         recipe, pool = self.recipe, self.pool
         rows = rng.integers(len(pool.scenes), size=recipe.batch_size)
-        prompts, targets = zip(*(self._example(row, rng) for row in rows), strict=True)
+        share = 1.0 if step < recipe.listening_steps else recipe.promptless_share
+        prompts, targets = zip(*(self._example(row, rng, share) for row in rows), strict=True)
         inputs = self.processor.build_training_inputs(list(prompts), list(targets))
         states = pool.states[torch.from_numpy(rows)].float()
         hidden = torch.from_numpy(rng.random(len(rows)) < recipe.hidden_share)
@@ -256,7 +265,8 @@ def train_captioner(
     model.freeze_base()
     pool = _encode_pool(model, processor.datastore, bank, folds, events, recipe, config.seed)
     batches = _Batches(model, processor, pool, captions, recipe)
-    train(model, batches, config, Path(folder) / "checkpoint.pt", "captioner", stop_after)
+    with eager_attention(model):
+        train(model, batches, config, Path(folder) / "checkpoint.pt", "captioner", stop_after)
     if is_main_process():
         save_recap_tiny(model, processor, Path(folder) / "model")
     return model.eval(), processor

@@ -21,7 +21,7 @@ from .grammar import Part, Scene, answer, invented_sound, render
 from .lexicon import HEARD, SPECIAL, vocabulary_sounds
 from .rewording import reword
 from .tokenization import draw_text_scene
-from .trainer import TrainConfig, is_main_process, train
+from .trainer import TrainConfig, eager_attention, is_main_process, train
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -195,7 +195,9 @@ def train_language_model(
     folder = Path(folder)
     torch.manual_seed(config.seed)
     model = build_language_model(tokenizer, recipe)
-    train(model, _Batches(model, tokenizer, recipe), config, folder / "checkpoint.pt", "language model", stop_after)
+    batches = _Batches(model, tokenizer, recipe)
+    with eager_attention(model):
+        train(model, batches, config, folder / "checkpoint.pt", "language model", stop_after)
     if is_main_process():
         model.save_pretrained(folder)
     return model

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe"]
 
-_LEARNING_RATES = {"clap": 1e-3, "language-model": 1.5e-3, "captioner": 3e-3}
+_LEARNING_RATES = {"clap": 1e-3, "language-model": 1.5e-3, "captioner": 1e-3}
 _WARMUP_STEPS = {"captioner": 10}
 # The learning rate starts again after so many steps, each time.
 _CYCLES = {"clap": (3600,), "language-model": (2400, 1200)}

@@ -53,8 +53,8 @@ class CaptionerRecipe:
     `query_noise` is the length of the random vector that is added to an audio embedding before its captions are looked
     up: the encoder knows the recordings of this training, and would retrieve better than it ever will again.
 
-    `depth` is between how many of the nearest captions those of a prompt are drawn: few, because captions that are wrong
-    together are what it will meet.
+    `depth` is between how many of the nearest captions those of a prompt are drawn: few, because captions that are
+    wrong together are what it will meet.
 
     `mixed` is the share of captions of several events that the datastore keeps: with more of them the first caption
     of a mixture is more often exact, and that of a single clip more often names something besides.

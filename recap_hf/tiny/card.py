@@ -40,17 +40,17 @@ LIMITS = (
     "The recordings of an instrument come from few packs: its figures vary more from instrument to instrument than "
     "the intervals show.",
     "Of two sounds at once it names 1.7 on average, and one caption of mixtures in four names the same sound twice "
-    "(\"rain and rain falling\"). Of single sounds its encoder alone, choosing among 21 names, is right more often than "
-    "its captions, which trust a prompt that names a sound too many; on mixtures they are better than every other row, "
-    "but not by more than chance could make it against the first retrieved caption, the vote of the captions, and the "
-    "audio alone.",
+    "('rain and rain falling'). Of single sounds its encoder alone, choosing among 21 names, is right more often than "
+    "its captions, which trust a prompt that names a sound too many; on mixtures they are better than every other "
+    "row, but not by more than chance could make it against the first retrieved caption, the vote of the captions, "
+    "and the audio alone.",
     "The settings of this checkpoint were chosen on fold 4 with models of folds 1 to 3. Fold 5 was read for six "
     "captioners of earlier recipes, then for this one and for the captioners of the held-out groups.",
     "Held out of its captioner's training, sounds are named less often than by the language model alone (the table "
     "above): it follows a datastore about what it knows better than one about what it does not.",
-    "Its encoder and its language model were not made in one go: the CLAP had 3,600 steps before the free wordings came "
-    "into the recipe and 2,000 with them, the language model 3,600 and 1,500. `recap tiny` has the recipe from its "
-    "first step; the captioner is of one run of it, the other two have not been run again from start to end.",
+    "Its encoder and its language model were not made in one go: the CLAP had 3,600 steps before the free wordings "
+    "came into the recipe and 2,000 with them, the language model 3,600 and 1,500. `recap tiny` has the recipe from "
+    "its first step; the captioner is of one run of it, the other two have not been run again from start to end.",
     "A datastore in other words than the grammar's works as far as its text tower reads them; of longer sentences the "
     "captioner sometimes garbles a word.",
     "Its captions follow one small grammar. They are right or wrong, never elegant.",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from recap_hf.modeling.attribution_recap import eager_attention
 from recap_hf.modeling.prompt_recap import PAPER_PROMPT
 from recap_hf.pretraining.bases import new_gpt2
 
@@ -21,7 +22,7 @@ from .grammar import Part, Scene, answer, invented_sound, render
 from .lexicon import HEARD, SPECIAL, vocabulary_sounds
 from .rewording import reword
 from .tokenization import draw_text_scene
-from .trainer import TrainConfig, eager_attention, is_main_process, train
+from .trainer import TrainConfig, is_main_process, train
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -196,6 +197,7 @@ def train_language_model(
     torch.manual_seed(config.seed)
     model = build_language_model(tokenizer, recipe)
     batches = _Batches(model, tokenizer, recipe)
+    # In bfloat16 on a CPU a step takes two thirds of the time of torch's own attention: its backward pass is slow.
     with eager_attention(model):
         train(model, batches, config, folder / "checkpoint.pt", "language model", stop_after)
     if is_main_process():

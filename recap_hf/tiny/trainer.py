@@ -12,8 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +21,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
-__all__ = ["TrainConfig", "eager_attention", "is_main_process", "learning_rate", "process_rank", "train"]
+__all__ = ["TrainConfig", "is_main_process", "learning_rate", "process_rank", "train"]
 
 
 @dataclass(frozen=True)
@@ -77,18 +75,6 @@ def _height(step: int, length: int, config: TrainConfig) -> float:
 def _decay_start(config: TrainConfig) -> int:
     """Where the learning rate of the last cycle begins to fall."""
     return config.steps - round((config.steps - sum(config.cycles)) * config.decay)
-
-
-@contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Attention as plain products of matrices: in bfloat16 on a CPU a step takes two thirds of the time of torch's own
-    attention, whose backward pass alone is as long as all the rest."""
-    own = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(own)
 
 
 def is_main_process() -> bool:

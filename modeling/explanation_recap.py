@@ -14,6 +14,7 @@ from .attribution_recap import METHODS, Attribution, Passage, attribute, hidden_
 from .audio_grid_recap import AudioGrid
 from .audio_recap import resample, to_mono
 from .outputs_recap import RecapEncoderOutput
+from .promptless_recap import promptless_options
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
@@ -146,7 +147,8 @@ class RecapExplanationMixin:
                   mixes says little about what the word rests on: see the measurements in docs/explanations.md.
             encoder_outputs ([`RecapEncoderOutput`], *optional*): what `encode_audio` made of this recording alone,
                 where it is at hand; spares a second pass of the encoder.
-            generate_kwargs: for `generate` (`num_beams`, `max_new_tokens`, ...).
+            generate_kwargs: for `generate` (`num_beams`, `max_new_tokens`, ...). With a `promptless_weight` it is the
+                mixture's caption; what is explained is why the model says it after its prompt.
 
         Returns:
             [`CaptionExplanation`]
@@ -209,7 +211,8 @@ class RecapExplanationMixin:
         if caption is not None and not caption.strip():
             raise ValueError("`caption` is empty: there is no word to explain.")
         if caption is None:
-            sequences = self.generate(encoder_outputs=encoding, **prompts, **generate_kwargs)
+            options = promptless_options(processor, generate_kwargs)
+            sequences = self.generate(encoder_outputs=encoding, **prompts, **options)
             target = sequences[0, prompt.shape[1] :].tolist()
         else:
             target = processor.encode_caption(caption)

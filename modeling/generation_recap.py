@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 from transformers.utils import ModelOutput
 
@@ -14,6 +14,13 @@ from .decoding_recap import SharedPromptCache, can_share_prompt
 from .fixed_decoding_recap import FixedDecoding
 from .outputs_recap import RecapEncoderOutput, position_ids_of
 from .prefix_recap import PREFIX, check_prefix_generation
+from .promptless_recap import (
+    PROMPTLESS_OPTIONS,
+    PromptlessMixture,
+    check_promptless,
+    mix_log_probs,
+    promptless_options,
+)
 from .search_recap import SearchPlan, search
 
 
@@ -30,6 +37,8 @@ class RecapGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         processor: Any = None,
+        promptless_weight: float = 0.0,
+        promptless_input_ids: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Captions: `GenerationMixin.generate`, the audio encoded and (with a `processor`) the prompts built first.
@@ -39,13 +48,25 @@ class RecapGenerationMixin(GenerationMixin):
             encoder_outputs ([`RecapEncoderOutput`]): what `encode_audio` returned. It is not changed.
             processor ([`RecapProcessor`], *optional*): retrieves captions and builds the prompts where no
                 `decoder_input_ids` are given. Its datastore must come from this model's text encoder.
+            promptless_weight (`float`, *optional*, defaults to 0.0): share of each next token's probability that
+                comes from the same model without retrieved captions, below 1; see [`PromptlessMixture`].
+            promptless_input_ids (`torch.LongTensor` of shape `(length,)`, *optional*): the prompt without captions,
+                for `promptless_weight`; with a `processor` it is built.
             kwargs: everything else that `generate` takes; `retrieved`, which `build_prompts` returns, is accepted
                 and not needed.
 
         Returns:
             Token ids of shape `(batch_size * num_return_sequences, length)`, the prompt included, or a `ModelOutput`.
+
+        Raises:
+            `ValueError`: neither audio nor its encoding, neither prompts nor a processor, or a `promptless_weight`
+                outside its range or without its prompt.
         """
         kwargs.pop("retrieved", None)
+        promptless = {"promptless_weight": promptless_weight, "promptless_input_ids": promptless_input_ids}
+        if processor is not None:
+            promptless = promptless_options(processor, promptless)
+        check_promptless(*promptless.values())
         input_features = kwargs.pop("input_features", inputs)
         input_features_mask = kwargs.pop("input_features_mask", None)
         encoder_outputs = kwargs.pop("encoder_outputs", None)
@@ -83,7 +104,16 @@ class RecapGenerationMixin(GenerationMixin):
             check_prefix_generation(generation_config or self.generation_config, kwargs)
         if can_share_prompt(self, generation_config or self.generation_config, kwargs):
             kwargs["past_key_values"] = SharedPromptCache(len(encoder_outputs.last_hidden_state))
+        if promptless_weight:
+            prompt_length = kwargs["decoder_input_ids"].shape[1]
+            mixture = PromptlessMixture(*promptless.values(), self, encoder_outputs, prompt_length)
+            kwargs["logits_processor"] = LogitsProcessorList([mixture, *(kwargs.get("logits_processor") or [])])
         return super().generate(generation_config=generation_config, encoder_outputs=encoder_outputs, **kwargs)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        # transformers puts a caller's processors last; what the others forbid must stay forbidden.
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return LogitsProcessorList(sorted(processors, key=lambda one: not isinstance(one, PromptlessMixture)))
 
     def _prepare_decoder_input_ids_for_generation(
         self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -167,7 +197,8 @@ class RecapGenerationMixin(GenerationMixin):
         cache = getattr(generated, "past_key_values", None)
         if isinstance(cache, SharedPromptCache) and cache.sequence_log_probs is not None:
             return sequences, cache.sequence_log_probs[best].exp().tolist()
-        return sequences, self.score_captions(encoder_outputs, sequences, prompts, cache)
+        promptless = {name: kwargs[name] for name in PROMPTLESS_OPTIONS if name in kwargs}
+        return sequences, self.score_captions(encoder_outputs, sequences, prompts, cache, **promptless)
 
     @torch.no_grad()
     def score_captions(
@@ -176,6 +207,8 @@ class RecapGenerationMixin(GenerationMixin):
         sequences: torch.LongTensor,
         prompts: Mapping[str, torch.Tensor],
         past_key_values: Any = None,
+        promptless_weight: float = 0.0,
+        promptless_input_ids: Any = None,
     ) -> list[float]:
         """The exponential of the mean log-probability of each caption's tokens, its end token included.
 
@@ -185,11 +218,13 @@ class RecapGenerationMixin(GenerationMixin):
             prompts (`Mapping`): the `decoder_input_ids` and `decoder_attention_mask` that it was given.
             past_key_values (*optional*): the cache that this `generate` returned. A [`SharedPromptCache`] has the
                 prompts in it already; it is used up. With any other, or none, they are computed again.
+            promptless_weight, promptless_input_ids (*optional*): as for `generate`.
 
         Returns:
             `list[float]`: probabilities between 0 and 1, comparable between captions of different lengths; 0.0 for
             a caption without a token.
         """
+        check_promptless(promptless_weight, promptless_input_ids)
         start = prompts["decoder_input_ids"].shape[1]
         mask = prompts["decoder_attention_mask"].to(sequences.device)
         targets = sequences[:, start:]
@@ -200,17 +235,28 @@ class RecapGenerationMixin(GenerationMixin):
         if isinstance(past_key_values, SharedPromptCache) and past_key_values.num_clips == len(sequences):
             logits = self._continue_prompts(encoder_outputs, targets[:, :-1], full_mask[:, :-1], past_key_values)
         else:
-            logits = self(
-                encoder_outputs=encoder_outputs,
-                decoder_input_ids=sequences,
-                decoder_attention_mask=full_mask,
-                use_cache=False,
-                logits_to_keep=targets.shape[1] + 1,
-            ).logits[:, :-1]
+            logits = self._target_logits(encoder_outputs, sequences, full_mask, targets.shape[1])
+        if promptless_weight:
+            ids = torch.as_tensor(promptless_input_ids, device=targets.device).expand(len(targets), -1)
+            ids, mask = torch.cat([ids, targets], dim=1), torch.cat([torch.ones_like(ids), counted.long()], dim=1)
+            others = self._target_logits(encoder_outputs, ids, mask, targets.shape[1])
+            logits = mix_log_probs(logits, others, promptless_weight)
         log_probs = logits.float().log_softmax(dim=-1)
         token_log_probs = log_probs.gather(2, targets.unsqueeze(2)).squeeze(2) * counted
         totals, counts = token_log_probs.sum(dim=1), counted.sum(dim=1)
         return [(total / count).exp().item() if count else 0.0 for total, count in zip(totals, counts, strict=True)]
+
+    def _target_logits(
+        self, encoder_outputs: RecapEncoderOutput, ids: torch.LongTensor, mask: torch.Tensor, num_targets: int
+    ) -> torch.Tensor:
+        """Logits of the last `num_targets` of `ids`, `(batch_size, num_targets, vocab_size)`."""
+        return self(
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=ids,
+            decoder_attention_mask=mask,
+            use_cache=False,
+            logits_to_keep=num_targets + 1,
+        ).logits[:, :-1]
 
     def _continue_prompts(
         self,

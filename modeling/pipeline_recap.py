@@ -19,12 +19,14 @@ from .confidence_recap import ConfidenceModel, caption_features
 from .datastore_choice_recap import check_choice
 from .decoding_recap import lay_out_for_cpu
 from .outputs_recap import RecapEncoderOutput
+from .promptless_recap import PROMPTLESS_OPTIONS, promptless_options
 from .reranking_recap import caption_similarities, generate_reranked, reranking_parameters
 from .timeline_recap import DEFAULT_SEGMENT_BATCH, TimelineSettings, TimelineSummary, caption_timeline
 
 _GENERATION_KEYS = frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_")) | {
     "generation_config",
     "max_new_tokens",
+    "promptless_weight",
 }
 
 
@@ -45,7 +47,8 @@ class AudioCaptioningPipeline(Pipeline):
             instead of beams with `do_sample=True`.
         decoding_batch_size (`int`, *optional*): clips decoded together, those with prompts of like lengths; default
             `batch_size`, which is then how many are heard together.
-        generation parameters (`num_beams`, `max_new_tokens`, `do_sample`, ...): passed to `generate`.
+        generation parameters (`num_beams`, `max_new_tokens`, `do_sample`, `promptless_weight`, ...): passed to
+            `generate`.
 
     Each input is a path, a URL, bytes, a waveform of shape `(samples,)` or `(channels, samples)` at the feature
     extractor's rate, `{"array", "sampling_rate"}`, or a `datasets` row or Audio value, decoded or not. Lists,
@@ -244,13 +247,15 @@ class AudioCaptioningPipeline(Pipeline):
     ) -> tuple[list[str], list[float], list[dict[str, Any]]]:
         """Captions, scores and what `rerank` adds, of one batch for the decoder."""
         extras: list[dict[str, Any]] = [{} for _ in encoding.last_hidden_state]
+        generate_kwargs = promptless_options(self.processor, generate_kwargs)
         if rerank is None:
             sequences, scores = self.model.generate_with_scores(encoding, prompts, **generate_kwargs)
         else:
             sequences, chosen = generate_reranked(
                 self.model, self.processor, encoding, prompts, candidates, **generate_kwargs
             )
-            scores = self.model.score_captions(encoding, sequences, prompts)
+            promptless = {name: generate_kwargs[name] for name in PROMPTLESS_OPTIONS if name in generate_kwargs}
+            scores = self.model.score_captions(encoding, sequences, prompts, **promptless)
             extras = [{"similarity": entry.similarity, "candidates": entry.candidates} for entry in chosen]
         return self.processor.batch_decode(sequences), scores, extras
 

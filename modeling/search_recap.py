@@ -22,12 +22,13 @@ from transformers.generation import (
 
 from .decoding_recap import SharedPromptCache, decode_token, decode_with_shared_prompt
 from .fixed_decoding_recap import FixedDecoding
+from .promptless_recap import PromptlessMixture, PromptlessStream
 
 # The score of what is not there; transformers adds and compares the same number.
 _NEVER = -1e9
 # Clips leave together when a quarter of the batch has finished: moving keys and values costs a step's time.
 _LEAVE_FROM = 0.25
-_PLAIN_PROCESSORS = (MinNewTokensLengthLogitsProcessor, MinLengthLogitsProcessor)
+_PLAIN_PROCESSORS = (MinNewTokensLengthLogitsProcessor, MinLengthLogitsProcessor, PromptlessMixture)
 _PLAIN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 
 
@@ -41,6 +42,7 @@ class SearchPlan:
         max_new_tokens, min_new_tokens (`int`): the end tokens are forbidden before `min_new_tokens`.
         eos_token_ids (`tuple[int, ...]`): may be empty.
         fill_token_id (`int`): stands behind a finished sequence.
+        mixture ([`PromptlessMixture`], *optional*): mixes the distributions of each step.
     """
 
     num_beams: int
@@ -52,6 +54,7 @@ class SearchPlan:
     min_new_tokens: int
     eos_token_ids: tuple[int, ...]
     fill_token_id: int
+    mixture: PromptlessMixture | None = None
 
     @classmethod
     def of(
@@ -85,6 +88,7 @@ class SearchPlan:
             fill = pad_token_id
         else:
             fill = (pad_token_id or eos_token_ids[0]) if eos_token_ids else -1
+        mixtures = [one for one in processors if isinstance(one, PromptlessMixture)]
         minimum = max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length)
         return cls(
             num_beams=beams,
@@ -94,9 +98,10 @@ class SearchPlan:
             early_stopping=True if beams == 1 else config.early_stopping,
             prompt_length=prompt_length,
             max_new_tokens=config.max_length - prompt_length,
-            min_new_tokens=minimum if processors else 0,
+            min_new_tokens=minimum if len(processors) > len(mixtures) else 0,
             eos_token_ids=eos_token_ids,
             fill_token_id=-1 if fill is None else fill,
+            mixture=mixtures[0] if mixtures else None,
         )
 
 
@@ -219,7 +224,8 @@ def search(
             See [`decode_with_shared_prompt`]; a row per beam, those of a clip together. The cache comes back with
             `sequence_log_probs`; clips have left it.
         plan ([`SearchPlan`]): what to search.
-        fixed ([`FixedDecoding`], *optional*): decodes in its fixed tensors; clips then leave all at once.
+        fixed ([`FixedDecoding`], *optional*): decodes in its fixed tensors; clips then leave all at once. A mixture's
+            second distribution has caches that grow.
 
     Returns:
         `torch.LongTensor` of shape `(num_clips * num_return_sequences, length)`: prompt and caption.
@@ -227,21 +233,31 @@ def search(
     logits = decode_with_shared_prompt(
         decoder, cache, input_ids, decoder_attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask
     )[:, -1]
+    stream = None
+    if plan.mixture is not None:
+        stream = PromptlessStream(
+            decoder, plan.mixture, cache.num_clips, encoder_hidden_states, encoder_attention_mask
+        )
     state = _Search(plan, cache.num_clips, input_ids.device)
     prompts, positions = input_ids[:: plan.num_beams], position_ids[:, -1]
     steps = None if fixed is None else fixed.begin(decoder, cache, plan.max_new_tokens)
     while True:
-        beams = state.advance(logits)
-        (steps or cache).reorder_beams(beams)
+        beams = state.advance(logits if stream is None else stream.mixed_with(logits))
+        for cached in (steps or cache, *(() if stream is None else (stream.cache,))):
+            cached.reorder_beams(beams)
         stay = state.leave(together=steps is not None)
         if stay is not None:
             if not len(stay):
                 break
             cache.keep_clips(stay)
             positions = positions.view(-1, plan.num_beams)[stay].flatten()
+            if stream is not None:
+                stream.keep_clips(stay)
         positions = positions + 1
         tokens = state.running[:, :, state.length - 1].flatten()
         logits = decode_token(decoder, cache, tokens, positions) if steps is None else steps(tokens, positions)
+        if stream is not None:
+            stream.step(tokens)
     tokens, cache.sequence_log_probs = state.results()
     return torch.cat([prompts.repeat_interleave(plan.num_return_sequences, dim=0), tokens], dim=1)
 

@@ -108,6 +108,7 @@ def test_another_datastore(capsys, recordings, model_folder, tmp_path):
         (["nothing/*.wav"], 2, "no file matches"),
         ([], 2, "the following arguments are required"),
         (["a.wav", "--num-beams", "0"], 2, "must be at least 1, got 0"),
+        (["a.wav", "--promptless-weight", "1"], 2, "must be at least 0 and below 1, got 1"),
         (["a.wav", "--format", "xml"], 2, "invalid choice: 'xml'"),
         (["a.wav", "--model", "/no/such/folder"], 1, "/no/such/folder"),
     ],

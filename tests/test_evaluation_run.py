@@ -75,6 +75,23 @@ def test_the_captioner_is_the_pipeline(captioner, recordings, tmp_path):
     assert rows[0]["references"] == ["a tone of 1 times 110 hertz", "a steady hum 0"]
 
 
+def test_a_promptless_weight_is_for_what_has_a_prompt(captioner, recordings, tmp_path):
+    from recap_hf import AudioCaptioningPipeline
+
+    clips = load_test_clips("audiofolder", recordings)
+    systems = ["recap", "audio_only"]
+    plain = caption_clips(captioner, clips, tmp_path / "plain", systems=systems, batch_size=4)
+    captioner.generation["promptless_weight"] = 0.7
+    mixed = caption_clips(captioner, clips, tmp_path / "mixed", systems=systems, batch_size=4)
+    pipe = AudioCaptioningPipeline(model=captioner.model, processor=captioner.processor)
+    paths = [str(recordings / f"clip {number}.wav") for number in range(NUM_CLIPS)]
+    expected = pipe(paths, batch_size=4, k=2, max_new_tokens=6, num_beams=2, promptless_weight=0.7)
+    rows = read(mixed.predictions_file("recap"))
+    assert [row["prediction"] for row in rows] == [result["caption"] for result in expected]
+    assert rows != read(plain.predictions_file("recap"))
+    assert read(mixed.predictions_file("audio_only")) == read(plain.predictions_file("audio_only"))
+
+
 def test_baselines_get_what_they_should(captioner, recordings, tmp_path):
     clips = load_test_clips("audiofolder", recordings, max_clips=4)
     assert clips.name.endswith("test, first 4")

@@ -12,7 +12,7 @@ from itertools import chain, islice
 from typing import IO, Any
 
 from recap_hf.cli.choice import add_choice_arguments
-from recap_hf.cli.numbers import count, positive
+from recap_hf.cli.numbers import count, positive, share
 from recap_hf.ray_engine import add_engine_arguments
 from recap_hf.timeline.options import FORMATS, add_timeline_arguments, usage_error
 
@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--candidates", type=positive, metavar="N", help="captions to choose from with --rerank (default: the beams)"
+    )
+    parser.add_argument(
+        "--promptless-weight",
+        type=share,
+        metavar="W",
+        help="share of each word's probability that comes from listening without the retrieved captions; below 1 "
+        "(default: 0)",
     )
     parser.add_argument("--do-sample", action="store_true", help="sample captions instead of searching with beams")
     parser.add_argument("--batch-size", type=positive, default=8, help="recordings per pass (default: %(default)s)")
@@ -135,7 +142,9 @@ def load_captioner(args: argparse.Namespace) -> Any:
         prepare_for_gpu(model)
     decoding = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "k": args.k}
     # Not all commands that caption have these.
-    decoding |= {name: getattr(args, name, None) or None for name in ("rerank", "candidates", "do_sample")}
+    decoding |= {
+        name: getattr(args, name, None) or None for name in ("rerank", "candidates", "do_sample", "promptless_weight")
+    }
     decoding |= {name: getattr(args, name, None) for name in ("retrieval_diversity", "retrieval_score_drop")}
     return AudioCaptioningPipeline(
         model=model,

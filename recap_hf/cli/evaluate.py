@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from recap_hf.cli.numbers import share
 from recap_hf.cli.score import add_metric_model_arguments
 
 
@@ -39,6 +40,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--k", type=int, metavar="K", help="captions in the prompt (default: the checkpoint's)")
     model.add_argument("--num-beams", type=int, metavar="N", help="beams (default: the checkpoint's)")
     model.add_argument("--max-new-tokens", type=int, metavar="N", help="longest caption (default: the checkpoint's)")
+    model.add_argument(
+        "--promptless-weight", type=share, metavar="W", help="as in `recap caption`; for every system with a prompt"
+    )
     model.add_argument("--exclude-references", action="store_true", help="never retrieve a text equal to a reference")
     model.add_argument("--batch-size", type=int, default=16, help="clips captioned together (default 16)")
     model.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         youtube_ids=args.youtube_ids,
         max_clips=args.max_clips,
     )
-    named = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    named = {name: getattr(args, name) for name in ("num_beams", "max_new_tokens", "promptless_weight")}
     captioner = load_captioner(
         args.model,
         args.datastore,

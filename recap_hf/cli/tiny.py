@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from .numbers import share
+
 _STAGES = {
     "tokenizers": "train both tokenizers on the project's grammar and lexicon",
     "clap": "train the CLAP on mixtures of the sounds",
@@ -58,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_evaluation_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--fold", type=int, default=5, help="fold to evaluate on (default: %(default)s)")
     stage.add_argument("--keywords", metavar="FILE.json", help="what counts as naming an event; our own by default")
+    stage.add_argument(
+        "--promptless-weight",
+        type=share,
+        default=0.0,
+        metavar="W",
+        help="of the decoding, as in `recap caption` (default: %(default)s)",
+    )
     stage.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
     stage.add_argument("--output", metavar="FILE", help="write the result there instead of to the standard output")
     stage.add_argument("--threads", type=int, help="threads of PyTorch; its own choice by default")
@@ -121,7 +130,7 @@ def _transfer(args: argparse.Namespace, recipe) -> int:
 
     steps = _STEPS["captioner"] if args.steps is None else args.steps
     groups = _numbers("--groups", args.groups)
-    result = recipe.transfer(steps, args.learning_rate, args.fold, _rules(args), groups)
+    result = recipe.transfer(steps, args.learning_rate, args.fold, _rules(args), groups, args.promptless_weight)
     return _write(args, result, format_transfer(result))
 
 
@@ -132,5 +141,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     # Read first: a wrong file of rules is to be told at once.
     rules = _rules(args)
     model, processor = load_pair(args.model, "cpu")
-    result = evaluate(model, processor, args.sounds, args.fold, rules, quick=args.quick)
+    options = {"quick": args.quick, "promptless_weight": args.promptless_weight}
+    result = evaluate(model, processor, args.sounds, args.fold, rules, **options)
     return _write(args, result, format_table(result))

@@ -69,7 +69,7 @@ class Captioner:
     Args:
         model, processor: a RECAP captioner; the processor's datastore is what it retrieves from.
         k: captions in the prompt; None: the processor's.
-        generation: arguments of `generate`, such as `num_beams`.
+        generation: arguments of `generate`, such as `num_beams`. A `promptless_weight` is for what has a prompt.
         seed: of the random captions.
         exclude_references: never retrieve a caption that equals a reference of the clip.
         encodings: encoded batches that several captioners of one CLAP share; None keeps none.
@@ -162,13 +162,17 @@ class Captioner:
     ) -> list[Prediction]:
         import torch
 
+        from recap_hf.modeling.promptless_recap import promptless_options
+
+        generation = promptless_options(self.processor, self.generation)
         if prompted:
             prompts = self.processor.build_prompts(encoding.audio_embeds, retrieved=retrieved)
             retrieved = prompts.pop("retrieved")
         else:
             start = torch.full((len(retrieved), 1), self.model.config.eos_token_id, device=self.model.device)
             prompts = {"decoder_input_ids": start, "decoder_attention_mask": torch.ones_like(start)}
-        sequences, scores = self.model.generate_with_scores(encoding, prompts, **self.generation)
+            generation = {**generation, "promptless_weight": 0.0}
+        sequences, scores = self.model.generate_with_scores(encoding, prompts, **generation)
         captions = self.processor.batch_decode(sequences)
         return [Prediction(*row) for row in zip(captions, scores, retrieved, strict=True)]
 

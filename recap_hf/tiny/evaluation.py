@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from recap_hf.modeling.promptless_recap import promptless_options
+
 from .evaluation_sets import (
     DEGRADATIONS,
     Item,
@@ -60,10 +62,23 @@ class _Encoded:
 
 
 class Evaluator:
-    """Runs one checkpoint on sets of items."""
+    """Runs one checkpoint on sets of items, with one setting of decoding.
 
-    def __init__(self, model: RecapForConditionalGeneration, processor: RecapProcessor, rules: NamingRules):
+    Args:
+        model, processor: The checkpoint.
+        rules: What counts as naming.
+        promptless_weight: See `RecapForConditionalGeneration.generate`; for every row in which the model listens.
+    """
+
+    def __init__(
+        self,
+        model: RecapForConditionalGeneration,
+        processor: RecapProcessor,
+        rules: NamingRules,
+        promptless_weight: float = 0.0,
+    ):
         self.model, self.processor, self.rules = model.eval(), processor, rules
+        self.decoding = promptless_options(processor, {"promptless_weight": promptless_weight})
         self.k = processor.num_retrieved_captions
         names = [phrases(event)[0] for event in HEARD]
         self._prompts = model.embed_captions(names, processor)
@@ -97,7 +112,7 @@ class Evaluator:
                 chunk = states[start : start + _BATCH]
                 mask = torch.ones(chunk.shape[:2], dtype=torch.long)
                 encoding = RecapEncoderOutput(last_hidden_state=chunk, attention_mask=mask)
-                ids = self.model.generate(encoder_outputs=encoding, **built)
+                ids = self.model.generate(encoder_outputs=encoding, **built, **self.decoding)
             else:
                 ids = self.model.decoder.generate(
                     built["decoder_input_ids"],
@@ -254,6 +269,7 @@ def evaluate(
     rules: NamingRules | None = None,
     quick: bool = False,
     rows: tuple[str, ...] = ROWS,
+    promptless_weight: float = 0.0,
 ) -> dict[str, Any]:
     """Every figure of the model card for one fold.
 
@@ -264,13 +280,15 @@ def evaluate(
         rules: What counts as naming; the project's own by default.
         quick: Single clips alone.
         rows: Rows of the table; "RECAP" must be among them.
+        promptless_weight: Of the decoding, in every row in which the model listens.
     """
-    evaluator = Evaluator(model, processor, rules or NamingRules.ours())
+    evaluator = Evaluator(model, processor, rules or NamingRules.ours(), promptless_weight)
     items = singles(sounds, fold)
     encoded = evaluator.encode(items)
     print(f"single clips of fold {fold}", file=sys.stderr)
     result: dict[str, Any] = {
         "fold": fold,
+        "promptless_weight": promptless_weight,
         "text_prompt_accuracy": _accuracy(evaluator, encoded),
         "first_caption": _first_caption(encoded, evaluator.rules),
         "singles": _table(evaluator, encoded, rows),

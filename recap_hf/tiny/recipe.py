@@ -70,7 +70,13 @@ class Recipe:
         return folder
 
     def transfer(
-        self, steps: int, learning_rate: float | None, fold: int, rules: NamingRules, groups: tuple[int, ...]
+        self,
+        steps: int,
+        learning_rate: float | None,
+        fold: int,
+        rules: NamingRules,
+        groups: tuple[int, ...],
+        promptless_weight: float = 0.0,
     ) -> list[dict[str, Any]]:
         """Train captioners without a quarter of the events each and evaluate them on `fold`; see `transfer.py`."""
         from .captioner import CaptionerRecipe
@@ -81,9 +87,9 @@ class Recipe:
         warmup = _WARMUP_STEPS["captioner"]
         config = TrainConfig(steps=steps, learning_rate=rate, warmup_steps=warmup, seed=self.seed)
         folder, recipe = self._folder("transfer"), CaptionerRecipe()
-        return run_transfer(
-            self._parts(), self._bank(), self.sounds, folder, self.folds, fold, recipe, config, rules, groups
-        )
+        sounds = self._bank(), self.sounds
+        decoding = groups, promptless_weight
+        return run_transfer(self._parts(), *sounds, folder, self.folds, fold, recipe, config, rules, *decoding)
 
     def _parts(self) -> tuple[Path, Path, Path]:
         return self._earlier("clap"), self._earlier("language-model"), self._earlier("tokenizers")

@@ -69,6 +69,7 @@ def evaluate_transfer(
     held_out: tuple[str, ...],
     rules: NamingRules,
     mixed: float = 1.0,
+    promptless_weight: float = 0.0,
 ) -> dict[str, Any]:
     """Figures of one captioner that was trained without `held_out`.
 
@@ -78,6 +79,7 @@ def evaluate_transfer(
         held_out: Events that its captions never named.
         rules: What counts as naming.
         mixed: Share of the captions of several events in the datastores.
+        promptless_weight: Of the decoding.
     """
     inside = [item for item in items if set(item.events) & set(held_out)]
     outside = [item for item in items if not set(item.events) & set(held_out)]
@@ -87,7 +89,7 @@ def evaluate_transfer(
         "with": [text for text, _ in datastore_scenes(mixed=mixed)],
     }
     texts["decoy"] = texts["with"] + [phrase for key in DECOYS for phrase in phrases(key)]
-    evaluator = Evaluator(model, processor, rules)
+    evaluator = Evaluator(model, processor, rules, promptless_weight)
     result: dict[str, Any] = {"held_out": held_out, "clips": len(inside)}
     processor.datastore = build_datastore(model, processor, texts["without"])
     result["recall_without"] = figures(_answer(evaluator, inside, "RECAP").outcomes)["recall"]
@@ -114,6 +116,7 @@ def run_transfer(
     config: TrainConfig,
     rules: NamingRules,
     groups: tuple[int, ...] = (0, 1, 2, 3),
+    promptless_weight: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Train the captioners of some groups (resuming) and evaluate each on `fold`.
 
@@ -129,7 +132,7 @@ def run_transfer(
         events = tuple(event for event in HEARD if event not in held_out)
         target = Path(folder) / f"group-{number}"
         model, processor = train_captioner(parts, bank, target, folds, recipe, config, events)
-        result = evaluate_transfer(model, processor, items, held_out, rules, recipe.mixed)
+        result = evaluate_transfer(model, processor, items, held_out, rules, recipe.mixed, promptless_weight)
         print(f"group {number}: {result}", file=sys.stderr, flush=True)
         results.append(result)
     return results

@@ -1,0 +1,198 @@
+"""`promptless_weight`: two distributions of the next token mixed, in our search as in transformers'."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+
+from recap_hf import AudioCaptioningPipeline
+from recap_hf.cli import main
+from recap_hf.modeling.outputs_recap import RecapEncoderOutput
+
+# With these as ends the tiny model's random captions have many lengths.
+ENDS = list(range(0, 300, 9))
+
+
+@pytest.fixture
+def bare(tiny_processor):
+    """Token ids of the prompt without captions."""
+    return tiny_processor.build_prompts(retrieved=[[]])["decoder_input_ids"][0]
+
+
+class ByProbabilities(LogitsProcessor):
+    """The mixture written down again, in double precision: probabilities, not their logarithms."""
+
+    def __init__(self, model, states, mask, bare, start, weight):
+        self.model, self.states, self.mask = model, states, mask
+        self.bare, self.start, self.weight = bare, start, weight
+
+    def __call__(self, input_ids, scores):
+        rows = []
+        for index, ids in enumerate(input_ids):
+            clip = index * len(self.states) // len(input_ids)
+            ids = torch.cat([self.bare, ids[self.start :]])[None]
+            logits = self.model(
+                encoder_outputs=(self.states[clip : clip + 1],),
+                attention_mask=self.mask[clip : clip + 1],
+                decoder_input_ids=ids,
+            ).logits[0, -1]
+            prompted, alone = scores[index].double().exp(), logits.double().softmax(dim=0)
+            rows.append(((1 - self.weight) * prompted / prompted.sum() + self.weight * alone).log().float())
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 1},
+        {"num_beams": 3},
+        {"num_beams": 4, "early_stopping": False, "length_penalty": 1.0},
+        {"num_beams": 3, "early_stopping": "never", "length_penalty": 0.7, "num_return_sequences": 2},
+    ],
+    ids=["greedy", "beams", "penalty", "never"],
+)
+@torch.no_grad()
+def test_equals_the_mixture_in_transformers_search(tiny_model, encoded, bare, settings):
+    encoding, prompts = encoded
+    prompts.pop("retrieved")
+    settings = {"max_new_tokens": 12, "eos_token_id": ENDS, **settings}
+    start = prompts["decoder_input_ids"].shape[1]
+    reference = ByProbabilities(
+        tiny_model, encoding.last_hidden_state, encoding.attention_mask, bare, start, weight=0.6
+    )
+    expected = GenerationMixin.generate(
+        tiny_model,
+        encoder_outputs=RecapEncoderOutput(**encoding),
+        logits_processor=LogitsProcessorList([reference]),
+        **prompts,
+        **settings,
+    )
+    options = {"promptless_weight": 0.6, "promptless_input_ids": bare, "return_dict_in_generate": True, **settings}
+    found = tiny_model.generate(encoder_outputs=encoding, **prompts, **options)
+    assert found.past_key_values.sequence_log_probs is not None, "transformers' search has run"
+    assert torch.equal(found.sequences, expected)
+    plain = tiny_model.generate(encoder_outputs=encoding, **prompts, **settings)
+    assert plain.shape != expected.shape or not torch.equal(plain, expected), "the weight changed nothing"
+    # What our search does not take over goes the other way, and arrives at the same.
+    slow = tiny_model.generate(encoder_outputs=encoding, **prompts, **options, output_logits=True)
+    assert slow.past_key_values.sequence_log_probs is None
+    assert torch.equal(slow.sequences, expected)
+
+
+def test_scores_are_those_of_a_pass_over_the_captions(tiny_model, encoded, bare):
+    encoding, prompts = encoded
+    tiny_model.config.eos_token_id = ENDS[1]
+    options = {"promptless_weight": 0.4, "promptless_input_ids": bare}
+    settings = {"num_beams": 3, "eos_token_id": ENDS[1], "max_new_tokens": 12}
+    sequences, scores = tiny_model.generate_with_scores(encoding, prompts, **settings, **options)
+    assert scores == pytest.approx(tiny_model.score_captions(encoding, sequences, prompts, **options), rel=1e-4)
+    # Sampling leaves our search: the scores come from a pass.
+    torch.manual_seed(0)
+    sampled = {"do_sample": True, "num_beams": 1, "max_new_tokens": 6, "eos_token_id": ENDS[1]}
+    sequences, scores = tiny_model.generate_with_scores(encoding, prompts, **sampled, **options)
+    assert scores == pytest.approx(tiny_model.score_captions(encoding, sequences, prompts, **options), rel=1e-4)
+
+
+@torch.no_grad()
+def test_score_of_a_caption_by_hand(tiny_model, encoded, bare):
+    encoding, prompts = encoded
+    alone = RecapEncoderOutput(**{name: value[:1] for name, value in encoding.items()})
+    own = prompts["decoder_input_ids"][0][prompts["decoder_attention_mask"][0] == 1]
+    caption, end = [11, 42, 7], tiny_model.config.eos_token_id
+    total = 0.0
+    for position, token in enumerate([*caption, end]):
+        probability = 0.0
+        for prompt, share in ((own, 0.75), (bare, 0.25)):
+            ids = torch.cat([prompt, torch.tensor(caption[:position], dtype=torch.long)])[None]
+            logits = tiny_model(encoder_outputs=alone, decoder_input_ids=ids).logits[0, -1]
+            probability += share * logits.double().softmax(dim=0)[token].item()
+        total += math.log(probability)
+    single = {"decoder_input_ids": own[None], "decoder_attention_mask": torch.ones_like(own)[None]}
+    sequence = torch.cat([own, torch.tensor([*caption, end])])[None]
+    [score] = tiny_model.score_captions(
+        alone, sequence, single, promptless_weight=0.25, promptless_input_ids=bare.tolist()
+    )
+    assert score == pytest.approx(math.exp(total / 4), rel=1e-5)
+
+
+def test_what_is_forbidden_stays_forbidden(tiny_model, encoded, bare):
+    encoding, prompts = encoded
+    options = {"promptless_weight": 0.5, "promptless_input_ids": bare}
+    end = ENDS
+    start = prompts["decoder_input_ids"].shape[1]
+    exactly = {"min_new_tokens": 9, "max_new_tokens": 9, "eos_token_id": end}
+    for more in ({"num_beams": 3}, {"num_beams": 1, "do_sample": True}):
+        ids = tiny_model.generate(encoder_outputs=encoding, **prompts, **options, **exactly, **more)
+        assert not torch.isin(ids[:, start : start + 8], torch.tensor(end)).any()
+
+
+def test_a_clip_alone_and_in_a_batch(tiny_model, encoded, bare):
+    encoding, prompts = encoded
+    options = {"promptless_weight": 0.5, "promptless_input_ids": bare, "num_beams": 3, "eos_token_id": ENDS}
+    together = tiny_model.generate(encoder_outputs=encoding, **prompts, **options, max_new_tokens=12)
+    start = prompts["decoder_input_ids"].shape[1]
+    for row in range(3):
+        one = RecapEncoderOutput(**{name: value[row : row + 1] for name, value in encoding.items()})
+        ids = prompts["decoder_input_ids"][row][prompts["decoder_attention_mask"][row] == 1][None]
+        alone = tiny_model.generate(encoder_outputs=one, decoder_input_ids=ids, **options, max_new_tokens=12)
+        said, expected = together[row, start:].tolist(), alone[0, ids.shape[1] :].tolist()
+        assert said[: len(expected)] == expected
+
+
+def test_the_processor_gives_the_prompt(tiny_model, tiny_processor, encoded, bare):
+    encoding, prompts = encoded
+    settings = {"promptless_weight": 0.5, "max_new_tokens": 8}
+    expected = tiny_model.generate(encoder_outputs=encoding, **prompts, promptless_input_ids=bare, **settings)
+    found = tiny_model.generate(encoder_outputs=encoding, processor=tiny_processor, **settings)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("weight", [1.0, -0.1, "0.5", True, float("nan")])
+def test_a_weight_outside_its_range(tiny_model, encoded, bare, weight):
+    with pytest.raises(ValueError, match=r"`promptless_weight` must be a number of at least 0 and below 1, got"):
+        tiny_model.generate(
+            encoder_outputs=encoded[0], **encoded[1], promptless_weight=weight, promptless_input_ids=bare
+        )
+
+
+def test_a_weight_without_its_prompt(tiny_model, encoded):
+    with pytest.raises(ValueError, match="needs the prompt without captions: pass `processor=processor`"):
+        tiny_model.generate(encoder_outputs=encoded[0], **encoded[1], promptless_weight=0.5)
+
+
+def test_pipeline(tiny_model, tiny_processor, clips, encoded, bare):
+    encoding, prompts = encoded
+    settings = {"promptless_weight": 0.6, "max_new_tokens": 8}
+    pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor)
+    expected, scores = tiny_model.generate_with_scores(encoding, prompts, promptless_input_ids=bare, **settings)
+    texts = tiny_processor.batch_decode(expected)
+    results = pipe(clips, batch_size=len(clips), **settings)
+    assert [result["caption"] for result in results] == texts
+    assert [result["score"] for result in results] == pytest.approx(scores, rel=1e-4)
+    # The scores of reranked captions are the mixture's, too.
+    one = pipe(clips[0], rerank="clap", candidates=1, num_beams=3, **settings)
+    assert (one["caption"], one["score"]) == (texts[0], pytest.approx(scores[0], rel=1e-4))
+
+
+def test_explanation_of_the_mixtures_caption(tiny_model, tiny_processor, clips):
+    settings = {"promptless_weight": 0.6, "max_new_tokens": 8}
+    inputs = tiny_processor(audio=clips[:1], sampling_rate=48_000, return_tensors="pt")
+    [expected] = tiny_processor.batch_decode(tiny_model.generate(**inputs, processor=tiny_processor, **settings))
+    explained = tiny_model.explain(clips[0], tiny_processor, sampling_rate=48_000, **settings)
+    assert explained.caption.strip() == expected.strip()
+
+
+def test_command_line(tmp_path, capsys, clips):
+    soundfile.write(tmp_path / "a.wav", np.stack([clips[0]] * 2, axis=1), 48_000)
+    scores = []
+    for weight in ("0", "0.5"):
+        assert main(["caption", str(tmp_path / "a.wav"), "--promptless-weight", weight, "--format", "json"]) == 0
+        [row] = json.loads(capsys.readouterr().out)
+        scores.append(row["score"])
+    assert scores[1] != pytest.approx(scores[0])

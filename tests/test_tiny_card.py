@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from huggingface_hub import ModelCard
 
@@ -111,3 +113,13 @@ def test_lent_datastores_are_asked_and_given_back():
         similarity = model.embed_captions(list(captions), processor) @ embeds.detach().numpy()
         assert row["rain"]["score"] == pytest.approx(similarity.max(), abs=1e-3)
         assert row["rain"]["caption"]
+
+
+def test_the_card_shows_what_the_same_commands_made_again(evaluation):
+    again = copy.deepcopy(evaluation)
+    del again["mixtures"]
+    again["singles"]["rows"]["RECAP"]["figures"] = {**FIGURES, "f1": 0.725}
+    section = tiny_card_facts(evaluation, again=again).sections[-1]
+    assert section.title == "Made again from the folder of sounds"
+    assert "| single sounds, event F1 | 0.750 [0.700, 0.800] | 0.725 |" in section.text
+    assert "mixtures" not in section.text.split("|", 1)[1]

@@ -13,6 +13,7 @@ from recap_hf.tiny.clap import contrastive_loss, positives
 from recap_hf.tiny.grammar import Caption, Part, Scene
 from recap_hf.tiny.language_model import LanguageModelRecipe, draw_prompt, train_language_model
 from recap_hf.tiny.lexicon import HEARD, phrases
+from recap_hf.tiny.recipe import earlier_cycles
 from recap_hf.tiny.tokenization import train_tokenizers
 from recap_hf.tiny.trainer import TrainConfig, learning_rate, train
 
@@ -86,6 +87,14 @@ def _toy(tmp_path, name, parts, steps=30):
     for stop in parts:
         train(module, loss_of, config, tmp_path / name / "checkpoint.pt", name, stop)
     return module.state_dict()
+
+
+def test_a_shorter_run_has_fewer_cycles():
+    """The language model's end after 2,400 and after 3,600 steps; what is left is the last one."""
+    assert earlier_cycles("language-model", 5100) == (2400, 1200)
+    assert earlier_cycles("language-model", 3600) == (2400,)
+    assert earlier_cycles("language-model", 2000) == ()
+    assert earlier_cycles("captioner", 2700) == ()
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):

@@ -17,6 +17,12 @@ _WARMUP_STEPS = {"captioner": 10}
 _CYCLES = {"clap": (3600,), "language-model": (2400, 1200)}
 
 
+def earlier_cycles(stage: str, steps: int) -> tuple[int, ...]:
+    """The cycles of the learning rate before the last one of a run of so many steps: a shorter run has fewer."""
+    cycles = _CYCLES.get(stage, ())
+    return tuple(length for index, length in enumerate(cycles) if sum(cycles[: index + 1]) < steps)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Stages over one folder of sounds; everything is written below `work_dir`, each stage resumes.
@@ -41,9 +47,7 @@ class Recipe:
 
         rate = learning_rate or _LEARNING_RATES.get(stage, 0.0)
         warmup = _WARMUP_STEPS.get(stage, 100)
-        # A shorter run has one cycle.
-        cycles = tuple(length for length in _CYCLES.get(stage, ()) if length < steps)
-        config = TrainConfig(steps, rate, warmup_steps=warmup, cycles=cycles, seed=self.seed)
+        config = TrainConfig(steps, rate, warmup_steps=warmup, cycles=earlier_cycles(stage, steps), seed=self.seed)
         folder = self._folder(stage)
         if stage == "tokenizers":
             from .tokenization import train_tokenizers

@@ -49,6 +49,9 @@ LIMITS = (
     "that was made again, and for the captioners of the held-out groups.",
     "Held out of its captioner's training, sounds are named less often than by the language model alone (the table "
     "above): it follows a datastore about what it knows better than one about what it does not.",
+    "It copies words that its language model has met. One that never met the names of the sounds (the second table of "
+    "held-out sounds) hardly says one, with the captioner or alone: a token that was never in a text has an embedding "
+    "that was never trained. Vocabulary comes from training, and only the use of it from the datastore.",
     "Its encoder was not made in one go: two processes made 3,600 steps, each of twice 32 recordings, before the free "
     "wordings came into the recipe, and one process 2,000 with them. `recap tiny all` in one process hears half as "
     "much in the beginning and does not make it again: see what it does make in the table above. Above all its "

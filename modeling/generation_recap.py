@@ -15,11 +15,11 @@ from .fixed_decoding_recap import FixedDecoding
 from .outputs_recap import RecapEncoderOutput, position_ids_of
 from .prefix_recap import PREFIX, check_prefix_generation
 from .promptless_recap import (
-    PROMPTLESS_OPTIONS,
     PromptlessMixture,
     check_promptless,
     mix_log_probs,
     promptless_options,
+    promptless_part,
 )
 from .search_recap import SearchPlan, search
 
@@ -105,8 +105,9 @@ class RecapGenerationMixin(GenerationMixin):
         if can_share_prompt(self, generation_config or self.generation_config, kwargs):
             kwargs["past_key_values"] = SharedPromptCache(len(encoder_outputs.last_hidden_state))
         if promptless_weight:
+            heard = encoder_outputs.last_hidden_state, kwargs.get("attention_mask")
             prompt_length = kwargs["decoder_input_ids"].shape[1]
-            mixture = PromptlessMixture(*promptless.values(), self, encoder_outputs, prompt_length)
+            mixture = PromptlessMixture(*promptless.values(), self, *heard, prompt_length)
             kwargs["logits_processor"] = LogitsProcessorList([mixture, *(kwargs.get("logits_processor") or [])])
         return super().generate(generation_config=generation_config, encoder_outputs=encoder_outputs, **kwargs)
 
@@ -197,8 +198,7 @@ class RecapGenerationMixin(GenerationMixin):
         cache = getattr(generated, "past_key_values", None)
         if isinstance(cache, SharedPromptCache) and cache.sequence_log_probs is not None:
             return sequences, cache.sequence_log_probs[best].exp().tolist()
-        promptless = {name: kwargs[name] for name in PROMPTLESS_OPTIONS if name in kwargs}
-        return sequences, self.score_captions(encoder_outputs, sequences, prompts, cache, **promptless)
+        return sequences, self.score_captions(encoder_outputs, sequences, prompts, cache, **promptless_part(kwargs))
 
     @torch.no_grad()
     def score_captions(

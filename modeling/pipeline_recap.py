@@ -19,7 +19,7 @@ from .confidence_recap import ConfidenceModel, caption_features
 from .datastore_choice_recap import check_choice
 from .decoding_recap import lay_out_for_cpu
 from .outputs_recap import RecapEncoderOutput
-from .promptless_recap import PROMPTLESS_OPTIONS, promptless_options
+from .promptless_recap import promptless_options, promptless_part
 from .reranking_recap import caption_similarities, generate_reranked, reranking_parameters
 from .timeline_recap import DEFAULT_SEGMENT_BATCH, TimelineSettings, TimelineSummary, caption_timeline
 
@@ -254,8 +254,7 @@ class AudioCaptioningPipeline(Pipeline):
             sequences, chosen = generate_reranked(
                 self.model, self.processor, encoding, prompts, candidates, **generate_kwargs
             )
-            promptless = {name: generate_kwargs[name] for name in PROMPTLESS_OPTIONS if name in generate_kwargs}
-            scores = self.model.score_captions(encoding, sequences, prompts, **promptless)
+            scores = self.model.score_captions(encoding, sequences, prompts, **promptless_part(generate_kwargs))
             extras = [{"similarity": entry.similarity, "candidates": entry.candidates} for entry in chosen]
         return self.processor.batch_decode(sequences), scores, extras
 

@@ -17,14 +17,17 @@ from transformers import LogitsProcessor
 from .decoding_recap import SharedPromptCache, decode_token, decode_with_shared_prompt
 from .outputs_recap import position_ids_of
 
-PROMPTLESS_OPTIONS = ("promptless_weight", "promptless_input_ids")
-
 
 def promptless_options(processor: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Generation parameters with the prompt without captions beside a `promptless_weight`, where one is given."""
     if not options.get("promptless_weight") or options.get("promptless_input_ids") is not None:
         return options
     return {**options, "promptless_input_ids": processor.build_prompts(retrieved=[[]])["decoder_input_ids"][0]}
+
+
+def promptless_part(options: dict[str, Any]) -> dict[str, Any]:
+    """What of the generation parameters `score_captions` takes, too."""
+    return {name: options[name] for name in ("promptless_weight", "promptless_input_ids") if name in options}
 
 
 class PromptlessMixture(LogitsProcessor):
@@ -34,28 +37,25 @@ class PromptlessMixture(LogitsProcessor):
     `search_recap` knows it and keeps a [`PromptlessStream`].
 
     Args:
-        weight (`float`): share of the distribution without captions, above 0 and below 1.
-        input_ids (`torch.LongTensor` of shape `(length,)`): the prompt without captions.
-        model ([`RecapForConditionalGeneration`]), encoder_outputs ([`RecapEncoderOutput`]): of this call.
+        weight (`float`), input_ids (`torch.LongTensor` of shape `(length,)`): share of the distribution without
+            captions and its prompt, as [`check_promptless`] wants them.
+        model ([`RecapForConditionalGeneration`]), states (`torch.Tensor`), mask (`torch.Tensor`, *optional*): of this
+            call; the encoder's, a row per clip.
         prompt_length (`int`): tokens of the prompts with captions, padding included.
-
-    Raises:
-        `ValueError`: a weight outside its range, or no ids.
     """
 
-    def __init__(self, weight: float, input_ids: Any, model: Any, encoder_outputs: Any, prompt_length: int) -> None:
-        check_promptless(weight, input_ids)
-        self.weight = weight
-        self.model, self.states = model, encoder_outputs.last_hidden_state
-        self.mask, self.prompt_length = encoder_outputs.attention_mask, prompt_length
-        self.input_ids = torch.as_tensor(input_ids, device=self.states.device)
-
-    def mix(self, prompted: torch.Tensor, promptless: torch.Tensor) -> torch.Tensor:
-        """Logits or log-probabilities `(..., vocab_size)` of both -> log-probabilities of the mixture.
-
-        What is impossible with the prompt (`-inf`, by another processor) stays so.
-        """
-        return mix_log_probs(prompted, promptless, self.weight)
+    def __init__(
+        self,
+        weight: float,
+        input_ids: Any,
+        model: Any,
+        states: torch.Tensor,
+        mask: torch.Tensor | None,
+        prompt_length: int,
+    ) -> None:
+        self.weight, self.model, self.prompt_length = weight, model, prompt_length
+        self.states, self.mask = states, mask
+        self.input_ids = torch.as_tensor(input_ids, device=states.device)
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -69,7 +69,7 @@ class PromptlessMixture(LogitsProcessor):
             use_cache=False,
             logits_to_keep=1,
         ).logits[:, -1]
-        return self.mix(scores, logits)
+        return mix_log_probs(scores, logits, self.weight)
 
 
 class PromptlessStream:
@@ -89,7 +89,7 @@ class PromptlessStream:
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None,
     ) -> None:
-        self.decoder, self.mixture = decoder, mixture
+        self.decoder, self.weight = decoder, mixture.weight
         self.cache = SharedPromptCache(num_clips)
         ids = mixture.input_ids.expand(len(encoder_hidden_states), -1)
         mask = torch.ones_like(ids)
@@ -101,28 +101,40 @@ class PromptlessStream:
 
     def mixed_with(self, logits: torch.Tensor) -> torch.Tensor:
         """The prompted logits `(rows, vocab_size)` -> log-probabilities of the mixture."""
-        return self.mixture.mix(logits, self.logits)
+        return mix_log_probs(logits, self.logits, self.weight)
 
-    def keep_clips(self, clips: torch.LongTensor) -> None:
-        """Only these clips stay."""
-        self.cache.keep_clips(clips)
-        self.positions = self.positions.view(-1, self.cache.group_size)[clips].flatten()
+    def follow(self, beams: torch.LongTensor, stay: torch.LongTensor | None, tokens: torch.LongTensor) -> None:
+        """Goes one step with the search.
 
-    def step(self, tokens: torch.LongTensor) -> None:
-        """One token more of each beam, `(rows,)`."""
+        Args:
+            beams (`torch.LongTensor` of shape `(num_clips, beams)`): which beam each goes on from.
+            stay (`torch.LongTensor`, *optional*): the clips that stay in the batch, where not all do.
+            tokens (`torch.LongTensor` of shape `(rows,)`): what each beam of these says.
+        """
+        self.cache.reorder_beams(beams)
+        if stay is not None:
+            self.cache.keep_clips(stay)
+            self.positions = self.positions.view(-1, self.cache.group_size)[stay].flatten()
         self.positions = self.positions + 1
         self.logits = decode_token(self.decoder, self.cache, tokens, self.positions)
 
 
 def mix_log_probs(prompted: torch.Tensor, promptless: torch.Tensor, weight: float) -> torch.Tensor:
-    """`log((1 - weight) p + weight q)` of logits `(..., vocab_size)`; `-inf` where `prompted` is."""
+    """`log((1 - weight) p + weight q)` of logits or log-probabilities `(..., vocab_size)`.
+
+    What is impossible with the prompt (`-inf`, by another processor) stays so.
+    """
     first, second = prompted.float().log_softmax(dim=-1), promptless.float().log_softmax(dim=-1)
     mixed = torch.logaddexp(first + math.log1p(-weight), second + math.log(weight))
     return mixed.masked_fill(prompted == -torch.inf, -torch.inf)
 
 
 def check_promptless(weight: Any, input_ids: Any) -> None:
-    """See [`PromptlessMixture`]."""
+    """Refuses a weight outside 0 to below 1, and one above 0 without its prompt.
+
+    Raises:
+        `ValueError`: saying which, and what to do.
+    """
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0.0 <= weight < 1.0:
         raise ValueError(
             f"`promptless_weight` must be a number of at least 0 and below 1, got {weight!r}; for captions without "
@@ -136,10 +148,10 @@ def check_promptless(weight: Any, input_ids: Any) -> None:
 
 
 __all__ = [
-    "PROMPTLESS_OPTIONS",
     "PromptlessMixture",
     "PromptlessStream",
     "check_promptless",
     "mix_log_probs",
     "promptless_options",
+    "promptless_part",
 ]

@@ -243,21 +243,18 @@ def search(
     steps = None if fixed is None else fixed.begin(decoder, cache, plan.max_new_tokens)
     while True:
         beams = state.advance(logits if stream is None else stream.mixed_with(logits))
-        for cached in (steps or cache, *(() if stream is None else (stream.cache,))):
-            cached.reorder_beams(beams)
+        (steps or cache).reorder_beams(beams)
         stay = state.leave(together=steps is not None)
         if stay is not None:
             if not len(stay):
                 break
             cache.keep_clips(stay)
             positions = positions.view(-1, plan.num_beams)[stay].flatten()
-            if stream is not None:
-                stream.keep_clips(stay)
         positions = positions + 1
         tokens = state.running[:, :, state.length - 1].flatten()
         logits = decode_token(decoder, cache, tokens, positions) if steps is None else steps(tokens, positions)
         if stream is not None:
-            stream.step(tokens)
+            stream.follow(beams, stay, tokens)
     tokens, cache.sequence_log_probs = state.results()
     return torch.cat([prompts.repeat_interleave(plan.num_return_sequences, dim=0), tokens], dim=1)
 

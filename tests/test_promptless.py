@@ -9,10 +9,18 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import TINY_CAPTIONS, tiny_clap_config, tiny_gpt2_config
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
-from recap_hf import AudioCaptioningPipeline
+from recap_hf import (
+    AudioCaptioningPipeline,
+    CaptionDatastore,
+    RecapConfig,
+    RecapForConditionalGeneration,
+    RecapProcessor,
+)
 from recap_hf.cli import main
+from recap_hf.modeling.fixed_decoding_recap import FixedDecoding
 from recap_hf.modeling.outputs_recap import RecapEncoderOutput
 
 # With these as ends the tiny model's random captions have many lengths.
@@ -83,6 +91,53 @@ def test_equals_the_mixture_in_transformers_search(tiny_model, encoded, bare, se
     slow = tiny_model.generate(encoder_outputs=encoding, **prompts, **options, output_logits=True)
     assert slow.past_key_values.sequence_log_probs is None
     assert torch.equal(slow.sequences, expected)
+
+
+def test_steps_in_fixed_tensors_say_the_same(tiny_model, encoded, bare):
+    encoding, prompts = encoded
+    settings = {"num_beams": 3, "max_new_tokens": 12, "eos_token_id": ENDS}
+    options = {"promptless_weight": 0.6, "promptless_input_ids": bare, **settings}
+    expected = tiny_model.generate(encoder_outputs=encoding, **prompts, **options)
+    tiny_model.fixed_decoding = FixedDecoding()
+    assert torch.equal(tiny_model.generate(encoder_outputs=encoding, **prompts, **options), expected)
+
+
+def test_a_mask_apart_from_the_encoding(tiny_model, encoded, bare):
+    """Of clips of several lengths: both searches see what the mask leaves, and nothing else."""
+    encoding, prompts = encoded
+    assert not encoding.attention_mask.all()
+    settings = {"num_beams": 3, "max_new_tokens": 12, "eos_token_id": ENDS}
+    options = {"promptless_weight": 0.6, "promptless_input_ids": bare, **settings}
+    expected = tiny_model.generate(encoder_outputs=encoding, **prompts, **options)
+    apart = {"encoder_outputs": (encoding.last_hidden_state,), "attention_mask": encoding.attention_mask}
+    for more in ({}, {"max_time": 600.0}):
+        assert torch.equal(tiny_model.generate(**apart, **prompts, **options, **more), expected)
+
+
+@torch.no_grad()
+def test_a_captioner_that_hears_by_a_prefix(decoder_tokenizer, clap_tokenizer, clips):
+    torch.manual_seed(0)
+    config = RecapConfig(clap=tiny_clap_config(), decoder=tiny_gpt2_config(), conditioning="prefix", prefix_length=4)
+    model = RecapForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.startswith("clap"):
+            parameter.mul_(6.0)
+    processor = RecapProcessor.from_config(config, decoder_tokenizer, clap_tokenizer)
+    processor.datastore = CaptionDatastore.from_captions(TINY_CAPTIONS, model, processor)
+    encoding = model.encode_audio(**processor(audio=clips[:1], sampling_rate=48_000, return_tensors="pt"))
+    ids = processor.build_prompts(encoding.audio_embeds)["decoder_input_ids"][0]
+    alone = processor.build_prompts(retrieved=[[]])["decoder_input_ids"][0]
+    said: list[int] = []
+    for _ in range(6):
+        probabilities = []
+        for prompt in (ids, alone):
+            so_far = torch.cat([prompt, torch.tensor(said, dtype=torch.long)])[None]
+            logits = model(encoder_outputs=encoding, decoder_input_ids=so_far).logits[0, -1]
+            probabilities.append(logits.double().softmax(dim=0))
+        said.append(int((0.4 * probabilities[0] + 0.6 * probabilities[1]).argmax()))
+    options = {"promptless_weight": 0.6, "num_beams": 1, "min_new_tokens": 6, "max_new_tokens": 6}
+    found = model.generate(encoder_outputs=encoding, processor=processor, **options)
+    assert found[0, len(ids) :].tolist() == said
 
 
 def test_scores_are_those_of_a_pass_over_the_captions(tiny_model, encoded, bare):

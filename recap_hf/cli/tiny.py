@@ -141,6 +141,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     # Read first: a wrong file of rules is to be told at once.
     rules = _rules(args)
     model, processor = load_pair(args.model, "cpu")
-    options = {"quick": args.quick, "promptless_weight": args.promptless_weight}
-    result = evaluate(model, processor, args.sounds, args.fold, rules, **options)
+    result = evaluate(
+        model,
+        processor,
+        args.sounds,
+        args.fold,
+        rules,
+        quick=args.quick,
+        promptless_weight=args.promptless_weight,
+    )
     return _write(args, result, format_table(result))

@@ -164,14 +164,14 @@ class Captioner:
 
         from recap_hf.modeling.promptless_recap import promptless_options
 
-        generation = promptless_options(self.processor, self.generation)
         if prompted:
+            generation = promptless_options(self.processor, self.generation)
             prompts = self.processor.build_prompts(encoding.audio_embeds, retrieved=retrieved)
             retrieved = prompts.pop("retrieved")
         else:
             start = torch.full((len(retrieved), 1), self.model.config.eos_token_id, device=self.model.device)
             prompts = {"decoder_input_ids": start, "decoder_attention_mask": torch.ones_like(start)}
-            generation = {**generation, "promptless_weight": 0.0}
+            generation = {**self.generation, "promptless_weight": 0.0}
         sequences, scores = self.model.generate_with_scores(encoding, prompts, **generation)
         captions = self.processor.batch_decode(sequences)
         return [Prediction(*row) for row in zip(captions, scores, retrieved, strict=True)]

@@ -91,9 +91,19 @@ class Recipe:
         warmup = _WARMUP_STEPS["captioner"]
         config = TrainConfig(steps=steps, learning_rate=rate, warmup_steps=warmup, seed=self.seed)
         folder, recipe = self._folder("transfer"), CaptionerRecipe()
-        sounds = self._bank(), self.sounds
-        decoding = groups, promptless_weight
-        return run_transfer(self._parts(), *sounds, folder, self.folds, fold, recipe, config, rules, *decoding)
+        return run_transfer(
+            self._parts(),
+            self._bank(),
+            self.sounds,
+            folder,
+            self.folds,
+            fold,
+            recipe,
+            config,
+            rules,
+            groups,
+            promptless_weight,
+        )
 
     def _parts(self) -> tuple[Path, Path, Path]:
         return self._earlier("clap"), self._earlier("language-model"), self._earlier("tokenizers")

@@ -15,7 +15,7 @@ from recap_hf.tiny.language_model import LanguageModelRecipe, draw_prompt, train
 from recap_hf.tiny.lexicon import HEARD, phrases
 from recap_hf.tiny.recipe import earlier_cycles
 from recap_hf.tiny.tokenization import train_tokenizers
-from recap_hf.tiny.trainer import TrainConfig, learning_rate, train
+from recap_hf.tiny.trainer import TrainConfig, learning_rate, pick_device, train
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,38 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     resumed = _toy(tmp_path, "parts", [None])
     for name, value in whole.items():
         assert torch.equal(value, resumed[name])
+
+
+def test_a_step_is_the_mean_of_its_batches(tmp_path):
+    """At weight 1, (w - 1)² has the gradient 0 and 2 (w - 3)² has -8: the step is made with -4."""
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(module.weight, 1.0)
+    drawn, gradients = [], []
+    module.weight.register_post_accumulate_grad_hook(lambda weight: gradients.append(weight.grad.item()))
+
+    def loss_of(rng: np.random.Generator, step: int):
+        drawn.append(rng.random())
+        factor = len(drawn)
+        return factor * (module.weight - (1 if factor == 1 else 3)).square().sum(), {"batch": float(factor)}
+
+    config = TrainConfig(steps=1, learning_rate=0.1, warmup_steps=1, batches_per_step=2, max_norm=100.0)
+    train(module, loss_of, config, tmp_path / "checkpoint.pt", "mean")
+    assert drawn == [np.random.default_rng([0, 0, batch]).random() for batch in (0, 1)]
+    assert gradients == [0.0, pytest.approx((0.0 - 8.0) / 2)]
+
+
+def test_processes_that_cannot_share_a_step_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    config = TrainConfig(steps=1, learning_rate=0.1, batches_per_step=2)
+    with pytest.raises(ValueError, match=r"2 batch.es., which 3 processes cannot share evenly"):
+        train(torch.nn.Linear(1, 1), lambda rng, step: None, config, tmp_path / "checkpoint.pt", "clap")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_the_device_of_a_machine_without_a_gpu():
+    assert pick_device(None) == pick_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="torch sees no GPU"):
+        pick_device("cuda")
 
 
 def test_the_result_may_be_the_mean_of_the_last_checkpoints(tmp_path):

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from .numbers import share
+from .numbers import positive, share
 
 _STAGES = {
     "tokenizers": "train both tokenizers on the project's grammar and lexicon",
@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         stage.add_argument(
             "--sounds", metavar="DIR", required=name != "tokenizers", help="folder of recordings with a metadata.csv"
         )
+        if name != "tokenizers":
+            stage.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
         if name in ("evaluate", "transfer"):
             _add_evaluation_arguments(stage)
         if name == "evaluate":
@@ -49,6 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 "--without-heard-words",
                 action="store_true",
                 help="with a language model that never reads the names of the sounds that the CLAP hears",
+            )
+        if name in ("clap", "all"):
+            stage.add_argument(
+                "--num-processes",
+                type=positive,
+                default=1,
+                metavar="N",
+                help="that share the steps of the CLAP; two of them train the same as one, sooner (default: 1)",
             )
         if name == "transfer":
             stage.add_argument("--groups", default="0,1,2,3", help="groups of events, from 0 (default: %(default)s)")
@@ -87,20 +97,58 @@ def run(args: argparse.Namespace) -> int:
             print(path)
         return 0
     from recap_hf.tiny.recipe import Recipe
+    from recap_hf.tiny.trainer import is_main_process, pick_device
+    from recap_hf.training.launch import follow_parent
 
-    heard_words = not getattr(args, "without_heard_words", False)
-    recipe = Recipe(args.sounds, Path(args.work_dir), _numbers("--folds", args.folds), args.seed, heard_words)
+    follow_parent()
+    heard_words, folds = not getattr(args, "without_heard_words", False), _numbers("--folds", args.folds)
+    device = pick_device(getattr(args, "device", None))
+    recipe = Recipe(args.sounds, Path(args.work_dir), folds, args.seed, heard_words, device)
     if args.stage == "transfer":
         return _transfer(args, recipe)
     if args.stage == "all" and args.steps is not None:
         raise ValueError("--steps belongs to one stage; run the stages one by one to set the length of each")
     stages = ("tokenizers", "clap", "language-model", "captioner") if args.stage == "all" else (args.stage,)
     for stage in stages:
-        steps = _STEPS.get(stage, 0) if args.steps is None else args.steps
-        result = recipe.run(stage, steps, args.learning_rate, args.stop_after)
-        print(f"recap tiny {stage}: {result}", file=sys.stderr)
-    print(result)
+        if stage == "clap" and args.num_processes > 1:
+            failed = _train_clap_in_processes(args)
+            if failed:
+                return failed
+            result = recipe.folder(stage)
+        else:
+            steps = _STEPS.get(stage, 0) if args.steps is None else args.steps
+            result = recipe.run(stage, steps, args.learning_rate, args.stop_after)
+        if is_main_process():
+            print(f"recap tiny {stage}: {result}", file=sys.stderr)
+    if is_main_process():
+        print(result)
     return 0
+
+
+def _train_clap_in_processes(args: argparse.Namespace) -> int:
+    """Start `recap tiny clap` as often as `--num-processes` says; the exit status."""
+    import subprocess
+
+    import torch
+
+    from recap_hf.tiny.clap import ClapRecipe
+    from recap_hf.training.launch import run_processes
+
+    batches, count, gpus = ClapRecipe().batches_per_step, args.num_processes, torch.cuda.device_count()
+    if batches % count:
+        raise ValueError(f"--num-processes {count}: so many cannot share the {batches} batches of a step evenly")
+    if args.device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device {args.device} is one, and --num-processes {count} need one each: leave one away")
+    on_cpu = args.device == "cpu" or not gpus
+    if not on_cpu and gpus < count:
+        raise ValueError(f"--num-processes {count}, but there are {gpus} GPUs: ask for {gpus}, or give --device cpu")
+    command = ["tiny", "clap", "--sounds", args.sounds, "--work-dir", args.work_dir, "--folds", args.folds]
+    command += ["--seed", str(args.seed)]
+    for flag in ("steps", "learning_rate", "stop_after", "threads"):
+        value = getattr(args, flag)
+        command += [] if value is None else ["--" + flag.replace("_", "-"), str(value)]
+    command += ["--device", "cpu"] if on_cpu else []
+    return run_processes(count, command, on_cpu, args.threads or 0, stdout=subprocess.DEVNULL)
 
 
 def _numbers(flag: str, text: str) -> tuple[int, ...]:
@@ -140,7 +188,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     # Read first: a wrong file of rules is to be told at once.
     rules = _rules(args)
-    model, processor = load_pair(args.model, "cpu")
+    model, processor = load_pair(args.model, args.device)
     result = evaluate(
         model,
         processor,

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from recap_hf.modeling.attribution_recap import eager_attention
-
 from .clap import audio_batch
 from .datastore import datastore_scenes
 from .grammar import Part, Scene, answer, invented_sound, render
@@ -23,7 +21,7 @@ from .lexicon import HEARD, other_sounds
 from .mixtures import MixtureConfig, draw_example
 from .rewording import reword
 from .sounds import SoundBank
-from .trainer import TrainConfig, is_main_process, process_rank, train
+from .trainer import TrainConfig, fast_attention, is_main_process, train
 
 if TYPE_CHECKING:
     from recap_hf import CaptionDatastore, RecapForConditionalGeneration, RecapProcessor
@@ -50,7 +48,7 @@ __all__ = ["CaptionerRecipe", "assemble", "fit", "save_recap_tiny", "train_capti
 
 @dataclass(frozen=True)
 class CaptionerRecipe:
-    """Sizes and shares of the training of the cross-attention; pool and batches are those of one process.
+    """Sizes and shares of the training of the cross-attention.
 
     `query_noise` is the length of the random vector that is added to an audio embedding before its captions are looked
     up: the encoder knows the recordings of this training, and would retrieve better than it ever will again.
@@ -140,17 +138,17 @@ def _encode_pool(
 ) -> _Pool:
     states, scenes, embeds = [], [], []
     for start in range(0, recipe.pool, 64):
-        rng = np.random.default_rng([seed, 0x9001, start, process_rank()])
+        rng = np.random.default_rng([seed, 0x9001, start])
         examples = [
             draw_example(bank, folds, rng, recipe.mixtures, events) for _ in range(min(64, recipe.pool - start))
         ]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
-            encoding = model.encode_audio(input_features=audio_batch(examples))
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=recipe.bfloat16):
+            encoding = model.encode_audio(input_features=audio_batch(examples, model.device))
         states.append(encoding.last_hidden_state.to(torch.bfloat16))
-        embeds.append(encoding.audio_embeds[:, 0].float().numpy())
+        embeds.append(encoding.audio_embeds[:, 0].float().cpu().numpy())
         scenes += [example.scene for example in examples]
     queries = np.concatenate(embeds)
-    noise = np.random.default_rng([seed, 0x901E, process_rank()]).standard_normal(queries.shape)
+    noise = np.random.default_rng([seed, 0x901E]).standard_normal(queries.shape)
     queries = queries + recipe.query_noise * noise / np.sqrt(queries.shape[1])
     similarity = queries @ np.asarray(store.embeddings, dtype=np.float32).T
     rows = np.argsort(-similarity, axis=1, kind="stable")[:, : recipe.depth[1] + 1]
@@ -229,11 +227,12 @@ class _Batches:
         rows = rng.integers(len(pool.scenes), size=recipe.batch_size)
         share = 1.0 if step < recipe.listening_steps else recipe.promptless_share
         prompts, targets = zip(*(self._example(row, rng, share) for row in rows), strict=True)
-        inputs = self.processor.build_training_inputs(list(prompts), list(targets))
-        states = pool.states[torch.from_numpy(rows)].float()
+        device = pool.states.device
+        inputs = self.processor.build_training_inputs(list(prompts), list(targets)).to(device)
+        states = pool.states[torch.from_numpy(rows).to(device)].float()
         hidden = torch.from_numpy(rng.random(len(rows)) < recipe.hidden_share)
-        states[hidden] = 0.0
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
+        states[hidden.to(device)] = 0.0
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.bfloat16):
             output = self.model(encoder_outputs=(states,), **inputs, use_cache=False)
         return output.loss, {"loss": output.loss.item()}
 
@@ -262,13 +261,13 @@ def train_captioner(
     """
     torch.manual_seed(config.seed)
     model, processor = assemble(*parts, recipe)
+    model.to(config.device)
     captions = datastore_scenes(events, recipe.mixed)
     processor.datastore = build_datastore(model, processor, [text for text, _ in captions])
     model.freeze_base()
     pool = _encode_pool(model, processor.datastore, bank, folds, events, recipe, config.seed)
     batches = _Batches(model, processor, pool, captions, recipe)
-    # In bfloat16 on a CPU a step takes two thirds of the time of torch's own attention: its backward pass is slow.
-    with eager_attention(model.decoder):
+    with fast_attention(model.decoder):
         train(model, batches, config, Path(folder) / "checkpoint.pt", "captioner", stop_after)
     if is_main_process():
         save_recap_tiny(model, processor, Path(folder) / "model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,10 @@ _MAX_LOGIT_SCALE = 4.0  # exp(4) = 55
 
 @dataclass(frozen=True)
 class ClapRecipe:
-    """Sizes and shares of the training of the CLAP; batches are those of one process."""
+    """Sizes and shares of the training of the CLAP.
+
+    A step is `batches_per_step` batches, each contrasted within itself, on one process or on several.
+    """
 
     patch_embeds_hidden_size: int = 64
     depths: tuple[int, ...] = (1, 2, 2)
@@ -44,6 +47,7 @@ class ClapRecipe:
     text_layers: int = 2
     projection_dim: int = 128
     batch_size: int = 32
+    batches_per_step: int = 2
     text_scenes: int = 12
     tag_weight: float = 2.0
     frame_weight: float = 1.0
@@ -96,20 +100,19 @@ class ClapTrainee(nn.Module):
 def fix_statistics(clap: ClapModel, bank: SoundBank, folds: tuple[int, ...], recipe: ClapRecipe) -> None:
     """Give the audio tower's input normalisation the statistics of 512 examples, and freeze it."""
     rng = np.random.default_rng([0xBA7C, len(folds)])
-    fix_input_statistics(
-        clap, audio_batch([draw_example(bank, folds, rng, recipe.mixtures) for _ in range(512)])[:, 0]
-    )
+    examples = [draw_example(bank, folds, rng, recipe.mixtures) for _ in range(512)]
+    fix_input_statistics(clap, audio_batch(examples, clap.device)[:, 0])
 
 
 def embed_texts(clap: ClapModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> torch.Tensor:
     """L2-normalised text embeddings (N, P)."""
-    encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(clap.device)
     return embed_tokens(clap, encoded["input_ids"], encoded["attention_mask"])
 
 
-def audio_batch(examples: list[Example]) -> torch.Tensor:
+def audio_batch(examples: list[Example], device: torch.device | str = "cpu") -> torch.Tensor:
     """`input_features` (B, 1, 1001, 64) in dB."""
-    power = torch.from_numpy(np.stack([example.power for example in examples]))
+    power = torch.from_numpy(np.stack([example.power for example in examples])).to(device)
     return (10 * torch.log10(power.clamp_min(1e-10)))[:, None]
 
 
@@ -152,26 +155,27 @@ class _Batches:
         keys = vocabulary_sounds()
         pairs = [self._word(scene, rng, 1.0, 1.0) for scene in [*other, *other]]
         pairs += [self._word(contradict(scene, rng, keys), rng, 1.0, 1.0) for scene in other]
-        positive = positives(captions + pairs, scenes)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bfloat16):
-            embeds, tag_logits, frame_logits = self.trainee(audio_batch(examples))
+        device = clap.device
+        positive = positives(captions + pairs, scenes).to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.bfloat16):
+            embeds, tag_logits, frame_logits = self.trainee(audio_batch(examples, device))
             texts = embed_texts(clap, self.tokenizer, [caption.text for caption in captions + pairs])
         contrastive = contrastive_loss(
             embeds, texts, positive, clap.logit_scale_a, clap.logit_scale_t, math.exp(_MAX_LOGIT_SCALE)
         )
-        tags, frames = _targets(examples)
+        tags, frames = (target.to(device) for target in _targets(examples))
         tag_loss = F.binary_cross_entropy_with_logits(tag_logits, tags) * len(TAGS) / 4
         frame_loss = F.binary_cross_entropy_with_logits(frame_logits, frames) * len(TAGS) / 4
         count = recipe.text_scenes
         first, second = texts[len(captions) :][:count], texts[len(captions) :][count:]
         against = torch.cat([second, texts[: len(captions)]])
         scale = clap.logit_scale_t.clamp(max=_MAX_LOGIT_SCALE).exp()
-        text_loss = F.cross_entropy(first @ against.T * scale, torch.arange(count))
+        text_loss = F.cross_entropy(first @ against.T * scale, torch.arange(count, device=device))
         loss = contrastive + recipe.tag_weight * tag_loss + recipe.frame_weight * frame_loss
         loss = loss + recipe.text_weight * text_loss
         with torch.no_grad():
             best = (embeds @ texts.T).argmax(dim=1)
-            exact = positive[torch.arange(len(scenes)), best].float().mean().item()
+            exact = positive.gather(1, best[:, None]).float().mean().item()
         figures = {"contrastive": contrastive.item(), "tags": tag_loss.item(), "frames": frame_loss.item()}
         return loss, figures | {"text": text_loss.item(), "first": exact}
 
@@ -188,9 +192,10 @@ def train_clap(
     """Train a CLAP on `folds` and save it to `folder` (a `ClapModel`); resumes from `folder/checkpoint.pt`."""
     folder = Path(folder)
     torch.manual_seed(config.seed)
-    trainee = ClapTrainee(build_clap(tokenizer, recipe))
+    trainee = ClapTrainee(build_clap(tokenizer, recipe)).to(config.device)
     fix_statistics(trainee.clap, bank, folds, recipe)
     batches = _Batches(trainee, tokenizer, bank, folds, recipe)
+    config = replace(config, batches_per_step=recipe.batches_per_step)
     train(trainee, batches, config, folder / "checkpoint.pt", "clap", stop_after)
     if is_main_process():
         trainee.clap.save_pretrained(folder)

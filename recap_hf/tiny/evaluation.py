@@ -93,9 +93,9 @@ class Evaluator:
         for start in range(0, len(items), _BATCH):
             clips = [item.waveform.astype(np.float32) for item in items[start : start + _BATCH]]
             inputs = self.processor(audio=clips, sampling_rate=SAMPLING_RATE, return_tensors="pt")
-            encoding = self.model.encode_audio(**inputs)
+            encoding = self.model.encode_audio(**inputs.to(self.model.device))
             states.append(encoding.last_hidden_state)
-            embeds.append(encoding.audio_embeds)
+            embeds.append(encoding.audio_embeds.cpu())
         all_embeds = torch.cat(embeds)
         hits = self.processor.retrieve(all_embeds, self.k)
         return _Encoded(items, torch.cat(states), all_embeds, [[hit["caption"] for hit in row] for row in hits])
@@ -107,10 +107,10 @@ class Evaluator:
 
         captions: list[str] = []
         for start in range(0, len(prompts), _BATCH):
-            built = self.processor.build_prompts(retrieved=prompts[start : start + _BATCH])
+            built = self.processor.build_prompts(retrieved=prompts[start : start + _BATCH]).to(self.model.device)
             if listen:
                 chunk = states[start : start + _BATCH]
-                mask = torch.ones(chunk.shape[:2], dtype=torch.long)
+                mask = torch.ones(chunk.shape[:2], dtype=torch.long, device=chunk.device)
                 encoding = RecapEncoderOutput(last_hidden_state=chunk, attention_mask=mask)
                 ids = self.model.generate(encoder_outputs=encoding, **built, **self.decoding)
             else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .naming import NamingRules
+    from .trainer import TrainConfig
 
 __all__ = ["Recipe"]
 
@@ -28,7 +29,7 @@ class Recipe:
     """Stages over one folder of sounds; everything is written below `work_dir`, each stage resumes.
 
     Without `heard_words`, the language model never reads the name of a sound that the CLAP hears, and its folder and
-    the one of the transfer with it end in "-unheard".
+    the one of the transfer with it end in "-unheard". `device` None is a GPU where there is one.
     """
 
     sounds: str | Path | None
@@ -36,6 +37,7 @@ class Recipe:
     folds: tuple[int, ...] = (1, 2, 3, 4)
     seed: int = 0
     heard_words: bool = True
+    device: str | None = None
 
     def run(self, stage: str, steps: int, learning_rate: float | None = None, stop_after: int | None = None) -> Path:
         """Run a stage and return the folder of its result.
@@ -43,12 +45,10 @@ class Recipe:
         Raises:
             FileNotFoundError: an earlier stage is missing.
         """
-        from .trainer import TrainConfig, is_main_process
+        from .trainer import is_main_process
 
-        rate = learning_rate or _LEARNING_RATES.get(stage, 0.0)
-        warmup = _WARMUP_STEPS.get(stage, 100)
-        config = TrainConfig(steps, rate, warmup_steps=warmup, cycles=earlier_cycles(stage, steps), seed=self.seed)
-        folder = self._folder(stage)
+        config = self._config(stage, steps, learning_rate)
+        folder = self.folder(stage)
         if stage == "tokenizers":
             from .tokenization import train_tokenizers
 
@@ -84,13 +84,10 @@ class Recipe:
     ) -> list[dict[str, Any]]:
         """Train captioners without a quarter of the events each and evaluate them on `fold`; see `transfer.py`."""
         from .captioner import CaptionerRecipe
-        from .trainer import TrainConfig
         from .transfer import run_transfer
 
-        rate = learning_rate or _LEARNING_RATES["captioner"]
-        warmup = _WARMUP_STEPS["captioner"]
-        config = TrainConfig(steps=steps, learning_rate=rate, warmup_steps=warmup, seed=self.seed)
-        folder, recipe = self._folder("transfer"), CaptionerRecipe()
+        config = self._config("captioner", steps, learning_rate)
+        folder, recipe = self.folder("transfer"), CaptionerRecipe()
         return run_transfer(
             self._parts(),
             self._bank(),
@@ -105,15 +102,28 @@ class Recipe:
             promptless_weight,
         )
 
+    def _config(self, stage: str, steps: int, learning_rate: float | None) -> TrainConfig:
+        from .trainer import TrainConfig, pick_device
+
+        return TrainConfig(
+            steps,
+            learning_rate or _LEARNING_RATES.get(stage, 0.0),
+            warmup_steps=_WARMUP_STEPS.get(stage, 100),
+            cycles=earlier_cycles(stage, steps),
+            seed=self.seed,
+            device=pick_device(self.device),
+        )
+
     def _parts(self) -> tuple[Path, Path, Path]:
         return self._earlier("clap"), self._earlier("language-model"), self._earlier("tokenizers")
 
-    def _folder(self, stage: str) -> Path:
+    def folder(self, stage: str) -> Path:
+        """Where a stage writes."""
         apart = not self.heard_words and stage in ("language-model", "transfer")
         return self.work_dir / (f"{stage}-unheard" if apart else stage)
 
     def _earlier(self, stage: str) -> Path:
-        folder = self._folder(stage)
+        folder = self.folder(stage)
         if not folder.is_dir():
             flag = " --without-heard-words" if folder.name != stage else ""
             raise FileNotFoundError(

@@ -1,8 +1,9 @@
 """The training loop that the parts of recap-tiny share: AdamW with checkpoints and exact resume.
 
-Every random choice of a step, of data and of dropout, is a function of (seed, step, rank): a run that was stopped
-continues as if it had not been. Under `torchrun` each process draws batches of its own and gradients are averaged;
-on a shared CPU two processes of one thread are faster than one of two, which waits at every operation.
+Every random choice of a step, of data and of dropout, is a function of (seed, step, batch): a run that was stopped
+continues as if it had not been. The batches of a step are shared among the processes that `torchrun` started, and
+their gradients are averaged: how many processes there are does not change what is trained. On a shared CPU two
+processes of one thread are faster than one of two, which waits at every operation.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recap_hf.modeling.attribution_recap import eager_attention
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TrainConfig", "is_main_process", "learning_rate", "process_rank", "train"]
+__all__ = ["TrainConfig", "fast_attention", "is_main_process", "learning_rate", "pick_device", "train"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class TrainConfig:
     save_every: int = 100
     average: int = 1
     log_every: int = 20
+    # Batches whose mean gradient makes a step; so many processes at most can share it.
+    batches_per_step: int = 1
+    device: str = "cpu"
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -79,21 +86,51 @@ def _decay_start(config: TrainConfig) -> int:
 
 def is_main_process() -> bool:
     """Whether this is the only process or the first one of `torchrun`."""
-    return process_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
-def process_rank() -> int:
-    """Number of this process among those of `torchrun`, 0 where it is the only one."""
-    return int(os.environ.get("RANK", "0"))
+def pick_device(name: str | None) -> str:
+    """The device of that name; for None the GPU of this process where there is one, and for "cuda" that GPU.
+
+    Raises:
+        ValueError: for a GPU on a machine without one.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if name is not None and torch.device(name).type == "cuda" and not there:
+        raise ValueError(f"the device {name!r} is not there: torch sees no GPU on this machine. Try 'cpu'")
+    if name is None and not there:
+        return "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name in (None, "cuda") else name
 
 
-def _join_processes() -> tuple[int, int]:
-    """(rank, world size), with the process group started where `torchrun` started several processes."""
+def fast_attention(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """The attention whose training step is faster where the model is.
+
+    In bfloat16 on a CPU a step with the eager one takes two thirds of the time of torch's own, whose backward pass is
+    slow there.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return eager_attention(model) if on_cpu else nullcontext()
+
+
+def _join_processes(name: str, config: TrainConfig) -> tuple[int, int]:
+    """(rank, world size), with the process group started where `torchrun` started several processes.
+
+    Raises:
+        ValueError: the batches of a step cannot be shared evenly among the processes.
+    """
     import torch.distributed as dist
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batches_per_step % world:
+        raise ValueError(
+            f"a step of the {name} is {config.batches_per_step} batch(es), which {world} processes cannot share "
+            "evenly: start another number of them"
+        )
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
@@ -126,10 +163,10 @@ def _save(
     os.replace(partial, path)
 
 
-def _settings(config: TrainConfig, world: int) -> str:
+def _settings(config: TrainConfig) -> str:
     """What must not change between the parts of a run, as JSON."""
-    kept = {key: value for key, value in asdict(config).items() if not key.endswith("_every") and key != "steps"}
-    return json.dumps(kept | {"processes": world})
+    free = ("steps", "device", "save_every", "log_every")
+    return json.dumps({key: value for key, value in asdict(config).items() if key not in free})
 
 
 def _resume(
@@ -193,21 +230,22 @@ def train(
 
     Args:
         module: What is trained and checkpointed (all of its state, frozen or not).
-        loss_of: Draws a batch with the generator of the step, and its number; returns the loss and figures for
-            the log.
+        loss_of: Draws a batch with the generator that it is given, and the number of the step; returns the loss and
+            figures for the log.
         config: Settings.
         checkpoint: File of the checkpoint, written every `save_every` steps and at the end.
         name: Word for the log on stderr.
         stop_after: Stop after this many steps in all, without touching the schedule.
 
     Raises:
-        ValueError: the checkpoint was written with other settings.
+        ValueError: the checkpoint was written with other settings, or `batches_per_step` is not a multiple of the
+            processes.
     """
     import torch
 
     path = Path(checkpoint)
-    rank, world = _join_processes()
-    settings = _settings(config, world)
+    rank, world = _join_processes(name, config)
+    settings = _settings(config)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = _optimizer(parameters, config)
     recent: list[dict[str, torch.Tensor]] = []
@@ -218,16 +256,18 @@ def train(
     for step in range(start, last):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        torch.manual_seed((config.seed * 1_000_003 + step) * 64 + rank)
-        loss, parts = loss_of(np.random.default_rng([config.seed, step, rank]), step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        own = range(rank, config.batches_per_step, world)
+        for batch in own:
+            torch.manual_seed((config.seed * 1_000_003 + step) * 64 + batch)
+            loss, parts = loss_of(np.random.default_rng([config.seed, step, batch]), step)
+            (loss / len(own)).backward()
+            for key, value in parts.items():
+                figures.setdefault(key, []).append(value)
         if world > 1:
             _average_gradients(parameters, world)
         torch.nn.utils.clip_grad_norm_(parameters, config.max_norm)
         optimizer.step()
-        for key, value in parts.items():
-            figures.setdefault(key, []).append(value)
         done = step + 1
         if rank == 0 and (done % config.log_every == 0 or done == last):
             seconds = (time.monotonic() - began) / (done - start)

@@ -42,7 +42,7 @@ def launch(config: RunConfig, train: Callable[[Any], Any], command: Sequence[str
             f"--num-processes {config.num_processes}, but this was launched as {world} (WORLD_SIZE): "
             "leave one of the two away"
         )
-    _follow_parent()
+    follow_parent()
     train(config)
     return 0
 
@@ -57,30 +57,47 @@ def _start_processes(config: RunConfig, command: Sequence[str]) -> int:
         raise RuntimeError(
             f"--num-processes {count}, but there are {devices} GPUs: ask for {devices}, or give --device cpu"
         )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    threads = config.num_threads or (max(1, (os.cpu_count() or 1) // count) if on_cpu else 1)
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "config.json"
         recipe.write_text(json.dumps(asdict(config)), encoding="utf-8")
-        processes = []
-        for rank in range(count):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": str(threads),
-                _PARENT: str(os.getpid()),
-            }
-            if on_cpu:
-                environment["ACCELERATE_USE_CPU"] = "true"
-            arguments = [sys.executable, "-m", "recap_hf.cli", *command, "--config", str(recipe)]
-            processes.append(subprocess.Popen(arguments, env=environment))
-        return _wait(processes)
+        return run_processes(count, [*command, "--config", str(recipe)], on_cpu, config.num_threads)
+
+
+def run_processes(
+    count: int, command: Sequence[str], on_cpu: bool, num_threads: int = 0, stdout: int | None = None
+) -> int:
+    """Run a sub-command of `recap` in several processes of one group on this machine; the exit status.
+
+    The others end when one fails, and all of them with this process where they call [`follow_parent`].
+
+    Args:
+        count: how many, with the environment that `torchrun` gives.
+        command: the sub-command with its arguments.
+        on_cpu: none of them may use a GPU.
+        num_threads: of each; 0: the cores of the machine shared out, one with GPUs.
+        stdout: of each, as `subprocess.Popen` takes it; None: that of this process.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = num_threads or (max(1, (os.cpu_count() or 1) // count) if on_cpu else 1)
+    processes = []
+    for rank in range(count):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": str(threads),
+            _PARENT: str(os.getpid()),
+        }
+        if on_cpu:
+            environment["ACCELERATE_USE_CPU"] = "true"
+        arguments = [sys.executable, "-m", "recap_hf.cli", *command]
+        processes.append(subprocess.Popen(arguments, env=environment, stdout=stdout))
+    return _wait(processes)
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:
@@ -99,7 +116,7 @@ def _wait(processes: list[subprocess.Popen]) -> int:
             process.wait()
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """End with the process that started this one: an orphan would go on writing into the run's folder."""
     parent = os.environ.get(_PARENT)
     if parent is None:

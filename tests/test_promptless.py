@@ -251,3 +251,14 @@ def test_command_line(tmp_path, capsys, clips):
         [row] = json.loads(capsys.readouterr().out)
         scores.append(row["score"])
     assert scores[1] != pytest.approx(scores[0])
+
+
+def test_live_command_line(tmp_path, capsys, clips):
+    """The same sound heard twice: what its captions are sure of depends on the weight."""
+    soundfile.write(tmp_path / "a.wav", clips[0], 48_000, subtype="PCM_16")
+    scores = []
+    for weight in ("0", "0.5"):
+        assert main(["live", str(tmp_path / "a.wav"), "--promptless-weight", weight, "--format", "jsonl"]) == 0
+        scores.append([json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()])
+    assert len(scores[0]) == len(scores[1]) > 0
+    assert scores[1] != pytest.approx(scores[0])

@@ -118,8 +118,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             steps = _STEPS.get(stage, 0) if args.steps is None else args.steps
             result = recipe.run(stage, steps, args.learning_rate, args.stop_after)
-        if is_main_process():
-            print(f"recap tiny {stage}: {result}", file=sys.stderr)
+            if is_main_process():
+                print(f"recap tiny {stage}: {result}", file=sys.stderr)
     if is_main_process():
         print(result)
     return 0

@@ -331,7 +331,8 @@ def format_table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     accuracy, first = result["text_prompt_accuracy"], result["first_caption"]
     lines = [
-        f"Fold {result['fold']}, {result['singles']['clips']} single clips",
+        f"Fold {result['fold']}, {result['singles']['clips']} single clips, "
+        f"decoded with promptless_weight {result['promptless_weight']:g}",
         "",
         f"Text-prompt accuracy: eleven events that are no instruments {accuracy['not_instruments_macro']:.3f} macro, "
         f"{accuracy['not_instruments_micro']:.3f} micro; all 21 {accuracy['all_macro']:.3f} macro, "

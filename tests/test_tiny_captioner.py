@@ -10,11 +10,12 @@ import torch
 
 from recap_hf import RecapForConditionalGeneration, RecapProcessor
 from recap_hf.cli import main
-from recap_hf.tiny.captioner import CaptionerRecipe, train_captioner
+from recap_hf.tiny.captioner import CaptionerRecipe, noise_length, train_captioner
 from recap_hf.tiny.clap import ClapRecipe, build_clap, train_clap
 from recap_hf.tiny.evaluation import ROWS, Evaluator
 from recap_hf.tiny.evaluation_sets import Item
 from recap_hf.tiny.examples import EXAMPLES, synthesise_example, write_examples
+from recap_hf.tiny.grammar import Part, Scene
 from recap_hf.tiny.language_model import LanguageModelRecipe, build_language_model
 from recap_hf.tiny.naming import NamingRules
 from recap_hf.tiny.procedural import synthesise
@@ -63,6 +64,23 @@ def parts(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizers" / "gpt2")
     build_language_model(tokenizer, LANGUAGE_MODEL).save_pretrained(folder / "language-model")
     return folder / "clap", folder / "language-model", folder / "tokenizers"
+
+
+def test_noise_that_makes_the_nearest_caption_wrong_often_enough():
+    """Two captions. The disturbance turns the first scene at factor 0.5, the second at 2 and the third never."""
+    rain, cello = Scene((Part("rain"),)), Scene((Part("cello"),))
+    scenes = [rain, rain, cello, Scene((Part("unknown"),))]
+    similarity = np.array([[1.0, 0.5], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]], np.float32)
+    disturbance = np.array([[-1.0, 0.0], [-0.5, 0.0], [0.0, 1.0], [0.0, 9.0]], np.float32)
+
+    def length(first_exact):
+        return noise_length(similarity, disturbance, scenes, [rain, cello], first_exact)
+
+    assert length(1.0) == 0
+    assert length(0.7) == pytest.approx(0.5, abs=2e-3)
+    assert length(0.4) == pytest.approx(2.0, abs=4e-3)
+    # One scene is told right however long the noise is: it ends somewhere.
+    assert 0 < length(0.1) <= 64
 
 
 @pytest.fixture(scope="module")

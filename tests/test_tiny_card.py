@@ -122,4 +122,14 @@ def test_the_card_shows_what_the_same_commands_made_again(evaluation):
     section = tiny_card_facts(evaluation, again=again).sections[-1]
     assert section.title == "Made again from the folder of sounds"
     assert "| single sounds, event F1 | 0.750 [0.700, 0.800] | 0.725 |" in section.text
-    assert "mixtures" not in section.text.split("|", 1)[1]
+    assert "mixtures" not in section.text.split("|", 1)[1] and "order" not in section.text.split("|", 1)[1]
+
+
+def test_the_card_shows_text_prompts_and_order_of_what_was_made_again(evaluation):
+    again = copy.deepcopy(evaluation)
+    again["text_prompt_accuracy"]["all_macro"] = 0.61
+    evaluation["mixtures"]["order"] = {"named_both": 80, "right": 60, "share": 0.75}
+    again["mixtures"]["order"] = {"named_both": 90, "right": 54, "share": 0.6}
+    text = tiny_card_facts(evaluation, again=again).sections[-1].text
+    assert f"| text prompts, all 21 | {evaluation['text_prompt_accuracy']['all_macro']:.3f} | 0.610 |" in text
+    assert "| sequences that name both, order right | 60 of 80 | 54 of 90 |" in text

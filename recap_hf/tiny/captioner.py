@@ -50,8 +50,10 @@ __all__ = ["CaptionerRecipe", "assemble", "fit", "save_recap_tiny", "train_capti
 class CaptionerRecipe:
     """Sizes and shares of the training of the cross-attention.
 
-    `query_noise` is the length of the random vector that is added to an audio embedding before its captions are looked
-    up: the encoder knows the recordings of this training, and would retrieve better than it ever will again.
+    `first_exact` is in what share of the mixtures the caption nearest to one names its sounds and no other. The
+    encoder knows the recordings of this training, and would retrieve better than it ever will again: to the audio
+    embeddings random vectors are added, as long as it takes. An encoder that has been trained better thus does not
+    make a captioner that trusts it more.
 
     `depth` is between how many of the nearest captions those of a prompt are drawn: few, because captions that are
     wrong together are what it will meet.
@@ -67,7 +69,7 @@ class CaptionerRecipe:
     pool: int = 8000
     batch_size: int = 32
     depth: tuple[int, int] = (4, 8)
-    query_noise: float = 1.0
+    first_exact: float = 0.45
     hidden_share: float = 0.1
     renamed_share: float = 0.35
     reworded_share: float = 0.04
@@ -130,6 +132,7 @@ class _Pool:
 def _encode_pool(
     model: RecapForConditionalGeneration,
     store: CaptionDatastore,
+    captions: list[Scene],
     bank: SoundBank,
     folds: tuple[int, ...],
     events: tuple[str, ...],
@@ -147,12 +150,45 @@ def _encode_pool(
         states.append(encoding.last_hidden_state.to(torch.bfloat16))
         embeds.append(encoding.audio_embeds[:, 0].float().cpu().numpy())
         scenes += [example.scene for example in examples]
-    queries = np.concatenate(embeds)
-    noise = np.random.default_rng([seed, 0x901E]).standard_normal(queries.shape)
-    queries = queries + recipe.query_noise * noise / np.sqrt(queries.shape[1])
-    similarity = queries @ np.asarray(store.embeddings, dtype=np.float32).T
+    queries, keys = np.concatenate(embeds), np.asarray(store.embeddings, dtype=np.float32).T
+    noise = np.random.default_rng([seed, 0x901E]).standard_normal(queries.shape) / np.sqrt(queries.shape[1])
+    similarity, disturbance = queries @ keys, noise.astype(np.float32) @ keys
+    similarity += noise_length(similarity, disturbance, scenes, captions, recipe.first_exact) * disturbance
     rows = np.argsort(-similarity, axis=1, kind="stable")[:, : recipe.depth[1] + 1]
     return _Pool(torch.cat(states), scenes, rows)
+
+
+def noise_length(
+    similarity: np.ndarray, disturbance: np.ndarray, scenes: list[Scene], captions: list[Scene], first_exact: float
+) -> float:
+    """Factor of a disturbance at which the nearest caption is exact as often as asked; 0 where it is not oftener.
+
+    Args:
+        similarity: (scenes, captions).
+        disturbance: what a factor of 1 adds to it.
+        scenes: what was heard; those without any of the sounds that the encoder knows do not count.
+        captions: what the captions say.
+        first_exact: share of the scenes.
+    """
+    heard = frozenset(HEARD)
+    counted = [row for row, scene in enumerate(scenes) if scene.keys & heard]
+    wanted = [scenes[row].keys & heard for row in counted]
+    named = [caption.keys & heard for caption in captions]
+    similarity, disturbance = similarity[counted], disturbance[counted]
+
+    def share(factor: float) -> float:
+        nearest = (similarity + np.float32(factor) * disturbance).argmax(axis=1)
+        return float(np.mean([named[index] == keys for index, keys in zip(nearest, wanted, strict=True)]))
+
+    low, high = 0.0, 1.0
+    if not counted or share(low) <= first_exact:
+        return low
+    while share(high) > first_exact and high < 64:
+        low, high = high, 2 * high
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) > first_exact else (low, middle)
+    return high
 
 
 def _renaming(keys: list[str], rng: np.random.Generator) -> dict[str, Part]:
@@ -265,7 +301,8 @@ def train_captioner(
     captions = datastore_scenes(events, recipe.mixed)
     processor.datastore = build_datastore(model, processor, [text for text, _ in captions])
     model.freeze_base()
-    pool = _encode_pool(model, processor.datastore, bank, folds, events, recipe, config.seed)
+    scenes = [scene for _, scene in captions]
+    pool = _encode_pool(model, processor.datastore, scenes, bank, folds, events, recipe, config.seed)
     batches = _Batches(model, processor, pool, captions, recipe)
     with fast_attention(model.decoder):
         train(model, batches, config, Path(folder) / "checkpoint.pt", "captioner", stop_after)

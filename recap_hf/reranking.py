@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from recap_hf.cli.status import exit_status
 from recap_hf.tiny.evaluation_sets import Item, mixture_hash, mixture_list, mixtures, singles
 from recap_hf.tiny.naming import NamingRules, bootstrap, figures, outcome
 
@@ -183,4 +184,4 @@ def _items(args: argparse.Namespace) -> tuple[list[Item], str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(exit_status("python -m recap_hf.reranking", main))

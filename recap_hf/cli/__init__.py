@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
+from recap_hf.cli.status import EXIT_USAGE, exit_status
 from recap_hf.version import __version__
 
 # name: (module with `add_arguments(parser)` and `run(args) -> int`, one line of help)
@@ -36,8 +36,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("recap_hf.cli.demo", "a page to play with: record or upload, and change what is looked up"),
     "tiny": ("recap_hf.cli.tiny", "make and evaluate the embedded default, recap-tiny"),
 }
-
-EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,15 +81,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return EXIT_USAGE
-    try:
-        return args.run(args)
-    except BrokenPipeError:
-        # The reader (`head`, say) has gone: not an error, and Python must not complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
-    except KeyboardInterrupt:
-        print(f"recap {args.command}: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"recap {args.command}: error: {error}", file=sys.stderr)
-        return EXIT_FAILURE
+    return exit_status(f"recap {args.command}", lambda: args.run(args))

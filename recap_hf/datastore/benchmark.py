@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from recap_hf.cli.status import exit_status
+
 from .measuring import resident_mb, single_query_ms
 from .synthetic import grammar_captions, made_captions, tfidf_svd
 
@@ -221,4 +223,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status("python -m recap_hf.datastore.benchmark", main))

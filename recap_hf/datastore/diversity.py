@@ -17,6 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from recap_hf.cli.status import exit_status
+
+__all__ = ["SETTINGS", "coverage_and_precision", "run", "table"]
+
 SETTINGS: dict[str, dict[str, float]] = {
     "nearest 4": {},
     **{f"diversity {value}": {"diversity": value} for value in (0.1, 0.2, 0.3, 0.5)},
@@ -139,7 +143,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
-
-
-__all__ = ["SETTINGS", "coverage_and_precision", "run", "table"]
+    sys.exit(exit_status("python -m recap_hf.datastore.diversity", main))

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from recap_hf.cli.status import exit_status
 from recap_hf.explanation.chance import Look, caption_weights, correlation, shuffled_maps, swapped_maps
 from recap_hf.tiny.evaluation_sets import Item, mixture_hash, mixture_list, mixtures
 from recap_hf.tiny.lexicon import phrases
@@ -243,4 +244,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(exit_status("python -m recap_hf.explanation.benchmark", main))

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from recap_hf.cli.status import exit_status
 from recap_hf.tiny.naming import NamingRules
 
 from .scoring import boundary_figures, naming_figures
@@ -183,4 +184,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("python -m recap_hf.timeline.benchmark", main))

@@ -7,15 +7,18 @@ card would, a tenth of a second at a time, and reads the captions as they come.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from recap_hf.cli.status import exit_status
 from recap_hf.modeling.audio_stream_recap import AudioStream
 
 __all__ = ["measure_live"]
@@ -41,8 +44,11 @@ def measure_live(
         segment was written to that in which its line was read; `first_caption_s` after the start.
 
     Raises:
-        `RuntimeError`: if the command fails.
+        `RuntimeError`: if the command fails. Of a recording that cannot be read, what `AudioStream` raises.
     """
+    blocks = iter(AudioStream(recording, _RATE, _PORTION_S))
+    # What cannot be read is said here, not in the thread that plays.
+    blocks = itertools.chain([next(blocks)], blocks)
     command = [sys.executable, "-m", "recap_hf.cli", "live", "--rate", str(_RATE), "--format", "jsonl"]
     command += ["--interval", str(interval_s), *options]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -51,7 +57,7 @@ def measure_live(
     listener = threading.Thread(target=_await_ready, args=(process, ready, began), daemon=True)
     listener.start()
     played: list[float] = []
-    player = threading.Thread(target=_play, args=(recording, seconds, process, began, played), daemon=True)
+    player = threading.Thread(target=_play, args=(blocks, seconds, process, began, played), daemon=True)
     player.start()
     segments, delays = [], []
     for line in process.stdout:
@@ -86,11 +92,13 @@ def _await_ready(process: subprocess.Popen, ready: list[float], began: float) ->
             ready.append(time.monotonic() - began)
 
 
-def _play(recording: str, seconds: float, process: subprocess.Popen, began: float, played: list[float]) -> None:
+def _play(
+    blocks: Iterator[np.ndarray], seconds: float, process: subprocess.Popen, began: float, played: list[float]
+) -> None:
     """Writes portions at the moments in which a sound card would have them."""
     count, limit = 0, round(seconds * _RATE)
     with process.stdin as pipe:
-        for block in AudioStream(recording, _RATE, _PORTION_S):
+        for block in blocks:
             block = block[: limit - count]
             if not len(block):
                 break
@@ -113,4 +121,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("python -m recap_hf.timeline.live_benchmark", main))

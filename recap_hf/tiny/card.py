@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recap_hf.cli.status import exit_status
+
 from .lending import format_lent, lend
 from .lexicon import HEARD, other_sounds
 from .transfer import format_transfer
@@ -293,4 +295,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status("python -m recap_hf.tiny.card", main))

@@ -6,9 +6,12 @@ had without training is shown beside what cannot.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from recap_hf.cli.status import exit_status
 
 if TYPE_CHECKING:
     from recap_hf import RecapForConditionalGeneration, RecapProcessor
@@ -83,10 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table of a checkpoint, the embedded default if none is named."""
     from recap_hf.loading import load_pair
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    print(format_lent(lend(*load_pair(arguments[0] if arguments else None, "cpu", quiet=True))))
+    parser = argparse.ArgumentParser(prog="python -m recap_hf.tiny.lending", description=__doc__)
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="checkpoint; the embedded default if not given")
+    args = parser.parse_args(argv)
+    print(format_lent(lend(*load_pair(args.model, "cpu", quiet=True))))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status("python -m recap_hf.tiny.lending", main))

@@ -250,8 +250,8 @@ def made_again(evaluation: Mapping[str, Any], again: Mapping[str, Any]) -> Secti
     if "mixtures" in evaluation and "mixtures" in again:
         lines.append(f"| sequences that name both, order right | {_order(evaluation)} | {_order(again)} |")
     text = (
-        "`recap tiny all --sounds DIR --work-dir WORK --num-processes 2`, from tokenizers to captioner in an empty "
-        "folder, then `recap tiny evaluate` of what it made:\n\n"
+        "What the stages of `recap tiny all --sounds DIR --work-dir WORK --num-processes 2`, from tokenizers to "
+        "captioner, made from nothing but the folder of sounds, evaluated by `recap tiny evaluate`:\n\n"
     )
     return Section("Made again from the folder of sounds", text + "\n".join(lines))
 

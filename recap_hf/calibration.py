@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from recap_hf.cli.status import exit_status
 from recap_hf.modeling.confidence_recap import FEATURES, ConfidenceModel, caption_features
 
 _RIDGE = 1.0  # a prior of one standard normal per weight, in units of the features' standard deviations
@@ -354,11 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     testing.add_argument("--plot", metavar="PICTURE", help="draw the reliability plot there")
     testing.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
     args = parser.parse_args(argv)
-    try:
-        return _run_fit(args) if args.stage == "fit" else _run_test(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(parser.prog, lambda: _run_fit(args) if args.stage == "fit" else _run_test(args))
 
 
 if __name__ == "__main__":

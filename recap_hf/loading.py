@@ -16,6 +16,17 @@ from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.processing_recap import RecapProcessor
 
 
+def pick_device(name: str | None) -> str:
+    """The device of that name; None: a GPU where there is one.
+
+    Raises:
+        ValueError: for a GPU on a machine without one.
+    """
+    if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"the device {name!r} is not there: torch sees no GPU on this machine. Try 'cpu'")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def load_pair(
     name: str | os.PathLike | None = None,
     device: str | None = None,
@@ -39,10 +50,8 @@ def load_pair(
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"the device {device!r} is not there: torch sees no GPU on this machine. Try 'cpu'")
+    device = pick_device(device)
     source = str(name or default_model_path())
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = getattr(torch, dtype) if dtype else None
     model = load_from_folder(source, kind) if torch.device(device).type == "cpu" else None
     if model is None:

@@ -15,7 +15,7 @@ from recap_hf.tiny.language_model import LanguageModelRecipe, draw_prompt, train
 from recap_hf.tiny.lexicon import HEARD, phrases
 from recap_hf.tiny.recipe import earlier_cycles
 from recap_hf.tiny.tokenization import train_tokenizers
-from recap_hf.tiny.trainer import TrainConfig, learning_rate, pick_device, train
+from recap_hf.tiny.trainer import TrainConfig, learning_rate, own_device, train
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +132,9 @@ def test_processes_that_cannot_share_a_step_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 def test_the_device_of_a_machine_without_a_gpu():
-    assert pick_device(None) == pick_device("cpu") == "cpu"
+    assert own_device(None) == own_device("cpu") == "cpu"
     with pytest.raises(ValueError, match="torch sees no GPU"):
-        pick_device("cuda")
+        own_device("cuda")
 
 
 def test_the_result_may_be_the_mean_of_the_last_checkpoints(tmp_path):

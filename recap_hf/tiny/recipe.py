@@ -29,7 +29,7 @@ class Recipe:
     """Stages over one folder of sounds; everything is written below `work_dir`, each stage resumes.
 
     Without `heard_words`, the language model never reads the name of a sound that the CLAP hears, and its folder and
-    the one of the transfer with it end in "-unheard". `device` None is a GPU where there is one.
+    the one of the transfer with it end in "-unheard".
     """
 
     sounds: str | Path | None
@@ -37,7 +37,7 @@ class Recipe:
     folds: tuple[int, ...] = (1, 2, 3, 4)
     seed: int = 0
     heard_words: bool = True
-    device: str | None = None
+    device: str = "cpu"
 
     def run(self, stage: str, steps: int, learning_rate: float | None = None, stop_after: int | None = None) -> Path:
         """Run a stage and return the folder of its result.
@@ -103,7 +103,7 @@ class Recipe:
         )
 
     def _config(self, stage: str, steps: int, learning_rate: float | None) -> TrainConfig:
-        from .trainer import TrainConfig, pick_device
+        from .trainer import TrainConfig
 
         return TrainConfig(
             steps,
@@ -111,7 +111,7 @@ class Recipe:
             warmup_steps=_WARMUP_STEPS.get(stage, 100),
             cycles=earlier_cycles(stage, steps),
             seed=self.seed,
-            device=pick_device(self.device),
+            device=self.device,
         )
 
     def _parts(self) -> tuple[Path, Path, Path]:

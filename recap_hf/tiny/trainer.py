@@ -26,7 +26,7 @@ from recap_hf.modeling.attribution_recap import eager_attention
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TrainConfig", "fast_attention", "is_main_process", "learning_rate", "pick_device", "train"]
+__all__ = ["TrainConfig", "fast_attention", "is_main_process", "learning_rate", "own_device", "train"]
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,12 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def pick_device(name: str | None) -> str:
-    """The device of that name; for None the GPU of this process where there is one, and for "cuda" that GPU.
+def own_device(name: str | None) -> str:
+    """[`pick_device`], a GPU being the one of this process among those of `torchrun`."""
+    from recap_hf.loading import pick_device
 
-    Raises:
-        ValueError: for a GPU on a machine without one.
-    """
-    import torch
-
-    there = torch.cuda.is_available()
-    if name is not None and torch.device(name).type == "cuda" and not there:
-        raise ValueError(f"the device {name!r} is not there: torch sees no GPU on this machine. Try 'cpu'")
-    if name is None and not there:
-        return "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name in (None, "cuda") else name
+    device = pick_device(name)
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
 
 
 def fast_attention(model: torch.nn.Module) -> AbstractContextManager[None]:

@@ -49,22 +49,15 @@ def launch(config: RunConfig, train: Callable[[Any], Any], command: Sequence[str
 
 def _start_processes(config: RunConfig, command: Sequence[str]) -> int:
     """Start the processes on this machine, wait for all, end the others when one fails."""
-    import torch
-
-    count, devices = config.num_processes, torch.cuda.device_count()
-    on_cpu = config.device == "cpu" or not devices
-    if not on_cpu and devices < count:
-        raise RuntimeError(
-            f"--num-processes {count}, but there are {devices} GPUs: ask for {devices}, or give --device cpu"
-        )
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "config.json"
         recipe.write_text(json.dumps(asdict(config)), encoding="utf-8")
-        return run_processes(count, [*command, "--config", str(recipe)], on_cpu, config.num_threads)
+        arguments = [*command, "--config", str(recipe)]
+        return run_processes(config.num_processes, arguments, config.device == "cpu", config.num_threads)
 
 
 def run_processes(
-    count: int, command: Sequence[str], on_cpu: bool, num_threads: int = 0, stdout: int | None = None
+    count: int, command: Sequence[str], on_cpu: bool = False, num_threads: int = 0, stdout: int | None = None
 ) -> int:
     """Run a sub-command of `recap` in several processes of one group on this machine; the exit status.
 
@@ -73,10 +66,21 @@ def run_processes(
     Args:
         count: how many, with the environment that `torchrun` gives.
         command: the sub-command with its arguments.
-        on_cpu: none of them may use a GPU.
+        on_cpu: none of them may use a GPU; without one none does.
         num_threads: of each; 0: the cores of the machine shared out, one with GPUs.
         stdout: of each, as `subprocess.Popen` takes it; None: that of this process.
+
+    Raises:
+        RuntimeError: there are GPUs, but fewer than processes.
     """
+    import torch
+
+    devices = torch.cuda.device_count()
+    on_cpu = on_cpu or not devices
+    if not on_cpu and devices < count:
+        raise RuntimeError(
+            f"--num-processes {count}, but there are {devices} GPUs: ask for {devices}, or give --device cpu"
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

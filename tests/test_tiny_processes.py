@@ -60,7 +60,7 @@ def test_two_processes_train_what_one_trains(sounds, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--num-processes", "3"), "--num-processes 3: so many cannot share the 2 batches of a step evenly"),
+        (("--num-processes", "3"), "--num-processes 3: a step has 2 batches, one for each process at most"),
         (("--num-processes", "2", "--device", "cuda:1"), "torch sees no GPU"),
         (("--num-processes", "2", "--device", "meta"), "--device meta is one"),
     ],

@@ -123,10 +123,24 @@ def test_a_step_is_the_mean_of_its_batches(tmp_path):
     assert gradients == [0.0, pytest.approx((0.0 - 8.0) / 2)]
 
 
+def test_from_a_step_on_a_step_is_one_batch(tmp_path):
+    drawn = []
+    module = torch.nn.Linear(1, 1, bias=False)
+
+    def loss_of(rng: np.random.Generator, step: int):
+        drawn.append((step, rng.random()))
+        return module.weight.square().sum(), {}
+
+    config = TrainConfig(steps=3, learning_rate=0.1, batches_per_step=2, one_batch_from=1)
+    train(module, loss_of, config, tmp_path / "checkpoint.pt", "fewer")
+    expected = [(0, 0), (0, 1), (1, 0), (2, 0)]
+    assert drawn == [(step, np.random.default_rng([0, step, batch]).random()) for step, batch in expected]
+
+
 def test_processes_that_cannot_share_a_step_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     config = TrainConfig(steps=1, learning_rate=0.1, batches_per_step=2)
-    with pytest.raises(ValueError, match=r"2 batch.es., which 3 processes cannot share evenly"):
+    with pytest.raises(ValueError, match=r"2 batch.es., too few for 3 processes"):
         train(torch.nn.Linear(1, 1), lambda rng, step: None, config, tmp_path / "checkpoint.pt", "clap")
 
 

@@ -133,8 +133,8 @@ def _train_clap_in_processes(args: argparse.Namespace) -> int:
     from recap_hf.training.launch import run_processes
 
     batches, count, on_cpu = ClapRecipe().batches_per_step, args.num_processes, args.device == "cpu"
-    if batches % count:
-        raise ValueError(f"--num-processes {count}: so many cannot share the {batches} batches of a step evenly")
+    if count > batches:
+        raise ValueError(f"--num-processes {count}: a step has {batches} batches, one for each process at most")
     if args.device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device {args.device} is one, and --num-processes {count} need one each: leave one away")
     command = ["tiny", "clap", "--sounds", args.sounds, "--work-dir", args.work_dir, "--folds", args.folds]

@@ -37,7 +37,9 @@ _MAX_LOGIT_SCALE = 4.0  # exp(4) = 55
 class ClapRecipe:
     """Sizes and shares of the training of the CLAP.
 
-    A step is `batches_per_step` batches, each contrasted within itself, on one process or on several.
+    A step is `batches_per_step` batches, each contrasted within itself, on one process or on several. The second phase
+    begins where the recordings of the training are known by heart: they are varied strongly, a step is a single batch,
+    and captions are also those of other people.
     """
 
     patch_embeds_hidden_size: int = 64
@@ -52,13 +54,12 @@ class ClapRecipe:
     tag_weight: float = 2.0
     frame_weight: float = 1.0
     text_weight: float = 0.3
-    # Share of the captions in the words of other people.
+    # Share of the captions of the second phase that are in the words of other people.
     reworded_share: float = 0.35
     # Single sounds first: their share falls from this to the mixtures' own.
     first_singles: float = 0.85
     curriculum_steps: int = 1200
-    # From this step on recordings are varied strongly: by then those of the training are known by heart.
-    strong_from: int = 3600
+    second_phase_from: int = 3600
     bfloat16: bool = True
     mixtures: MixtureConfig = field(default_factory=MixtureConfig)
 
@@ -137,24 +138,26 @@ class _Batches:
     def __init__(self, trainee: ClapTrainee, tokenizer, bank: SoundBank, folds: tuple[int, ...], recipe: ClapRecipe):
         self.trainee, self.tokenizer, self.bank, self.folds, self.recipe = trainee, tokenizer, bank, folds, recipe
 
-    def _word(self, scene: Scene, rng: np.random.Generator, *how: float) -> Caption:
-        return reword(scene, rng) if rng.random() < self.recipe.reworded_share else render(scene, rng, *how)
+    def _word(self, scene: Scene, rng: np.random.Generator, reworded_share: float, *how: float) -> Caption:
+        return reword(scene, rng) if rng.random() < reworded_share else render(scene, rng, *how)
 
     def __call__(self, rng: np.random.Generator, step: int) -> tuple[torch.Tensor, dict[str, float]]:
         recipe, clap = self.recipe, self.trainee.clap
         mixtures = recipe.mixtures.with_singles(recipe.first_singles, step / recipe.curriculum_steps)
-        if step >= recipe.strong_from:
+        second_phase = step >= recipe.second_phase_from
+        if second_phase:
             mixtures = mixtures.strongly_varied()
+        share = recipe.reworded_share if second_phase else 0.0
         examples = [draw_example(self.bank, self.folds, rng, mixtures) for _ in range(recipe.batch_size)]
         scenes = [example.scene for example in examples]
-        captions = [self._word(scene, rng) for scene in scenes]
-        captions += [self._word(contradict(scene, rng, TAGS), rng) for scene in scenes]
+        captions = [self._word(scene, rng, share) for scene in scenes]
+        captions += [self._word(contradict(scene, rng, TAGS), rng, share) for scene in scenes]
         # Of sounds that are never heard, the text tower learns from text alone: two wordings of one scene agree, and
         # differ from a scene that is nearly the same.
         other = [draw_text_scene(rng, invented=0.15) for _ in range(recipe.text_scenes)]
         keys = vocabulary_sounds()
-        pairs = [self._word(scene, rng, 1.0, 1.0) for scene in [*other, *other]]
-        pairs += [self._word(contradict(scene, rng, keys), rng, 1.0, 1.0) for scene in other]
+        pairs = [self._word(scene, rng, share, 1.0, 1.0) for scene in [*other, *other]]
+        pairs += [self._word(contradict(scene, rng, keys), rng, share, 1.0, 1.0) for scene in other]
         device = clap.device
         positive = positives(captions + pairs, scenes).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.bfloat16):
@@ -195,7 +198,7 @@ def train_clap(
     trainee = ClapTrainee(build_clap(tokenizer, recipe)).to(config.device)
     fix_statistics(trainee.clap, bank, folds, recipe)
     batches = _Batches(trainee, tokenizer, bank, folds, recipe)
-    config = replace(config, batches_per_step=recipe.batches_per_step)
+    config = replace(config, batches_per_step=recipe.batches_per_step, one_batch_from=recipe.second_phase_from)
     train(trainee, batches, config, folder / "checkpoint.pt", "clap", stop_after)
     if is_main_process():
         trainee.clap.save_pretrained(folder)

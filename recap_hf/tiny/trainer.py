@@ -55,6 +55,8 @@ class TrainConfig:
     log_every: int = 20
     # Batches whose mean gradient makes a step; so many processes at most can share it.
     batches_per_step: int = 1
+    # From this step on, a step is a single batch.
+    one_batch_from: int | None = None
     device: str = "cpu"
 
 
@@ -111,30 +113,41 @@ def _join_processes(name: str, config: TrainConfig) -> tuple[int, int]:
     """(rank, world size), with the process group started where `torchrun` started several processes.
 
     Raises:
-        ValueError: the batches of a step cannot be shared evenly among the processes.
+        ValueError: there are more processes than a step has batches.
     """
     import torch.distributed as dist
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.batches_per_step % world:
+    if world > config.batches_per_step:
         raise ValueError(
-            f"a step of the {name} is {config.batches_per_step} batch(es), which {world} processes cannot share "
-            "evenly: start another number of them"
+            f"a step of the {name} is {config.batches_per_step} batch(es), too few for {world} processes: "
+            "start fewer of them"
         )
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if config.device.startswith("cuda") else "gloo")
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
-def _average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None:
+def _batches(step: int, config: TrainConfig) -> int:
+    """How many batches make this step."""
+    alone = config.one_batch_from is not None and step >= config.one_batch_from
+    return 1 if alone else config.batches_per_step
+
+
+def _sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Give every process the sum over the processes. One that had no batch adds nothing, and a parameter that no
+    process used stays without a gradient, lest the optimizer decays it.
+    """
     import torch
     import torch.distributed as dist
 
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    used = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([used, *(gradient.reshape(-1) for gradient in gradients)])
     dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, flat.div_(world).split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    used, *totals = flat.split([len(parameters), *(parameter.numel() for parameter in parameters)])
+    for parameter, total, anywhere in zip(parameters, totals, used.tolist(), strict=True):
+        parameter.grad = total.view_as(parameter) if anywhere else None
 
 
 def _save(
@@ -230,8 +243,8 @@ def train(
         stop_after: Stop after this many steps in all, without touching the schedule.
 
     Raises:
-        ValueError: the checkpoint was written with other settings, or `batches_per_step` is not a multiple of the
-            processes.
+        ValueError: the checkpoint was written with other settings, or there are more processes than
+            `batches_per_step`.
     """
     import torch
 
@@ -249,15 +262,15 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.zero_grad(set_to_none=True)
-        own = range(rank, config.batches_per_step, world)
-        for batch in own:
+        count = _batches(step, config)
+        for batch in range(rank, count, world):
             torch.manual_seed((config.seed * 1_000_003 + step) * 64 + batch)
             loss, parts = loss_of(np.random.default_rng([config.seed, step, batch]), step)
-            (loss / len(own)).backward()
+            (loss / count).backward()
             for key, value in parts.items():
                 figures.setdefault(key, []).append(value)
         if world > 1:
-            _average_gradients(parameters, world)
+            _sum_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, config.max_norm)
         optimizer.step()
         done = step + 1

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +59,53 @@ def test_two_processes_train_what_one_trains(sounds, tmp_path, capfd):
     for key, value in alone.items():
         torch.testing.assert_close(together[key], value, rtol=0.02, atol=1e-4 * float(largest))
     assert (tmp_path / "two" / "clap" / "model.safetensors").is_file()
+
+
+_THREE_STEPS = """
+import sys
+import torch
+from recap_hf.tiny.trainer import TrainConfig, train
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+module = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("used", "once", "never")})
+
+def loss_of(rng, step):
+    features = torch.from_numpy(rng.normal(size=(8, 4))).float()
+    layer = module["once" if step == 0 and features[0, 0] > 0.5 else "used"]
+    return (layer(features) - 1).square().mean(), {}
+
+config = TrainConfig(3, 0.1, warmup_steps=1, weight_decay=0.5, batches_per_step=2, one_batch_from=1)
+train(module, loss_of, config, sys.argv[1], "three")
+"""
+
+
+def test_a_process_without_a_batch_and_a_layer_without_a_gradient(tmp_path):
+    """Three steps, of which the last two are one batch, on one process and on two.
+
+    Of the two batches of the first step, one uses a layer that the other does not; a third layer is never used, and
+    must not decay.
+    """
+    states = []
+    for world in (1, 2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        checkpoint = tmp_path / f"{world}.pt"
+        command = [sys.executable, "-c", _THREE_STEPS, str(checkpoint)]
+        started = [
+            subprocess.Popen(command, env=os.environ | group | {"RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
+            for rank in range(world)
+        ]
+        assert [process.wait(timeout=120) for process in started] == [0] * world
+        states.append(torch.load(checkpoint, weights_only=True))
+    alone, together = (state["module"] for state in states)
+    torch.testing.assert_close(together, alone)
+    torch.manual_seed(0)
+    before = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("used", "once", "never")}).state_dict()
+    unchanged = {key for key, value in before.items() if torch.equal(value, together[key])}
+    assert unchanged == {"never.weight", "never.bias"}
 
 
 @pytest.mark.parametrize(

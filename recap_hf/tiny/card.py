@@ -67,8 +67,8 @@ LIMITS = (
     "other three that were made again share an encoder that heard 64 recordings a step to its end: F1 0.738 and 0.751 "
     "on single sounds, 0.648 and 0.658 on mixtures; one that heard 32 from its beginning came to 0.727 and 0.531.",
     "A datastore in other words than the grammar's works as far as its text tower reads them, and the captioner often "
-    "garbles a word of it ('A dog barking ins.'): with 400 short captions of AudioCaps, 66 of the 154 captions of fold "
-    "5 held a word that is none; with its own datastore, none did.",
+    "garbles a word of it ('A dog barking ins.'): with 400 short captions of AudioCaps, 66 of the 154 captions of "
+    "fold 5 held a word that is none; with its own datastore, none did.",
     "Its captions follow one small grammar. They are right or wrong, never elegant.",
     "A datastore about other sounds lends it words that it cannot hear: it repeats them by their likeness in an "
     "embedding that was made for 21 sounds.",

@@ -10,7 +10,7 @@ import torch
 
 from recap_hf import RecapForConditionalGeneration, RecapProcessor
 from recap_hf.cli import main
-from recap_hf.tiny.captioner import CaptionerRecipe, noise_length, train_captioner
+from recap_hf.tiny.captioner import CaptionerRecipe, _tensor_batch, noise_length, train_captioner
 from recap_hf.tiny.clap import ClapRecipe, build_clap, train_clap
 from recap_hf.tiny.evaluation import ROWS, Evaluator
 from recap_hf.tiny.evaluation_sets import Item
@@ -23,6 +23,7 @@ from recap_hf.tiny.sounds import Clip, SoundBank, find_bursts, mel_power
 from recap_hf.tiny.tokenization import train_tokenizers
 from recap_hf.tiny.trainer import TrainConfig
 from recap_hf.tiny.transfer import DECOYS, GROUPS, evaluate_transfer
+from recap_hf.training.step import CaptionLoss
 
 EVENTS = ("rain", "cello", "flute")
 CLAP = ClapRecipe(
@@ -99,6 +100,18 @@ def test_only_the_cross_attention_is_trained(parts, trained):
         assert torch.equal(value, model.clap.state_dict()[name]), name
     for name, value in GPT2LMHeadModel.from_pretrained(parts[1]).state_dict().items():
         assert torch.equal(value, model.decoder.state_dict()[name]), name
+
+
+def test_the_loss_is_that_of_the_models_own_pass(trained):
+    _, model, processor = trained
+    inputs = processor.build_training_inputs([["rain", "notes on a cello"], []], ["rain falling", "a flute playing"])
+    width = model.config.clap.audio_config.hidden_size
+    states = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        losses = CaptionLoss(model.decoder)(_tensor_batch(inputs, states))
+        expected = model(encoder_outputs=(states,), **inputs).loss
+    assert len(losses) == (inputs["labels"] != -100).sum()
+    assert losses.mean().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_first_steps_are_without_prompts(parts, bank, tmp_path, monkeypatch):

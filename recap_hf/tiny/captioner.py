@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from recap_hf.modeling.outputs_recap import position_ids_of
+from recap_hf.training.step import CaptionLoss, TensorBatch, fuse_activations
+
 from .clap import audio_batch
 from .datastore import datastore_scenes
 from .grammar import Part, Scene, answer, invented_sound, render
@@ -24,6 +27,8 @@ from .sounds import SoundBank
 from .trainer import TrainConfig, fast_attention, is_main_process, train
 
 if TYPE_CHECKING:
+    from transformers import BatchFeature
+
     from recap_hf import CaptionDatastore, RecapForConditionalGeneration, RecapProcessor
 
 # Prompts about sounds that only the vocabulary knows: an ear that recognises nothing leaves the word to its datastore.
@@ -219,10 +224,20 @@ def fit(caption: Scene, scene: Scene) -> tuple[int, bool]:
     return 2 * shared - len(caption.keys), caption.order in (None, scene.order)
 
 
+def _tensor_batch(inputs: BatchFeature, states: torch.Tensor) -> TensorBatch:
+    """What `build_training_inputs` returned, with the places at which a token of a caption is due."""
+    ids, mask, following = inputs["decoder_input_ids"], inputs["decoder_attention_mask"], inputs["labels"][:, 1:]
+    rows, columns = (following != -100).nonzero(as_tuple=True)
+    targets = following[rows, columns]
+    return TensorBatch(ids, position_ids_of(mask), mask, states, None, rows, columns, targets, rows)
+
+
 class _Batches:
     def __init__(self, model, processor, pool: _Pool, captions: list[tuple[str, Scene]], recipe: CaptionerRecipe):
-        self.model, self.processor, self.pool = model, processor, pool
+        self.processor, self.pool = processor, pool
         self.captions, self.recipe = captions, recipe
+        fuse_activations(model.decoder)
+        self.token_losses = CaptionLoss(model.decoder)
         # Among sounds that are not recognised, so many that the share of all examples is the recipe's.
         unknown = np.mean(["unknown" in scene.keys for scene in pool.scenes])
         self.foreign_share = recipe.foreign_share / unknown if unknown else 0.0
@@ -269,8 +284,8 @@ class _Batches:
         hidden = torch.from_numpy(rng.random(len(rows)) < recipe.hidden_share)
         states[hidden.to(device)] = 0.0
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=recipe.bfloat16):
-            output = self.model(encoder_outputs=(states,), **inputs, use_cache=False)
-        return output.loss, {"loss": output.loss.item()}
+            loss = self.token_losses(_tensor_batch(inputs, states)).mean()
+        return loss, {"loss": loss.item()}
 
 
 def train_captioner(

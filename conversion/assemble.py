@@ -23,6 +23,7 @@ from .recap_original import (
 from .state_dicts import (
     ConversionError,
     check_complete,
+    comparable,
     fill,
     floating_dtype,
     read_checkpoint_folder,
@@ -258,7 +259,7 @@ def _save(
             raise ConversionError(
                 f"the saved model loads differently: {info}, {model.dtype} saved and {reloaded.dtype} loaded"
             )
-        reference, actual = _outputs(model.float()), _outputs(reloaded.float())
+        reference, actual = _outputs(comparable(model)), _outputs(comparable(reloaded))
     differences = {f"{name}, reloaded": relative_error(actual[name], reference[name]) for name in reference}
     _refuse_differences(differences, 0.0)
     if model.config.encoder_hidden_size == model.config.decoder.n_embd:

@@ -32,6 +32,7 @@ from .output import finished_folder
 from .state_dicts import (
     ConversionError,
     check_complete,
+    comparable,
     fill,
     floating_dtype,
     list_keys,
@@ -350,7 +351,7 @@ def convert_laion_clap(
 
 def _compare(model: ClapModel, reloaded: ClapModel, state: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Embeddings of the saved and reloaded model against the one in memory, and of text against `RobertaModel`."""
-    model, reloaded = model.float(), reloaded.float()
+    model, reloaded = comparable(model), comparable(reloaded)
     audio, longer, ids = _probe(model.config)
     with torch.inference_mode():
         first, second = (

@@ -205,6 +205,16 @@ def require_cross_attention(config: Any, purpose: str) -> None:
         )
 
 
+def comparable(module: torch.nn.Module) -> torch.nn.Module:
+    """`module` in float32, its tensors copied: two with the same numbers then give the same outputs, bit for bit.
+
+    A tensor of a loaded file lies wherever it lies in the file. Off the beginning of a vector of the processor, MKL
+    may add up a product in another order, and the last digit of an output shows it (seen on AMD's with AVX-512).
+    """
+    # `float()` alone leaves what is float32 where it is.
+    return module.double().float()
+
+
 def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
     """Largest absolute difference over the largest absolute value of the reference."""
     scale = reference.abs().max().clamp_min(torch.finfo(torch.float32).tiny)

@@ -17,6 +17,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from .cache_name_recap import CACHE
+
 # Places for generated tokens are made in steps of this many, so that a cache seldom grows.
 _TOKENS_AHEAD = 16
 
@@ -281,11 +283,13 @@ def can_share_prompt(model: Any, generation_config: Any, kwargs: dict[str, Any])
         return kwargs.get(name, getattr(generation_config, name, None))
 
     asked_otherwise = ("cache_implementation", "output_attentions", "output_hidden_states", "prefill_chunk_size")
-    bring_their_own = ("past_key_values", "assistant_model", "custom_generate", "prompt_lookup_num_tokens")
+    bring_their_own = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens")
     decoder = model.config.decoder
     return (
         decoder.add_cross_attention
         and not any(setting(name) for name in (*asked_otherwise, *bring_their_own))
+        # An empty cache counts as false, and is to be filled all the same.
+        and kwargs.get(CACHE) is None
         and setting("use_cache") is not False
         and not model.training
         and not getattr(model, "hf_device_map", None)

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
 from transformers.utils import ModelOutput
 
+from .cache_name_recap import CACHE, name_cache, one_cache
 from .decoding_recap import SharedPromptCache, can_share_prompt
 from .fixed_decoding_recap import FixedDecoding
 from .outputs_recap import RecapEncoderOutput, position_ids_of
@@ -52,17 +53,21 @@ class RecapGenerationMixin(GenerationMixin):
                 comes from the same model without retrieved captions, below 1; see [`PromptlessMixture`].
             promptless_input_ids (`torch.LongTensor` of shape `(length,)`, *optional*): the prompt without captions,
                 for `promptless_weight`; with a `processor` it is built.
-            kwargs: everything else that `generate` takes; `retrieved`, which `build_prompts` returns, is accepted
-                and not needed.
+            kwargs: everything else that `generate` takes, a cache as `cache` or `past_key_values`; `retrieved`, which
+                `build_prompts` returns, is accepted and not needed.
 
         Returns:
             Token ids of shape `(batch_size * num_return_sequences, length)`, the prompt included, or a `ModelOutput`.
 
         Raises:
-            `ValueError`: neither audio nor its encoding, neither prompts nor a processor, or a `promptless_weight`
-                outside its range or without its prompt.
+            `ValueError`: neither audio nor its encoding, neither prompts nor a processor, a cache under both of its
+                names, or a `promptless_weight` outside its range or without its prompt.
         """
         kwargs.pop("retrieved", None)
+        name_cache(kwargs)
+        if isinstance(kwargs.get(CACHE), SharedPromptCache):
+            # Used up by the call that has made it; what it holds is computed again.
+            del kwargs[CACHE]
         promptless = {"promptless_weight": promptless_weight, "promptless_input_ids": promptless_input_ids}
         if processor is not None:
             promptless = promptless_options(processor, promptless)
@@ -103,7 +108,7 @@ class RecapGenerationMixin(GenerationMixin):
         if self.config.conditioning == PREFIX:
             check_prefix_generation(generation_config or self.generation_config, kwargs)
         if can_share_prompt(self, generation_config or self.generation_config, kwargs):
-            kwargs["past_key_values"] = SharedPromptCache(len(encoder_outputs.last_hidden_state))
+            kwargs[CACHE] = SharedPromptCache(len(encoder_outputs.last_hidden_state))
         if promptless_weight:
             heard = encoder_outputs.last_hidden_state, kwargs.get("attention_mask")
             prompt_length = kwargs["decoder_input_ids"].shape[1]
@@ -151,7 +156,7 @@ class RecapGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> torch.LongTensor | dict[str, Any] | None:
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if not isinstance(cache, SharedPromptCache):
             return None
         length = input_ids.shape[1]
@@ -171,7 +176,7 @@ class RecapGenerationMixin(GenerationMixin):
         )
         if not generation_config.return_dict_in_generate:
             return sequences
-        return {"sequences": sequences, "past_key_values": cache}
+        return {"sequences": sequences, CACHE: cache}
 
     @torch.no_grad()
     def generate_with_scores(
@@ -195,7 +200,7 @@ class RecapGenerationMixin(GenerationMixin):
         # Of several returned sequences per clip the first is the best.
         best = slice(None, None, len(sequences) // len(encoder_outputs.last_hidden_state))
         sequences = sequences[best]
-        cache = getattr(generated, "past_key_values", None)
+        cache = getattr(generated, CACHE, None)
         if isinstance(cache, SharedPromptCache) and cache.sequence_log_probs is not None:
             return sequences, cache.sequence_log_probs[best].exp().tolist()
         return sequences, self.score_captions(encoder_outputs, sequences, prompts, cache, **promptless_part(kwargs))
@@ -206,9 +211,10 @@ class RecapGenerationMixin(GenerationMixin):
         encoder_outputs: RecapEncoderOutput,
         sequences: torch.LongTensor,
         prompts: Mapping[str, torch.Tensor],
-        past_key_values: Any = None,
+        cache: Any = None,
         promptless_weight: float = 0.0,
         promptless_input_ids: Any = None,
+        past_key_values: Any = None,
     ) -> list[float]:
         """The exponential of the mean log-probability of each caption's tokens, its end token included.
 
@@ -216,8 +222,9 @@ class RecapGenerationMixin(GenerationMixin):
             encoder_outputs ([`RecapEncoderOutput`]): one entry per sequence.
             sequences (`torch.LongTensor` of shape `(batch_size, length)`): what `generate` returned.
             prompts (`Mapping`): the `decoder_input_ids` and `decoder_attention_mask` that it was given.
-            past_key_values (*optional*): the cache that this `generate` returned. A [`SharedPromptCache`] has the
-                prompts in it already; it is used up. With any other, or none, they are computed again.
+            cache or past_key_values (*optional*): the cache that this `generate` returned, under either name. A
+                [`SharedPromptCache`] has the prompts in it already; it is used up. With any other, or none, they are
+                computed again.
             promptless_weight, promptless_input_ids (*optional*): as for `generate`.
 
         Returns:
@@ -225,6 +232,7 @@ class RecapGenerationMixin(GenerationMixin):
             a caption without a token.
         """
         check_promptless(promptless_weight, promptless_input_ids)
+        cache = one_cache(cache, past_key_values)
         start = prompts["decoder_input_ids"].shape[1]
         mask = prompts["decoder_attention_mask"].to(sequences.device)
         targets = sequences[:, start:]
@@ -232,8 +240,8 @@ class RecapGenerationMixin(GenerationMixin):
         ended = (targets == eos).int().cumsum(dim=1) - (targets == eos).int()
         counted = ended == 0
         full_mask = torch.cat([mask, counted.to(mask.dtype)], dim=1)
-        if isinstance(past_key_values, SharedPromptCache) and past_key_values.num_clips == len(sequences):
-            logits = self._continue_prompts(encoder_outputs, targets[:, :-1], full_mask[:, :-1], past_key_values)
+        if isinstance(cache, SharedPromptCache) and cache.num_clips == len(sequences):
+            logits = self._continue_prompts(encoder_outputs, targets[:, :-1], full_mask[:, :-1], cache)
         else:
             logits = self._target_logits(encoder_outputs, sequences, full_mask, targets.shape[1])
         if promptless_weight:
@@ -272,7 +280,7 @@ class RecapGenerationMixin(GenerationMixin):
             encoder_outputs=encoder_outputs,
             decoder_input_ids=tokens,
             decoder_attention_mask=mask,
-            past_key_values=cache.prompt_cache(),
+            cache=cache.prompt_cache(),
             use_cache=True,
         )
         return torch.cat([cache.prompt_logits, continued.logits], dim=1)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
 from .audio_position_recap import SINUSOIDAL, sinusoidal_positions
+from .cache_name_recap import CACHE, one_cache
 from .configuration_recap import RecapConfig
 from .decoding_recap import SharedPromptCache, decode_with_shared_prompt
 from .explanation_recap import RecapExplanationMixin
@@ -67,7 +68,8 @@ class RecapPreTrainedModel(HubPushMixin, PreTrainedModel):
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["ClapAudioLayer", "ClapTextLayer", "GPT2Block"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # The decoder is called with one, `forward` with either.
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -363,12 +365,13 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: RecapEncoderOutput | tuple | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         r"""
@@ -383,6 +386,8 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
             encoder_outputs ([`RecapEncoderOutput`], *optional*): what `encode_audio` returned.
             attention_mask (`torch.Tensor` of shape `(batch_size, encoder_length)`, *optional*):
                 Mask over the encoder's positions; defaults to the one in `encoder_outputs`.
+            cache or past_key_values (`Cache`, *optional*): what an earlier pass returned, so that only the tokens
+                after those in it are given. Either name is taken, whichever this transformers has.
             decoder_position_ids (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
                 Defaults to positions counted over `decoder_attention_mask`.
             labels (`torch.LongTensor` of shape `(batch_size, target_length)`, *optional*):
@@ -409,17 +414,18 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
         if decoder_position_ids is None and decoder_attention_mask is not None and decoder_attention_mask.dim() == 2:
             length = (decoder_inputs_embeds if decoder_input_ids is None else decoder_input_ids).shape[1]
             decoder_position_ids = position_ids_of(decoder_attention_mask)[:, -length:]
-        if isinstance(past_key_values, SharedPromptCache):
+        cache = one_cache(cache, past_key_values)
+        if isinstance(cache, SharedPromptCache):
             logits = decode_with_shared_prompt(
                 self.decoder,
-                past_key_values,
+                cache,
                 decoder_input_ids,
                 decoder_attention_mask,
                 decoder_position_ids,
                 encoder_outputs.last_hidden_state.to(self.decoder.dtype),
                 attention_mask,
             )
-            return Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)
+            return Seq2SeqLMOutput(logits=logits, **{CACHE: cache})
         for name in ("output_attentions", "output_hidden_states", "return_dict"):
             if kwargs.get(name) is None:
                 kwargs.pop(name, None)
@@ -434,7 +440,7 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
             decoder_inputs = dict(zip(names, tokens, strict=True))
             decoder_inputs |= {"encoder_hidden_states": states, "encoder_attention_mask": attention_mask}
         else:
-            if past_key_values is None or past_key_values.get_seq_length() == 0:
+            if cache is None or cache.get_seq_length() == 0:
                 prefix = self.prefix_mapper(states, attention_mask)
             decoder_inputs = self.prefix_mapper.decoder_inputs(self.decoder, prefix, *tokens)
             if prefix is not None:
@@ -442,7 +448,7 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
                 logits_to_keep = self.prefix_mapper.logits_to_keep(logits_to_keep, length)
         output = self.decoder(
             **decoder_inputs,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
@@ -454,7 +460,7 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
         result = Seq2SeqLMOutput(
             loss=loss,
             logits=output.logits,
-            past_key_values=output.past_key_values,
+            **{CACHE: getattr(output, CACHE)},
             decoder_hidden_states=output.hidden_states,
             decoder_attentions=output.attentions,
             cross_attentions=output.cross_attentions,

@@ -12,6 +12,7 @@ from conftest import synthetic_clip
 from transformers import GenerationMixin
 
 from recap_hf.cli import main
+from recap_hf.modeling.cache_name_recap import CACHE
 from recap_hf.speed.workload import BenchmarkOptions, make_workload
 
 
@@ -80,7 +81,7 @@ def test_the_reference_is_transformers_alone(checkpoint, monkeypatch):
 
     def watching(self, **kwargs):
         result = generate(self, **kwargs, return_dict_in_generate=True)
-        caches.append(type(result.past_key_values).__name__)
+        caches.append(type(result[CACHE]).__name__)
         return result.sequences
 
     monkeypatch.setattr(GenerationMixin, "generate", watching)

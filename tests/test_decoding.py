@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from recap_hf.modeling import generation_recap
+from recap_hf.modeling.cache_name_recap import CACHE
 from recap_hf.modeling.decoding_recap import SharedPromptCache
 
 
@@ -22,8 +23,8 @@ def generate_both_ways(monkeypatch, model, encoding, prompts, **settings):
                 )
             )
     shared, stock = results
-    assert isinstance(shared.past_key_values, SharedPromptCache)
-    assert not isinstance(stock.past_key_values, SharedPromptCache)
+    assert isinstance(shared[CACHE], SharedPromptCache)
+    assert not isinstance(stock[CACHE], SharedPromptCache)
     return shared, stock
 
 
@@ -54,7 +55,7 @@ def test_the_prompt_is_kept_once_per_clip(tiny_model, encoded):
     result = tiny_model.generate(
         encoder_outputs=encoding, **prompts, num_beams=3, max_new_tokens=4, return_dict_in_generate=True
     )
-    cache = result.past_key_values
+    cache = result[CACHE]
     # 7 clips, 3 heads; 3 beams have places for 16 tokens behind the prompt.
     assert cache.keys[0].shape[:3] == (7, 3, prompts["decoder_input_ids"].shape[1] + 3 * 16)
     assert cache.encoder[0][0].shape[:3] == (7, 3, encoding.last_hidden_state.shape[1])
@@ -113,8 +114,12 @@ def test_a_cache_of_more_sequences_than_captions_is_not_mistaken_for_theirs(tiny
     assert scores == pytest.approx(tiny_model.score_captions(encoding, sequences, prompts), rel=1e-4)
 
 
-def test_a_batch_is_generated_without_a_warning(tiny_model, encoded):
-    """GPT-2 pads with its end token: transformers warns unless it finds the mask of the encoder's states."""
+@pytest.mark.parametrize("settings", [{}, {"output_logits": True}, {"cache_implementation": "static"}])
+def test_a_batch_is_generated_without_a_warning(tiny_model, encoded, settings):
+    """GPT-2 pads with its end token: transformers warns unless it finds the mask of the encoder's states.
+
+    It also logs, and does not only warn, where an output is asked for the cache by an outdated name.
+    """
     import logging
 
     from transformers.utils.logging import get_logger
@@ -130,7 +135,8 @@ def test_a_batch_is_generated_without_a_warning(tiny_model, encoded):
     type(logger).warning_once.cache_clear()
     logger.addHandler(handler)
     try:
-        tiny_model.generate(encoder_outputs=encoded[0], **encoded[1], max_new_tokens=2)
+        options = {"max_new_tokens": 3, "return_dict_in_generate": True, **settings}
+        tiny_model.generate(encoder_outputs=encoded[0], **encoded[1], **options)
     finally:
         logger.removeHandler(handler)
     assert messages == []

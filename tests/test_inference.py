@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from recap_hf.inference import Int8Linear, PackedLinear, cpu_capabilities, prepare_for_cpu
+from recap_hf.modeling.cache_name_recap import CACHE
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN, which packs the weights"
@@ -74,7 +75,7 @@ def test_prepared_models_search_with_the_shared_prompt(tiny_model, encoded, weig
     encoding, prompts = encoded
     model = prepare_for_cpu(tiny_model, weights)
     found = model.generate(encoder_outputs=encoding, **prompts, max_new_tokens=3, return_dict_in_generate=True)
-    assert found.past_key_values.sequence_log_probs is not None
+    assert found[CACHE].sequence_log_probs is not None
 
 
 def test_a_whole_captioner_with_int8_weights(tiny_model, tiny_processor, clips):

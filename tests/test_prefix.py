@@ -17,6 +17,7 @@ from recap_hf import (
     RecapForConditionalGeneration,
     RecapProcessor,
 )
+from recap_hf.modeling.cache_name_recap import CACHE
 from recap_hf.modeling.prefix_recap import PrefixMapper
 
 
@@ -136,7 +137,7 @@ def test_cache_gives_the_same_logits(model, processor, clips):
             encoder_outputs=encoding,
             decoder_input_ids=ids[:, -2:],
             decoder_attention_mask=mask,
-            past_key_values=start.past_key_values,
+            cache=start[CACHE],
             use_cache=True,
         )
     torch.testing.assert_close(rest.logits, whole[:, -2:], rtol=1e-4, atol=1e-4)

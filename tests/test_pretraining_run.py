@@ -228,6 +228,12 @@ def test_language_model_resumes_exactly(start: Path, language_model, tmp_path: P
     assert same(folder, tmp_path)
 
 
+def test_activations_computed_again_give_the_same_losses(start: Path, language_model, tmp_path: Path):
+    report = pretrain_language_model(lm_config(start, tmp_path, gradient_checkpointing=True))
+    for ours, whole in zip(report["losses"], language_model[1]["losses"], strict=True):
+        assert ours["loss"] == pytest.approx(whole["loss"], abs=1e-4)
+
+
 def test_accumulated_passes_give_the_same_losses(start: Path, language_model, tmp_path: Path):
     changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
     report = pretrain_language_model(lm_config(start, tmp_path, **changes))

@@ -20,6 +20,7 @@ from recap_hf import (
     RecapProcessor,
 )
 from recap_hf.cli import main
+from recap_hf.modeling.cache_name_recap import CACHE
 from recap_hf.modeling.fixed_decoding_recap import FixedDecoding
 from recap_hf.modeling.outputs_recap import RecapEncoderOutput
 
@@ -83,13 +84,13 @@ def test_equals_the_mixture_in_transformers_search(tiny_model, encoded, bare, se
     )
     options = {"promptless_weight": 0.6, "promptless_input_ids": bare, "return_dict_in_generate": True, **settings}
     found = tiny_model.generate(encoder_outputs=encoding, **prompts, **options)
-    assert found.past_key_values.sequence_log_probs is not None, "transformers' search has run"
+    assert found[CACHE].sequence_log_probs is not None, "transformers' search has run"
     assert torch.equal(found.sequences, expected)
     plain = tiny_model.generate(encoder_outputs=encoding, **prompts, **settings)
     assert plain.shape != expected.shape or not torch.equal(plain, expected), "the weight changed nothing"
     # What our search does not take over goes the other way, and arrives at the same.
     slow = tiny_model.generate(encoder_outputs=encoding, **prompts, **options, output_logits=True)
-    assert slow.past_key_values.sequence_log_probs is None
+    assert slow[CACHE].sequence_log_probs is None
     assert torch.equal(slow.sequences, expected)
 
 

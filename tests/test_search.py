@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationMixin
 
 from recap_hf.modeling import search_recap
+from recap_hf.modeling.cache_name_recap import CACHE
 from recap_hf.modeling.decoding_recap import SharedPromptCache
 from recap_hf.modeling.outputs_recap import RecapEncoderOutput
 
@@ -39,7 +40,7 @@ def test_equals_the_search_of_transformers(tiny_model, encoded, settings):
     settings = {"max_new_tokens": 19, "eos_token_id": ENDS, **settings}
     expected = stock_generate(tiny_model, *encoded, **settings)
     found = tiny_model.generate(encoder_outputs=encoded[0], **encoded[1], return_dict_in_generate=True, **settings)
-    assert found.past_key_values.sequence_log_probs is not None, "transformers' search has run"
+    assert found[CACHE].sequence_log_probs is not None, "transformers' search has run"
     assert torch.equal(found.sequences, expected)
 
 
@@ -94,8 +95,8 @@ def test_what_is_not_plain_stays_with_transformers(tiny_model, encoded, settings
         max_new_tokens=8,
         **{**settings, "return_dict_in_generate": True},
     )
-    assert isinstance(found.past_key_values, SharedPromptCache)
-    assert found.past_key_values.sequence_log_probs is None
+    assert isinstance(found[CACHE], SharedPromptCache)
+    assert found[CACHE].sequence_log_probs is None
     assert torch.equal(found.sequences, getattr(expected, "sequences", expected))
 
 

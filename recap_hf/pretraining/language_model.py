@@ -15,13 +15,12 @@ import numpy as np
 import torch
 
 from recap_hf.modeling.prompt_recap import PAPER_PROMPT
-from recap_hf.training.assemble import fuse_activations
 from recap_hf.training.batches import BatchBuilder, Clip, PromptOptions, plan_epoch, tokenize_targets
 from recap_hf.training.corpus import data_sources, load_splits
 from recap_hf.training.loop import RowLoop, Step, global_batch_size
 from recap_hf.training.main import log_data, open_run
 from recap_hf.training.neighbours import Neighbours, Query, find_neighbours
-from recap_hf.training.step import CaptionLoss
+from recap_hf.training.step import CaptionLoss, checkpoint_activations, fuse_activations
 from recap_hf.training.validation import validation_loss
 
 from .arguments import LanguageModelConfig
@@ -57,7 +56,7 @@ def pretrain_language_model(config: LanguageModelConfig) -> dict[str, Any]:
     set_dropout(model, config.dropout)
     fuse_activations(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
     model.to(run.accelerator.device)
     loop = LanguageModelLoop(config, model, builders["train"], builders.get("validation"), run.accelerator)
     prepared = time.monotonic() - started

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .arguments import TrainingConfig
-from .step import fuse_activations
+from .step import checkpoint_activations, fuse_activations
 
 logger = logging.getLogger(__name__)
 
@@ -129,9 +129,7 @@ def prepare_for_training(model: Any, config: TrainingConfig) -> dict[str, nn.Par
             parameter.requires_grad_(True)
     fuse_activations(model.decoder)
     if config.gradient_checkpointing:
-        # Renamed within the supported range of transformers.
-        enable = getattr(model.decoder, "activation_checkpointing_enable", None)
-        (enable or model.decoder.gradient_checkpointing_enable)()
+        checkpoint_activations(model.decoder)
     for name, module in model.decoder.named_modules():
         if isinstance(module, nn.Dropout):
             # A frozen language model is not regularised by noise in it.

@@ -107,6 +107,13 @@ def fuse_activations(decoder: nn.Module) -> None:
         block.mlp.act = nn.GELU(approximate="tanh")
 
 
+def checkpoint_activations(decoder: Any) -> None:
+    """Has the decoder compute activations again in the backward pass, in the place of keeping them."""
+    # Renamed within the supported range of transformers.
+    enable = getattr(decoder, "activation_checkpointing_enable", None)
+    (enable or decoder.gradient_checkpointing_enable)()
+
+
 class CaptionLoss(nn.Module):
     """The decoder with its loss; this is what gets wrapped for several processes and for mixed precision.
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.processing_recap import RecapProcessor
+from recap_hf.modeling.readings_recap import NO_READINGS
 from recap_hf.onnx_runtime import (
     AUDIO_ENCODER,
     CROSS_ATTENTION,
@@ -355,7 +356,10 @@ def _relative(actual: np.ndarray, reference: torch.Tensor) -> float:
 def _compare_captions(
     model: RecapForConditionalGeneration, processor: RecapProcessor, folder: Path
 ) -> list[dict[str, object]]:
-    """Greedy and the model's own beam search on synthetic clips: the same captions, or an error."""
+    """Greedy and the model's own beam search on synthetic clips: the same captions, or an error.
+
+    As published: the graphs know no other readings, and nothing is reranked.
+    """
     captioner = OnnxCaptioner(folder)
     rate = processor.feature_extractor.sampling_rate
     compared = []
@@ -363,7 +367,7 @@ def _compare_captions(
         clip = _synthetic_clip(seconds, rate)
         for num_beams in sorted({1, captioner.num_beams}):
             inputs = processor(audio=[clip], sampling_rate=rate, return_tensors="pt")
-            ids = model.generate(**inputs, processor=processor, num_beams=num_beams)
+            ids = model.generate(**inputs, processor=processor, num_beams=num_beams, **NO_READINGS)
             expected = processor.batch_decode(ids)[0]
             actual = captioner(clip, rate, num_beams=num_beams)["caption"]
             if actual != expected:

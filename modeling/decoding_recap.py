@@ -45,7 +45,8 @@ class SharedPromptCache(EncoderDecoderCache):
         self.values: list[torch.Tensor] = []
         # (num_clips, 1, group_size, places): 0 where a beam sees a place, else the lowest number.
         self.bias: torch.Tensor | None = None
-        # Per layer, (num_clips, heads, encoder length, head_dim), and what of it a clip has.
+        # Per layer, (num_clips, heads, encoder length, head_dim), and what of it a clip has; nothing where the prompt
+        # is read without sound.
         self.encoder: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.encoder_bias: torch.Tensor | None = None
         # Mean log-probabilities of the returned sequences, where the search has kept them.
@@ -140,7 +141,7 @@ def decode_with_shared_prompt(
     input_ids: torch.LongTensor,
     decoder_attention_mask: torch.Tensor,
     position_ids: torch.LongTensor,
-    encoder_hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor | None,
     encoder_attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """One forward pass of `generate`: the prompt, or one more token.
@@ -150,7 +151,8 @@ def decode_with_shared_prompt(
         cache ([`SharedPromptCache`]): filled by the first call, extended by the others.
         input_ids (`torch.LongTensor` of shape `(rows, length)`): `length` is 1 but for the prompt.
         decoder_attention_mask (`torch.Tensor` of shape `(rows, length so far)`), position_ids: as in the model.
-        encoder_hidden_states, encoder_attention_mask: one row per row of `input_ids`.
+        encoder_hidden_states, encoder_attention_mask: one row per row of `input_ids`; without states the
+            cross-attention is left out.
 
     Returns:
         Logits of the last position, `(rows, 1, vocab_size)`.
@@ -160,8 +162,9 @@ def decode_with_shared_prompt(
     group_size = len(input_ids) // cache.num_clips
     first = slice(None, None, group_size)
     encoder_mask = None if encoder_attention_mask is None else encoder_attention_mask[first]
-    mask, states = decoder_attention_mask[first], encoder_hidden_states[first].contiguous()
-    cache.open_prompt(mask, encoder_mask, group_size, states.dtype)
+    states = None if encoder_hidden_states is None else encoder_hidden_states[first].contiguous()
+    mask, dtype = decoder_attention_mask[first], decoder.dtype if states is None else states.dtype
+    cache.open_prompt(mask, encoder_mask, group_size, dtype)
     cache.prompt_logits = _decode_prompt(decoder, cache, input_ids[first], position_ids[first], mask, states)
     return cache.prompt_logits.repeat_interleave(group_size, dim=0)
 
@@ -172,15 +175,16 @@ def _decode_prompt(
     input_ids: torch.LongTensor,
     position_ids: torch.LongTensor,
     mask: torch.Tensor,
-    states: torch.Tensor,
+    states: torch.Tensor | None,
 ) -> torch.Tensor:
     """The prompts, a row per clip -> logits `(num_clips, 1, vocab_size)` after their last token."""
     transformer = decoder.transformer
     length = input_ids.shape[1]
     bias = None
     if not bool(mask.all()):
-        future = torch.full((length, length), torch.finfo(states.dtype).min, dtype=states.dtype, device=states.device)
-        bias = torch.minimum(future.triu(diagonal=1), _bias(mask, states.dtype))
+        dtype = cache.bias.dtype
+        future = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
+        bias = torch.minimum(future.triu(diagonal=1), _bias(mask, dtype))
     hidden = transformer.wte(input_ids) + transformer.wpe(position_ids)
     for layer_idx, block in enumerate(transformer.h):
         query, key, value = _split_heads(block.attn, block.attn.c_attn(block.ln_1(hidden)))
@@ -195,9 +199,10 @@ def _decode_prompt(
             query, key, value, attn_mask=bias, is_causal=causal, scale=block.attn.scaling
         )
         hidden = hidden + block.attn.c_proj(output.transpose(1, 2).flatten(2))
-        cross = block.crossattention
-        cache.encoder.append(_split_heads(cross, cross.c_attn(states)))
-        hidden = hidden + _cross_attention(cross, block.ln_cross_attn(hidden), cache, layer_idx)
+        if states is not None:
+            cross = block.crossattention
+            cache.encoder.append(_split_heads(cross, cross.c_attn(states)))
+            hidden = hidden + _cross_attention(cross, block.ln_cross_attn(hidden), cache, layer_idx)
         hidden = hidden + _feed_forward(block.mlp, block.ln_2(hidden))
     return decoder.lm_head(transformer.ln_f(hidden))
 
@@ -216,7 +221,8 @@ def decode_token(
     hidden = tokens.view(-1, cache.group_size, tokens.shape[1])
     for layer_idx, block in enumerate(transformer.h):
         hidden = hidden + _self_attention(block.attn, block.ln_1(hidden), cache, layer_idx, places)
-        hidden = hidden + _cross_attention(block.crossattention, block.ln_cross_attn(hidden), cache, layer_idx)
+        if cache.encoder:
+            hidden = hidden + _cross_attention(block.crossattention, block.ln_cross_attn(hidden), cache, layer_idx)
         hidden = hidden + _feed_forward(block.mlp, block.ln_2(hidden))
     return decoder.lm_head(transformer.ln_f(hidden)).flatten(0, 1)
 

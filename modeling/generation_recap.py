@@ -15,12 +15,12 @@ from .decoding_recap import SharedPromptCache, can_share_prompt
 from .fixed_decoding_recap import FixedDecoding
 from .outputs_recap import RecapEncoderOutput, position_ids_of
 from .prefix_recap import PREFIX, check_prefix_generation
-from .promptless_recap import (
-    PromptlessMixture,
-    check_promptless,
+from .readings_recap import (
+    Readings,
+    ReadingsMixture,
     mix_log_probs,
-    promptless_options,
-    promptless_part,
+    reading_options,
+    soundless_logits,
 )
 from .search_recap import SearchPlan, search
 
@@ -38,7 +38,8 @@ class RecapGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         processor: Any = None,
-        promptless_weight: float = 0.0,
+        promptless_weight: float | None = None,
+        soundless_weight: float | None = None,
         promptless_input_ids: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -49,8 +50,10 @@ class RecapGenerationMixin(GenerationMixin):
             encoder_outputs ([`RecapEncoderOutput`]): what `encode_audio` returned. It is not changed.
             processor ([`RecapProcessor`], *optional*): retrieves captions and builds the prompts where no
                 `decoder_input_ids` are given. Its datastore must come from this model's text encoder.
-            promptless_weight (`float`, *optional*, defaults to 0.0): share of each next token's probability that
-                comes from the same model without retrieved captions, below 1; see [`PromptlessMixture`].
+            promptless_weight, soundless_weight (`float`, *optional*): shares of each next token's probability that
+                come from the same model without retrieved captions, and from the language model alone, which reads
+                them and does not listen; below 1 together, see [`Readings`]. Default: those of the generation
+                configuration, 0 where it has none.
             promptless_input_ids (`torch.LongTensor` of shape `(length,)`, *optional*): the prompt without captions,
                 for `promptless_weight`; with a `processor` it is built.
             kwargs: everything else that `generate` takes, a cache as `cache` or `past_key_values`; `retrieved`, which
@@ -61,17 +64,18 @@ class RecapGenerationMixin(GenerationMixin):
 
         Raises:
             `ValueError`: neither audio nor its encoding, neither prompts nor a processor, a cache under both of its
-                names, or a `promptless_weight` outside its range or without its prompt.
+                names, weights outside their range, or a `promptless_weight` without its prompt.
         """
         kwargs.pop("retrieved", None)
         name_cache(kwargs)
         if isinstance(kwargs.get(CACHE), SharedPromptCache):
             # Used up by the call that has made it; what it holds is computed again.
             del kwargs[CACHE]
-        promptless = {"promptless_weight": promptless_weight, "promptless_input_ids": promptless_input_ids}
+        given = {"promptless_weight": promptless_weight, "soundless_weight": soundless_weight}
+        given["promptless_input_ids"] = promptless_input_ids
         if processor is not None:
-            promptless = promptless_options(processor, promptless)
-        check_promptless(*promptless.values())
+            given = reading_options(processor, given)
+        readings = Readings.of(given, generation_config or self.generation_config)
         input_features = kwargs.pop("input_features", inputs)
         input_features_mask = kwargs.pop("input_features_mask", None)
         encoder_outputs = kwargs.pop("encoder_outputs", None)
@@ -109,17 +113,17 @@ class RecapGenerationMixin(GenerationMixin):
             check_prefix_generation(generation_config or self.generation_config, kwargs)
         if can_share_prompt(self, generation_config or self.generation_config, kwargs):
             kwargs[CACHE] = SharedPromptCache(len(encoder_outputs.last_hidden_state))
-        if promptless_weight:
+        if readings:
             heard = encoder_outputs.last_hidden_state, kwargs.get("attention_mask")
-            prompt_length = kwargs["decoder_input_ids"].shape[1]
-            mixture = PromptlessMixture(*promptless.values(), self, *heard, prompt_length)
+            prompts = kwargs["decoder_input_ids"], kwargs.get("decoder_attention_mask")
+            mixture = ReadingsMixture(readings, self, *heard, *prompts)
             kwargs["logits_processor"] = LogitsProcessorList([mixture, *(kwargs.get("logits_processor") or [])])
         return super().generate(generation_config=generation_config, encoder_outputs=encoder_outputs, **kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         # transformers puts a caller's processors last; what the others forbid must stay forbidden.
         processors = super()._get_logits_processor(*args, **kwargs)
-        return LogitsProcessorList(sorted(processors, key=lambda one: not isinstance(one, PromptlessMixture)))
+        return LogitsProcessorList(sorted(processors, key=lambda one: not isinstance(one, ReadingsMixture)))
 
     def _prepare_decoder_input_ids_for_generation(
         self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -192,18 +196,41 @@ class RecapGenerationMixin(GenerationMixin):
         Returns:
             `tuple`: token ids of shape `(batch_size, length)`, and the scores of `score_captions`.
         """
+        return self.generate_candidates(encoder_outputs, prompts, 1, **kwargs)
+
+    @torch.no_grad()
+    def generate_candidates(
+        self,
+        encoder_outputs: RecapEncoderOutput,
+        prompts: Mapping[str, torch.Tensor],
+        num_candidates: int,
+        **kwargs: Any,
+    ) -> tuple[torch.LongTensor, list[float]]:
+        """So many sequences of each clip, those of a clip together and the best first, and their scores.
+
+        Args:
+            encoder_outputs, prompts, kwargs: see `generate_with_scores`.
+            num_candidates (`int`): of the sequences that `generate` returns for a clip, so many from the first.
+
+        Returns:
+            `tuple`: token ids of shape `(batch_size * num_candidates, length)`, and the scores of `score_captions`.
+        """
         if kwargs.get("generation_config") is None:
             # Beside a whole configuration single parameters are deprecated; the cache is then not to be had.
             kwargs["return_dict_in_generate"] = True
         generated = self.generate(encoder_outputs=encoder_outputs, **prompts, **kwargs)
         sequences = getattr(generated, "sequences", generated)
-        # Of several returned sequences per clip the first is the best.
-        best = slice(None, None, len(sequences) // len(encoder_outputs.last_hidden_state))
-        sequences = sequences[best]
+        num_clips = len(encoder_outputs.last_hidden_state)
+        rows = torch.arange(len(sequences), device=sequences.device).view(num_clips, -1)[:, :num_candidates].flatten()
+        sequences = sequences[rows]
         cache = getattr(generated, CACHE, None)
         if isinstance(cache, SharedPromptCache) and cache.sequence_log_probs is not None:
-            return sequences, cache.sequence_log_probs[best].exp().tolist()
-        return sequences, self.score_captions(encoder_outputs, sequences, prompts, cache, **promptless_part(kwargs))
+            return sequences, cache.sequence_log_probs[rows].exp().tolist()
+        if num_candidates > 1:
+            encoder_outputs = _repeat(encoder_outputs, num_candidates)
+            prompts, cache = _repeat(prompts, num_candidates), None
+        readings = Readings.of(kwargs, kwargs.get("generation_config") or self.generation_config)
+        return sequences, self.score_captions(encoder_outputs, sequences, prompts, cache, **vars(readings))
 
     @torch.no_grad()
     def score_captions(
@@ -212,7 +239,8 @@ class RecapGenerationMixin(GenerationMixin):
         sequences: torch.LongTensor,
         prompts: Mapping[str, torch.Tensor],
         cache: Any = None,
-        promptless_weight: float = 0.0,
+        promptless_weight: float | None = None,
+        soundless_weight: float | None = None,
         promptless_input_ids: Any = None,
         past_key_values: Any = None,
     ) -> list[float]:
@@ -225,13 +253,15 @@ class RecapGenerationMixin(GenerationMixin):
             cache or past_key_values (*optional*): the cache that this `generate` returned, under either name. A
                 [`SharedPromptCache`] has the prompts in it already; it is used up. With any other, or none, they are
                 computed again.
-            promptless_weight, promptless_input_ids (*optional*): as for `generate`.
+            promptless_weight, soundless_weight, promptless_input_ids (*optional*): as for `generate`.
 
         Returns:
             `list[float]`: probabilities between 0 and 1, comparable between captions of different lengths; 0.0 for
             a caption without a token.
         """
-        check_promptless(promptless_weight, promptless_input_ids)
+        given = {"promptless_weight": promptless_weight, "soundless_weight": soundless_weight}
+        given["promptless_input_ids"] = promptless_input_ids
+        readings = Readings.of(given, self.generation_config)
         cache = one_cache(cache, past_key_values)
         start = prompts["decoder_input_ids"].shape[1]
         mask = prompts["decoder_attention_mask"].to(sequences.device)
@@ -244,15 +274,34 @@ class RecapGenerationMixin(GenerationMixin):
             logits = self._continue_prompts(encoder_outputs, targets[:, :-1], full_mask[:, :-1], cache)
         else:
             logits = self._target_logits(encoder_outputs, sequences, full_mask, targets.shape[1])
-        if promptless_weight:
-            ids = torch.as_tensor(promptless_input_ids, device=targets.device).expand(len(targets), -1)
-            ids, mask = torch.cat([ids, targets], dim=1), torch.cat([torch.ones_like(ids), counted.long()], dim=1)
-            others = self._target_logits(encoder_outputs, ids, mask, targets.shape[1])
-            logits = mix_log_probs(logits, others, promptless_weight)
+        if readings:
+            logits = self._mixed(logits, readings, encoder_outputs, sequences, full_mask, start)
         log_probs = logits.float().log_softmax(dim=-1)
         token_log_probs = log_probs.gather(2, targets.unsqueeze(2)).squeeze(2) * counted
         totals, counts = token_log_probs.sum(dim=1), counted.sum(dim=1)
         return [(total / count).exp().item() if count else 0.0 for total, count in zip(totals, counts, strict=True)]
+
+    def _mixed(
+        self,
+        logits: torch.Tensor,
+        readings: Readings,
+        encoder_outputs: RecapEncoderOutput,
+        sequences: torch.LongTensor,
+        mask: torch.Tensor,
+        start: int,
+    ) -> torch.Tensor:
+        """The logits of `sequences` from token `start` on -> log-probabilities of the readings' mixture."""
+        targets, counted, others = sequences[:, start:], mask[:, start:], []
+        if readings.promptless_weight:
+            ids = torch.as_tensor(readings.promptless_input_ids, device=sequences.device).expand(len(sequences), -1)
+            seen = torch.cat([torch.ones_like(ids), counted.to(ids.dtype)], dim=1)
+            ids = torch.cat([ids, targets], dim=1)
+            heard = self._target_logits(encoder_outputs, ids, seen, targets.shape[1])
+            others.append((readings.promptless_weight, heard))
+        if readings.soundless_weight:
+            read = soundless_logits(self.decoder, sequences, mask, targets.shape[1] + 1)[:, :-1]
+            others.append((readings.soundless_weight, read))
+        return mix_log_probs(logits, others)
 
     def _target_logits(
         self, encoder_outputs: RecapEncoderOutput, ids: torch.LongTensor, mask: torch.Tensor, num_targets: int
@@ -284,6 +333,16 @@ class RecapGenerationMixin(GenerationMixin):
             use_cache=True,
         )
         return torch.cat([cache.prompt_logits, continued.logits], dim=1)
+
+
+def _repeat(rows: Mapping[str, Any], times: int) -> Any:
+    """Each row of every tensor so many times, one after the other."""
+    repeated = {
+        name: None if value is None else value.repeat_interleave(times, dim=0)
+        for name, value in rows.items()
+        if value is None or isinstance(value, torch.Tensor)
+    }
+    return RecapEncoderOutput(**repeated) if isinstance(rows, RecapEncoderOutput) else repeated
 
 
 def _is_distributed() -> bool:

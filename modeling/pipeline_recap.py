@@ -19,14 +19,14 @@ from .confidence_recap import ConfidenceModel, caption_features
 from .datastore_choice_recap import check_choice
 from .decoding_recap import lay_out_for_cpu
 from .outputs_recap import RecapEncoderOutput
-from .promptless_recap import promptless_options, promptless_part
-from .reranking_recap import caption_similarities, generate_reranked, reranking_parameters
+from .readings_recap import NO_READINGS, WEIGHTS
+from .reranking_recap import NO_RERANKING, Choice, caption_similarities, generate_captions, reranking_parameters
 from .timeline_recap import DEFAULT_SEGMENT_BATCH, TimelineSettings, TimelineSummary, caption_timeline
 
 _GENERATION_KEYS = frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_")) | {
     "generation_config",
     "max_new_tokens",
-    "promptless_weight",
+    *WEIGHTS,
 }
 
 
@@ -42,9 +42,12 @@ class AudioCaptioningPipeline(Pipeline):
             fewer where one fits, see [`CaptionDatastore.search`]. Set on the processor, and saved with it.
         k (`int`, *optional*): captions in the prompt, default the processor's.
         rerank (`str`, *optional*): `"clap"` generates several captions and returns the one that CLAP finds nearest to
-            the recording, with its `similarity` and all `candidates`, best first.
+            the recording, with its `similarity` and all `candidates`, best first; `"none"` the search's own best.
         candidates (`int`, *optional*): how many with `rerank`, default as many as the search has beams; samples
             instead of beams with `do_sample=True`.
+        rerank_weight (`float`, *optional*): with `rerank`, what the similarity counts beside the search's score of a
+            caption, see [`Choice`]. The three are by default those of the checkpoint's generation configuration;
+            where it has none there is no reranking, and reranking goes by the similarity alone.
         decoding_batch_size (`int`, *optional*): clips decoded together, those with prompts of like lengths; default
             `batch_size`, which is then how many are heard together.
         generation parameters (`num_beams`, `max_new_tokens`, `do_sample`, `promptless_weight`, ...): passed to
@@ -127,6 +130,7 @@ class AudioCaptioningPipeline(Pipeline):
         segment_batch_size: int | None = None,
         rerank: str | None = None,
         candidates: int | None = None,
+        rerank_weight: float | None = None,
         decoding_batch_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -143,7 +147,7 @@ class AudioCaptioningPipeline(Pipeline):
             raise TypeError(f"The audio-captioning pipeline does not know the arguments {', '.join(sorted(unknown))}.")
         if k is not None:
             forward_params["k"] = k
-        forward_params |= reranking_parameters(rerank, candidates)
+        forward_params |= reranking_parameters(rerank, candidates, rerank_weight)
         if decoding_batch_size is not None:
             forward_params["decoding_batch_size"] = decoding_batch_size
         if generate_kwargs or kwargs:
@@ -177,11 +181,12 @@ class AudioCaptioningPipeline(Pipeline):
         segment_batch_size: int | None = None,
         rerank: str | None = None,
         candidates: int | None = None,
+        rerank_weight: float | None = None,
         decoding_batch_size: int | None = None,
     ) -> dict[str, list[Any]]:
         if return_timestamps:
             options = {"settings": timeline, "k": k, "generate_kwargs": generate_kwargs}
-            options |= reranking_parameters(rerank, candidates)
+            options |= reranking_parameters(rerank, candidates, rerank_weight)
             options["batch_size"] = segment_batch_size or self._batch_size or DEFAULT_SEGMENT_BATCH
             return {"result": [self._timeline(source, options) for source in model_inputs["source"]]}
         waveforms = model_inputs["waveform"]
@@ -194,7 +199,15 @@ class AudioCaptioningPipeline(Pipeline):
         heard = [index for index, waveform in enumerate(waveforms) if not is_silent(waveform)]
         if heard:
             chosen = [waveforms[index] for index in heard]
-            captions = self.caption(chosen, k, generate_kwargs or {}, rerank, candidates, decoding_batch_size)
+            captions = self.caption(
+                chosen,
+                k,
+                generate_kwargs or {},
+                rerank,
+                candidates,
+                decoding_batch_size,
+                rerank_weight,
+            )
             for index, result in zip(heard, captions, strict=True):
                 results[index] = result
         return {"result": results}
@@ -212,6 +225,7 @@ class AudioCaptioningPipeline(Pipeline):
         rerank: str | None = None,
         candidates: int | None = None,
         decoding_batch_size: int | None = None,
+        rerank_weight: float | None = None,
     ) -> list[dict[str, Any]]:
         """Captions of one batch of waveforms at the feature extractor's sampling rate."""
         inputs = self.processor(
@@ -223,10 +237,17 @@ class AudioCaptioningPipeline(Pipeline):
         encoding = self.model.encode_audio(**inputs)
         prompts = self.processor.build_prompts(encoding.audio_embeds, k=k)
         retrieved = prompts.pop("retrieved")
+        if not any(retrieved):
+            # Without captions there is nothing to read apart from what is heard.
+            generate_kwargs = {**generate_kwargs, **NO_READINGS}
+        if rerank is None and generate_kwargs.get("do_sample"):
+            # Who asks for a sample wants what was drawn.
+            rerank = NO_RERANKING
+        choice = {"rerank": rerank, "candidates": candidates, "rerank_weight": rerank_weight}
         captions, scores = [""] * len(waveforms), [0.0] * len(waveforms)
         extras: list[dict[str, Any]] = [{} for _ in waveforms]
         for rows, part, part_prompts in decoding_batches(encoding, prompts, decoding_batch_size):
-            decoded = self._decode(part, part_prompts, generate_kwargs, rerank, candidates)
+            decoded = self._decode(part, part_prompts, generate_kwargs, choice)
             for row, *texts_and_more in zip(rows, *decoded, strict=True):
                 captions[row], scores[row], extras[row] = texts_and_more
         confidences = self._confidences(captions, scores, retrieved, encoding.audio_embeds)
@@ -242,19 +263,15 @@ class AudioCaptioningPipeline(Pipeline):
         encoding: RecapEncoderOutput,
         prompts: dict[str, Any],
         generate_kwargs: dict[str, Any],
-        rerank: str | None,
-        candidates: int | None,
+        choice: dict[str, Any],
     ) -> tuple[list[str], list[float], list[dict[str, Any]]]:
-        """Captions, scores and what `rerank` adds, of one batch for the decoder."""
-        extras: list[dict[str, Any]] = [{} for _ in encoding.last_hidden_state]
-        generate_kwargs = promptless_options(self.processor, generate_kwargs)
-        if rerank is None:
-            sequences, scores = self.model.generate_with_scores(encoding, prompts, **generate_kwargs)
-        else:
-            sequences, chosen = generate_reranked(
-                self.model, self.processor, encoding, prompts, candidates, **generate_kwargs
-            )
-            scores = self.model.score_captions(encoding, sequences, prompts, **promptless_part(generate_kwargs))
+        """Captions, scores and what `rerank` adds where it was asked for, of one batch for the decoder."""
+        config = generate_kwargs.get("generation_config") or self.model.generation_config
+        sequences, scores, chosen = generate_captions(
+            self.model, self.processor, encoding, prompts, Choice.of(choice, config), **generate_kwargs
+        )
+        extras: list[dict[str, Any]] = [{} for _ in scores]
+        if chosen is not None and choice["rerank"] is not None:
             extras = [{"similarity": entry.similarity, "candidates": entry.candidates} for entry in chosen]
         return self.processor.batch_decode(sequences), scores, extras
 

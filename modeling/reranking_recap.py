@@ -1,4 +1,4 @@
-"""Best of n: of several captions for a recording the one that CLAP finds nearest to it."""
+"""Best of n: of several captions for a recording the one that CLAP finds nearest to it, or likes as well."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import numpy as np
 import torch
 
 from .outputs_recap import RecapEncoderOutput
+from .readings_recap import reading_options
 
 RERANKERS = ("clap",)
+# What turns off the reranking of a checkpoint that has it in its generation configuration.
+NO_RERANKING = "none"
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,21 @@ def caption_similarities(
     return (cosines * present).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
 
 
-def reranking_parameters(rerank: str | None, candidates: int | None) -> dict[str, Any]:
-    """The two parameters of the pipeline that were given, checked.
+def reranking_parameters(
+    rerank: str | None, candidates: int | None, rerank_weight: float | None = None
+) -> dict[str, Any]:
+    """The parameters of the pipeline that were given, checked.
 
     Raises:
-        `ValueError`: on another reranker, or `candidates` less than 1.
+        `ValueError`: on another reranker, `candidates` less than 1, or a `rerank_weight` below 0.
     """
-    if rerank is not None and rerank not in RERANKERS:
-        raise ValueError(f"`rerank` must be one of {', '.join(RERANKERS)}, got {rerank!r}.")
+    if rerank is not None and rerank not in (*RERANKERS, NO_RERANKING):
+        raise ValueError(f"`rerank` must be one of {', '.join((*RERANKERS, NO_RERANKING))}, got {rerank!r}.")
     if candidates is not None and (not isinstance(candidates, int) or candidates < 1):
         raise ValueError(f"`candidates` must be a whole number of at least 1, got {candidates!r}.")
-    given = {"rerank": rerank, "candidates": candidates}
+    if rerank_weight is not None and (not isinstance(rerank_weight, (int, float)) or not rerank_weight >= 0):
+        raise ValueError(f"`rerank_weight` must be a number of at least 0, got {rerank_weight!r}.")
+    given = {"rerank": rerank, "candidates": candidates, "rerank_weight": rerank_weight}
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -84,45 +91,112 @@ def candidate_options(num_candidates: int, generate_kwargs: Mapping[str, Any], c
     return options
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How one caption is chosen among several.
+
+    Args:
+        rerank (`str`, *optional*): `"clap"`, or `None` for the search's own best.
+        candidates (`int`, *optional*): captions to choose from; default as many as the search has beams.
+        weight (`float`, *optional*): what CLAP's cosine counts beside the search's score of a caption, its
+            log-probability over `length ** length_penalty`; default: the cosine alone decides.
+    """
+
+    rerank: str | None = None
+    candidates: int | None = None
+    weight: float | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], config: Any) -> Choice:
+        """What is given (`rerank="none"` for no reranking), and where it is `None` what the `GenerationConfig` says.
+
+        Args:
+            given (`Mapping`): `rerank`, `candidates`, `rerank_weight`.
+            config (`GenerationConfig`): the model's.
+
+        Raises:
+            `ValueError`: as [`reranking_parameters`], and on `candidates` or a `rerank_weight` without reranking.
+        """
+        names = ("rerank", "candidates", "rerank_weight")
+        rerank, candidates, weight = (
+            getattr(config, name, None) if given.get(name) is None else given[name] for name in names
+        )
+        reranking_parameters(rerank, candidates, weight)
+        if rerank not in (None, NO_RERANKING):
+            return cls(rerank, candidates, weight)
+        if given.get("candidates") is not None or given.get("rerank_weight") is not None:
+            raise ValueError(
+                "`candidates` and `rerank_weight` say how captions are reranked, and none are: pass "
+                '`rerank="clap"`, or leave them away.'
+            )
+        return cls()
+
+
 @torch.no_grad()
-def generate_reranked(
+def generate_captions(
     model: Any,
     processor: Any,
     encoding: RecapEncoderOutput,
     prompts: Mapping[str, torch.Tensor],
-    num_candidates: int | None = None,
+    choice: Choice,
     **generate_kwargs: Any,
-) -> tuple[torch.LongTensor, list[Reranked]]:
-    """Generates several captions for each recording and chooses the one nearest to it.
+) -> tuple[torch.LongTensor, list[float], list[Reranked] | None]:
+    """A caption for each recording, decoded and chosen.
 
     Args:
         model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): the captioner.
         encoding ([`RecapEncoderOutput`]), prompts (`Mapping`): of a batch of recordings.
-        num_candidates (`int`, *optional*): captions to choose from; default as many as the search has beams.
+        choice ([`Choice`]): how one of several captions is chosen, if at all.
         generate_kwargs: for `generate`; `do_sample=True` makes samples of the candidates instead of beams.
 
     Returns:
-        `tuple`: the chosen sequences, `(batch_size, length)`, and a [`Reranked`] for each recording. Of equally near
-        captions the first, more probable one is chosen.
+        `tuple`: the chosen sequences, `(batch_size, length)`, their scores as of `score_captions`, and a [`Reranked`]
+        for each recording, `None` without reranking. Of equally good captions the first, more probable one is chosen.
     """
-    if num_candidates is None:
-        num_candidates = generate_kwargs.get("num_beams") or model.generation_config.num_beams
-    options = candidate_options(num_candidates, generate_kwargs, model.generation_config)
-    generated = model.generate(encoder_outputs=encoding, **prompts, **options)
-    sequences = getattr(generated, "sequences", generated)
+    options = reading_options(processor, generate_kwargs)
+    if choice.rerank is None:
+        return (*model.generate_with_scores(encoding, prompts, **options), None)
+    config = generate_kwargs.get("generation_config") or model.generation_config
+    count = choice.candidates or options.get("num_beams") or config.num_beams or 1
+    options = candidate_options(count, options, config)
+    sequences, scores = model.generate_candidates(encoding, prompts, count, **options)
     captions = processor.batch_decode(sequences)
-    embeds = encoding.audio_embeds.repeat_interleave(num_candidates, dim=0)
+    embeds = encoding.audio_embeds.repeat_interleave(count, dim=0)
     similarities = caption_similarities(model, processor, captions, embeds)
+    values = similarities
+    if choice.weight is not None and np.isfinite(choice.weight):
+        targets = sequences[:, prompts["decoder_input_ids"].shape[1] :]
+        penalty = options.get("length_penalty")
+        penalty = config.length_penalty if penalty is None else penalty
+        said = search_scores(scores, targets, model.config.eos_token_id, penalty)
+        values = said + choice.weight * similarities
     chosen = [
-        _choose(captions[start : start + num_candidates], similarities[start : start + num_candidates])
-        for start in range(0, len(captions), num_candidates)
+        _choose(*(part[start : start + count] for part in (captions, similarities, values)))
+        for start in range(0, len(captions), count)
     ]
-    rows = [index * num_candidates + entry.row for index, entry in enumerate(chosen)]
-    return sequences[rows], chosen
+    rows = [index * count + entry.row for index, entry in enumerate(chosen)]
+    return sequences[rows], [scores[row] for row in rows], chosen
 
 
-def _choose(captions: Sequence[str], similarities: np.ndarray) -> Reranked:
-    order = sorted(range(len(captions)), key=lambda row: (-similarities[row], row))
+def search_scores(
+    scores: Sequence[float], targets: torch.LongTensor, eos_token_id: int, length_penalty: float
+) -> np.ndarray:
+    """What a beam search ranks captions by: the log-probability over `length ** length_penalty`.
+
+    Args:
+        scores (`Sequence[float]`): exponentials of the mean log-probabilities.
+        targets (`torch.LongTensor` of shape `(len(scores), length)`): the captions' tokens, the end token counted.
+        eos_token_id (`int`): where a caption ends.
+        length_penalty (`float`): as in `GenerationConfig`.
+    """
+    ends = (targets == eos_token_id).int()
+    lengths = (ends.cumsum(dim=1) - ends == 0).sum(dim=1).cpu().numpy()
+    with np.errstate(divide="ignore"):
+        return np.log(np.asarray(scores)) * lengths ** (1.0 - length_penalty)
+
+
+def _choose(captions: Sequence[str], similarities: np.ndarray, values: np.ndarray) -> Reranked:
+    order = sorted(range(len(captions)), key=lambda row: (-values[row], row))
     seen: dict[str, float] = {}
     for row in order:
         seen.setdefault(captions[row], round(float(similarities[row]), 6))
@@ -132,10 +206,13 @@ def _choose(captions: Sequence[str], similarities: np.ndarray) -> Reranked:
 
 
 __all__ = [
+    "NO_RERANKING",
     "RERANKERS",
+    "Choice",
     "Reranked",
     "candidate_options",
     "caption_similarities",
-    "generate_reranked",
+    "generate_captions",
     "reranking_parameters",
+    "search_scores",
 ]

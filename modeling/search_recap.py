@@ -22,13 +22,13 @@ from transformers.generation import (
 
 from .decoding_recap import SharedPromptCache, decode_token, decode_with_shared_prompt
 from .fixed_decoding_recap import FixedDecoding
-from .promptless_recap import PromptlessMixture, PromptlessStream
+from .readings_recap import ReadingsMixture
 
 # The score of what is not there; transformers adds and compares the same number.
 _NEVER = -1e9
 # Clips leave together when a quarter of the batch has finished: moving keys and values costs a step's time.
 _LEAVE_FROM = 0.25
-_PLAIN_PROCESSORS = (MinNewTokensLengthLogitsProcessor, MinLengthLogitsProcessor, PromptlessMixture)
+_PLAIN_PROCESSORS = (MinNewTokensLengthLogitsProcessor, MinLengthLogitsProcessor, ReadingsMixture)
 _PLAIN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 
 
@@ -42,7 +42,7 @@ class SearchPlan:
         max_new_tokens, min_new_tokens (`int`): the end tokens are forbidden before `min_new_tokens`.
         eos_token_ids (`tuple[int, ...]`): may be empty.
         fill_token_id (`int`): stands behind a finished sequence.
-        mixture ([`PromptlessMixture`], *optional*): mixes the distributions of each step.
+        mixture ([`ReadingsMixture`], *optional*): mixes the distributions of each step.
     """
 
     num_beams: int
@@ -54,7 +54,7 @@ class SearchPlan:
     min_new_tokens: int
     eos_token_ids: tuple[int, ...]
     fill_token_id: int
-    mixture: PromptlessMixture | None = None
+    mixture: ReadingsMixture | None = None
 
     @classmethod
     def of(
@@ -88,7 +88,7 @@ class SearchPlan:
             fill = pad_token_id
         else:
             fill = (pad_token_id or eos_token_ids[0]) if eos_token_ids else -1
-        mixtures = [one for one in processors if isinstance(one, PromptlessMixture)]
+        mixtures = [one for one in processors if isinstance(one, ReadingsMixture)]
         minimum = max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length)
         return cls(
             num_beams=beams,
@@ -233,16 +233,15 @@ def search(
     logits = decode_with_shared_prompt(
         decoder, cache, input_ids, decoder_attention_mask, position_ids, encoder_hidden_states, encoder_attention_mask
     )[:, -1]
-    stream = None
+    readings = None
     if plan.mixture is not None:
-        stream = PromptlessStream(
-            decoder, plan.mixture, cache.num_clips, encoder_hidden_states, encoder_attention_mask
-        )
+        heard = encoder_hidden_states, encoder_attention_mask
+        readings = plan.mixture.streams(decoder, cache.num_clips, input_ids, decoder_attention_mask, *heard)
     state = _Search(plan, cache.num_clips, input_ids.device)
     prompts, positions = input_ids[:: plan.num_beams], position_ids[:, -1]
     steps = None if fixed is None else fixed.begin(decoder, cache, plan.max_new_tokens)
     while True:
-        beams = state.advance(logits if stream is None else stream.mixed_with(logits))
+        beams = state.advance(logits if readings is None else readings.mixed_with(logits))
         (steps or cache).reorder_beams(beams)
         stay = state.leave(together=steps is not None)
         if stay is not None:
@@ -253,8 +252,8 @@ def search(
         positions = positions + 1
         tokens = state.running[:, :, state.length - 1].flatten()
         logits = decode_token(decoder, cache, tokens, positions) if steps is None else steps(tokens, positions)
-        if stream is not None:
-            stream.follow(beams, stay, tokens)
+        if readings is not None:
+            readings.follow(beams, stay, tokens)
     tokens, cache.sequence_log_probs = state.results()
     return torch.cat([prompts.repeat_interleave(plan.num_return_sequences, dim=0), tokens], dim=1)
 

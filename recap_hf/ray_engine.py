@@ -205,7 +205,8 @@ def _absolute(name: str) -> str:
 # What the captions depend on.
 _CAPTION_OPTIONS = (
     *("model", "datastore", "k", "retrieval_diversity", "retrieval_score_drop", "num_beams", "max_new_tokens"),
-    *("rerank", "candidates", "do_sample", "batch_size", "dtype"),
+    *("rerank", "candidates", "rerank_weight", "promptless_weight", "soundless_weight"),
+    *("do_sample", "batch_size", "dtype"),
 )
 
 

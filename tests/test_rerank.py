@@ -12,7 +12,7 @@ import torch
 
 from recap_hf import AudioCaptioningPipeline
 from recap_hf.cli import main
-from recap_hf.modeling.reranking_recap import candidate_options, caption_similarities
+from recap_hf.modeling.reranking_recap import Choice, candidate_options, caption_similarities, search_scores
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
@@ -109,8 +109,15 @@ def test_command_line(tmp_path, capsys):
     with open(output, newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["similarity"]) > 0 and row["error"] == ""
-    assert main(["caption", clip, "--candidates", "4"]) == 2
-    assert "--candidates needs --rerank" in capsys.readouterr().err
+    assert main(["caption", clip, "--candidates", "4", "--rerank", "none"]) == 2
+    assert "--candidates and --rerank-weight say how captions are reranked" in capsys.readouterr().err
+    captions = {}
+    for weight in ("0", "inf"):
+        assert main(["caption", clip, "--rerank", "clap", "--rerank-weight", weight, "--format", "json"]) == 0
+        (captions[weight],) = json.loads(capsys.readouterr().out)
+    largest = max(one["similarity"] for one in captions["0"]["candidates"])
+    assert captions["inf"]["similarity"] == pytest.approx(largest, abs=1e-5)
+    assert captions["0"]["similarity"] <= captions["inf"]["similarity"]
 
 
 def test_comparison_chooses_by_similarity(tiny_model, tiny_processor, words_only):
@@ -137,3 +144,74 @@ def test_comparison_chooses_by_similarity(tiny_model, tiny_processor, words_only
     assert row["changed"] == np.mean([text != captions[0] for text, captions in zip(chosen, plain, strict=True)])
     assert next(iter(result)) == "no reranking" and "difference" not in result["no reranking"]
     assert format_comparison(result).count("\n") == 1 + len(result)
+
+
+def test_scores_of_the_search_by_hand():
+    """log p over length ** penalty: two captions of 2 and 4 tokens, the end counted, and one that never ended."""
+    targets = torch.tensor([[5, 9, 9, 9], [5, 6, 7, 9], [5, 6, 7, 8]])
+    found = search_scores([0.5, 0.25, 0.25], targets, eos_token_id=9, length_penalty=0.5)
+    np.testing.assert_allclose(found, [2 * np.log(0.5) / 2**0.5, 4 * np.log(0.25) / 2, 4 * np.log(0.25) / 2])
+
+
+def test_a_weight_lies_between_the_search_and_clap(tiny_model, tiny_processor, words_only):
+    """0 leaves the search's order, inf that of the similarities; between them the sum decides."""
+    pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor, **words_only, num_beams=5)
+    clip = noise(3)
+    plain, nearest = pipe(clip), pipe(clip, rerank="clap")
+    assert pipe(clip, rerank="clap", rerank_weight=0.0)["caption"] == plain["caption"]
+    assert pipe(clip, rerank="clap", rerank_weight=float("inf"))["caption"] == nearest["caption"]
+    assert nearest["caption"] != plain["caption"], "the case shows nothing"
+    inputs = tiny_processor(audio=[clip], sampling_rate=48_000, return_tensors="pt")
+    with torch.no_grad():
+        encoding = tiny_model.encode_audio(**inputs)
+        prompts = tiny_processor.build_prompts(encoding.audio_embeds)
+        sequences = tiny_model.generate(
+            encoder_outputs=encoding, **prompts, **words_only, num_beams=5, num_return_sequences=5
+        )
+        start = prompts["decoder_input_ids"].shape[1]
+        values = []
+        for row, text in zip(sequences, tiny_processor.batch_decode(sequences), strict=True):
+            [score] = tiny_model.score_captions(encoding, row[None], prompts)
+            said = row[start:].tolist()
+            end = tiny_model.config.eos_token_id
+            length = said.index(end) + 1 if end in said else len(said)
+            similarity = caption_similarities(tiny_model, tiny_processor, [text], encoding.audio_embeds)[0]
+            penalty = tiny_model.generation_config.length_penalty
+            values.append((np.log(score) * length / length**penalty, similarity, text))
+    for weight in (1.0, 10.0, 100.0):
+        expected = max(values, key=lambda value: value[0] + weight * value[1])[2]
+        result = pipe(clip, rerank="clap", rerank_weight=weight)
+        assert result["caption"] == expected
+
+
+def test_a_checkpoint_may_rerank_by_itself(tiny_model, tiny_processor, words_only):
+    config = tiny_model.generation_config
+    pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor, **words_only, num_beams=5)
+    clip = noise(3)
+    plain, nearest = pipe(clip), pipe(clip, rerank="clap")
+    config.rerank = "clap"
+    found = pipe(clip)
+    assert found["caption"] == nearest["caption"] != plain["caption"]
+    assert "candidates" not in found, "only who asks for reranking is told the others"
+    assert pipe(clip, rerank="none")["caption"] == plain["caption"]
+    # Who asks for a sample gets the one that was drawn.
+    torch.manual_seed(0)
+    sampled = pipe(clip, do_sample=True)
+    config.rerank = None
+    torch.manual_seed(0)
+    assert pipe(clip, do_sample=True)["caption"] == sampled["caption"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rerank": "fense"}, "`rerank` must be one of clap, none, got 'fense'"),
+        ({"rerank": "clap", "candidates": 0}, "`candidates` must be a whole number of at least 1, got 0"),
+        ({"candidates": 4}, "`candidates` and `rerank_weight` say how captions are reranked, and none are: pass"),
+        ({"rerank": "clap", "rerank_weight": -1.0}, "`rerank_weight` must be a number of at least 0, got -1.0"),
+        ({"rerank": "clap", "rerank_weight": float("nan")}, "`rerank_weight` must be a number of at least 0, got nan"),
+    ],
+)
+def test_choices_that_are_none(tiny_model, given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Choice.of(given, tiny_model.generation_config)

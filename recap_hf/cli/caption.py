@@ -12,7 +12,8 @@ from itertools import chain, islice
 from typing import IO, Any
 
 from recap_hf.cli.choice import add_choice_arguments
-from recap_hf.cli.numbers import count, positive, share
+from recap_hf.cli.decoding import add_reading_arguments, add_rerank_arguments, decoding_options, rerank_error
+from recap_hf.cli.numbers import count, positive
 from recap_hf.ray_engine import add_engine_arguments
 from recap_hf.timeline.options import FORMATS, add_timeline_arguments, usage_error
 
@@ -31,21 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--k", type=count, help="captions in the prompt (default: the model's, 4 in the paper)")
     add_choice_arguments(parser, "retrieval-")
-    parser.add_argument("--num-beams", type=positive, help="beams of the search (default: the model's, 3)")
+    parser.add_argument("--num-beams", type=positive, help="beams of the search (default: the model's)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest caption in tokens (default: the model's, 60)")
-    parser.add_argument(
-        "--rerank", choices=("clap",), help="generate several captions, keep the one that CLAP finds nearest"
-    )
-    parser.add_argument(
-        "--candidates", type=positive, metavar="N", help="captions to choose from with --rerank (default: the beams)"
-    )
-    parser.add_argument(
-        "--promptless-weight",
-        type=share,
-        metavar="W",
-        help="share of each word's probability that comes from listening without the retrieved captions; below 1 "
-        "(default: 0)",
-    )
+    add_rerank_arguments(parser)
+    add_reading_arguments(parser)
     parser.add_argument("--do-sample", action="store_true", help="sample captions instead of searching with beams")
     parser.add_argument("--batch-size", type=positive, default=8, help="recordings per pass (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
@@ -85,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"recap caption: error: {error}", file=sys.stderr)
         return 2
     wrong = usage_error(args, len(names))
-    if args.candidates and not args.rerank:
-        wrong = "--candidates needs --rerank clap."
+    wrong = wrong or rerank_error(args)
     if wrong is not None:
         print(f"recap caption: error: {wrong}", file=sys.stderr)
         return 2
@@ -142,9 +131,7 @@ def load_captioner(args: argparse.Namespace) -> Any:
         prepare_for_gpu(model)
     decoding = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens, "k": args.k}
     # Not all commands that caption have these.
-    decoding |= {
-        name: getattr(args, name, None) or None for name in ("rerank", "candidates", "do_sample", "promptless_weight")
-    }
+    decoding |= {"do_sample": getattr(args, "do_sample", None) or None} | decoding_options(args)
     decoding |= {name: getattr(args, name, None) for name in ("retrieval_diversity", "retrieval_score_drop")}
     return AudioCaptioningPipeline(
         model=model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from recap_hf.cli.numbers import share
+from recap_hf.cli.decoding import add_reading_arguments, add_rerank_arguments, decoding_options
 from recap_hf.cli.score import add_metric_model_arguments
 
 
@@ -40,9 +40,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--k", type=int, metavar="K", help="captions in the prompt (default: the checkpoint's)")
     model.add_argument("--num-beams", type=int, metavar="N", help="beams (default: the checkpoint's)")
     model.add_argument("--max-new-tokens", type=int, metavar="N", help="longest caption (default: the checkpoint's)")
-    model.add_argument(
-        "--promptless-weight", type=share, metavar="W", help="as in `recap caption`; for every system with a prompt"
-    )
+    add_rerank_arguments(model)
+    add_reading_arguments(model)
     model.add_argument("--exclude-references", action="store_true", help="never retrieve a text equal to a reference")
     model.add_argument("--batch-size", type=int, default=16, help="clips captioned together (default 16)")
     model.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
@@ -86,14 +85,14 @@ def run(args: argparse.Namespace) -> int:
         youtube_ids=args.youtube_ids,
         max_clips=args.max_clips,
     )
-    named = {name: getattr(args, name) for name in ("num_beams", "max_new_tokens", "promptless_weight")}
+    named = {name: getattr(args, name) for name in ("num_beams", "max_new_tokens")}
     captioner = load_captioner(
         args.model,
         args.datastore,
         device=args.device,
         dtype=args.dtype,
         k=args.k,
-        generation={name: value for name, value in named.items() if value is not None},
+        generation={name: value for name, value in named.items() if value is not None} | decoding_options(args),
         seed=args.seed,
         exclude_references=args.exclude_references,
     )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from recap_hf.cli.decoding import add_reading_arguments, add_rerank_arguments, decoding_options
 from recap_hf.cli.numbers import count, positive
 
 METHODS = ("gradient", "insertion", "occlusion", "attention")
@@ -31,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--datastore", help="captions to retrieve from: a datastore, or a .txt, .csv, .json or .jsonl file of captions"
     )
     parser.add_argument("--k", type=count, help="captions in the prompt (default: the model's, 4 in the paper)")
-    parser.add_argument("--num-beams", type=positive, help="beams of the search (default: the model's, 3)")
+    parser.add_argument("--num-beams", type=positive, help="beams of the search (default: the model's)")
+    add_rerank_arguments(parser)
+    add_reading_arguments(parser)
     parser.add_argument("--max-new-tokens", type=positive, help="longest caption in tokens (default: the model's, 60)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument(
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if is_silent(waveform):
         raise ValueError(f"{args.input} holds no sound: it is captioned as silence without asking the model.")
     captioner = load_captioner(args)
-    options = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    options = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens} | decoding_options(args)
     explanation = captioner.model.explain(
         waveform,
         captioner.processor,

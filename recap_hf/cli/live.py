@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from recap_hf.cli.caption import load_captioner
-from recap_hf.cli.numbers import positive, share
+from recap_hf.cli.decoding import add_reading_arguments, add_rerank_arguments
+from recap_hf.cli.numbers import positive
 
 FORMATS = ("text", "jsonl", "csv", "tsv", "srt", "vtt", "audacity")
 # As in recap_hf.timeline.pcm, which needs numpy.
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=positive, help="captions in the prompt (default: the model's)")
     parser.add_argument("--num-beams", type=positive, help="beams of the search (default: the model's)")
     parser.add_argument("--max-new-tokens", type=positive, help="longest caption in tokens (default: the model's)")
-    parser.add_argument("--promptless-weight", type=share, metavar="W", help="as in `recap caption` (default: 0)")
+    add_rerank_arguments(parser)
+    add_reading_arguments(parser)
     parser.add_argument("--batch-size", type=positive, default=8, help="pieces per pass when behind (default: 8)")
     parser.add_argument("--device", help="cpu, cuda, mps, ... (default: a GPU if there is one)")
     parser.add_argument(

@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from .numbers import positive, share
+from .decoding import add_reading_arguments, add_rerank_arguments, decoding_options
+from .numbers import positive
 
 _STAGES = {
     "tokenizers": "train both tokenizers on the project's grammar and lexicon",
@@ -70,13 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_evaluation_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--fold", type=int, default=5, help="fold to evaluate on (default: %(default)s)")
     stage.add_argument("--keywords", metavar="FILE.json", help="what counts as naming an event; our own by default")
-    stage.add_argument(
-        "--promptless-weight",
-        type=share,
-        default=0.0,
-        metavar="W",
-        help="of the decoding, as in `recap caption` (default: %(default)s)",
-    )
+    add_rerank_arguments(stage)
+    add_reading_arguments(stage)
     stage.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
     stage.add_argument("--output", metavar="FILE", help="write the result there instead of to the standard output")
     stage.add_argument("--threads", type=int, help="threads of PyTorch; its own choice by default")
@@ -173,7 +169,7 @@ def _transfer(args: argparse.Namespace, recipe) -> int:
 
     steps = _STEPS["captioner"] if args.steps is None else args.steps
     groups = _numbers("--groups", args.groups)
-    result = recipe.transfer(steps, args.learning_rate, args.fold, _rules(args), groups, args.promptless_weight)
+    result = recipe.transfer(steps, args.learning_rate, args.fold, _rules(args), groups, decoding_options(args))
     return _write(args, result, format_transfer(result))
 
 
@@ -191,6 +187,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         args.fold,
         rules,
         quick=args.quick,
-        promptless_weight=args.promptless_weight,
+        decoding=decoding_options(args),
     )
     return _write(args, result, format_table(result))

@@ -69,7 +69,8 @@ class Captioner:
     Args:
         model, processor: a RECAP captioner; the processor's datastore is what it retrieves from.
         k: captions in the prompt; None: the processor's.
-        generation: arguments of `generate`, such as `num_beams`. A `promptless_weight` is for what has a prompt.
+        generation: arguments of `generate`, such as `num_beams`, and of [`Choice`], in the place of the checkpoint's
+            own. The weights of other readings are for what has a prompt.
         seed: of the random captions.
         exclude_references: never retrieve a caption that equals a reference of the clip.
         encodings: encoded batches that several captioners of one CLAP share; None keeps none.
@@ -139,7 +140,7 @@ class Captioner:
             elif name == "random_captions":
                 results[name] = self._generate(encoding, [self._random_captions(clip_id) for clip_id in clip_ids])
             elif name == "audio_hidden":
-                results[name] = self._generate(_without_audio(encoding), retrieved)
+                results[name] = self._generate(_without_audio(encoding), retrieved, listens=False)
             elif name == "audio_only":
                 results[name] = self._generate(encoding, nothing, prompted=False)
             else:
@@ -158,21 +159,26 @@ class Captioner:
         return self.encodings.encode(self._clap, waveforms, make) if self.encodings else make()
 
     def _generate(
-        self, encoding: Any, retrieved: list[list[dict[str, Any]]], prompted: bool = True
+        self, encoding: Any, retrieved: list[list[dict[str, Any]]], prompted: bool = True, listens: bool = True
     ) -> list[Prediction]:
         import torch
 
-        from recap_hf.modeling.promptless_recap import promptless_options
+        from recap_hf.modeling.readings_recap import NO_READINGS
+        from recap_hf.modeling.reranking_recap import Choice, generate_captions
 
+        generation = dict(self.generation)
+        given = {name: generation.pop(name, None) for name in ("rerank", "candidates", "rerank_weight")}
+        # Who does not hear the recording has no opinion on how near a caption is to it.
+        choice = Choice.of(given, self.model.generation_config) if listens else Choice()
+        if not any(retrieved):
+            generation |= NO_READINGS
         if prompted:
-            generation = promptless_options(self.processor, self.generation)
             prompts = self.processor.build_prompts(encoding.audio_embeds, retrieved=retrieved)
             retrieved = prompts.pop("retrieved")
         else:
             start = torch.full((len(retrieved), 1), self.model.config.eos_token_id, device=self.model.device)
             prompts = {"decoder_input_ids": start, "decoder_attention_mask": torch.ones_like(start)}
-            generation = {**self.generation, "promptless_weight": 0.0}
-        sequences, scores = self.model.generate_with_scores(encoding, prompts, **generation)
+        sequences, scores, _ = generate_captions(self.model, self.processor, encoding, prompts, choice, **generation)
         captions = self.processor.batch_decode(sequences)
         return [Prediction(*row) for row in zip(captions, scores, retrieved, strict=True)]
 
@@ -262,7 +268,9 @@ def describe_captioner(captioner: Captioner) -> dict[str, Any]:
 
 
 def _decoding(config: Any) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in ("num_beams", "max_new_tokens", "length_penalty", "do_sample")}
+    own = ("promptless_weight", "soundless_weight", "rerank", "candidates", "rerank_weight")
+    settings = {name: getattr(config, name) for name in ("num_beams", "max_new_tokens", "length_penalty", "do_sample")}
+    return settings | {name: getattr(config, name) for name in own if getattr(config, name, None) is not None}
 
 
 def _hash_weights(model: Any) -> str:

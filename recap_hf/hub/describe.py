@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recap_hf.modeling.readings_recap import WEIGHTS
+
 from .cards import DatastoreFacts, ModelDescription
 from .facts import DataSource
 
@@ -107,7 +109,20 @@ def decoding_text(generation: GenerationConfig) -> str:
     if generation.do_sample:
         how = "sampling" if beams == 1 else f"sampling, {beams} beams"
     length = generation.max_new_tokens
-    return f"{how}, at most {length} new tokens" if length else how
+    how = f"{how}, at most {length} new tokens" if length else how
+    listening, reading = (getattr(generation, name, None) or 0.0 for name in WEIGHTS)
+    shares = [
+        f"{share:.0%} {words}"
+        for share, words in ((listening, "from listening without captions"), (reading, "from reading without sound"))
+        if share
+    ]
+    if shares:
+        how += "; of each token's probability " + " and ".join(shares)
+    if getattr(generation, "rerank", None) == "clap":
+        weight = getattr(generation, "rerank_weight", None)
+        best = f"the best by its score and {weight or 0:g} times CLAP's cosine"
+        how += "; of the candidates " + ("the one nearest to the sound" if weight is None else best)
+    return how
 
 
 def read_weights(folder: str | Path) -> tuple[dict[str, int], list[str], int, int]:

@@ -204,7 +204,8 @@ def count_work(workload: Workload) -> dict[str, float]:
     prompts = processor.build_prompts(encoding.audio_embeds)
     prompts.pop("retrieved")
     with FlopCounterMode(display=False) as prompt:
-        model.generate(encoder_outputs=encoding, **prompts, num_beams=1, min_new_tokens=1, max_new_tokens=1)
+        once = {**workload.generation, "num_beams": 1, "min_new_tokens": 1, "max_new_tokens": 1}
+        model.generate(encoder_outputs=encoding, **prompts, **once)
     transformer = model.decoder.transformer
     weights = sum(p.numel() for p in transformer.h.parameters()) + model.decoder.lm_head.weight.numel()
     # Keys and values of the encoder's states are made with the prompt and not read again as weights.

@@ -80,7 +80,7 @@ def _reference_stages(reference: ReferencePath, workload: Workload) -> dict[str,
     hits = clock("retrieve", lambda: processor.retrieve(encoding.audio_embeds))
     prompts = clock("prompt", lambda: processor.build_prompts(encoding.audio_embeds, retrieved=hits))
     prompts.pop("retrieved")
-    generate = _parts_of_generation(clock, workload.generation)
+    generate = _parts_of_generation(clock, reference.generation)
     ids = generate(
         lambda **settings: GenerationMixin.generate(
             model, encoder_outputs=RecapEncoderOutput(**encoding), **prompts, **settings
@@ -90,11 +90,11 @@ def _reference_stages(reference: ReferencePath, workload: Workload) -> dict[str,
     return clock.seconds
 
 
-def _parts_of_generation(clock: _Clock, settings: dict[str, int]) -> Callable[[Callable[..., Any]], Any]:
+def _parts_of_generation(clock: _Clock, settings: dict[str, float]) -> Callable[[Callable[..., Any]], Any]:
     """Prefill is what a single token takes; the decode steps are the rest."""
 
     def measured(generate: Callable[..., Any]) -> Any:
-        one = {"num_beams": settings["num_beams"], "min_new_tokens": 1, "max_new_tokens": 1}
+        one = {**settings, "min_new_tokens": 1, "max_new_tokens": 1}
         clock("prefill", lambda: generate(**one))
         ids = clock("decode_steps", lambda: generate(**settings))
         clock.seconds["decode_steps"] = max(0.0, clock.seconds["decode_steps"] - clock.seconds["prefill"])

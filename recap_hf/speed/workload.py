@@ -17,6 +17,7 @@ from recap_hf.modeling.configuration_recap import RecapConfig
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.outputs_recap import RecapEncoderOutput
 from recap_hf.modeling.processing_recap import RecapProcessor
+from recap_hf.modeling.readings_recap import NO_READINGS, WEIGHTS
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 CLIP_SECONDS = 10.0
@@ -58,11 +59,14 @@ class Workload:
         return self.processor.feature_extractor.sampling_rate
 
     @property
-    def generation(self) -> dict[str, int]:
-        """What either side is asked for: so many beams, and exactly so many tokens if any were named."""
+    def generation(self) -> dict[str, float]:
+        """What either side is asked for: so many beams, and exactly so many tokens if any were named.
+
+        As published, whatever a checkpoint's own decoding: transformers alone knows no other readings.
+        """
         tokens = self.options.new_tokens
         exactly = {"min_new_tokens": tokens, "max_new_tokens": tokens} if tokens else {}
-        return {"num_beams": self.options.num_beams, **exactly}
+        return {"num_beams": self.options.num_beams, **exactly, **NO_READINGS}
 
     def with_model(self, model: RecapForConditionalGeneration) -> Workload:
         """The same with another model."""
@@ -87,12 +91,13 @@ class Workload:
 class ReferencePath:
     """The straightforward way, a clip at a time: the stock extractor and transformers' own `generate` and caches."""
 
-    def __init__(self, model: Any, processor: Any, generation: dict[str, int]) -> None:
+    def __init__(self, model: Any, processor: Any, generation: dict[str, float]) -> None:
         ours = processor.feature_extractor
         names = ("feature_size", "sampling_rate", "hop_length", "max_length_s", "fft_window_size", "truncation")
         settings = {name: getattr(ours, name) for name in (*names, "frequency_min", "frequency_max", "padding")}
         self.extractor = ClapFeatureExtractor(**settings)
-        self.model, self.processor, self.generation = model, processor, generation
+        self.model, self.processor = model, processor
+        self.generation = {name: value for name, value in generation.items() if name not in WEIGHTS}
 
     @torch.no_grad()
     def caption(self, waveform: np.ndarray) -> str:

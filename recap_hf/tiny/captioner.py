@@ -86,7 +86,14 @@ class CaptionerRecipe:
     bfloat16: bool = True
     mixtures: MixtureConfig = _MIXTURES
     # Of the beam search: captions of two sounds are longer, and each word more costs probability.
-    length_penalty: float = 0.5
+    length_penalty: float = 0.2
+    num_beams: int = 5
+    # Shares of every word's probability that come from listening alone and from reading alone. The captioner knows its
+    # recordings and so trusts a prompt too much; listening does not read what is not there, and what the ear has no
+    # word for, only the reader says.
+    promptless_weight: float = 0.4
+    soundless_weight: float = 0.3
+    rerank_weight: float = 6.0
 
 
 def assemble(
@@ -104,14 +111,23 @@ def assemble(
         audio_position_embedding=recipe.audio_position_embedding,
         num_retrieved_captions=recipe.num_retrieved,
     )
-    model.generation_config.length_penalty = recipe.length_penalty
     tokenizers = Path(tokenizers)
     processor = RecapProcessor.from_config(
         model.config,
         AutoTokenizer.from_pretrained(tokenizers / "gpt2"),
         AutoTokenizer.from_pretrained(tokenizers / "clap"),
     )
+    set_decoding(model, processor, recipe)
     return model, processor
+
+
+def set_decoding(model: RecapForConditionalGeneration, processor: RecapProcessor, recipe: CaptionerRecipe) -> None:
+    """Write the recipe's decoding into the generation configuration, which is saved with the checkpoint."""
+    config = model.generation_config
+    for name in ("length_penalty", "num_beams", "promptless_weight", "soundless_weight", "rerank_weight"):
+        setattr(config, name, getattr(recipe, name))
+    config.rerank = "clap"
+    config.promptless_input_ids = processor.build_prompts(retrieved=[[]])["decoder_input_ids"][0].tolist()
 
 
 def build_datastore(

@@ -6,7 +6,9 @@ captioner that only copies its prompt looks as good as its retrieval.
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from recap_hf.modeling.promptless_recap import promptless_options
+from recap_hf.modeling.readings_recap import NO_READINGS, WEIGHTS, Readings, reading_options
+from recap_hf.modeling.reranking_recap import Choice, caption_similarities, generate_captions
 
 from .evaluation_sets import (
     DEGRADATIONS,
@@ -31,7 +34,7 @@ from .naming import NamingRules, bootstrap, figures, names_special, order_said, 
 from .sounds import SAMPLING_RATE
 
 if TYPE_CHECKING:
-    from recap_hf import RecapForConditionalGeneration, RecapProcessor
+    from recap_hf import RecapEncoderOutput, RecapForConditionalGeneration, RecapProcessor
 
 __all__ = ["ROWS", "Evaluator", "evaluate", "format_table"]
 
@@ -42,6 +45,7 @@ ROWS = (
     "all events of the captions",
     "events in 3 of 4 captions",
     "language model on the prompt",
+    "language model, chosen by CLAP",
     "RECAP, audio hidden",
     "RECAP, audio only",
     "RECAP, random prompt",
@@ -67,7 +71,8 @@ class Evaluator:
     Args:
         model, processor: The checkpoint.
         rules: What counts as naming.
-        promptless_weight: See `RecapForConditionalGeneration.generate`; for every row in which the model listens.
+        decoding: Options of `generate` and of [`Choice`] in the place of the checkpoint's own, for every row to which
+            they mean anything.
     """
 
     def __init__(
@@ -75,10 +80,12 @@ class Evaluator:
         model: RecapForConditionalGeneration,
         processor: RecapProcessor,
         rules: NamingRules,
-        promptless_weight: float = 0.0,
+        decoding: Mapping[str, Any] | None = None,
     ):
         self.model, self.processor, self.rules = model.eval(), processor, rules
-        self.decoding = promptless_options(processor, {"promptless_weight": promptless_weight})
+        options = dict(decoding or {})
+        choice = {name: options.pop(name, None) for name in ("rerank", "candidates", "rerank_weight")}
+        self.choice, self.options = Choice.of(choice, model.generation_config), options
         self.k = processor.num_retrieved_captions
         names = [phrases(event)[0] for event in HEARD]
         self._prompts = model.embed_captions(names, processor)
@@ -100,27 +107,55 @@ class Evaluator:
         hits = self.processor.retrieve(all_embeds, self.k)
         return _Encoded(items, torch.cat(states), all_embeds, [[hit["caption"] for hit in row] for row in hits])
 
-    @torch.no_grad()
-    def generate(self, states: torch.Tensor, prompts: list[list[str]], listen: bool = True) -> list[str]:
-        """Captions of prompts; `listen=False` is the frozen language model, its cross-attention skipped."""
-        from recap_hf import RecapEncoderOutput
-
+    def generate(
+        self, states: torch.Tensor, embeds: torch.Tensor | None, prompts: list[list[str]], **options: Any
+    ) -> list[str]:
+        """Captions of prompts; without `embeds` CLAP has no say in them."""
+        choice = Choice() if embeds is None else self.choice
         captions: list[str] = []
         for start in range(0, len(prompts), _BATCH):
-            built = self.processor.build_prompts(retrieved=prompts[start : start + _BATCH]).to(self.model.device)
-            if listen:
-                chunk = states[start : start + _BATCH]
-                mask = torch.ones(chunk.shape[:2], dtype=torch.long, device=chunk.device)
-                encoding = RecapEncoderOutput(last_hidden_state=chunk, attention_mask=mask)
-                ids = self.model.generate(encoder_outputs=encoding, **built, **self.decoding)
-            else:
-                ids = self.model.decoder.generate(
-                    built["decoder_input_ids"],
-                    attention_mask=built["decoder_attention_mask"],
-                    generation_config=self.model.generation_config,
-                )
+            part = slice(start, start + _BATCH)
+            built = self.processor.build_prompts(retrieved=prompts[part]).to(self.model.device)
+            built.pop("retrieved", None)
+            encoding = _encoding(states[part], None if embeds is None else embeds[part])
+            ids, _, _ = generate_captions(
+                self.model, self.processor, encoding, built, choice, **{**self.options, **options}
+            )
             captions += self.processor.batch_decode(ids, skip_special_tokens=True)
         return captions
+
+    @torch.no_grad()
+    def read(self, encoded: _Encoded, chosen: bool) -> list[str]:
+        """Captions of the frozen language model alone; `chosen` among its own by the rule of this decoding."""
+        count = self.choice.candidates or self.model.generation_config.num_beams
+        count = count if chosen and self.choice.rerank else 1
+        captions: list[str] = []
+        for start in range(0, len(encoded.items), _BATCH):
+            part = slice(start, start + _BATCH)
+            built = self.processor.build_prompts(retrieved=encoded.retrieved[part]).to(self.model.device)
+            config = copy.deepcopy(self.model.generation_config)
+            config.num_return_sequences, config.return_dict_in_generate, config.output_scores = count, True, True
+            found = self.model.decoder.generate(
+                built["decoder_input_ids"], attention_mask=built["decoder_attention_mask"], generation_config=config
+            )
+            said = self.processor.batch_decode(found.sequences, skip_special_tokens=True)
+            values = found.sequences_scores.cpu().numpy()
+            embeds = encoded.embeds[part].repeat_interleave(count, dim=0)
+            if count > 1:
+                similarities = caption_similarities(self.model, self.processor, said, embeds)
+                weight = self.choice.weight
+                values = similarities if weight is None else values + weight * similarities
+            best = values.reshape(-1, count).argmax(axis=1) + np.arange(len(said) // count) * count
+            captions += [said[row] for row in best]
+        return captions
+
+    def settings(self) -> dict[str, Any]:
+        """The decoding, as the result says it."""
+        config, choice = self.model.generation_config, self.choice
+        readings = Readings.of(reading_options(self.processor, self.options), config)
+        settings = {"num_beams": config.num_beams, "length_penalty": config.length_penalty}
+        settings |= {name: getattr(readings, name) for name in WEIGHTS}
+        return settings | {"rerank": choice.rerank, "candidates": choice.candidates, "rerank_weight": choice.weight}
 
     def classify(self, encoded: _Encoded) -> list[str]:
         """The text-prompt classifier's event (of the 21 alone) for each item."""
@@ -144,22 +179,24 @@ class Evaluator:
         if row == "events in 3 of 4 captions":
             return [self._frequent(captions) for captions in prompts]
         if row == "language model on the prompt":
-            return self.generate(states, prompts, listen=False)
+            return self.read(encoded, chosen=False)
+        if row == "language model, chosen by CLAP":
+            return self.read(encoded, chosen=True)
         if row == "RECAP, audio hidden":
-            return self.generate(torch.zeros_like(states), prompts)
+            return self.generate(torch.zeros_like(states), None, prompts)
         if row == "RECAP, audio only":
-            return self.generate(states, [[] for _ in prompts])
+            return self.generate(states, encoded.embeds, [[] for _ in prompts], **NO_READINGS)
         if row == "RECAP, random prompt":
             rng = np.random.default_rng(seed)
             store = self.processor.datastore.captions
             drawn = [[store[i] for i in rng.choice(len(store), self.k, replace=False)] for _ in prompts]
-            return self.generate(states, drawn)
+            return self.generate(states, encoded.embeds, drawn)
         if row == "RECAP, another clip's prompt":
             shift = np.random.default_rng(seed).permutation(len(prompts))
             other = {int(a): int(b) for a, b in zip(shift, np.roll(shift, 1), strict=True)}
-            return self.generate(states, [prompts[other[index]] for index in range(len(prompts))])
+            return self.generate(states, encoded.embeds, [prompts[other[index]] for index in range(len(prompts))])
         if row == "RECAP":
-            return self.generate(states, prompts)
+            return self.generate(states, encoded.embeds, prompts)
         raise KeyError(row)
 
     def _frequent(self, captions: list[str]) -> str:
@@ -167,6 +204,13 @@ class Evaluator:
         needed = int(np.ceil(0.75 * self.k))
         events = [event for event in HEARD if sum(event in names for names in named) >= needed]
         return " and ".join(phrases(event)[0] for event in events)
+
+
+def _encoding(states: torch.Tensor, embeds: torch.Tensor | None) -> RecapEncoderOutput:
+    from recap_hf import RecapEncoderOutput
+
+    mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+    return RecapEncoderOutput(last_hidden_state=states, attention_mask=mask, audio_embeds=embeds)
 
 
 def _table(evaluator: Evaluator, encoded: _Encoded, rows: tuple[str, ...]) -> dict[str, Any]:
@@ -269,7 +313,7 @@ def evaluate(
     rules: NamingRules | None = None,
     quick: bool = False,
     rows: tuple[str, ...] = ROWS,
-    promptless_weight: float = 0.0,
+    decoding: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Every figure of the model card for one fold.
 
@@ -280,15 +324,15 @@ def evaluate(
         rules: What counts as naming; the project's own by default.
         quick: Single clips alone.
         rows: Rows of the table; "RECAP" must be among them.
-        promptless_weight: Of the decoding, in every row in which the model listens.
+        decoding: See [`Evaluator`].
     """
-    evaluator = Evaluator(model, processor, rules or NamingRules.ours(), promptless_weight)
+    evaluator = Evaluator(model, processor, rules or NamingRules.ours(), decoding)
     items = singles(sounds, fold)
     encoded = evaluator.encode(items)
     print(f"single clips of fold {fold}", file=sys.stderr)
     result: dict[str, Any] = {
         "fold": fold,
-        "promptless_weight": promptless_weight,
+        "decoding": evaluator.settings(),
         "text_prompt_accuracy": _accuracy(evaluator, encoded),
         "first_caption": _first_caption(encoded, evaluator.rules),
         "singles": _table(evaluator, encoded, rows),
@@ -332,7 +376,7 @@ def format_table(result: dict[str, Any]) -> str:
     accuracy, first = result["text_prompt_accuracy"], result["first_caption"]
     lines = [
         f"Fold {result['fold']}, {result['singles']['clips']} single clips, "
-        f"decoded with promptless_weight {result['promptless_weight']:g}",
+        "decoded with " + ", ".join(f"{name} {value}" for name, value in result["decoding"].items()),
         "",
         f"Text-prompt accuracy: eleven events that are no instruments {accuracy['not_instruments_macro']:.3f} macro, "
         f"{accuracy['not_instruments_micro']:.3f} micro; all 21 {accuracy['all_macro']:.3f} macro, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ class Recipe:
         fold: int,
         rules: NamingRules,
         groups: tuple[int, ...],
-        promptless_weight: float = 0.0,
+        decoding: Mapping[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
         """Train captioners without a quarter of the events each and evaluate them on `fold`; see `transfer.py`."""
         from .captioner import CaptionerRecipe
@@ -99,7 +100,7 @@ class Recipe:
             config,
             rules,
             groups,
-            promptless_weight,
+            decoding,
         )
 
     def _config(self, stage: str, steps: int, learning_rate: float | None) -> TrainConfig:

@@ -8,6 +8,7 @@ datastore.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ def evaluate_transfer(
     held_out: tuple[str, ...],
     rules: NamingRules,
     mixed: float = 1.0,
-    promptless_weight: float = 0.0,
+    decoding: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Figures of one captioner that was trained without `held_out`.
 
@@ -79,7 +80,7 @@ def evaluate_transfer(
         held_out: Events that its captions never named.
         rules: What counts as naming.
         mixed: Share of the captions of several events in the datastores.
-        promptless_weight: Of the decoding.
+        decoding: See [`Evaluator`].
     """
     inside = [item for item in items if set(item.events) & set(held_out)]
     outside = [item for item in items if not set(item.events) & set(held_out)]
@@ -89,7 +90,7 @@ def evaluate_transfer(
         "with": [text for text, _ in datastore_scenes(mixed=mixed)],
     }
     texts["decoy"] = texts["with"] + [phrase for key in DECOYS for phrase in phrases(key)]
-    evaluator = Evaluator(model, processor, rules, promptless_weight)
+    evaluator = Evaluator(model, processor, rules, decoding)
     result: dict[str, Any] = {"held_out": held_out, "clips": len(inside)}
     processor.datastore = build_datastore(model, processor, texts["without"])
     result["recall_without"] = figures(_answer(evaluator, inside, "RECAP").outcomes)["recall"]
@@ -116,7 +117,7 @@ def run_transfer(
     config: TrainConfig,
     rules: NamingRules,
     groups: tuple[int, ...] = (0, 1, 2, 3),
-    promptless_weight: float = 0.0,
+    decoding: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Train the captioners of some groups (resuming) and evaluate each on `fold`.
 
@@ -132,7 +133,7 @@ def run_transfer(
         events = tuple(event for event in HEARD if event not in held_out)
         target = Path(folder) / f"group-{number}"
         model, processor = train_captioner(parts, bank, target, folds, recipe, config, events)
-        result = evaluate_transfer(model, processor, items, held_out, rules, recipe.mixed, promptless_weight)
+        result = evaluate_transfer(model, processor, items, held_out, rules, recipe.mixed, decoding)
         print(f"group {number}: {result}", file=sys.stderr, flush=True)
         results.append(result)
     return results

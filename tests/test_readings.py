@@ -1,4 +1,4 @@
-"""`promptless_weight`: two distributions of the next token mixed, in our search as in transformers'."""
+"""Several readings of a recording mixed at every token, in our search as in transformers'."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from recap_hf.cli import main
 from recap_hf.modeling.cache_name_recap import CACHE
 from recap_hf.modeling.fixed_decoding_recap import FixedDecoding
 from recap_hf.modeling.outputs_recap import RecapEncoderOutput
+from recap_hf.modeling.readings_recap import WEIGHTS
 
 # With these as ends the tiny model's random captions have many lengths.
 ENDS = list(range(0, 300, 9))
@@ -35,24 +36,30 @@ def bare(tiny_processor):
 
 
 class ByProbabilities(LogitsProcessor):
-    """The mixture written down again, in double precision: probabilities, not their logarithms."""
+    """The mixture written down again, in double precision: probabilities, not their logarithms, clip by clip."""
 
-    def __init__(self, model, states, mask, bare, start, weight):
-        self.model, self.states, self.mask = model, states, mask
-        self.bare, self.start, self.weight = bare, start, weight
+    def __init__(self, model, encoding, prompts, bare, listening, reading):
+        self.model, self.encoding, self.prompts, self.bare = model, encoding, prompts, bare
+        self.listening, self.reading = listening, reading
 
     def __call__(self, input_ids, scores):
-        rows = []
+        states, rows = self.encoding.last_hidden_state, []
+        start = self.prompts["decoder_input_ids"].shape[1]
         for index, ids in enumerate(input_ids):
-            clip = index * len(self.states) // len(input_ids)
-            ids = torch.cat([self.bare, ids[self.start :]])[None]
-            logits = self.model(
-                encoder_outputs=(self.states[clip : clip + 1],),
-                attention_mask=self.mask[clip : clip + 1],
-                decoder_input_ids=ids,
+            clip = index * len(states) // len(input_ids)
+            said = ids[start:]
+            heard = self.model(
+                encoder_outputs=(states[clip : clip + 1],),
+                attention_mask=self.encoding.attention_mask[clip : clip + 1],
+                decoder_input_ids=torch.cat([self.bare, said])[None],
             ).logits[0, -1]
-            prompted, alone = scores[index].double().exp(), logits.double().softmax(dim=0)
-            rows.append(((1 - self.weight) * prompted / prompted.sum() + self.weight * alone).log().float())
+            own = self.prompts["decoder_input_ids"][clip][self.prompts["decoder_attention_mask"][clip] == 1]
+            read = self.model.decoder(torch.cat([own, said])[None]).logits[0, -1]
+            whole = scores[index].double().exp()
+            shares = (1 - self.listening - self.reading, self.listening, self.reading)
+            parts = (whole / whole.sum(), heard.double().softmax(dim=0), read.double().softmax(dim=0))
+            mixed = sum(share * part for share, part in zip(shares, parts, strict=True))
+            rows.append(mixed.log().float())
         return torch.stack(rows)
 
 
@@ -66,15 +73,13 @@ class ByProbabilities(LogitsProcessor):
     ],
     ids=["greedy", "beams", "penalty", "never"],
 )
+@pytest.mark.parametrize("shares", [(0.6, 0.0), (0.0, 0.6), (0.3, 0.4)], ids=["promptless", "soundless", "both"])
 @torch.no_grad()
-def test_equals_the_mixture_in_transformers_search(tiny_model, encoded, bare, settings):
+def test_equals_the_mixture_in_transformers_search(tiny_model, encoded, bare, settings, shares):
     encoding, prompts = encoded
     prompts.pop("retrieved")
     settings = {"max_new_tokens": 12, "eos_token_id": ENDS, **settings}
-    start = prompts["decoder_input_ids"].shape[1]
-    reference = ByProbabilities(
-        tiny_model, encoding.last_hidden_state, encoding.attention_mask, bare, start, weight=0.6
-    )
+    reference = ByProbabilities(tiny_model, encoding, prompts, bare, *shares)
     expected = GenerationMixin.generate(
         tiny_model,
         encoder_outputs=RecapEncoderOutput(**encoding),
@@ -82,7 +87,8 @@ def test_equals_the_mixture_in_transformers_search(tiny_model, encoded, bare, se
         **prompts,
         **settings,
     )
-    options = {"promptless_weight": 0.6, "promptless_input_ids": bare, "return_dict_in_generate": True, **settings}
+    options = dict(zip(WEIGHTS, shares, strict=True)) | {"promptless_input_ids": bare}
+    options |= {"return_dict_in_generate": True, **settings}
     found = tiny_model.generate(encoder_outputs=encoding, **prompts, **options)
     assert found[CACHE].sequence_log_probs is not None, "transformers' search has run"
     assert torch.equal(found.sequences, expected)
@@ -97,7 +103,7 @@ def test_equals_the_mixture_in_transformers_search(tiny_model, encoded, bare, se
 def test_steps_in_fixed_tensors_say_the_same(tiny_model, encoded, bare):
     encoding, prompts = encoded
     settings = {"num_beams": 3, "max_new_tokens": 12, "eos_token_id": ENDS}
-    options = {"promptless_weight": 0.6, "promptless_input_ids": bare, **settings}
+    options = {"promptless_weight": 0.3, "soundless_weight": 0.4, "promptless_input_ids": bare, **settings}
     expected = tiny_model.generate(encoder_outputs=encoding, **prompts, **options)
     tiny_model.fixed_decoding = FixedDecoding()
     assert torch.equal(tiny_model.generate(encoder_outputs=encoding, **prompts, **options), expected)
@@ -108,7 +114,7 @@ def test_a_mask_apart_from_the_encoding(tiny_model, encoded, bare):
     encoding, prompts = encoded
     assert not encoding.attention_mask.all()
     settings = {"num_beams": 3, "max_new_tokens": 12, "eos_token_id": ENDS}
-    options = {"promptless_weight": 0.6, "promptless_input_ids": bare, **settings}
+    options = {"promptless_weight": 0.3, "soundless_weight": 0.4, "promptless_input_ids": bare, **settings}
     expected = tiny_model.generate(encoder_outputs=encoding, **prompts, **options)
     apart = {"encoder_outputs": (encoding.last_hidden_state,), "attention_mask": encoding.attention_mask}
     for more in ({}, {"max_time": 600.0}):
@@ -144,7 +150,7 @@ def test_a_captioner_that_hears_by_a_prefix(decoder_tokenizer, clap_tokenizer, c
 def test_scores_are_those_of_a_pass_over_the_captions(tiny_model, encoded, bare):
     encoding, prompts = encoded
     tiny_model.config.eos_token_id = ENDS[1]
-    options = {"promptless_weight": 0.4, "promptless_input_ids": bare}
+    options = {"promptless_weight": 0.4, "soundless_weight": 0.2, "promptless_input_ids": bare}
     settings = {"num_beams": 3, "eos_token_id": ENDS[1], "max_new_tokens": 12}
     sequences, scores = tiny_model.generate_with_scores(encoding, prompts, **settings, **options)
     assert scores == pytest.approx(tiny_model.score_captions(encoding, sequences, prompts, **options), rel=1e-4)
@@ -164,15 +170,20 @@ def test_score_of_a_caption_by_hand(tiny_model, encoded, bare):
     total = 0.0
     for position, token in enumerate([*caption, end]):
         probability = 0.0
-        for prompt, share in ((own, 0.75), (bare, 0.25)):
+        for prompt, hears, share in ((own, True, 0.45), (bare, True, 0.25), (own, False, 0.3)):
             ids = torch.cat([prompt, torch.tensor(caption[:position], dtype=torch.long)])[None]
-            logits = tiny_model(encoder_outputs=alone, decoder_input_ids=ids).logits[0, -1]
-            probability += share * logits.double().softmax(dim=0)[token].item()
+            read = tiny_model(encoder_outputs=alone, decoder_input_ids=ids) if hears else tiny_model.decoder(ids)
+            probability += share * read.logits[0, -1].double().softmax(dim=0)[token].item()
         total += math.log(probability)
     single = {"decoder_input_ids": own[None], "decoder_attention_mask": torch.ones_like(own)[None]}
     sequence = torch.cat([own, torch.tensor([*caption, end])])[None]
     [score] = tiny_model.score_captions(
-        alone, sequence, single, promptless_weight=0.25, promptless_input_ids=bare.tolist()
+        alone,
+        sequence,
+        single,
+        promptless_weight=0.25,
+        soundless_weight=0.3,
+        promptless_input_ids=bare.tolist(),
     )
     assert score == pytest.approx(math.exp(total / 4), rel=1e-5)
 
@@ -190,7 +201,8 @@ def test_what_is_forbidden_stays_forbidden(tiny_model, encoded, bare):
 
 def test_a_clip_alone_and_in_a_batch(tiny_model, encoded, bare):
     encoding, prompts = encoded
-    options = {"promptless_weight": 0.5, "promptless_input_ids": bare, "num_beams": 3, "eos_token_id": ENDS}
+    options = {"promptless_weight": 0.3, "soundless_weight": 0.3, "promptless_input_ids": bare}
+    options |= {"num_beams": 3, "eos_token_id": ENDS}
     together = tiny_model.generate(encoder_outputs=encoding, **prompts, **options, max_new_tokens=12)
     start = prompts["decoder_input_ids"].shape[1]
     for row in range(3):
@@ -215,6 +227,43 @@ def test_a_weight_outside_its_range(tiny_model, encoded, bare, weight):
         tiny_model.generate(
             encoder_outputs=encoded[0], **encoded[1], promptless_weight=weight, promptless_input_ids=bare
         )
+
+
+def test_weights_that_leave_nothing(tiny_model, encoded, bare):
+    weights = {"promptless_weight": 0.5, "soundless_weight": 0.5, "promptless_input_ids": bare}
+    with pytest.raises(ValueError, match="they add up to 1, and must stay below 1"):
+        tiny_model.generate(encoder_outputs=encoded[0], **encoded[1], **weights)
+
+
+def test_a_checkpoint_says_how_it_is_decoded(tiny_model, tiny_processor, encoded, bare, clips, tmp_path):
+    """What its generation_config.json has is the default of generate, of scores and of the pipeline."""
+    encoding, prompts = encoded
+    settings = {"max_new_tokens": 8, "num_beams": 3}
+    weights = {"promptless_weight": 0.4, "soundless_weight": 0.3}
+    options = {**weights, "promptless_input_ids": bare.tolist()}
+    expected, scores = tiny_model.generate_with_scores(encoding, prompts, **options, **settings)
+    plain = tiny_model.generate(encoder_outputs=encoding, **prompts, **settings)
+    for name, value in options.items():
+        setattr(tiny_model.generation_config, name, value)
+    tiny_model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    model = RecapForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(model.generate(encoder_outputs=encoding, **prompts, **settings), expected)
+    assert model.score_captions(encoding, expected, prompts) == pytest.approx(scores, rel=1e-4)
+    off = dict.fromkeys(weights, 0.0)
+    assert torch.equal(model.generate(encoder_outputs=encoding, **prompts, **settings, **off), plain)
+    assert not torch.equal(plain, expected)
+    pipe = AudioCaptioningPipeline(model=model, processor=RecapProcessor.from_pretrained(tmp_path))
+    results = pipe(clips, batch_size=len(clips), **settings)
+    assert [result["caption"] for result in results] == tiny_processor.batch_decode(expected)
+
+
+def test_nothing_to_read(tiny_model, tiny_processor, clips):
+    """Without captions the reader has no say: what it would read is the same as what is heard."""
+    pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor)
+    settings = {"k": 0, "max_new_tokens": 8}
+    found, plain = pipe(clips[0], soundless_weight=0.6, **settings), pipe(clips[0], **settings)
+    assert (found["caption"], found["score"]) == (plain["caption"], pytest.approx(plain["score"]))
 
 
 def test_a_weight_without_its_prompt(tiny_model, encoded):

@@ -26,7 +26,7 @@ from torch import nn
 
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.processing_recap import RecapProcessor
-from recap_hf.modeling.readings_recap import NO_READINGS
+from recap_hf.modeling.readings_recap import NO_READINGS, WEIGHTS
 from recap_hf.onnx_runtime import (
     AUDIO_ENCODER,
     CROSS_ATTENTION,
@@ -153,7 +153,8 @@ def export_onnx(source: str | Path, out: str | Path, overwrite: bool = False) ->
         overwrite: replace an existing folder.
 
     Returns:
-        Graphs with their sizes in bytes, differences of embeddings and logits, and the captions that were compared.
+        Graphs with their sizes in bytes, differences of embeddings and logits, the captions that were compared, and
+        what of the model's own decoding the runner leaves out: other readings and reranking.
 
     Raises:
         ImportError: onnx and onnxscript are not installed.
@@ -174,7 +175,9 @@ def export_onnx(source: str | Path, out: str | Path, overwrite: bool = False) ->
         differences = _compare_graphs(model, folder, mel_shape)
         captions = _compare_captions(model, processor, folder)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.onnx*"))}
-    return {"files": sizes, "differences": differences, "captions": captions}
+    own = {name: getattr(model.generation_config, name, None) for name in (*WEIGHTS, "rerank", "rerank_weight")}
+    left_out = {name: value for name, value in own.items() if value}
+    return {"files": sizes, "differences": differences, "captions": captions, "left_out": left_out}
 
 
 def require_exporter() -> None:

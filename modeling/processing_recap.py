@@ -71,6 +71,7 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         # Not a named argument: transformers would take it for a part of the processor and write it as JSON.
         datastore = kwargs.pop("datastore", None)
         self._datastore: CaptionDatastore | None = None
+        self._own_datastore: CaptionDatastore | None = None
         self._checked: tuple[int, int] | None = None
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -145,6 +146,11 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
             )
         self._datastore = datastore
         self._checked = None
+
+    @property
+    def has_own_datastore(self) -> bool:
+        """Whether the captions are those that came with the checkpoint, and not others in their place."""
+        return self._datastore is not None and self._datastore is self._own_datastore
 
     # -------------------------------------------------------------- audio in
 
@@ -361,11 +367,11 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         # The base class copies every attribute deeply: not the datastore, which may hold gigabytes.
-        datastore = self.__dict__.pop("_datastore")
+        stores = {name: self.__dict__.pop(name) for name in ("_datastore", "_own_datastore")}
         try:
             output = super().to_dict()
         finally:
-            self.__dict__["_datastore"] = datastore
+            self.__dict__.update(stores)
         output["auto_map"] = {name: AUTO_MAP[name] for name in ("AutoFeatureExtractor", "AutoProcessor")}
         return output
 
@@ -388,7 +394,9 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         datastore = kwargs.pop("datastore", None)
         with loading_errors("the processor", pretrained_model_name_or_path, kwargs.get("revision")):
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        processor.datastore = datastore or _find_datastore(pretrained_model_name_or_path, kwargs)
+        if not datastore:
+            datastore = processor._own_datastore = _find_datastore(pretrained_model_name_or_path, kwargs)
+        processor.datastore = datastore
         return processor
 
 

@@ -79,8 +79,14 @@ def _check_weight(name: str, weight: Any) -> None:
 
 
 def reading_options(processor: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Generation parameters with the processor's prompt without captions, where they do not forbid or bring one."""
+    """Generation parameters with the processor's prompt without captions, where they do not forbid or bring one.
+
+    With another datastore than the checkpoint's there is by default no listening without captions: it would speak in
+    the words of the training, and the words are to be the datastore's.
+    """
     wanted = options.get("promptless_weight")
+    if wanted is None and not processor.has_own_datastore:
+        options = {**options, "promptless_weight": (wanted := 0.0)}
     if (wanted is not None and not wanted) or options.get("promptless_input_ids") is not None:
         return dict(options)
     return {**options, "promptless_input_ids": processor.build_prompts(retrieved=[[]])["decoder_input_ids"][0]}

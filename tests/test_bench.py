@@ -129,7 +129,7 @@ def test_costs_part(capsys, checkpoint):
     )
     assert status == 0
     assert {row["varied"] for row in report["settings"]} == {
-        "batch_size", "clip_seconds", "num_beams", "k", "datastore_size"
+        "batch_size", "clip_seconds", "num_beams", "readings", "k", "datastore_size"
     }  # fmt: skip
 
 

@@ -75,6 +75,7 @@ def test_export_reports_what_it_compared(exported):
     assert {(entry["seconds"], entry["num_beams"]) for entry in report["captions"]} == {
         (seconds, beams) for seconds in (3.0, 10.0, 14.0) for beams in (1, 3)
     }
+    assert report["left_out"] == {}
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

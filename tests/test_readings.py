@@ -258,6 +258,31 @@ def test_a_checkpoint_says_how_it_is_decoded(tiny_model, tiny_processor, encoded
     assert [result["caption"] for result in results] == tiny_processor.batch_decode(expected)
 
 
+def test_another_datastore_is_taken_at_its_word(tiny_model, tiny_processor, clips, tmp_path):
+    """Listening without captions speaks in the words of the training: not by default where captions are brought."""
+    tiny_model.generation_config.promptless_weight = 0.6
+    tiny_model.generation_config.max_new_tokens = 8
+    tiny_model.save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    model = RecapForConditionalGeneration.from_pretrained(tmp_path).eval()
+    processor = RecapProcessor.from_pretrained(tmp_path)
+    pipe = AudioCaptioningPipeline(model=model, processor=processor)
+
+    def captions(**weights):
+        return [pipe(clip, max_new_tokens=8, **weights)["caption"] for clip in clips]
+
+    assert processor.has_own_datastore
+    assert captions() == captions(promptless_weight=0.6) != captions(promptless_weight=0.0)
+    own, processor.datastore = processor.datastore, CaptionDatastore.from_captions(TINY_CAPTIONS, model, processor)
+    assert not processor.has_own_datastore
+    assert captions() == captions(promptless_weight=0.0) != captions(promptless_weight=0.6)
+    assert "_own_datastore" not in processor.to_dict() and not processor.has_own_datastore
+    processor.datastore = own
+    assert processor.has_own_datastore
+    assert captions() == captions(promptless_weight=0.6)
+    assert not RecapProcessor.from_pretrained(tmp_path, datastore=own).has_own_datastore
+
+
 def test_nothing_to_read(tiny_model, tiny_processor, clips):
     """Without captions the reader has no say: what it would read is the same as what is heard."""
     pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor)

@@ -142,7 +142,8 @@ def _mel(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def _costs(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    return _of_default(args, "costs", "milliseconds a clip; batch 8 (or --batch-sizes), 10 s, 3 beams, k = 4 but for")
+    title = "milliseconds a clip; batch 8 (or --batch-sizes), 10 s, 3 beams, one reading, k = 4 but for"
+    return _of_default(args, "costs", title)
 
 
 def _steady(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:

@@ -29,11 +29,12 @@ _MEL_LENGTHS_S = (1, 5, 10)
 _THREADS_REST_S = 0.05
 _MEL_PASSES = 15
 _STEADY_BLOCK = 500
-# What the embedded default is varied by, one at a time around ten seconds, 3 beams, k = 4 and batch 8.
+# What the embedded default is varied by, one at a time around ten seconds, 3 beams, one reading, k = 4 and batch 8.
 _COSTS = {
     "batch_size": (1, 2, 4, 8, 16, 32),
     "clip_seconds": (1, 5, 10, 20, 40),
     "num_beams": (1, 2, 3, 5),
+    "readings": (1, 2, 3),
     "k": (0, 1, 2, 4, 8),
     "datastore_size": (1_000, 10_000, 100_000),
 }
@@ -139,6 +140,8 @@ def _varied(base: Workload, what: str, value: int, batch: int) -> tuple[Workload
         workload.waveforms = [np.resize(waveform, samples) for waveform in base.waveforms]
     elif what == "num_beams":
         workload.options = replace(base.options, num_beams=value)
+    elif what == "readings":
+        workload.options = replace(base.options, readings=value)
     else:
         workload.processor = copy.copy(base.processor)
         if what == "k":

@@ -90,7 +90,7 @@ def _reference_stages(reference: ReferencePath, workload: Workload) -> dict[str,
     return clock.seconds
 
 
-def _parts_of_generation(clock: _Clock, settings: dict[str, float]) -> Callable[[Callable[..., Any]], Any]:
+def _parts_of_generation(clock: _Clock, settings: dict[str, Any]) -> Callable[[Callable[..., Any]], Any]:
     """Prefill is what a single token takes; the decode steps are the rest."""
 
     def measured(generate: Callable[..., Any]) -> Any:

@@ -17,12 +17,18 @@ from recap_hf.modeling.configuration_recap import RecapConfig
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.outputs_recap import RecapEncoderOutput
 from recap_hf.modeling.processing_recap import RecapProcessor
-from recap_hf.modeling.readings_recap import NO_READINGS, WEIGHTS
+from recap_hf.modeling.readings_recap import NO_READINGS, reading_options
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 CLIP_SECONDS = 10.0
 # About as long as Clotho's: with four of them and GPT-2's tokens a prompt has some 90.
 _CAPTIONS_PER_LINE = 3
+# By the number of readings: as published, and listening, and reading.
+_SHARES = {
+    1: NO_READINGS,
+    2: {"promptless_weight": 0.5, "soundless_weight": 0.0},
+    3: {"promptless_weight": 0.4, "soundless_weight": 0.3},
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class BenchmarkOptions:
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8")
     clips: int = 8
     num_beams: int = 3
+    readings: int = 1
     new_tokens: int = 20
     max_minutes: float = 10.0
     device: str = "cpu"
@@ -59,14 +66,16 @@ class Workload:
         return self.processor.feature_extractor.sampling_rate
 
     @property
-    def generation(self) -> dict[str, float]:
+    def generation(self) -> dict[str, Any]:
         """What either side is asked for: so many beams, and exactly so many tokens if any were named.
 
-        As published, whatever a checkpoint's own decoding: transformers alone knows no other readings.
+        As published, whatever a checkpoint's own decoding, unless more readings are asked for: transformers alone
+        knows no others.
         """
         tokens = self.options.new_tokens
         exactly = {"min_new_tokens": tokens, "max_new_tokens": tokens} if tokens else {}
-        return {"num_beams": self.options.num_beams, **exactly, **NO_READINGS}
+        shares = reading_options(self.processor, _SHARES[self.options.readings])
+        return {"num_beams": self.options.num_beams, **exactly, **shares}
 
     def with_model(self, model: RecapForConditionalGeneration) -> Workload:
         """The same with another model."""
@@ -91,13 +100,13 @@ class Workload:
 class ReferencePath:
     """The straightforward way, a clip at a time: the stock extractor and transformers' own `generate` and caches."""
 
-    def __init__(self, model: Any, processor: Any, generation: dict[str, float]) -> None:
+    def __init__(self, model: Any, processor: Any, generation: dict[str, Any]) -> None:
         ours = processor.feature_extractor
         names = ("feature_size", "sampling_rate", "hop_length", "max_length_s", "fft_window_size", "truncation")
         settings = {name: getattr(ours, name) for name in (*names, "frequency_min", "frequency_max", "padding")}
         self.extractor = ClapFeatureExtractor(**settings)
         self.model, self.processor = model, processor
-        self.generation = {name: value for name, value in generation.items() if name not in WEIGHTS}
+        self.generation = {name: value for name, value in generation.items() if name not in NO_READINGS}
 
     @torch.no_grad()
     def caption(self, waveform: np.ndarray) -> str:

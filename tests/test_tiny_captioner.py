@@ -136,6 +136,19 @@ def test_a_resumed_captioner_equals_an_uninterrupted_one(parts, bank, trained, t
         assert torch.equal(one, other)
 
 
+def test_a_finished_captioner_is_only_loaded(parts, bank, trained, monkeypatch):
+    def encode(*args):
+        raise AssertionError("the recordings were encoded for nothing")
+
+    monkeypatch.setattr("recap_hf.tiny.captioner._encode_pool", encode)
+    config = TrainConfig(steps=4, learning_rate=1e-2, warmup_steps=1)
+    model, _ = train_captioner(parts, bank, trained[0], (1,), CAPTIONER, config, EVENTS)
+    for one, other in zip(trained[1].parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(AssertionError, match="for nothing"):
+        train_captioner(parts, bank, trained[0].parent / "new", (1,), CAPTIONER, config, EVENTS)
+
+
 def test_the_saved_checkpoint_is_half_the_size_and_loads_as_float32(trained):
     folder, model, _ = trained
     text = (folder / "model" / "config.json").read_text()

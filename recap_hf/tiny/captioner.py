@@ -24,7 +24,7 @@ from .lexicon import HEARD, other_sounds
 from .mixtures import MixtureConfig, draw_example
 from .rewording import reword
 from .sounds import SoundBank
-from .trainer import TrainConfig, fast_attention, is_main_process, train
+from .trainer import TrainConfig, fast_attention, is_main_process, steps_done, train
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -333,10 +333,13 @@ def train_captioner(
     processor.datastore = build_datastore(model, processor, [text for text, _ in captions])
     model.freeze_base()
     scenes = [scene for _, scene in captions]
-    pool = _encode_pool(model, processor.datastore, scenes, bank, folds, events, recipe, config.seed)
-    batches = _Batches(model, processor, pool, captions, recipe)
+    checkpoint, batches = Path(folder) / "checkpoint.pt", None
+    if steps_done(checkpoint) < (config.steps if stop_after is None else min(stop_after, config.steps)):
+        # Not for a run that is only to be loaded: encoding takes longer than that.
+        pool = _encode_pool(model, processor.datastore, scenes, bank, folds, events, recipe, config.seed)
+        batches = _Batches(model, processor, pool, captions, recipe)
     with fast_attention(model.decoder):
-        train(model, batches, config, Path(folder) / "checkpoint.pt", "captioner", stop_after)
+        train(model, batches, config, checkpoint, "captioner", stop_after)
     if is_main_process():
         save_recap_tiny(model, processor, Path(folder) / "model")
     return model.eval(), processor

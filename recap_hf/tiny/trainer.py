@@ -26,7 +26,7 @@ from recap_hf.modeling.attribution_recap import eager_attention
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TrainConfig", "fast_attention", "is_main_process", "learning_rate", "own_device", "train"]
+__all__ = ["TrainConfig", "fast_attention", "is_main_process", "learning_rate", "own_device", "steps_done", "train"]
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,14 @@ def _resume(
     return int(state["step"])
 
 
+def steps_done(checkpoint: str | Path) -> int:
+    """Steps that the run behind a checkpoint has made; 0 where there is no checkpoint."""
+    import torch
+
+    path = Path(checkpoint)
+    return int(torch.load(path, map_location="cpu", weights_only=True)["step"]) if path.is_file() else 0
+
+
 def _mean(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Mean of weights; integers (position numbers) are those of the last."""
     import torch
@@ -236,7 +244,7 @@ def train(
     Args:
         module: What is trained and checkpointed (all of its state, frozen or not).
         loss_of: Draws a batch with the generator that it is given, and the number of the step; returns the loss and
-            figures for the log.
+            figures for the log. Not called where no step is left.
         config: Settings.
         checkpoint: File of the checkpoint, written every `save_every` steps and at the end.
         name: Word for the log on stderr.

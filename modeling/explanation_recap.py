@@ -14,7 +14,7 @@ from .attribution_recap import METHODS, Attribution, Passage, attribute, hidden_
 from .audio_grid_recap import AudioGrid
 from .audio_recap import resample, to_mono
 from .outputs_recap import RecapEncoderOutput
-from .reranking_recap import Choice, generate_captions
+from .reranking_recap import generate_captions
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
@@ -211,9 +211,7 @@ class RecapExplanationMixin:
         if caption is not None and not caption.strip():
             raise ValueError("`caption` is empty: there is no word to explain.")
         if caption is None:
-            chosen_by = {name: generate_kwargs.pop(name, None) for name in ("rerank", "candidates", "rerank_weight")}
-            choice = Choice.of(chosen_by, generate_kwargs.get("generation_config") or self.generation_config)
-            sequences, _, _ = generate_captions(self, processor, encoding, prompts, choice, **generate_kwargs)
+            sequences, _, _ = generate_captions(self, processor, encoding, prompts, [hits], **generate_kwargs)
             target = sequences[0, prompt.shape[1] :].tolist()
         else:
             target = processor.encode_caption(caption)

@@ -73,9 +73,10 @@ class RecapGenerationMixin(GenerationMixin):
             del kwargs[CACHE]
         given = {"promptless_weight": promptless_weight, "soundless_weight": soundless_weight}
         given["promptless_input_ids"] = promptless_input_ids
+        config = generation_config or self.generation_config
         if processor is not None:
-            given = reading_options(processor, given)
-        readings = Readings.of(given, generation_config or self.generation_config)
+            given = reading_options(processor, given, config)
+        readings = Readings.of(given, config)
         input_features = kwargs.pop("input_features", inputs)
         input_features_mask = kwargs.pop("input_features_mask", None)
         encoder_outputs = kwargs.pop("encoder_outputs", None)

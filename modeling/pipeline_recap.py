@@ -19,8 +19,8 @@ from .confidence_recap import ConfidenceModel, caption_features
 from .datastore_choice_recap import check_choice
 from .decoding_recap import lay_out_for_cpu
 from .outputs_recap import RecapEncoderOutput
-from .readings_recap import NO_READINGS, WEIGHTS
-from .reranking_recap import NO_RERANKING, Choice, caption_similarities, generate_captions, reranking_parameters
+from .readings_recap import WEIGHTS
+from .reranking_recap import caption_similarities, generate_captions, reranking_parameters
 from .timeline_recap import DEFAULT_SEGMENT_BATCH, TimelineSettings, TimelineSummary, caption_timeline
 
 _GENERATION_KEYS = frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_")) | {
@@ -237,17 +237,11 @@ class AudioCaptioningPipeline(Pipeline):
         encoding = self.model.encode_audio(**inputs)
         prompts = self.processor.build_prompts(encoding.audio_embeds, k=k)
         retrieved = prompts.pop("retrieved")
-        if not any(retrieved):
-            # Without captions there is nothing to read apart from what is heard.
-            generate_kwargs = {**generate_kwargs, **NO_READINGS}
-        if rerank is None and generate_kwargs.get("do_sample"):
-            # Who asks for a sample wants what was drawn.
-            rerank = NO_RERANKING
         choice = {"rerank": rerank, "candidates": candidates, "rerank_weight": rerank_weight}
         captions, scores = [""] * len(waveforms), [0.0] * len(waveforms)
         extras: list[dict[str, Any]] = [{} for _ in waveforms]
         for rows, part, part_prompts in decoding_batches(encoding, prompts, decoding_batch_size):
-            decoded = self._decode(part, part_prompts, generate_kwargs, choice)
+            decoded = self._decode(part, part_prompts, [retrieved[row] for row in rows], generate_kwargs, choice)
             for row, *texts_and_more in zip(rows, *decoded, strict=True):
                 captions[row], scores[row], extras[row] = texts_and_more
         confidences = self._confidences(captions, scores, retrieved, encoding.audio_embeds)
@@ -262,13 +256,13 @@ class AudioCaptioningPipeline(Pipeline):
         self,
         encoding: RecapEncoderOutput,
         prompts: dict[str, Any],
+        retrieved: list[list[Any]],
         generate_kwargs: dict[str, Any],
         choice: dict[str, Any],
     ) -> tuple[list[str], list[float], list[dict[str, Any]]]:
         """Captions, scores and what `rerank` adds where it was asked for, of one batch for the decoder."""
-        config = generate_kwargs.get("generation_config") or self.model.generation_config
         sequences, scores, chosen = generate_captions(
-            self.model, self.processor, encoding, prompts, Choice.of(choice, config), **generate_kwargs
+            self.model, self.processor, encoding, prompts, retrieved, **choice, **generate_kwargs
         )
         extras: list[dict[str, Any]] = [{} for _ in scores]
         if chosen is not None and choice["rerank"] is not None:

@@ -78,23 +78,24 @@ def _check_weight(name: str, weight: Any) -> None:
         )
 
 
-def reading_options(processor: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Generation parameters with the processor's prompt without captions, where they do not forbid or bring one.
+def reading_options(processor: Any, options: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Generation parameters with the processor's prompt without captions, where one is needed and none is given.
 
     With another datastore than the checkpoint's there is by default no listening without captions: it would speak in
     the words of the training, and the words are to be the datastore's.
+
+    Args:
+        processor ([`RecapProcessor`]): whose prompt it is.
+        options (`Mapping`): what was asked for.
+        config (`GenerationConfig`): whose weight is meant where none is given.
     """
-    wanted = options.get("promptless_weight")
-    if wanted is None and not processor.has_own_datastore:
-        options = {**options, "promptless_weight": (wanted := 0.0)}
-    if (wanted is not None and not wanted) or options.get("promptless_input_ids") is not None:
-        return dict(options)
-    return {**options, "promptless_input_ids": processor.build_prompts(retrieved=[[]])["decoder_input_ids"][0]}
-
-
-def reading_part(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the generation parameters `score_captions` takes, too."""
-    return {field.name: options[field.name] for field in fields(Readings) if field.name in options}
+    weight = options.get("promptless_weight")
+    if weight is None:
+        weight = getattr(config, "promptless_weight", None) if processor.has_own_datastore else 0.0
+    options = {**options, "promptless_weight": weight}
+    if weight and options.get("promptless_input_ids") is None:
+        options["promptless_input_ids"] = processor.build_prompts(retrieved=[[]])["decoder_input_ids"][0]
+    return options
 
 
 class ReadingsMixture(LogitsProcessor):
@@ -259,6 +260,5 @@ __all__ = [
     "ReadingsMixture",
     "mix_log_probs",
     "reading_options",
-    "reading_part",
     "soundless_logits",
 ]

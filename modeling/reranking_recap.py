@@ -10,11 +10,14 @@ import numpy as np
 import torch
 
 from .outputs_recap import RecapEncoderOutput
-from .readings_recap import reading_options
+from .readings_recap import NO_READINGS, reading_options
 
 RERANKERS = ("clap",)
 # What turns off the reranking of a checkpoint that has it in its generation configuration.
 NO_RERANKING = "none"
+CHOICE_OPTIONS = ("rerank", "candidates", "rerank_weight")
+# For who does not hear the recording, and so has no opinion on how near a caption is to it.
+NOT_RERANKED = dict.fromkeys(CHOICE_OPTIONS) | {"rerank": NO_RERANKING}
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,8 @@ class Choice:
         Raises:
             `ValueError`: as [`reranking_parameters`], and on `candidates` or a `rerank_weight` without reranking.
         """
-        names = ("rerank", "candidates", "rerank_weight")
         rerank, candidates, weight = (
-            getattr(config, name, None) if given.get(name) is None else given[name] for name in names
+            getattr(config, name, None) if given.get(name) is None else given[name] for name in CHOICE_OPTIONS
         )
         reranking_parameters(rerank, candidates, weight)
         if rerank not in (None, NO_RERANKING):
@@ -131,6 +133,12 @@ class Choice:
             )
         return cls()
 
+    def values(self, scores: np.ndarray, similarities: np.ndarray) -> np.ndarray:
+        """What captions are ranked by, of the search's scores and of CLAP's cosines."""
+        if self.weight is None or np.isinf(self.weight):
+            return similarities
+        return scores + self.weight * similarities
+
 
 @torch.no_grad()
 def generate_captions(
@@ -138,7 +146,11 @@ def generate_captions(
     processor: Any,
     encoding: RecapEncoderOutput,
     prompts: Mapping[str, torch.Tensor],
-    choice: Choice,
+    retrieved: Sequence[Sequence[Any]],
+    *,
+    rerank: str | None = None,
+    candidates: int | None = None,
+    rerank_weight: float | None = None,
     **generate_kwargs: Any,
 ) -> tuple[torch.LongTensor, list[float], list[Reranked] | None]:
     """A caption for each recording, decoded and chosen.
@@ -146,30 +158,35 @@ def generate_captions(
     Args:
         model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): the captioner.
         encoding ([`RecapEncoderOutput`]), prompts (`Mapping`): of a batch of recordings.
-        choice ([`Choice`]): how one of several captions is chosen, if at all.
+        retrieved (`Sequence[Sequence]`): the captions of the prompts. Where there are none there is nothing to read
+            apart from what is heard, and no other reading.
+        rerank, candidates, rerank_weight (*optional*): see [`Choice`]; default: the generation configuration's, and
+            with `do_sample=True` the sample that was drawn.
         generate_kwargs: for `generate`; `do_sample=True` makes samples of the candidates instead of beams.
 
     Returns:
         `tuple`: the chosen sequences, `(batch_size, length)`, their scores as of `score_captions`, and a [`Reranked`]
         for each recording, `None` without reranking. Of equally good captions the first, more probable one is chosen.
     """
-    options = reading_options(processor, generate_kwargs)
+    config = generate_kwargs.get("generation_config") or model.generation_config
+    if not any(retrieved):
+        generate_kwargs |= NO_READINGS
+    if rerank is None and generate_kwargs.get("do_sample"):
+        rerank = NO_RERANKING
+    choice = Choice.of(dict(zip(CHOICE_OPTIONS, (rerank, candidates, rerank_weight), strict=True)), config)
+    options = reading_options(processor, generate_kwargs, config)
     if choice.rerank is None:
         return (*model.generate_with_scores(encoding, prompts, **options), None)
-    config = generate_kwargs.get("generation_config") or model.generation_config
     count = choice.candidates or options.get("num_beams") or config.num_beams or 1
     options = candidate_options(count, options, config)
     sequences, scores = model.generate_candidates(encoding, prompts, count, **options)
     captions = processor.batch_decode(sequences)
     embeds = encoding.audio_embeds.repeat_interleave(count, dim=0)
     similarities = caption_similarities(model, processor, captions, embeds)
-    values = similarities
-    if choice.weight is not None and np.isfinite(choice.weight):
-        targets = sequences[:, prompts["decoder_input_ids"].shape[1] :]
-        penalty = options.get("length_penalty")
-        penalty = config.length_penalty if penalty is None else penalty
-        said = search_scores(scores, targets, model.config.eos_token_id, penalty)
-        values = said + choice.weight * similarities
+    targets = sequences[:, prompts["decoder_input_ids"].shape[1] :]
+    penalty = options.get("length_penalty")
+    penalty = config.length_penalty if penalty is None else penalty
+    values = choice.values(search_scores(scores, targets, model.config.eos_token_id, penalty), similarities)
     chosen = [
         _choose(*(part[start : start + count] for part in (captions, similarities, values)))
         for start in range(0, len(captions), count)
@@ -206,6 +223,8 @@ def _choose(captions: Sequence[str], similarities: np.ndarray, values: np.ndarra
 
 
 __all__ = [
+    "CHOICE_OPTIONS",
+    "NOT_RERANKED",
     "NO_RERANKING",
     "RERANKERS",
     "Choice",

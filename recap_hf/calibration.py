@@ -60,7 +60,7 @@ def observe(model: Any, processor: Any, items: Sequence[Any], rules: Any) -> lis
     """
     import torch
 
-    from recap_hf.modeling.reranking_recap import Choice, caption_similarities, generate_captions
+    from recap_hf.modeling.reranking_recap import caption_similarities, generate_captions
     from recap_hf.tiny.naming import outcome
 
     rate = processor.feature_extractor.sampling_rate
@@ -72,8 +72,7 @@ def observe(model: Any, processor: Any, items: Sequence[Any], rules: Any) -> lis
             encoding = model.encode_audio(**processor(audio=clips, sampling_rate=rate, return_tensors="pt"))
             prompts = processor.build_prompts(encoding.audio_embeds)
             retrieved = prompts.pop("retrieved")
-            choice = Choice.of({}, model.generation_config)
-            sequences, scores, _ = generate_captions(model, processor, encoding, prompts, choice)
+            sequences, scores, _ = generate_captions(model, processor, encoding, prompts, retrieved)
         captions = processor.batch_decode(sequences)
         similarities = caption_similarities(model, processor, captions, encoding.audio_embeds)
         for item, caption, *known in zip(batch, captions, scores, similarities, retrieved, strict=True):

@@ -289,6 +289,8 @@ def test_nothing_to_read(tiny_model, tiny_processor, clips):
     settings = {"k": 0, "max_new_tokens": 8}
     found, plain = pipe(clips[0], soundless_weight=0.6, **settings), pipe(clips[0], **settings)
     assert (found["caption"], found["score"]) == (plain["caption"], pytest.approx(plain["score"]))
+    explained = tiny_model.explain(clips[0], tiny_processor, sampling_rate=48_000, soundless_weight=0.6, **settings)
+    assert explained.caption.strip() == plain["caption"].strip()
 
 
 def test_a_weight_without_its_prompt(tiny_model, encoded):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -176,6 +177,40 @@ def test_every_row_answers_every_clip(trained):
     assert evaluator.rules.named(evaluator.answers(encoded, "all events of the captions")[0]) == named
     with pytest.raises(KeyError):
         evaluator.answers(encoded, "tea leaves")
+
+
+def test_the_language_model_chooses_by_the_rule_of_the_decoding(trained, monkeypatch):
+    """One beam, more candidates than beams, and CLAP alone: among the language model's own captions in every case."""
+    _, model, processor = trained
+    monkeypatch.setattr(model, "generation_config", copy.deepcopy(model.generation_config))
+    config = model.generation_config
+    config.max_new_tokens, config.num_beams = 4, 1
+    items = [Item("a", synthesise("noise", 0), ("rain",)), Item("b", synthesise("tone", 1), ("cello",))]
+
+    def answers(row, **decoding):
+        evaluator = Evaluator(model, processor, NamingRules.ours(), decoding)
+        encoded = evaluator.encode(items)
+        return encoded, evaluator.answers(encoded, f"language model{row}")
+
+    assert answers(", chosen by CLAP")[1] == answers(" on the prompt")[1]
+    for weight in (0.0, float("inf")):
+        encoded, found = answers(", chosen by CLAP", candidates=4, rerank_weight=weight)
+        for index, caption in enumerate(found):
+            built = processor.build_prompts(retrieved=encoded.retrieved[index : index + 1])
+            beams = model.decoder.generate(
+                built["decoder_input_ids"],
+                attention_mask=built["decoder_attention_mask"],
+                num_beams=4,
+                num_return_sequences=4,
+                max_new_tokens=4,
+                early_stopping=config.early_stopping,
+                length_penalty=config.length_penalty,
+                eos_token_id=config.eos_token_id,
+                pad_token_id=config.pad_token_id,
+            )
+            texts = processor.batch_decode(beams, skip_special_tokens=True)
+            cosines = model.embed_captions(texts, processor) @ encoded.embeds[index, 0].numpy()
+            assert caption == (texts[0] if weight == 0 else texts[int(cosines.argmax())])
 
 
 def test_transfer_groups_and_figures(trained):

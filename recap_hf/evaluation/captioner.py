@@ -163,22 +163,18 @@ class Captioner:
     ) -> list[Prediction]:
         import torch
 
-        from recap_hf.modeling.readings_recap import NO_READINGS
-        from recap_hf.modeling.reranking_recap import Choice, generate_captions
+        from recap_hf.modeling.reranking_recap import NOT_RERANKED, generate_captions
 
-        generation = dict(self.generation)
-        given = {name: generation.pop(name, None) for name in ("rerank", "candidates", "rerank_weight")}
-        # Who does not hear the recording has no opinion on how near a caption is to it.
-        choice = Choice.of(given, self.model.generation_config) if listens else Choice()
-        if not any(retrieved):
-            generation |= NO_READINGS
+        generation = self.generation if listens else {**self.generation, **NOT_RERANKED}
         if prompted:
             prompts = self.processor.build_prompts(encoding.audio_embeds, retrieved=retrieved)
             retrieved = prompts.pop("retrieved")
         else:
             start = torch.full((len(retrieved), 1), self.model.config.eos_token_id, device=self.model.device)
             prompts = {"decoder_input_ids": start, "decoder_attention_mask": torch.ones_like(start)}
-        sequences, scores, _ = generate_captions(self.model, self.processor, encoding, prompts, choice, **generation)
+        sequences, scores, _ = generate_captions(
+            self.model, self.processor, encoding, prompts, retrieved, **generation
+        )
         captions = self.processor.batch_decode(sequences)
         return [Prediction(*row) for row in zip(captions, scores, retrieved, strict=True)]
 
@@ -268,7 +264,10 @@ def describe_captioner(captioner: Captioner) -> dict[str, Any]:
 
 
 def _decoding(config: Any) -> dict[str, Any]:
-    own = ("promptless_weight", "soundless_weight", "rerank", "candidates", "rerank_weight")
+    from recap_hf.modeling.readings_recap import WEIGHTS
+    from recap_hf.modeling.reranking_recap import CHOICE_OPTIONS
+
+    own = (*WEIGHTS, *CHOICE_OPTIONS)
     settings = {name: getattr(config, name) for name in ("num_beams", "max_new_tokens", "length_penalty", "do_sample")}
     return settings | {name: getattr(config, name) for name in own if getattr(config, name, None) is not None}
 

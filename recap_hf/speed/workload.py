@@ -74,7 +74,7 @@ class Workload:
         """
         tokens = self.options.new_tokens
         exactly = {"min_new_tokens": tokens, "max_new_tokens": tokens} if tokens else {}
-        shares = reading_options(self.processor, _SHARES[self.options.readings])
+        shares = reading_options(self.processor, _SHARES[self.options.readings], self.model.generation_config)
         return {"num_beams": self.options.num_beams, **exactly, **shares}
 
     def with_model(self, model: RecapForConditionalGeneration) -> Workload:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from recap_hf.modeling.readings_recap import NO_READINGS, WEIGHTS, Readings, reading_options
-from recap_hf.modeling.reranking_recap import Choice, caption_similarities, generate_captions
+from recap_hf.modeling.readings_recap import WEIGHTS, Readings, reading_options
+from recap_hf.modeling.reranking_recap import NOT_RERANKED, Choice, caption_similarities, generate_captions
 
 from .evaluation_sets import (
     DEGRADATIONS,
@@ -83,9 +83,8 @@ class Evaluator:
         decoding: Mapping[str, Any] | None = None,
     ):
         self.model, self.processor, self.rules = model.eval(), processor, rules
-        options = dict(decoding or {})
-        choice = {name: options.pop(name, None) for name in ("rerank", "candidates", "rerank_weight")}
-        self.choice, self.options = Choice.of(choice, model.generation_config), options
+        self.decoding = dict(decoding or {})
+        self.choice = Choice.of(self.decoding, model.generation_config)
         self.k = processor.num_retrieved_captions
         names = [phrases(event)[0] for event in HEARD]
         self._prompts = model.embed_captions(names, processor)
@@ -107,52 +106,48 @@ class Evaluator:
         hits = self.processor.retrieve(all_embeds, self.k)
         return _Encoded(items, torch.cat(states), all_embeds, [[hit["caption"] for hit in row] for row in hits])
 
-    def generate(
-        self, states: torch.Tensor, embeds: torch.Tensor | None, prompts: list[list[str]], **options: Any
-    ) -> list[str]:
+    def generate(self, states: torch.Tensor, embeds: torch.Tensor | None, prompts: list[list[str]]) -> list[str]:
         """Captions of prompts; without `embeds` CLAP has no say in them."""
-        choice = Choice() if embeds is None else self.choice
+        decoding = self.decoding if embeds is not None else {**self.decoding, **NOT_RERANKED}
         captions: list[str] = []
         for start in range(0, len(prompts), _BATCH):
             part = slice(start, start + _BATCH)
             built = self.processor.build_prompts(retrieved=prompts[part]).to(self.model.device)
-            built.pop("retrieved", None)
+            retrieved = built.pop("retrieved")
             encoding = _encoding(states[part], None if embeds is None else embeds[part])
-            ids, _, _ = generate_captions(
-                self.model, self.processor, encoding, built, choice, **{**self.options, **options}
-            )
+            ids, _, _ = generate_captions(self.model, self.processor, encoding, built, retrieved, **decoding)
             captions += self.processor.batch_decode(ids, skip_special_tokens=True)
         return captions
 
     @torch.no_grad()
     def read(self, encoded: _Encoded, chosen: bool) -> list[str]:
         """Captions of the frozen language model alone; `chosen` among its own by the rule of this decoding."""
-        count = self.choice.candidates or self.model.generation_config.num_beams
+        config = copy.deepcopy(self.model.generation_config)
+        count = self.choice.candidates or config.num_beams
         count = count if chosen and self.choice.rerank else 1
+        config.num_beams, config.num_return_sequences = max(config.num_beams, count), count
+        # A greedy search has no scores, and nothing to choose from.
+        config.return_dict_in_generate = config.output_scores = count > 1
         captions: list[str] = []
         for start in range(0, len(encoded.items), _BATCH):
             part = slice(start, start + _BATCH)
             built = self.processor.build_prompts(retrieved=encoded.retrieved[part]).to(self.model.device)
-            config = copy.deepcopy(self.model.generation_config)
-            config.num_return_sequences, config.return_dict_in_generate, config.output_scores = count, True, True
             found = self.model.decoder.generate(
                 built["decoder_input_ids"], attention_mask=built["decoder_attention_mask"], generation_config=config
             )
-            said = self.processor.batch_decode(found.sequences, skip_special_tokens=True)
-            values = found.sequences_scores.cpu().numpy()
-            embeds = encoded.embeds[part].repeat_interleave(count, dim=0)
+            said = self.processor.batch_decode(getattr(found, "sequences", found), skip_special_tokens=True)
             if count > 1:
+                embeds = encoded.embeds[part].repeat_interleave(count, dim=0)
                 similarities = caption_similarities(self.model, self.processor, said, embeds)
-                weight = self.choice.weight
-                values = similarities if weight is None else values + weight * similarities
-            best = values.reshape(-1, count).argmax(axis=1) + np.arange(len(said) // count) * count
-            captions += [said[row] for row in best]
+                values = self.choice.values(found.sequences_scores.cpu().numpy(), similarities).reshape(-1, count)
+                said = [said[row * count + best] for row, best in enumerate(values.argmax(axis=1))]
+            captions += said
         return captions
 
     def settings(self) -> dict[str, Any]:
         """The decoding, as the result says it."""
         config, choice = self.model.generation_config, self.choice
-        readings = Readings.of(reading_options(self.processor, self.options), config)
+        readings = Readings.of(reading_options(self.processor, self.decoding, config), config)
         settings = {"num_beams": config.num_beams, "length_penalty": config.length_penalty}
         settings |= {name: getattr(readings, name) for name in WEIGHTS}
         return settings | {"rerank": choice.rerank, "candidates": choice.candidates, "rerank_weight": choice.weight}
@@ -185,7 +180,7 @@ class Evaluator:
         if row == "RECAP, audio hidden":
             return self.generate(torch.zeros_like(states), None, prompts)
         if row == "RECAP, audio only":
-            return self.generate(states, encoded.embeds, [[] for _ in prompts], **NO_READINGS)
+            return self.generate(states, encoded.embeds, [[] for _ in prompts])
         if row == "RECAP, random prompt":
             rng = np.random.default_rng(seed)
             store = self.processor.datastore.captions

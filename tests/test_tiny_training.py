@@ -225,6 +225,20 @@ def test_a_language_model_may_be_kept_from_the_names_of_heard_sounds():
     assert not [text for text in kept_from if words.search(text)]
 
 
+def test_a_tokenizer_kept_from_the_names_of_heard_sounds_writes_them_in_pieces(tokenizers, tmp_path):
+    from transformers import AutoTokenizer
+
+    train_tokenizers(tmp_path, vocab_size=600, sentences=50, heard_words=False)
+    names = [" " + phrases(key)[0] for key in ("violin", "saxophone", "person_sneeze")]
+    usual = AutoTokenizer.from_pretrained(tokenizers / "gpt2")
+    kept_from = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    for name in names:
+        assert len(kept_from(name)["input_ids"]) > len(usual(name)["input_ids"])
+        assert kept_from.decode(kept_from(name)["input_ids"]) == name
+    # The CLAP has heard these sounds: its own tokenizer is the one that it was trained with.
+    assert (tmp_path / "clap" / "tokenizer.json").read_bytes() == (tokenizers / "clap" / "tokenizer.json").read_bytes()
+
+
 def test_language_model_learns_and_resumes(tokenizers, tmp_path):
     from transformers import AutoTokenizer
 

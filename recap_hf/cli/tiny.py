@@ -47,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         stage.add_argument("--steps", type=int, help=f"length of the stage; defaults: {_STEPS}")
         stage.add_argument("--learning-rate", type=float, help="peak of the schedule; the recipe's by default")
         stage.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-        if name in ("language-model", "transfer"):
+        if name in ("tokenizers", "language-model", "transfer"):
             stage.add_argument(
                 "--without-heard-words",
                 action="store_true",
-                help="with a language model that never reads the names of the sounds that the CLAP hears",
+                help="with a language model, and its tokenizer, that never read the names of what the CLAP hears",
             )
         if name in ("clap", "all"):
             stage.add_argument(

@@ -18,7 +18,7 @@ from recap_hf.modeling.prompt_recap import PAPER_PROMPT
 from recap_hf.pretraining.bases import new_gpt2
 
 from .grammar import Part, Scene, answer, invented_sound, render
-from .lexicon import HEARD, SPECIAL, vocabulary_sounds
+from .lexicon import HEARD, SPECIAL, unheard_sounds, vocabulary_sounds
 from .rewording import reword
 from .tokenization import draw_text_scene
 from .trainer import TrainConfig, fast_attention, is_main_process, train
@@ -62,10 +62,6 @@ def build_language_model(tokenizer: PreTrainedTokenizerBase, recipe: LanguageMod
 def prompt_text(captions: list[str]) -> str:
     """The paper's prompt (Section 3.1) of some captions, most similar first."""
     return PAPER_PROMPT.build(captions)
-
-
-def _unheard_sounds() -> tuple[str, ...]:
-    return tuple(key for key in vocabulary_sounds() if key not in HEARD)
 
 
 def _heard_scene(rng: np.random.Generator) -> Scene:
@@ -123,7 +119,7 @@ def _verbatim(rng: np.random.Generator, keys: tuple[str, ...]) -> tuple[list[str
 
 def draw_prompt(rng: np.random.Generator, recipe: LanguageModelRecipe) -> tuple[list[str], str]:
     """Captions that retrieval might return, most similar first, and the caption that is the answer."""
-    keys = vocabulary_sounds() if recipe.heard_words else _unheard_sounds()
+    keys = vocabulary_sounds() if recipe.heard_words else unheard_sounds()
     if rng.random() < recipe.verbatim_share:
         return _verbatim(rng, keys)
     heard = rng.random() < recipe.heard_share and recipe.heard_words

@@ -17,6 +17,7 @@ __all__ = [
     "SPECIAL",
     "other_sounds",
     "phrases",
+    "unheard_sounds",
     "vocabulary_sounds",
 ]
 
@@ -182,6 +183,11 @@ def other_sounds() -> dict[str, tuple[str, ...]]:
 def vocabulary_sounds() -> tuple[str, ...]:
     """Keys of all sounds, heard ones first."""
     return (*HEARD, *SPECIAL, *other_sounds())
+
+
+def unheard_sounds() -> tuple[str, ...]:
+    """Keys of all sounds but those that the CLAP is trained to hear."""
+    return (*SPECIAL, *other_sounds())
 
 
 def phrases(key: str) -> tuple[str, ...]:

@@ -29,8 +29,8 @@ def earlier_cycles(stage: str, steps: int) -> tuple[int, ...]:
 class Recipe:
     """Stages over one folder of sounds; everything is written below `work_dir`, each stage resumes.
 
-    Without `heard_words`, the language model never reads the name of a sound that the CLAP hears, and its folder and
-    the one of the transfer with it end in "-unheard".
+    Without `heard_words`, the language model and its tokenizer never read the name of a sound that the CLAP hears, and
+    their folders and the one of the transfer with them end in "-unheard".
     """
 
     sounds: str | Path | None
@@ -53,7 +53,7 @@ class Recipe:
         if stage == "tokenizers":
             from .tokenization import train_tokenizers
 
-            train_tokenizers(folder)
+            train_tokenizers(folder, heard_words=self.heard_words)
         elif stage == "clap":
             from .clap import ClapRecipe, train_clap
 
@@ -120,7 +120,7 @@ class Recipe:
 
     def folder(self, stage: str) -> Path:
         """Where a stage writes."""
-        apart = not self.heard_words and stage in ("language-model", "transfer")
+        apart = not self.heard_words and stage in ("tokenizers", "language-model", "transfer")
         return self.work_dir / (f"{stage}-unheard" if apart else stage)
 
     def _earlier(self, stage: str) -> Path:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--datastore",
         help="captions to retrieve from: a datastore, milvus:URI#COLLECTION, or a .txt, .csv, .json or .jsonl file of "
-        "captions",
+        "captions; what of them the embedded recap-tiny can hear tells `recap tiny sounds --datastore FILE`",
     )
     parser.add_argument("--k", type=count, help="captions in the prompt (default: the model's, 4 in the paper)")
     add_choice_arguments(parser, "retrieval-")

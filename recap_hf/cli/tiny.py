@@ -19,6 +19,7 @@ _STAGES = {
     "evaluate": "figures beside their controls on one fold",
     "transfer": "hold every event out of the captioner's training once, and give it back in the datastore",
     "examples": "synthesise the example recordings",
+    "sounds": "what the ear of recap-tiny knows, and what only its vocabulary knows",
 }
 _STEPS = {"clap": 5600, "language-model": 5100, "captioner": 2700}
 
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         stage = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == "examples":
             stage.add_argument("--output", metavar="DIR", required=True, help="folder for the recordings")
+            continue
+        if name == "sounds":
+            stage.add_argument(
+                "--datastore", metavar="FILE", help="tell it of each of these captions, as for recap caption"
+            )
+            stage.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
             continue
         stage.add_argument(
             "--sounds", metavar="DIR", required=name != "tokenizers", help="folder of recordings with a metadata.csv"
@@ -92,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         for path in write_examples(args.output):
             print(path)
         return 0
+    if args.stage == "sounds":
+        return _sounds(args)
     from recap_hf.tiny.recipe import Recipe
     from recap_hf.tiny.trainer import is_main_process, own_device
     from recap_hf.training.launch import follow_parent
@@ -161,6 +170,25 @@ def _write(args: argparse.Namespace, result, as_text: str) -> int:
         Path(args.output).write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
+    return 0
+
+
+def _sounds(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from recap_hf.datastore.sources import read_source
+    from recap_hf.tiny.hearing import caption_knowledge, format_captions, format_sounds
+    from recap_hf.tiny.lexicon import HEARD, other_sounds
+
+    if args.datastore is None:
+        lists = {"heard": {event: forms[0] for event, forms in HEARD.items()}, "only_read": list(other_sounds())}
+        print(json.dumps(lists, indent=1) if args.format == "json" else format_sounds())
+        return 0
+    results = caption_knowledge(record["caption"] for record in read_source(args.datastore))
+    if args.format == "json":
+        print(json.dumps([asdict(result) for result in results], indent=1, ensure_ascii=False))
+    else:
+        print(format_captions(results))
     return 0
 
 

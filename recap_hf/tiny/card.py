@@ -204,7 +204,8 @@ def sections(
             f"It was trained to hear: {', '.join(heard)}. In brackets: the share of test recordings that its encoder "
             "tells from the other twenty by text prompts.\n\nIts tokenizers, its language model and its text tower "
             f"have also read the names of {len(other_sounds())} other sounds. It can read a datastore about these and "
-            "copy their words; its ear has never heard them.",
+            "copy their words; its ear has never heard them. `recap tiny sounds` lists both, and with "
+            "`--datastore FILE` it tells them apart in captions of your own.",
         )
     ]
     if "no_events" in evaluation:

@@ -13,7 +13,7 @@ from recap_hf.tiny.clap import contrastive_loss, positives
 from recap_hf.tiny.grammar import Caption, Part, Scene
 from recap_hf.tiny.language_model import LanguageModelRecipe, draw_prompt, train_language_model
 from recap_hf.tiny.lexicon import HEARD, phrases
-from recap_hf.tiny.recipe import earlier_cycles
+from recap_hf.tiny.recipe import Recipe, earlier_cycles
 from recap_hf.tiny.tokenization import train_tokenizers
 from recap_hf.tiny.trainer import TrainConfig, learning_rate, own_device, train
 
@@ -235,6 +235,10 @@ def test_a_tokenizer_kept_from_the_names_of_heard_sounds_writes_them_in_pieces(t
     for name in names:
         assert len(kept_from(name)["input_ids"]) > len(usual(name)["input_ids"])
         assert kept_from.decode(kept_from(name)["input_ids"]) == name
+    # Where the recipe looks for it, and what it says to do where it is missing.
+    recipe = Recipe("sounds", tmp_path / "work", heard_words=False)
+    with pytest.raises(FileNotFoundError, match="recap tiny tokenizers --without-heard-words"):
+        recipe.run("language-model", steps=1)
     # The CLAP has heard these sounds: its own tokenizer is the one that it was trained with.
     assert (tmp_path / "clap" / "tokenizer.json").read_bytes() == (tokenizers / "clap" / "tokenizer.json").read_bytes()
 

@@ -63,3 +63,6 @@ def test_command(tmp_path, capsys):
     assert rows[1]["never_read"] == ["flautist"]
     assert main(["tiny", "sounds", "--datastore", str(tmp_path / "none.txt")]) == 1
     assert "no such file of captions" in capsys.readouterr().err
+    (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")
+    assert main(["tiny", "sounds", "--datastore", str(tmp_path / "empty.txt")]) == 1
+    assert "holds no captions" in capsys.readouterr().err

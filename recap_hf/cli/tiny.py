@@ -184,7 +184,10 @@ def _sounds(args: argparse.Namespace) -> int:
         lists = {"heard": {event: forms[0] for event, forms in HEARD.items()}, "only_read": list(other_sounds())}
         print(json.dumps(lists, indent=1) if args.format == "json" else format_sounds())
         return 0
-    results = caption_knowledge(record["caption"] for record in read_source(args.datastore))
+    captions = [record["caption"] for record in read_source(args.datastore)]
+    if not captions:
+        raise ValueError(f"{args.datastore} holds no captions: a .txt file has one a line")
+    results = caption_knowledge(captions)
     if args.format == "json":
         print(json.dumps([asdict(result) for result in results], indent=1, ensure_ascii=False))
     else:

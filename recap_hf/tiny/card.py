@@ -53,8 +53,9 @@ LIMITS = (
     "which CLAP chooses as well.",
     "It lets no prompt mislead it much: with captions drawn at random single sounds lose 0.01 of F1, and mixtures "
     "0.05. Hiding the sound costs 0.06 and 0.17. Through a codec of low bit rate single sounds lose 0.05.",
-    "With a datastore of your own it takes the words from there, and does not listen apart from them: what none of "
-    "its captions says, it will not say. `promptless_weight=0.4` brings its own words back.",
+    "With a datastore of your own it takes its words from there, and does not listen apart from them: what none of "
+    "its captions says, it says only where its ear is sure (rain, in the table above). `promptless_weight=0.4` brings "
+    "more of its own words back.",
     "The settings of this checkpoint were chosen on fold 4 with models of folds 1 to 3, those of its decoding with a "
     "shorter training of the encoder. Fold 5 was read for twelve captioners and settings of earlier versions, and "
     "twice for this decoding: with the shares 0.25 and 0.25, length penalty 0.5 and 4 times CLAP's cosine (F1 0.767 "

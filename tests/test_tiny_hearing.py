@@ -61,6 +61,9 @@ def test_command(tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [row["heard"] for row in rows] == [["sea_waves"], []]
     assert rows[1]["never_read"] == ["flautist"]
+    written = tmp_path / "told.json"
+    assert main(["tiny", "sounds", "--datastore", str(file), "--format", "json", "--output", str(written)]) == 0
+    assert capsys.readouterr().out == "" and json.loads(written.read_text(encoding="utf-8")) == rows
     assert main(["tiny", "sounds", "--datastore", str(tmp_path / "none.txt")]) == 1
     assert "no such file of captions" in capsys.readouterr().err
     (tmp_path / "empty.txt").write_text("\n", encoding="utf-8")

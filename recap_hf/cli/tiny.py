@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             stage.add_argument(
                 "--datastore", metavar="FILE", help="tell it of each of these captions, as for recap caption"
             )
-            stage.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
+            _add_result_arguments(stage)
             continue
         stage.add_argument(
             "--sounds", metavar="DIR", required=name != "tokenizers", help="folder of recordings with a metadata.csv"
@@ -80,9 +80,13 @@ def _add_evaluation_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--keywords", metavar="FILE.json", help="what counts as naming an event; our own by default")
     add_rerank_arguments(stage)
     add_reading_arguments(stage)
+    _add_result_arguments(stage)
+    stage.add_argument("--threads", type=int, help="threads of PyTorch; its own choice by default")
+
+
+def _add_result_arguments(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
     stage.add_argument("--output", metavar="FILE", help="write the result there instead of to the standard output")
-    stage.add_argument("--threads", type=int, help="threads of PyTorch; its own choice by default")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -165,7 +169,7 @@ def _rules(args: argparse.Namespace):
 
 
 def _write(args: argparse.Namespace, result, as_text: str) -> int:
-    text = json.dumps(result, indent=1) if args.format == "json" else as_text
+    text = json.dumps(result, indent=1, ensure_ascii=False) if args.format == "json" else as_text
     if args.output:
         Path(args.output).write_text(text + "\n", encoding="utf-8")
     else:
@@ -182,17 +186,12 @@ def _sounds(args: argparse.Namespace) -> int:
 
     if args.datastore is None:
         lists = {"heard": {event: forms[0] for event, forms in HEARD.items()}, "only_read": list(other_sounds())}
-        print(json.dumps(lists, indent=1) if args.format == "json" else format_sounds())
-        return 0
+        return _write(args, lists, format_sounds())
     captions = [record["caption"] for record in read_source(args.datastore)]
     if not captions:
         raise ValueError(f"{args.datastore} holds no captions: a .txt file has one a line")
     results = caption_knowledge(captions)
-    if args.format == "json":
-        print(json.dumps([asdict(result) for result in results], indent=1, ensure_ascii=False))
-    else:
-        print(format_captions(results))
-    return 0
+    return _write(args, [asdict(result) for result in results], format_captions(results))
 
 
 def _transfer(args: argparse.Namespace, recipe) -> int:

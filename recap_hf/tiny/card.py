@@ -88,6 +88,7 @@ LIMITS = (
     "embedding that was made for 21 sounds.",
 )
 
+# Of the run whose evaluation is given as `--again`, as `LIMITS` are those of the shipped checkpoint.
 AGAIN_NOTE = (
     "Tokenizers, CLAP and captioner were made again; the language model, whose stage hears no sound, is this "
     "checkpoint's."

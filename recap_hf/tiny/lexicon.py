@@ -182,7 +182,7 @@ def other_sounds() -> dict[str, tuple[str, ...]]:
 @lru_cache(maxsize=1)
 def vocabulary_sounds() -> tuple[str, ...]:
     """Keys of all sounds, heard ones first."""
-    return (*HEARD, *SPECIAL, *other_sounds())
+    return (*HEARD, *unheard_sounds())
 
 
 def unheard_sounds() -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import sys
 
-from recap_hf.cli import main
+from recap_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -17,6 +17,7 @@ from recap_hf.modeling.processing_recap import RecapProcessor
 from .output import finished_folder
 from .recap_original import (
     convert_recap_original_state_dict,
+    processor_settings_from_original,
     read_recap_original_config,
     recap_config_from_original,
 )
@@ -66,18 +67,19 @@ def convert_recap_original(
     state = read_checkpoint_folder(folder)
     clap_model = ClapModel.from_pretrained(clap)
     config = recap_config_from_original(state, original, clap_model)
+    settings = processor_settings_from_original(original)
     converted = convert_recap_original_state_dict(state, clap_model, config)
     model = _build(config, converted)
     processor = None
     if tokenizer is not None:
         ids = {"pad_token": config.pad_token_id, "eos_token": config.eos_token_id}
-        processor = _processor(config, tokenizer, clap, clap_tokenizer or clap, ids)
+        processor = _processor(config, tokenizer, clap, clap_tokenizer or clap, ids, settings)
     sizes = _sizes(model)
     differences = _save(model, processor, out, overwrite)
     return {
         **sizes,
-        "num_retrieved_captions": config.num_retrieved_captions,
-        "prompt_template": config.prompt_template,
+        "num_retrieved_captions": settings["num_retrieved_captions"],
+        "prompt_template": settings["prompt_template"],
         "pad_token_id": config.pad_token_id,
         "eos_token_id": config.eos_token_id,
         "processor": processor is not None,
@@ -111,9 +113,12 @@ def convert_stock(
         ConversionError: the parts do not fit; nothing is written.
     """
     settings = {"cross_attention_reduce_factor": factor}
+    prompt: dict[str, object] = {}
     cross = None
     if cross_attention is not None:
-        cross, settings = read_cross_attention(cross_attention)
+        cross, saved = read_cross_attention(cross_attention)
+        prompt = {key: value for key, value in saved.items() if key in _PROCESSOR_KEYS}
+        settings = {key: value for key, value in saved.items() if key not in _PROCESSOR_KEYS}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = RecapForConditionalGeneration.from_clap_gpt2_pretrained(clap, decoder, **settings)
@@ -126,7 +131,7 @@ def convert_stock(
     processor = None
     if tokenizer and clap_tokenizer:
         ids = {"pad_token": settings.get("pad_token_id"), "eos_token": settings.get("eos_token_id")}
-        processor = _processor(model.config, tokenizer, clap, clap_tokenizer, ids)
+        processor = _processor(model.config, tokenizer, clap, clap_tokenizer, ids, prompt)
     sizes = _sizes(model)
     differences = _save(model, processor, out, overwrite)
     return {
@@ -168,7 +173,7 @@ def convert_to_stock(
         save_file(
             {key: value.contiguous() for key, value in cross.items()},
             folder / CROSS_ATTENTION_FILE,
-            metadata=_settings_of(model.config),
+            metadata=_settings_of(model.config, source),
         )
         _save_companions(source, folder)
         differences = _compare_parts(model, folder, inside)
@@ -195,12 +200,22 @@ _TEXTS = (
     "audio_position_embedding",
 )
 _NUMBERS = ("cross_attention_reduce_factor", "num_retrieved_captions", "pad_token_id", "eos_token_id", "bos_token_id")
-_FRACTIONS = ("retrieval_diversity", "retrieval_score_drop")
+_FRACTIONS = ("retrieval_diversity", "retrieval_score_threshold")
+_PROCESSOR_KEYS = (*_TEXTS[:4], "num_retrieved_captions", *_FRACTIONS)
 
 
-def _settings_of(config: RecapConfig) -> dict[str, str]:
-    keys = (*_TEXTS, *_NUMBERS, *_FRACTIONS)
-    return {key: str(getattr(config, key)) for key in keys if getattr(config, key) is not None}
+def _settings_of(config: RecapConfig, source: str | Path) -> dict[str, str]:
+    owners: list[object] = [config]
+    if _has_processor(source):
+        owners.append(RecapProcessor.from_pretrained(source))
+    values = {key: getattr(owner, key, None) for owner in owners for key in (*_TEXTS, *_NUMBERS, *_FRACTIONS)}
+    values |= {key: getattr(config, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    values |= {key: getattr(config, key) for key in ("audio_position_embedding", "cross_attention_reduce_factor")}
+    return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def _has_processor(source: str | Path) -> bool:
+    return not Path(source).is_dir() or any((Path(source) / name).is_file() for name in _EXTRACTOR_FILES)
 
 
 def _build(config: RecapConfig, state: dict[str, torch.Tensor]) -> RecapForConditionalGeneration:
@@ -225,6 +240,7 @@ def _processor(
     clap: str | Path,
     clap_tokenizer: str | Path,
     special_ids: dict[str, int | None],
+    settings: dict[str, object],
 ) -> RecapProcessor:
     """The processor of `config`, with the mel settings of the CLAP folder and the special tokens of the model."""
     decoder_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -233,7 +249,11 @@ def _processor(
     if not Path(clap).is_dir() or any((Path(clap) / name).is_file() for name in _EXTRACTOR_FILES):
         extractor = RecapFeatureExtractor.from_clap_pretrained(clap)
     return RecapProcessor.from_config(
-        config, decoder_tokenizer, AutoTokenizer.from_pretrained(clap_tokenizer), feature_extractor=extractor
+        config,
+        decoder_tokenizer,
+        AutoTokenizer.from_pretrained(clap_tokenizer),
+        feature_extractor=extractor,
+        **settings,
     )
 
 
@@ -323,7 +343,7 @@ def _refuse_differences(differences: dict[str, float], limit: float) -> None:
 
 def _save_companions(source: str | Path, folder: Path) -> None:
     """Tokenizers and mel settings beside the parts that they belong to, where the source has a processor."""
-    if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _EXTRACTOR_FILES):
+    if not _has_processor(source):
         return
     processor = RecapProcessor.from_pretrained(source)
     processor.tokenizer.save_pretrained(folder / "decoder")

@@ -26,7 +26,6 @@ from torch import nn
 
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.processing_recap import RecapProcessor
-from recap_hf.modeling.readings_recap import NO_READINGS, WEIGHTS
 from recap_hf.onnx_runtime import (
     AUDIO_ENCODER,
     CROSS_ATTENTION,
@@ -154,7 +153,7 @@ def export_onnx(source: str | Path, out: str | Path, overwrite: bool = False) ->
 
     Returns:
         Graphs with their sizes in bytes, differences of embeddings and logits, the captions that were compared, and
-        what of the model's own decoding the runner leaves out: other readings and reranking.
+        what of the model's own decoding the runner leaves out: reranking.
 
     Raises:
         ImportError: onnx and onnxscript are not installed.
@@ -175,7 +174,7 @@ def export_onnx(source: str | Path, out: str | Path, overwrite: bool = False) ->
         differences = _compare_graphs(model, folder, mel_shape)
         captions = _compare_captions(model, processor, folder)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.onnx*"))}
-    own = {name: getattr(model.generation_config, name, None) for name in (*WEIGHTS, "rerank", "rerank_weight")}
+    own = {name: getattr(model.generation_config, name, None) for name in ("rerank", "rerank_weight")}
     left_out = {name: value for name, value in own.items() if value}
     return {"files": sizes, "differences": differences, "captions": captions, "left_out": left_out}
 
@@ -216,7 +215,7 @@ def _settings(model: RecapForConditionalGeneration, processor: RecapProcessor) -
         },
         "num_retrieved_captions": processor.num_retrieved_captions,
         "retrieval_diversity": processor.retrieval_diversity,
-        "retrieval_score_drop": processor.retrieval_score_drop,
+        "retrieval_score_threshold": processor.retrieval_score_threshold,
         "max_prompt_tokens": processor.max_prompt_tokens,
         "special_token_ids": sorted(processor.tokenizer.all_special_ids),
         "mel": {
@@ -361,7 +360,7 @@ def _compare_captions(
 ) -> list[dict[str, object]]:
     """Greedy and the model's own beam search on synthetic clips: the same captions, or an error.
 
-    As published: the graphs know no other readings, and nothing is reranked.
+    As published: nothing is reranked.
     """
     captioner = OnnxCaptioner(folder)
     rate = processor.feature_extractor.sampling_rate
@@ -370,7 +369,7 @@ def _compare_captions(
         clip = _synthetic_clip(seconds, rate)
         for num_beams in sorted({1, captioner.num_beams}):
             inputs = processor(audio=[clip], sampling_rate=rate, return_tensors="pt")
-            ids = model.generate(**inputs, processor=processor, num_beams=num_beams, **NO_READINGS)
+            ids = model.generate(**inputs, processor=processor, num_beams=num_beams)
             expected = processor.batch_decode(ids)[0]
             actual = captioner(clip, rate, num_beams=num_beams)["caption"]
             if actual != expected:

@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import ClapModel, GPT2Config
@@ -85,14 +86,20 @@ def recap_config_from_original(state: Mapping[str, torch.Tensor], original: dict
         clap=clap.config.to_dict(),
         decoder=decoder.to_dict(),
         cross_attention_reduce_factor=factor,
-        num_retrieved_captions=original.get("k", _DEFAULT_NUM_RETRIEVED),
-        prompt_template=OFFICIAL_PROMPT.template,
-        caption_separator=OFFICIAL_PROMPT.separator,
-        prompt_without_captions=OFFICIAL_PROMPT.without_captions,
-        target_prefix=OFFICIAL_PROMPT.target_prefix,
         pad_token_id=_first(original.get("pad_token_id"), _PAD_TOKEN_ID),
         eos_token_id=_first(original.get("eos_token_id"), _EOS_TOKEN_ID),
     )
+
+
+def processor_settings_from_original(original: Mapping[str, Any]) -> dict[str, Any]:
+    """The authors' prompt and k, as [`RecapProcessor`] takes them."""
+    return {
+        "num_retrieved_captions": original.get("k", _DEFAULT_NUM_RETRIEVED),
+        "prompt_template": OFFICIAL_PROMPT.template,
+        "caption_separator": OFFICIAL_PROMPT.separator,
+        "prompt_without_captions": OFFICIAL_PROMPT.without_captions,
+        "target_prefix": OFFICIAL_PROMPT.target_prefix,
+    }
 
 
 def _first(value: int | None, default: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .outputs_recap import RecapEncoderOutput, position_ids_of
+from .generation_recap import RecapEncoderOutput, position_ids_of
 
 METHODS = ("gradient", "insertion", "occlusion", "attention")
 # Rows of one forward pass where places are hidden one by one.

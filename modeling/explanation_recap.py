@@ -13,8 +13,7 @@ import torch
 from .attribution_recap import METHODS, Attribution, Passage, attribute, hidden_log_probs
 from .audio_grid_recap import AudioGrid
 from .audio_recap import resample, to_mono
-from .outputs_recap import RecapEncoderOutput
-from .reranking_recap import generate_captions
+from .generation_recap import RecapEncoderOutput
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
@@ -147,8 +146,7 @@ class RecapExplanationMixin:
                   mixes says little about what the word rests on: see the measurements in docs/explanations.md.
             encoder_outputs ([`RecapEncoderOutput`], *optional*): what `encode_audio` made of this recording alone,
                 where it is at hand; spares a second pass of the encoder.
-            generate_kwargs: for `generate` (`num_beams`, `max_new_tokens`, ...). With a `promptless_weight` it is the
-                mixture's caption; what is explained is why the model says it after its prompt.
+            generate_kwargs: for `generate` (`num_beams`, `max_new_tokens`, ...).
 
         Returns:
             [`CaptionExplanation`]
@@ -211,8 +209,13 @@ class RecapExplanationMixin:
         if caption is not None and not caption.strip():
             raise ValueError("`caption` is empty: there is no word to explain.")
         if caption is None:
-            sequences, _, _ = generate_captions(self, processor, encoding, prompts, [hits], **generate_kwargs)
-            target = sequences[0, prompt.shape[1] :].tolist()
+            from .captioning_recap import Captioner
+            from .options_recap import CaptionOptions
+
+            names = [name for name in CaptionOptions.names() if name in generate_kwargs]
+            options = CaptionOptions(**{name: generate_kwargs.pop(name) for name in names})
+            captioner = Captioner(self, processor, options=options, generate_kwargs=generate_kwargs)
+            target = captioner.generate(encoding, [hits])[0].token_ids
         else:
             target = processor.encode_caption(caption)
         answer = torch.tensor([self._up_to_end(target)], device=prompt.device, dtype=prompt.dtype)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ import torch
 from transformers import BatchFeature, ClapFeatureExtractor
 from transformers.utils import TensorType
 
-from .audio_recap import check_sampling_rate, resample, to_mono
-from .travelling_recap import AUTO_MAP
+from .audio_recap import check_sampling_rate, is_silent, resample, to_mono
+from .configuration_recap import AUTO_MAP
 
 # CLAP's floor under the mel power and so under the decibels: 10 * log10(1e-10) = -100 dB.
 _MEL_FLOOR = 1e-10
@@ -106,7 +105,8 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
 
         Returns:
             `BatchFeature` with `input_features`, float32 of shape `(batch_size, num_windows, num_frames, 64)` in dB,
-            and `input_features_mask` of shape `(batch_size, num_windows)`, 1 for the windows that a clip has.
+            and `input_features_mask` of shape `(batch_size, num_windows)`, 1 for the windows of a clip that hold
+            sound (all of them for a silent clip).
 
         Raises:
             `ValueError`: without a sampling rate, or for a clip that is empty or holds NaN or infinity.
@@ -118,19 +118,20 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
             self.split_windows(self._prepare_clip(clip, rate, index))
             for index, (clip, rate) in enumerate(zip(clips, _rates(sampling_rate, len(clips)), strict=True))
         ]
+        # Windows without sound are neither encoded nor retrieved for; of a silent clip all are, for want of others.
+        sounding = [[not is_silent(window) for window in windows] for windows in windows_per_clip]
         flat = [self._pad_window(window) for windows in windows_per_clip for window in windows]
         on_cpu = torch.device(device or "cpu").type == "cpu"
         # One copy less for each window where it is worked on alone.
         at_once = 1 if on_cpu else _WINDOWS_AT_ONCE
-        with _one_thread() if on_cpu else contextlib.nullcontext():
-            constants = self._taper_and_filters(device)
-            mels = torch.cat(
-                [
-                    self._log_mel(torch.from_numpy(part[0][None] if at_once == 1 else np.stack(part)), *constants)
-                    for start in range(0, len(flat), at_once)
-                    for part in [flat[start : start + at_once]]
-                ]
-            )
+        constants = self._taper_and_filters(device)
+        mels = torch.cat(
+            [
+                self._log_mel(torch.from_numpy(part[0][None] if at_once == 1 else np.stack(part)), *constants)
+                for start in range(0, len(flat), at_once)
+                for part in [flat[start : start + at_once]]
+            ]
+        )
         num_windows = max(len(windows) for windows in windows_per_clip)
         mask = torch.zeros(len(clips), num_windows, dtype=torch.long, device=mels.device)
         for row, windows in enumerate(windows_per_clip):
@@ -140,6 +141,9 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         else:
             features = mels.new_zeros(len(clips), num_windows, *mels.shape[1:])
             features[mask.bool()] = mels
+        for row, has_sound in enumerate(sounding):
+            if any(has_sound):
+                mask[row, : len(has_sound)] = torch.tensor(has_sound, dtype=mask.dtype)
         batch = {"input_features": features, "input_features_mask": mask}
         if return_tensors not in ("pt", TensorType.PYTORCH):
             batch = {name: value.cpu().numpy() for name, value in batch.items()}
@@ -212,18 +216,6 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         # Also inside a processor's file: AutoFeatureExtractor looks there for the code that travels.
         output["auto_map"] = {"AutoFeatureExtractor": AUTO_MAP["AutoFeatureExtractor"]}
         return output
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Portions this small gain little from more threads, and where other programs hold a core, which the threads then
-    wait for at each of them, lose a hundredfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _as_clips(audio: Any) -> list[Any]:

@@ -1,35 +1,87 @@
-"""Generation: prompts built on the way, nothing put before them, what the beams share computed once."""
+"""Generation: the audio is encoded and the prompt built first, then transformers' own `generate` runs."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers.generation import GenerateBeamEncoderDecoderOutput, GenerateEncoderDecoderOutput
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.utils import ModelOutput
 
-from .cache_name_recap import CACHE, name_cache, one_cache
-from .decoding_recap import SharedPromptCache, can_share_prompt
-from .fixed_decoding_recap import FixedDecoding
-from .outputs_recap import RecapEncoderOutput, position_ids_of
 from .prefix_recap import PREFIX, check_prefix_generation
-from .readings_recap import (
-    Readings,
-    ReadingsMixture,
-    mix_log_probs,
-    reading_options,
-    soundless_logits,
-)
-from .search_recap import SearchPlan, search
+
+# transformers 5.24 renamed the cache of keys and values; the older name warns since. Asked of the layer, not of the
+# version: a development version counts as one before its release.
+CACHE = "cache" if "cache" in inspect.signature(GPT2LMHeadModel.forward).parameters else "past_key_values"
+
+
+@dataclass
+class RecapEncoderOutput(ModelOutput):
+    """What one pass of the audio tower gives.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_windows * positions, hidden_size)`):
+            CLAP's last hidden state right before the projection (paper, Section 3.1), windows joined along time.
+            Within a window the positions run over the frequency bins first, then time, as CLAP lays them out.
+        attention_mask (`torch.LongTensor` of shape `(batch_size, num_windows * positions)`):
+            1 for the positions of a window that the clip has, 0 for padding.
+        audio_embeds (`torch.FloatTensor` of shape `(batch_size, num_windows, projection_dim)`):
+            L2-normalised query embeddings in float32, one per window; all zero where a clip has no such window.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    attention_mask: torch.LongTensor | None = None
+    audio_embeds: torch.FloatTensor | None = None
+
+    def rows(self, rows: torch.LongTensor) -> RecapEncoderOutput:
+        """The encoding of some clips, which may repeat."""
+        return RecapEncoderOutput(**{name: None if part is None else part[rows] for name, part in self.items()})
+
+
+def position_ids_of(attention_mask: torch.Tensor) -> torch.LongTensor:
+    """Positions of the tokens that a mask leaves, counted from 0; padding gets 0.
+
+    >>> position_ids_of(torch.tensor([[0, 0, 1, 1, 1]]))
+    tensor([[0, 0, 0, 1, 2]])
+    """
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache, under whichever of its two names it was given.
+
+    Raises:
+        `ValueError`: under both, of which one would have to be ignored.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("Give either `cache` or `past_key_values`: two names of one argument, and both are set.")
+    return past_key_values if cache is None else cache
+
+
+class _AfterPrompt(LogitsProcessor):
+    """Lets a processor see the caption's tokens and not the prompt's: a retrieved word is no repetition."""
+
+    def __init__(self, processor: LogitsProcessor, prompt_length: int) -> None:
+        self.processor, self.prompt_length = processor, prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return self.processor(input_ids[:, self.prompt_length :], scores)
 
 
 class RecapGenerationMixin(GenerationMixin):
     """`generate` and `score_captions` of [`RecapForConditionalGeneration`]."""
-
-    # Decode steps in tensors that stay where they are, recorded as CUDA graphs; see `FixedDecoding`.
-    fixed_decoding: FixedDecoding | None = None
 
     @torch.no_grad()
     def generate(
@@ -38,45 +90,27 @@ class RecapGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         processor: Any = None,
-        promptless_weight: float | None = None,
-        soundless_weight: float | None = None,
-        promptless_input_ids: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Captions: `GenerationMixin.generate`, the audio encoded and (with a `processor`) the prompts built first.
+
+        `repetition_penalty` and `no_repeat_ngram_size` count the tokens of the caption, not those of the prompt.
 
         Args:
             inputs or input_features, input_features_mask: see `encode_audio`; or
             encoder_outputs ([`RecapEncoderOutput`]): what `encode_audio` returned. It is not changed.
             processor ([`RecapProcessor`], *optional*): retrieves captions and builds the prompts where no
                 `decoder_input_ids` are given. Its datastore must come from this model's text encoder.
-            promptless_weight, soundless_weight (`float`, *optional*): shares of each next token's probability that
-                come from the same model without retrieved captions, and from the language model alone, which reads
-                them and does not listen; below 1 together, see [`Readings`]. Default: those of the generation
-                configuration, 0 where it has none.
-            promptless_input_ids (`torch.LongTensor` of shape `(length,)`, *optional*): the prompt without captions,
-                for `promptless_weight`; with a `processor` it is built.
-            kwargs: everything else that `generate` takes, a cache as `cache` or `past_key_values`; `retrieved`, which
-                `build_prompts` returns, is accepted and not needed.
+            kwargs: everything else that `generate` takes; `retrieved`, which `build_prompts` returns, is accepted and
+                not needed.
 
         Returns:
             Token ids of shape `(batch_size * num_return_sequences, length)`, the prompt included, or a `ModelOutput`.
 
         Raises:
-            `ValueError`: neither audio nor its encoding, neither prompts nor a processor, a cache under both of its
-                names, weights outside their range, or a `promptless_weight` without its prompt.
+            `ValueError`: neither audio nor its encoding, neither prompts nor a processor.
         """
         kwargs.pop("retrieved", None)
-        name_cache(kwargs)
-        if isinstance(kwargs.get(CACHE), SharedPromptCache):
-            # Used up by the call that has made it; what it holds is computed again.
-            del kwargs[CACHE]
-        given = {"promptless_weight": promptless_weight, "soundless_weight": soundless_weight}
-        given["promptless_input_ids"] = promptless_input_ids
-        config = generation_config or self.generation_config
-        if processor is not None:
-            given = reading_options(processor, given, config)
-        readings = Readings.of(given, config)
         input_features = kwargs.pop("input_features", inputs)
         input_features_mask = kwargs.pop("input_features_mask", None)
         encoder_outputs = kwargs.pop("encoder_outputs", None)
@@ -107,24 +141,10 @@ class RecapGenerationMixin(GenerationMixin):
         if kwargs.get("attention_mask") is None and encoder_outputs.attention_mask is not None:
             # Where transformers looks for it: without one it warns that batches of clips may go wrong.
             kwargs["attention_mask"] = encoder_outputs.attention_mask
-        if kwargs.get("synced_gpus") is None and not _is_distributed():
-            # Said here, transformers does not import FSDP to find out.
-            kwargs["synced_gpus"] = False
         if self.config.conditioning == PREFIX:
             check_prefix_generation(generation_config or self.generation_config, kwargs)
-        if can_share_prompt(self, generation_config or self.generation_config, kwargs):
-            kwargs[CACHE] = SharedPromptCache(len(encoder_outputs.last_hidden_state))
-        if readings:
-            heard = encoder_outputs.last_hidden_state, kwargs.get("attention_mask")
-            prompts = kwargs["decoder_input_ids"], kwargs.get("decoder_attention_mask")
-            mixture = ReadingsMixture(readings, self, *heard, *prompts)
-            kwargs["logits_processor"] = LogitsProcessorList([mixture, *(kwargs.get("logits_processor") or [])])
+        generation_config = _take_penalties(generation_config, self.generation_config, kwargs)
         return super().generate(generation_config=generation_config, encoder_outputs=encoder_outputs, **kwargs)
-
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        # transformers puts a caller's processors last; what the others forbid must stay forbidden.
-        processors = super()._get_logits_processor(*args, **kwargs)
-        return LogitsProcessorList(sorted(processors, key=lambda one: not isinstance(one, ReadingsMixture)))
 
     def _prepare_decoder_input_ids_for_generation(
         self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -137,217 +157,74 @@ class RecapGenerationMixin(GenerationMixin):
         model_kwargs["decoder_position_ids"] = position_ids_of(model_kwargs["decoder_attention_mask"])
         return input_ids, model_kwargs
 
-    def _beam_search(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> Any:
-        """The search that `generate` has chosen: ours where it is a plain one, else transformers'."""
-        found = self._search_plainly(input_ids, *args, **kwargs)
-        if found is None:
-            return super()._beam_search(input_ids, *args, **kwargs)
-        return GenerateBeamEncoderDecoderOutput(**found) if isinstance(found, dict) else found
-
-    def _sample(self, input_ids: torch.LongTensor, *args: Any, **kwargs: Any) -> Any:
-        """Greedy search and sampling; the same."""
-        found = self._search_plainly(input_ids, *args, **kwargs)
-        if found is None:
-            return super()._sample(input_ids, *args, **kwargs)
-        return GenerateEncoderDecoderOutput(**found) if isinstance(found, dict) else found
-
-    def _search_plainly(
-        self,
-        input_ids: torch.LongTensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> torch.LongTensor | dict[str, Any] | None:
-        cache = model_kwargs.get(CACHE)
-        if not isinstance(cache, SharedPromptCache):
-            return None
-        length = input_ids.shape[1]
-        plan = SearchPlan.of(generation_config, length, logits_processor, stopping_criteria, synced_gpus, streamer)
-        if plan is None:
-            return None
-        sequences = search(
-            self.decoder,
-            cache,
-            plan,
-            input_ids,
-            model_kwargs["decoder_attention_mask"],
-            model_kwargs["decoder_position_ids"],
-            model_kwargs["encoder_outputs"].last_hidden_state.to(self.decoder.dtype),
-            model_kwargs.get("attention_mask"),
-            self.fixed_decoding,
-        )
-        if not generation_config.return_dict_in_generate:
-            return sequences
-        return {"sequences": sequences, CACHE: cache}
-
-    @torch.no_grad()
-    def generate_with_scores(
-        self, encoder_outputs: RecapEncoderOutput, prompts: Mapping[str, torch.Tensor], **kwargs: Any
-    ) -> tuple[torch.LongTensor, list[float]]:
-        """The best sequence of each clip and its score, without computing the prompts again for it.
-
-        Args:
-            encoder_outputs ([`RecapEncoderOutput`]): what `encode_audio` returned.
-            prompts (`Mapping`): `decoder_input_ids` and `decoder_attention_mask` from `build_prompts`.
-            kwargs: generation parameters.
-
-        Returns:
-            `tuple`: token ids of shape `(batch_size, length)`, and the scores of `score_captions`.
-        """
-        return self.generate_candidates(encoder_outputs, prompts, 1, **kwargs)
-
-    @torch.no_grad()
-    def generate_candidates(
-        self,
-        encoder_outputs: RecapEncoderOutput,
-        prompts: Mapping[str, torch.Tensor],
-        num_candidates: int,
-        **kwargs: Any,
-    ) -> tuple[torch.LongTensor, list[float]]:
-        """So many sequences of each clip, those of a clip together and the best first, and their scores.
-
-        Args:
-            encoder_outputs, prompts, kwargs: see `generate_with_scores`.
-            num_candidates (`int`): of the sequences that `generate` returns for a clip, so many from the first.
-
-        Returns:
-            `tuple`: token ids of shape `(batch_size * num_candidates, length)`, and the scores of `score_captions`.
-        """
-        if kwargs.get("generation_config") is None:
-            # Beside a whole configuration single parameters are deprecated; the cache is then not to be had.
-            kwargs["return_dict_in_generate"] = True
-        generated = self.generate(encoder_outputs=encoder_outputs, **prompts, **kwargs)
-        sequences = getattr(generated, "sequences", generated)
-        num_clips = len(encoder_outputs.last_hidden_state)
-        rows = torch.arange(len(sequences), device=sequences.device).view(num_clips, -1)[:, :num_candidates].flatten()
-        sequences = sequences[rows]
-        cache = getattr(generated, CACHE, None)
-        if isinstance(cache, SharedPromptCache) and cache.sequence_log_probs is not None:
-            return sequences, cache.sequence_log_probs[rows].exp().tolist()
-        if num_candidates > 1:
-            encoder_outputs = _repeat(encoder_outputs, num_candidates)
-            prompts, cache = _repeat(prompts, num_candidates), None
-        readings = Readings.of(kwargs, kwargs.get("generation_config") or self.generation_config)
-        return sequences, self.score_captions(encoder_outputs, sequences, prompts, cache, **vars(readings))
-
     @torch.no_grad()
     def score_captions(
         self,
         encoder_outputs: RecapEncoderOutput,
         sequences: torch.LongTensor,
         prompts: Mapping[str, torch.Tensor],
-        cache: Any = None,
-        promptless_weight: float | None = None,
-        soundless_weight: float | None = None,
-        promptless_input_ids: Any = None,
-        past_key_values: Any = None,
     ) -> list[float]:
         """The exponential of the mean log-probability of each caption's tokens, its end token included.
 
         Args:
-            encoder_outputs ([`RecapEncoderOutput`]): one entry per sequence.
-            sequences (`torch.LongTensor` of shape `(batch_size, length)`): what `generate` returned.
-            prompts (`Mapping`): the `decoder_input_ids` and `decoder_attention_mask` that it was given.
-            cache or past_key_values (*optional*): the cache that this `generate` returned, under either name. A
-                [`SharedPromptCache`] has the prompts in it already; it is used up. With any other, or none, they are
-                computed again.
-            promptless_weight, soundless_weight, promptless_input_ids (*optional*): as for `generate`.
+            encoder_outputs ([`RecapEncoderOutput`]): of each clip.
+            sequences (`torch.LongTensor` of shape `(num_sequences, length)`): what `generate` returned, prompts
+                included; the same number for each clip, those of a clip together.
+            prompts (`Mapping`): the `decoder_input_ids` and `decoder_attention_mask` of each clip.
 
         Returns:
             `list[float]`: probabilities between 0 and 1, comparable between captions of different lengths; 0.0 for
             a caption without a token.
         """
-        given = {"promptless_weight": promptless_weight, "soundless_weight": soundless_weight}
-        given["promptless_input_ids"] = promptless_input_ids
-        readings = Readings.of(given, self.generation_config)
-        cache = one_cache(cache, past_key_values)
+        num_clips = len(prompts["decoder_input_ids"])
+        rows = torch.arange(num_clips, device=sequences.device).repeat_interleave(len(sequences) // num_clips)
         start = prompts["decoder_input_ids"].shape[1]
-        mask = prompts["decoder_attention_mask"].to(sequences.device)
+        mask = prompts["decoder_attention_mask"].to(sequences.device)[rows]
         targets = sequences[:, start:]
-        eos = self.config.eos_token_id
-        ended = (targets == eos).int().cumsum(dim=1) - (targets == eos).int()
-        counted = ended == 0
-        full_mask = torch.cat([mask, counted.to(mask.dtype)], dim=1)
-        if isinstance(cache, SharedPromptCache) and cache.num_clips == len(sequences):
-            logits = self._continue_prompts(encoder_outputs, targets[:, :-1], full_mask[:, :-1], cache)
-        else:
-            logits = self._target_logits(encoder_outputs, sequences, full_mask, targets.shape[1])
-        if readings:
-            logits = self._mixed(logits, readings, encoder_outputs, sequences, full_mask, start)
-        log_probs = logits.float().log_softmax(dim=-1)
-        token_log_probs = log_probs.gather(2, targets.unsqueeze(2)).squeeze(2) * counted
-        totals, counts = token_log_probs.sum(dim=1), counted.sum(dim=1)
-        return [(total / count).exp().item() if count else 0.0 for total, count in zip(totals, counts, strict=True)]
-
-    def _mixed(
-        self,
-        logits: torch.Tensor,
-        readings: Readings,
-        encoder_outputs: RecapEncoderOutput,
-        sequences: torch.LongTensor,
-        mask: torch.Tensor,
-        start: int,
-    ) -> torch.Tensor:
-        """The logits of `sequences` from token `start` on -> log-probabilities of the readings' mixture."""
-        targets, counted, others = sequences[:, start:], mask[:, start:], []
-        if readings.promptless_weight:
-            ids = torch.as_tensor(readings.promptless_input_ids, device=sequences.device).expand(len(sequences), -1)
-            seen = torch.cat([torch.ones_like(ids), counted.to(ids.dtype)], dim=1)
-            ids = torch.cat([ids, targets], dim=1)
-            heard = self._target_logits(encoder_outputs, ids, seen, targets.shape[1])
-            others.append((readings.promptless_weight, heard))
-        if readings.soundless_weight:
-            read = soundless_logits(self.decoder, sequences, mask, targets.shape[1] + 1)[:, :-1]
-            others.append((readings.soundless_weight, read))
-        return mix_log_probs(logits, others)
-
-    def _target_logits(
-        self, encoder_outputs: RecapEncoderOutput, ids: torch.LongTensor, mask: torch.Tensor, num_targets: int
-    ) -> torch.Tensor:
-        """Logits of the last `num_targets` of `ids`, `(batch_size, num_targets, vocab_size)`."""
-        return self(
-            encoder_outputs=encoder_outputs,
-            decoder_input_ids=ids,
-            decoder_attention_mask=mask,
+        if not targets.shape[1]:
+            return [0.0] * len(sequences)
+        ends = (targets == self.config.eos_token_id).int()
+        counted = ends.cumsum(dim=1) - ends == 0
+        logits = self(
+            encoder_outputs=encoder_outputs.rows(rows),
+            decoder_input_ids=sequences,
+            decoder_attention_mask=torch.cat([mask, counted.to(mask.dtype)], dim=1),
             use_cache=False,
-            logits_to_keep=num_targets + 1,
+            logits_to_keep=targets.shape[1] + 1,
         ).logits[:, :-1]
-
-    def _continue_prompts(
-        self,
-        encoder_outputs: RecapEncoderOutput,
-        tokens: torch.LongTensor,
-        mask: torch.Tensor,
-        cache: SharedPromptCache,
-    ) -> torch.Tensor:
-        """Logits after the prompt and after each of `tokens`, `(batch_size, tokens + 1, vocab_size)`."""
-        if not tokens.shape[1]:
-            return cache.prompt_logits
-        continued = self(
-            encoder_outputs=encoder_outputs,
-            decoder_input_ids=tokens,
-            decoder_attention_mask=mask,
-            cache=cache.prompt_cache(),
-            use_cache=True,
-        )
-        return torch.cat([cache.prompt_logits, continued.logits], dim=1)
+        log_probs = logits.float().log_softmax(dim=-1)
+        totals = (log_probs.gather(2, targets.unsqueeze(2)).squeeze(2) * counted).sum(dim=1)
+        return (totals / counted.sum(dim=1)).exp().tolist()
 
 
-def _repeat(rows: Mapping[str, Any], times: int) -> Any:
-    """Each row of every tensor so many times, one after the other."""
-    repeated = {
-        name: None if value is None else value.repeat_interleave(times, dim=0)
-        for name, value in rows.items()
-        if value is None or isinstance(value, torch.Tensor)
-    }
-    return RecapEncoderOutput(**repeated) if isinstance(rows, RecapEncoderOutput) else repeated
+def _take_penalties(
+    given: GenerationConfig | None, default: GenerationConfig, kwargs: dict[str, Any]
+) -> GenerationConfig | None:
+    """Replaces the penalties on repetition of one call by processors that leave the prompt out, in `kwargs`.
+
+    Returns the configuration to generate with: `given`, copied where it has such a penalty.
+    """
+    config = given or default
+    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    values = {name: kwargs.pop(name, None) for name in neutral}
+    values = {name: getattr(config, name, None) if value is None else value for name, value in values.items()}
+    if not any(values[name] not in (None, value) for name, value in neutral.items()):
+        return given
+    if given is None:
+        # What is left out, `generate` would fill in from the model's own configuration.
+        kwargs |= neutral
+    else:
+        given = copy.deepcopy(given)
+        given.update(**neutral)
+    processors: list[LogitsProcessor] = []
+    if values["repetition_penalty"] not in (None, 1.0):
+        processors.append(RepetitionPenaltyLogitsProcessor(values["repetition_penalty"]))
+    if values["no_repeat_ngram_size"]:
+        processors.append(NoRepeatNGramLogitsProcessor(values["no_repeat_ngram_size"]))
+    length = kwargs["decoder_input_ids"].shape[1]
+    others = kwargs.get("logits_processor") or []
+    kwargs["logits_processor"] = LogitsProcessorList([*(_AfterPrompt(one, length) for one in processors), *others])
+    return given
 
 
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-__all__ = ["RecapGenerationMixin"]
+__all__ = ["CACHE", "RecapEncoderOutput", "RecapGenerationMixin", "one_cache", "position_ids_of"]

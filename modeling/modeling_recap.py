@@ -8,32 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import ClapModel, GenerationConfig, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, GPT2LMHeadModel, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
-from .audio_position_recap import SINUSOIDAL, sinusoidal_positions
-from .cache_name_recap import CACHE, one_cache
-from .configuration_recap import RecapConfig
-from .decoding_recap import SharedPromptCache, decode_with_shared_prompt
+from .configuration_recap import RecapConfig, copy_remote_code
+from .encoder_recap import encoder_class
 from .explanation_recap import RecapExplanationMixin
-from .generation_recap import RecapGenerationMixin
-from .hub_recap import WEIGHT_FILES, HubPushMixin, loading_errors, take_push_options
-from .outputs_recap import RecapEncoderOutput, position_ids_of
+from .generation_recap import CACHE, RecapEncoderOutput, RecapGenerationMixin, one_cache, position_ids_of
 from .prefix_recap import PREFIX, PrefixMapper
-from .travelling_recap import copy_travelling_files
-
-# CLAP's text branch was trained on at most this many tokens (LAION-AI/CLAP, training/data.py).
-MAX_CLAP_TEXT_TOKENS = 77
-# Neutral sentences whose embeddings tell one text encoder from another; see `embed_fingerprint`.
-FINGERPRINT_TEXTS = (
-    "a dog barks in the distance",
-    "rain falls on a metal roof",
-    "a violin plays a slow melody",
-    "an engine idles and then revs",
-)
 
 
 class RecapCrossAttention(GPT2Attention):
@@ -57,13 +42,12 @@ class RecapCrossAttention(GPT2Attention):
         self.c_proj = Conv1D(decoder.n_embd, width)
 
 
-class RecapPreTrainedModel(HubPushMixin, PreTrainedModel):
+class RecapPreTrainedModel(PreTrainedModel):
     """Loading, saving and placement of [`RecapForConditionalGeneration`]."""
 
-    hub_name = "RECAP model"
-    hub_files = (*WEIGHT_FILES, "*_recap.py")
     config_class = RecapConfig
     base_model_prefix = "recap"
+    cross_attention_class = RecapCrossAttention
     main_input_name = "input_features"
     input_modalities = ("audio",)
     supports_gradient_checkpointing = True
@@ -99,7 +83,7 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
     def __init__(self, config: RecapConfig) -> None:
         config.clap._attn_implementation = "eager"
         super().__init__(config)
-        self.clap = ClapModel(config.clap)
+        self.clap = encoder_class(config.clap)(config.clap)
         self.decoder = GPT2LMHeadModel(config.decoder)
         # The parts share the composite's configuration objects, so that they cannot drift apart.
         self.clap.config, self.decoder.config = config.clap, config.decoder
@@ -127,7 +111,7 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
     @classmethod
     def from_clap_gpt2_pretrained(
         cls,
-        clap: str | os.PathLike | ClapModel,
+        clap: str | os.PathLike | nn.Module,
         decoder: str | os.PathLike | GPT2LMHeadModel,
         *,
         clap_kwargs: dict[str, Any] | None = None,
@@ -144,8 +128,8 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
         Raises:
             `ValueError`: if the decoder's weights are not those of a GPT-2 language model; the keys are listed.
         """
-        if not isinstance(clap, ClapModel):
-            clap = ClapModel.from_pretrained(clap, **(clap_kwargs or {}))
+        if not isinstance(clap, nn.Module):
+            clap = AutoModel.from_pretrained(clap, **(clap_kwargs or {}))
         if not isinstance(decoder, GPT2LMHeadModel):
             decoder = GPT2LMHeadModel.from_pretrained(decoder, **(decoder_kwargs or {}))
         # Where the parts came from is as often a path of this machine as a Hub id: it stays out of what is saved.
@@ -245,9 +229,6 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
     ) -> RecapEncoderOutput:
         """One pass of the audio tower: the states for the cross-attention and the queries for the retrieval.
 
-        Fused CLAP checkpoints see each window as a short clip, which is their path without fusion: the result depends
-        on nothing but the window. (The stock extractor declares a random clip of a batch to be a long one.)
-
         Args:
             input_features (`torch.Tensor` of shape `(batch_size, num_windows, num_frames, num_mel_bins)`):
                 Log-mel spectrograms in dB from [`RecapFeatureExtractor`].
@@ -273,12 +254,11 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
         else:
             mask = input_features_mask.to(device=parameter.device).bool()
         windows = input_features[mask].unsqueeze(1).to(parameter.dtype)
-        states, embeds = [], []
-        for chunk in windows.split(window_batch_size):
-            state, embed = self._encode_windows(chunk)
-            states.append(state)
-            embeds.append(embed)
-        state, embed = torch.cat(states), torch.cat(embeds)
+        encoded = [
+            self.clap.encode_windows(chunk, self.config.audio_position_embedding)
+            for chunk in windows.split(window_batch_size)
+        ]
+        state, embed = (torch.cat(parts) for parts in zip(*encoded, strict=True))
         positions = state.shape[1]
         hidden = state.new_zeros(batch_size, num_windows, positions, state.shape[-1])
         hidden[mask] = state
@@ -290,70 +270,23 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
             audio_embeds=audio_embeds,
         )
 
-    def _encode_windows(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, 1, frames, mels) -> hidden states (N, n, d) and normalised embeddings (N, P)."""
-        is_longer = None
-        if self.config.clap.audio_config.enable_fusion:
-            # Four equal mels and "not longer": what the stock extractor makes of a clip of one window.
-            windows = windows.expand(-1, 4, -1, -1)
-            is_longer = torch.zeros(windows.shape[0], 1, dtype=torch.bool, device=windows.device)
-        output = self.clap.audio_model(input_features=windows, is_longer=is_longer)
-        embeds = self.clap.audio_projection(output.pooler_output).float()
-        states = output.last_hidden_state
-        if self.config.audio_position_embedding == SINUSOIDAL:
-            places = sinusoidal_positions(states.shape[-1], states.shape[1]).T[:, None]
-            states = states + places.to(states)
-        # (N, d, frequency, time) -> (N, n, d)
-        states = states.flatten(2).transpose(1, 2)
-        return states, nn.functional.normalize(embeds, dim=-1)
-
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """CLAP's text embeddings, L2-normalised, float32, of shape `(batch_size, projection_dim)`."""
-        pooled = self.clap.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-        return nn.functional.normalize(self.clap.text_projection(pooled).float(), dim=-1)
+        return self.clap.encode_text(input_ids, attention_mask)
 
-    @torch.no_grad()
     def embed_captions(self, captions: list[str], processor: Any, batch_size: int = 64) -> np.ndarray:
-        """Embeds captions for a datastore.
+        """CLAP text embeddings of `captions`, float32 of shape `(len(captions), projection_dim)`, rows of unit length.
 
         Args:
-            captions (`list[str]`): the texts, embedded verbatim.
+            captions (`list[str]`): embedded verbatim.
             processor ([`RecapProcessor`]): its `clap_tokenizer` is used.
-            batch_size (`int`, *optional*, defaults to 64): captions per forward pass, grouped by length.
-
-        Returns:
-            `np.ndarray` of shape `(len(captions), projection_dim)`, float32, rows of unit length.
+            batch_size (`int`, *optional*, defaults to 64): captions in a forward pass.
         """
-        text_config = self.config.clap.text_config
-        max_length = min(MAX_CLAP_TEXT_TOKENS, text_config.max_position_embeddings - 2)
-        embeddings = np.empty((len(captions), self.config.clap.projection_dim), dtype=np.float32)
-        # Long and short texts apart: padding is wasted work.
-        order = sorted(range(len(captions)), key=lambda row: len(captions[row]))
-        device = next(self.clap.text_model.parameters()).device
-        was_training = self.training
-        self.eval()
-        try:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                tokens = processor.clap_tokenizer(
-                    [captions[row] for row in rows],
-                    padding=True,
-                    truncation=True,
-                    max_length=max_length,
-                    return_tensors="pt",
-                ).to(device)
-                embeddings[rows] = self.encode_text(tokens.input_ids, tokens.attention_mask).cpu().numpy()
-        finally:
-            self.train(was_training)
-        return embeddings
+        return self.clap.embed_captions(captions, processor.clap_tokenizer, batch_size)
 
     def embed_fingerprint(self, processor: Any) -> np.ndarray:
-        """Embeddings of a few fixed texts, of shape `(4, projection_dim)`: they tell text encoders apart.
-
-        Cosines between two fingerprints stay near 1 over dtypes, devices and any training of the decoder, and fall
-        far below for another encoder; see `CaptionDatastore.check_encoder`.
-        """
-        return self.embed_captions(list(FINGERPRINT_TEXTS), processor)
+        """What tells the text encoder from others, of shape `(4, projection_dim)`; see the encoder's `fingerprint`."""
+        return self.clap.fingerprint(processor.clap_tokenizer)
 
     # -------------------------------------------------------------- forward
 
@@ -415,17 +348,6 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
             length = (decoder_inputs_embeds if decoder_input_ids is None else decoder_input_ids).shape[1]
             decoder_position_ids = position_ids_of(decoder_attention_mask)[:, -length:]
         cache = one_cache(cache, past_key_values)
-        if isinstance(cache, SharedPromptCache):
-            logits = decode_with_shared_prompt(
-                self.decoder,
-                cache,
-                decoder_input_ids,
-                decoder_attention_mask,
-                decoder_position_ids,
-                encoder_outputs.last_hidden_state.to(self.decoder.dtype),
-                attention_mask,
-            )
-            return Seq2SeqLMOutput(logits=logits, **{CACHE: cache})
         for name in ("output_attentions", "output_hidden_states", "return_dict"):
             if kwargs.get(name) is None:
                 kwargs.pop(name, None)
@@ -468,30 +390,11 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, 
         )
         return result if return_dict else result.to_tuple()
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
-    ) -> RecapForConditionalGeneration:
-        """As in transformers; what goes wrong with the Hub is said with repository, revision and remedy."""
-        with loading_errors("the model", pretrained_model_name_or_path, kwargs.get("revision")):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """As in transformers; the code travels along, so that `trust_remote_code=True` can load the folder."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the code is saved, too, so that `trust_remote_code=True` can load the folder."""
         os.makedirs(save_directory, exist_ok=True)
-        copy_travelling_files(save_directory)
-        options = take_push_options(kwargs)
-        if "max_shard_size" in kwargs:
-            options["max_shard_size"] = kwargs["max_shard_size"]
+        copy_remote_code(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
-        if push_to_hub:
-            self.push_saved(save_directory, options)
-
-    def save_for_hub(self, folder: str, max_shard_size: int | str) -> None:
-        """Saves the model as it is to be pushed."""
-        self.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
-__all__ = ["FINGERPRINT_TEXTS", "RecapForConditionalGeneration"]
+__all__ = ["RecapForConditionalGeneration"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,21 +10,22 @@ from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import cached_file
 
-from .configuration_recap import RecapConfig
-from .datastore_choice_recap import check_choice
+from .configuration_recap import AUTO_MAP, RecapConfig, copy_remote_code
+from .encoder_recap import encoder_class
 from .feature_extraction_recap import RecapFeatureExtractor
-from .hub_recap import DATASTORE_FOLDER, HubPushMixin, loading_errors, take_push_options
+from .options_recap import CaptionOptions
 from .prompt_recap import PAPER_PROMPT, PromptTemplate
-from .retrieval_recap import CaptionDatastore
-from .travelling_recap import AUTO_MAP, complete_tokenizer_folder, copy_travelling_files
+from .retrieval_recap import MANIFEST_NAME, CaptionDatastore
 
+DATASTORE_FOLDER = "datastore"
 # GPT-2 has 1,024 positions, a caption at most 60 tokens (official code) and its end token.
 DEFAULT_MAX_PROMPT_TOKENS = 1024 - 61
 DEFAULT_MAX_CAPTION_TOKENS = 60
 
 
-class RecapProcessor(HubPushMixin, ProcessorMixin):
+class RecapProcessor(ProcessorMixin):
     r"""
     Everything between a recording and the model, and between the model and a caption.
 
@@ -31,14 +33,13 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         feature_extractor ([`RecapFeatureExtractor`]): CLAP's log-mel features.
         tokenizer (`PreTrainedTokenizerBase`): the decoder's. Without a padding token it pads with its end token.
         clap_tokenizer (`PreTrainedTokenizerBase`): the CLAP text tower's, which embeds the datastore's captions.
-        num_retrieved_captions (`int`, *optional*, defaults to 4): k of the prompt.
+        num_retrieved_captions (`int`, *optional*, defaults to 4): k, the number of captions in the prompt (Section 4).
         prompt_template, caption_separator, prompt_without_captions, target_prefix (`str`, *optional*):
             See [`PromptTemplate`]; they default to the paper's words (Section 3.1).
         max_prompt_tokens (`int`, *optional*, defaults to 963):
             Longest prompt. A longer one drops its farthest captions.
-        retrieval_diversity (`float`, *optional*, defaults to 0), retrieval_score_drop (`float`, *optional*):
-            Captions that differ from each other, and none that scores much less than the best: `diversity` and
-            `score_drop` of [`CaptionDatastore.search`]. Off by default; may be set later, and are saved.
+        retrieval_diversity (`float`, *optional*, defaults to 0), retrieval_score_threshold (`float`, *optional*):
+            `diversity` and `score_threshold` of [`CaptionDatastore.search`]. Off by default.
         datastore ([`CaptionDatastore`], *optional*): may be set later: `processor.datastore = store`.
 
     Example:
@@ -49,9 +50,6 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         >>> processor.batch_decode(ids, skip_special_tokens=True)
         ['a dog barks twice']
     """
-
-    hub_name = "RECAP processor"
-    hub_files = (f"{DATASTORE_FOLDER}/*", "*_recap.py")
 
     def __init__(
         self,
@@ -65,15 +63,19 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         target_prefix: str = PAPER_PROMPT.target_prefix,
         max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
         retrieval_diversity: float = 0.0,
-        retrieval_score_drop: float | None = None,
+        retrieval_score_threshold: float | None = None,
         **kwargs: Any,
     ) -> None:
         # Not a named argument: transformers would take it for a part of the processor and write it as JSON.
         datastore = kwargs.pop("datastore", None)
-        self._datastore: CaptionDatastore | None = None
-        self._own_datastore: CaptionDatastore | None = None
-        self._checked: tuple[int, int] | None = None
+        if kwargs.pop("retrieval_score_drop", None) is not None:
+            raise ValueError(
+                "`retrieval_score_drop` is gone: set `retrieval_score_threshold`, the lowest cosine of a caption that "
+                "is retrieved."
+            )
         if tokenizer.pad_token_id is None:
+            # In a copy: the caller's tokenizer stays as it is.
+            tokenizer = copy.deepcopy(tokenizer)
             tokenizer.pad_token = tokenizer.eos_token
         self.num_retrieved_captions = num_retrieved_captions
         self.prompt_template = prompt_template
@@ -82,10 +84,10 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         self.target_prefix = target_prefix
         self.max_prompt_tokens = max_prompt_tokens
         self.retrieval_diversity = retrieval_diversity
-        self.retrieval_score_drop = retrieval_score_drop
-        super().__init__(feature_extractor, tokenizer, clap_tokenizer)
+        self.retrieval_score_threshold = retrieval_score_threshold
+        super().__init__(feature_extractor, tokenizer, clap_tokenizer, **kwargs)
         self.prompt  # noqa: B018 (the template checks itself)
-        check_choice(retrieval_diversity, retrieval_score_drop, "retrieval_")
+        self.retrieval_options  # noqa: B018 (and so do the options)
         self.datastore = datastore
 
     @classmethod
@@ -96,39 +98,41 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         clap_tokenizer: Any,
         datastore: CaptionDatastore | None = None,
         feature_extractor: RecapFeatureExtractor | None = None,
+        **settings: Any,
     ) -> RecapProcessor:
-        """The processor that belongs to a model of `config`: its prompt, its k, its windows, its position limit.
+        """The processor that belongs to a model of `config`: its windows and its position limit.
 
         The configuration of a CLAP does not say which frequencies its mel covers: for a published one pass
         `feature_extractor=RecapFeatureExtractor.from_clap_pretrained(clap)`. Default: `ClapFeatureExtractor`'s
         settings, 0 to 14 kHz.
+
+        Args:
+            config ([`RecapConfig`]), tokenizer, clap_tokenizer, datastore, feature_extractor: the parts.
+            settings: `num_retrieved_captions`, `prompt_template` and the other settings of this class.
         """
         if feature_extractor is None:
             length = config.window_length_s
             feature_extractor = RecapFeatureExtractor(
-                truncation="fusion" if config.clap.audio_config.enable_fusion else "rand_trunc",
-                feature_size=config.clap.audio_config.num_mel_bins,
+                **encoder_class(config.clap).feature_settings(config.clap),
                 max_length_s=int(length) if length % 1 == 0 else length,
             )
-        return cls(
-            feature_extractor,
-            tokenizer,
-            clap_tokenizer,
-            num_retrieved_captions=config.num_retrieved_captions,
-            retrieval_diversity=config.retrieval_diversity,
-            retrieval_score_drop=config.retrieval_score_drop,
-            prompt_template=config.prompt_template,
-            caption_separator=config.caption_separator,
-            prompt_without_captions=config.prompt_without_captions,
-            target_prefix=config.target_prefix,
-            max_prompt_tokens=config.decoder.n_positions - config.prefix_places - DEFAULT_MAX_CAPTION_TOKENS - 1,
-            datastore=datastore,
-        )
+        longest = config.decoder.n_positions - config.prefix_places - DEFAULT_MAX_CAPTION_TOKENS - 1
+        settings = {"max_prompt_tokens": longest, **settings}
+        return cls(feature_extractor, tokenizer, clap_tokenizer, datastore=datastore, **settings)
 
     @property
     def prompt(self) -> PromptTemplate:
         """The words around the retrieved captions."""
         return PromptTemplate.of(self)
+
+    @property
+    def retrieval_options(self) -> CaptionOptions:
+        """The retrieval that the checkpoint chooses: k, diversity, score threshold."""
+        return CaptionOptions(
+            k=self.num_retrieved_captions,
+            retrieval_diversity=self.retrieval_diversity,
+            retrieval_score_threshold=self.retrieval_score_threshold,
+        )
 
     @property
     def datastore(self) -> CaptionDatastore | None:
@@ -137,20 +141,12 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
 
     @datastore.setter
     def datastore(self, datastore: CaptionDatastore | None) -> None:
-        # By name: the class exists once more where the code has travelled with a checkpoint.
-        names = {each.__name__ for each in type(datastore).__mro__}
-        if datastore is not None and CaptionDatastore.__name__ not in names:
+        if datastore is not None and not (hasattr(datastore, "search") and hasattr(datastore, "check_encoder")):
             raise TypeError(
                 f"`datastore` must be a CaptionDatastore, got {type(datastore).__name__}. Build one with "
                 "CaptionDatastore.from_captions or load one with CaptionDatastore.from_pretrained."
             )
         self._datastore = datastore
-        self._checked = None
-
-    @property
-    def has_own_datastore(self) -> bool:
-        """Whether the captions are those that came with the checkpoint, and not others in their place."""
-        return self._datastore is not None and self._datastore is self._own_datastore
 
     # -------------------------------------------------------------- audio in
 
@@ -194,13 +190,29 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
         k: int | None = None,
         exclude_clip_ids: Sequence[Any] | None = None,
         exclude_texts: Sequence[Sequence[str]] | None = None,
+        datastore: CaptionDatastore | None = None,
+        options: CaptionOptions | None = None,
     ) -> list[list[dict[str, Any]]]:
-        """The captions nearest to each clip; see [`CaptionDatastore.search`]. Without a datastore there are none."""
-        k = self.num_retrieved_captions if k is None else k
-        if self.datastore is None:
+        """The captions nearest to each clip; see [`CaptionDatastore.search`].
+
+        Args:
+            audio_embeds (array or tensor of shape `(batch_size, num_windows, dimension)`): from `encode_audio`.
+            k (`int`, *optional*): captions for each clip; default: that of `options`.
+            exclude_clip_ids, exclude_texts (*optional*): captions to leave out.
+            datastore (*optional*): searched instead of the processor's. Without either there are no captions.
+            options ([`CaptionOptions`], *optional*): what they do not set is the processor's choice.
+        """
+        datastore = self.datastore if datastore is None else datastore
+        if datastore is None:
             return [[] for _ in range(len(audio_embeds))]
-        return self.datastore.search(
-            audio_embeds, k, exclude_clip_ids, exclude_texts, self.retrieval_diversity, self.retrieval_score_drop
+        chosen = self.retrieval_options.merged_with(options or CaptionOptions())
+        return datastore.search(
+            audio_embeds,
+            chosen.k if k is None else k,
+            exclude_clip_ids,
+            exclude_texts,
+            chosen.retrieval_diversity,
+            chosen.retrieval_score_threshold,
         )
 
     def build_prompts(
@@ -238,7 +250,7 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
             {
                 "decoder_input_ids": ids,
                 "decoder_attention_mask": mask,
-                "retrieved": [list(hits)[:count] for hits, (_, count) in zip(retrieved, prompts, strict=True)],
+                "retrieved": [[hits[row] for row in rows] for hits, (_, rows) in zip(retrieved, prompts, strict=True)],
             }
         )
 
@@ -288,17 +300,33 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
             slices.append(slice(own[0], own[-1] + 1) if own else slice(0, 0))
         return slices
 
-    def _fit_prompt(self, hits: Sequence[dict[str, Any] | str]) -> tuple[list[int], int]:
-        """Token ids of the prompt and how many captions it has: the farthest go until it fits."""
+    def _fit_prompt(self, hits: Sequence[dict[str, Any] | str]) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt, and which captions it has: as many of the nearest ones as fit, without those that
+        no prompt has room for."""
         captions = [hit if isinstance(hit, str) else hit["caption"] for hit in hits]
-        for count in range(len(captions), -1, -1):
-            tokens = self._encode(self.prompt.build(captions[:count]))
-            if len(tokens) <= self.max_prompt_tokens:
-                return tokens, count
-        raise ValueError(
-            f"A prompt without captions has {len(tokens)} tokens, more than "
-            f"`max_prompt_tokens`={self.max_prompt_tokens}."
-        )
+        tokens = self._encode(self.prompt.build(captions))
+        if len(tokens) <= self.max_prompt_tokens:
+            return tokens, list(range(len(captions)))
+        empty = self._encode(self.prompt.build([]))
+        if len(empty) > self.max_prompt_tokens:
+            raise ValueError(
+                f"A prompt without captions has {len(empty)} tokens, more than "
+                f"`max_prompt_tokens`={self.max_prompt_tokens}."
+            )
+        # A caption has at least one token: of thousands only the first can fit.
+        rows = [
+            row
+            for row, caption in enumerate(captions[: self.max_prompt_tokens])
+            if len(self._encode(self.prompt.build([caption]))) <= self.max_prompt_tokens
+        ]
+        # Every further caption makes the prompt longer: bisect.
+        fits, too_many = 0, len(rows) + 1
+        while too_many - fits > 1:
+            count = (fits + too_many) // 2
+            longer = self._encode(self.prompt.build([captions[row] for row in rows[:count]]))
+            fits, too_many = (count, too_many) if len(longer) <= self.max_prompt_tokens else (fits, count)
+        rows = rows[:fits]
+        return self._encode(self.prompt.build([captions[row] for row in rows])), rows
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -336,9 +364,6 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
             `ValueError`: if the tokenizer knows more tokens than the decoder, the prompt leaves no room for a
                 caption, the windows differ, or the datastore comes from another encoder.
         """
-        checked = (id(model), id(self._datastore))
-        if checked == self._checked:
-            return
         config = model.config
         if len(self.tokenizer) > config.decoder.vocab_size:
             raise ValueError(
@@ -363,39 +388,40 @@ class RecapProcessor(HubPushMixin, ProcessorMixin):
             )
         if self.datastore is not None:
             self.datastore.check_encoder(model.embed_fingerprint(self))
-        self._checked = checked
 
     def to_dict(self) -> dict[str, Any]:
         # The base class copies every attribute deeply: not the datastore, which may hold gigabytes.
-        stores = {name: self.__dict__.pop(name) for name in ("_datastore", "_own_datastore")}
-        try:
-            output = super().to_dict()
-        finally:
-            self.__dict__.update(stores)
+        twin = copy.copy(self)
+        del twin._datastore
+        output = super(RecapProcessor, twin).to_dict()
         output["auto_map"] = {name: AUTO_MAP[name] for name in ("AutoFeatureExtractor", "AutoProcessor")}
         return output
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """As in transformers; datastore and code travel along, and nothing written names a path of this machine."""
-        os.makedirs(save_directory, exist_ok=True)
-        copy_travelling_files(save_directory)
+        """As in transformers; datastore and code are saved, too, and nothing written names a path of this machine."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        copy_remote_code(folder)
         if self.datastore is not None:
-            self.datastore.save_pretrained(Path(save_directory) / DATASTORE_FOLDER)
-        options = take_push_options(kwargs)
-        saved = super().save_pretrained(save_directory, **kwargs)
-        complete_tokenizer_folder(save_directory)
-        if push_to_hub:
-            self.push_saved(save_directory, options)
-        return saved
+            self.datastore.save_pretrained(folder / DATASTORE_FOLDER)
+        else:
+            # Of a processor that was saved here before: it would be loaded with this one.
+            (folder / DATASTORE_FOLDER / MANIFEST_NAME).unlink(missing_ok=True)
+        # AutoTokenizer asks for a config.json. In an offline cache it takes a missing file for a broken download, and
+        # transformers then loads the decoder's tokenizer instead of CLAP's without an error.
+        config = folder / "clap_tokenizer" / "config.json"
+        if not config.exists():
+            config.parent.mkdir(exist_ok=True)
+            config.write_text("{}\n", encoding="utf-8")
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> RecapProcessor:
-        """As in transformers; `datastore=` replaces the datastore that the checkpoint brings."""
+        """As in transformers; `datastore=` replaces the datastore of the checkpoint."""
         datastore = kwargs.pop("datastore", None)
-        with loading_errors("the processor", pretrained_model_name_or_path, kwargs.get("revision")):
-            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if not datastore:
-            datastore = processor._own_datastore = _find_datastore(pretrained_model_name_or_path, kwargs)
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if datastore is None:
+            datastore = _find_datastore(pretrained_model_name_or_path, kwargs)
         processor.datastore = datastore
         return processor
 
@@ -408,24 +434,14 @@ def _find_datastore(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> 
         if name in kwargs
     }
     subfolder = os.path.join(kwargs.get("subfolder", ""), DATASTORE_FOLDER)
-    if Path(name_or_path).is_dir() and not Path(name_or_path, subfolder).is_dir():
-        return None
-    if Path(name_or_path).is_dir() is False and not _has_datastore(name_or_path, subfolder, hub_kwargs):
+    if Path(name_or_path).is_dir():
+        found = Path(name_or_path, subfolder, MANIFEST_NAME).is_file()
+    else:
+        options = {"subfolder": subfolder, "_raise_exceptions_for_missing_entries": False}
+        found = cached_file(str(name_or_path), MANIFEST_NAME, **options, **hub_kwargs) is not None
+    if not found:
         return None
     return CaptionDatastore.from_pretrained(name_or_path, subfolder=subfolder, repo_type="model", **hub_kwargs)
-
-
-def _has_datastore(name_or_path: str | os.PathLike, subfolder: str, hub_kwargs: dict[str, Any]) -> bool:
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        str(name_or_path),
-        "datastore.json",
-        subfolder=subfolder,
-        _raise_exceptions_for_missing_entries=False,
-        **hub_kwargs,
-    )
-    return found is not None
 
 
 __all__ = ["RecapProcessor"]

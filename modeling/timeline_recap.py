@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from .audio_recap import SILENCE_CAPTION
 from .audio_stream_recap import AudioStream
@@ -56,19 +55,16 @@ def caption_timeline(
     settings: TimelineSettings | None = None,
     summary: TimelineSummary | None = None,
     batch_size: int = DEFAULT_SEGMENT_BATCH,
-    **parameters: Any,
 ) -> Iterator[dict[str, Any]]:
     """Captions a recording of any length, segment by segment, in constant memory.
 
     Args:
-        captioner ([`AudioCaptioningPipeline`]): `AudioCaptioningPipeline(model=..., processor=...)`.
+        captioner ([`Captioner`]): with its options.
         source: all that [`AudioStream`] reads: a path, a URL, bytes, `{"array", "sampling_rate"}`, a waveform at the
             feature extractor's rate, or an [`AudioStream`] itself.
         settings ([`TimelineSettings`], *optional*)
         summary ([`TimelineSummary`], *optional*): is told every segment, and knows the summary at the end.
         batch_size (`int`, *optional*, defaults to 8): segments that are captioned at once.
-        parameters (*optional*): `k`, `generate_kwargs` and the other parameters of the pipeline's forward pass;
-            default: the pipeline's own.
 
     Yields:
         `dict`: `{"start": float, "end": float, "caption": str, "score": float, "retrieved": list[dict]}`, times in
@@ -80,8 +76,7 @@ def caption_timeline(
         As [`AudioStream`]; of a recording that cannot be read to its end, after the segments of what could be read.
 
     Example:
-        >>> from transformers import pipeline
-        >>> for segment in caption_timeline(pipeline("audio-captioning"), "street.flac"):
+        >>> for segment in caption_timeline(Captioner.from_pretrained(), "street.flac"):
         ...     print(f"{segment['start']:.1f} {segment['end']:.1f} {segment['caption']}")
     """
     settings = settings or TimelineSettings()
@@ -89,7 +84,7 @@ def caption_timeline(
     stream = source if isinstance(source, AudioStream) else AudioStream(source, rate)
     if stream.sampling_rate != rate:
         raise ValueError(f"The stream has {stream.sampling_rate} Hz, the feature extractor {rate} Hz.")
-    caption = SegmentCaptioner(captioner, **parameters)
+    caption = SegmentCaptioner(captioner)
     texts = CaptionEmbeddings(captioner)
     reader = _Reader(stream)
     pieces = _pieces(captioner, reader, stream.sampling_rate, settings)
@@ -129,32 +124,24 @@ def _pieces(
     yield from segmenter.finish()
 
 
-@torch.no_grad()
 def _embed_windows(captioner: Any, windows: list[np.ndarray]) -> np.ndarray:
-    extractor = captioner.processor.feature_extractor
-    inputs = extractor(windows, extractor.sampling_rate, return_tensors="pt", device=captioner.device)
-    return captioner.model.encode_audio(**inputs).audio_embeds[:, 0].cpu().numpy()
+    return captioner.encode(windows).audio_embeds[:, 0].cpu().numpy()
 
 
 class SegmentCaptioner:
-    """Captions of waveforms with a pipeline's parameters, and what it says of silence.
+    """Captions of waveforms as dictionaries, and what a captioner returns for silence.
 
     Args:
-        captioner ([`AudioCaptioningPipeline`])
-        parameters (*optional*): of its forward pass; default: its own. Those of timelines are left out.
+        captioner ([`Captioner`])
     """
 
-    def __init__(self, captioner: Any, **parameters: Any) -> None:
+    def __init__(self, captioner: Any) -> None:
         self.captioner = captioner
-        self.parameters = {**captioner._forward_params, **parameters}
-        for name in ("return_timestamps", "timeline", "segment_batch_size"):
-            self.parameters.pop(name, None)
-        # Asked, not written down: a calibrated pipeline's results have one field more.
         (self.silence,) = self([np.zeros(1, np.float32)])
 
     def __call__(self, waveforms: list[np.ndarray]) -> list[dict[str, Any]]:
-        """The pipeline's results, one a waveform."""
-        return self.captioner.forward({"waveform": waveforms}, **self.parameters)["result"]
+        """One result a waveform."""
+        return [result.to_dict() for result in self.captioner.caption(waveforms)]
 
 
 def _captioned(
@@ -219,7 +206,7 @@ class CaptionEmbeddings:
     """CLAP text embeddings of captions, the last few hundred kept.
 
     Args:
-        captioner ([`AudioCaptioningPipeline`]): its model embeds.
+        captioner ([`Captioner`]): its model embeds.
     """
 
     def __init__(self, captioner: Any) -> None:

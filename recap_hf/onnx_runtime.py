@@ -122,7 +122,7 @@ class OnnxCaptioner:
         hidden, embeds = self.encode(self.log_mel(waveform))
         k = self._settings["num_retrieved_captions"] if k is None else k
         # Graphs that were exported earlier say nothing of these.
-        chosen = {name: self._settings.get(f"retrieval_{name}") for name in ("diversity", "score_drop")}
+        chosen = {name: self._settings.get(f"retrieval_{name}") for name in ("diversity", "score_threshold")}
         chosen["diversity"] = chosen["diversity"] or 0.0
         hits = self.datastore.search(embeds[None], k, **chosen)[0] if self.datastore is not None else []
         prompt, used = self._fit_prompt(hits)

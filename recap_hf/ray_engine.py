@@ -17,12 +17,12 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recap_hf.captioning import Captioned, recordings_together
-from recap_hf.cli.numbers import positive
+from recap_hf.modeling.captioning_recap import CaptionResult, recordings_together
+from recap_hf.modeling.options_recap import CaptionOptions
+from recap_hf.recordings import reason_of
 
 LOG_NAME = "workers.log"
 _PLAN_NAME = "plan.json"
@@ -138,8 +138,7 @@ class CaptionWorker:
         self.work = work
 
     def __call__(self) -> Callable[[tuple[int, list[str]]], None]:
-        from recap_hf.captioning import caption_files
-        from recap_hf.cli.caption import load_captioner
+        from recap_cli.options import load_captioner
 
         captioner = load_captioner(self.options)
 
@@ -148,8 +147,10 @@ class CaptionWorker:
             target = part_path(self.work, number)
             temporary = target.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
             with open(temporary, "w", encoding="utf-8") as file:
-                for entry in caption_files(captioner, names, self.options.batch_size):
-                    file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+                for name, result in captioner.caption_stream(names, self.options.batch_size):
+                    failed = isinstance(result, Exception)
+                    row = {"error": reason_of(name, result)} if failed else result.to_dict()
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
             os.replace(temporary, target)
 
         return caption
@@ -160,8 +161,10 @@ def part_path(work: Path, number: int) -> Path:
     return work / f"part-{number:06d}.jsonl"
 
 
-def caption_files_with_ray(options: argparse.Namespace, names: Sequence[str], note: Note) -> Iterator[Captioned]:
-    """Captions recordings and yields them in order, as `caption_files` does.
+def caption_files_with_ray(
+    options: argparse.Namespace, names: Sequence[str], note: Note
+) -> Iterator[tuple[str, CaptionResult | Exception]]:
+    """Captions recordings in order, as `Captioner.caption_stream` does.
 
     Args:
         options: of `recap caption`: those of the captioner, `batch_size`, `num_workers`, `ray_address`, `work_dir`
@@ -194,7 +197,8 @@ def caption_files_with_ray(options: argparse.Namespace, names: Sequence[str], no
     for number, part in parts:
         with open(part_path(work, number), encoding="utf-8") as file:
             for name, line in zip(part, file, strict=True):
-                yield Captioned(**{**json.loads(line), "name": name})
+                row = json.loads(line)
+                yield name, ValueError(row["error"]) if "error" in row else CaptionResult(**row)
     shutil.rmtree(work)
 
 
@@ -203,16 +207,12 @@ def _absolute(name: str) -> str:
 
 
 # What the captions depend on.
-_CAPTION_OPTIONS = (
-    *("model", "datastore", "k", "retrieval_diversity", "retrieval_score_drop", "num_beams", "max_new_tokens"),
-    *("rerank", "candidates", "rerank_weight", "promptless_weight", "soundless_weight"),
-    *("do_sample", "batch_size", "dtype"),
-)
+_CAPTION_SETTINGS = ("model", "datastore", *CaptionOptions.names(), "batch_size", "dtype")
 
 
 def _caption_key(options: argparse.Namespace, names: Sequence[str], size: int) -> str:
     state = [(name, *_state(name)) for name in names]
-    settings = json.dumps([{key: getattr(options, key, None) for key in _CAPTION_OPTIONS}, size, state], default=str)
+    settings = json.dumps([{key: getattr(options, key, None) for key in _CAPTION_SETTINGS}, size, state], default=str)
     return hashlib.sha256(settings.encode()).hexdigest()
 
 
@@ -238,17 +238,4 @@ def take_up(work: Path, key: str, note: Note) -> None:
     plan.write_text(json.dumps({"key": key}), encoding="utf-8")
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that a command with `--engine` has for it."""
-    group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="ray: in parts, by processes that may die, on one machine or a cluster (default: %(default)s)",
-    )
-    group.add_argument("--num-workers", type=positive, default=2, help="processes of Ray (default: %(default)s)")
-    group.add_argument("--ray-address", help="of a cluster; auto: this machine's (default: Ray is started here)")
-
-
-__all__ = ["LOG_NAME", "add_engine_arguments", "begun", "caption_files_with_ray", "run_parts", "take_up"]
+__all__ = ["LOG_NAME", "begun", "caption_files_with_ray", "run_parts", "take_up"]

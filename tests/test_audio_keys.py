@@ -10,8 +10,8 @@ import torch
 from conftest import synthetic_clip
 from training_parts import make_captioner, write_clotho
 
+from recap_cli import main
 from recap_hf import CaptionDatastore, RecapForConditionalGeneration, RecapProcessor
-from recap_hf.cli import main
 from recap_hf.datastore import CaptionEmbedder, add_captions, merge_datastores, reembed_datastore, verify_datastore
 from recap_hf.modeling.audio_keys_recap import clip_keys
 from recap_hf.training.arguments import TrainingConfig

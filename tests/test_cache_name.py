@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from recap_hf.modeling.cache_name_recap import CACHE
+from recap_hf.modeling.generation_recap import CACHE
 
 either_name = pytest.mark.parametrize("name", ["cache", "past_key_values"])
 
@@ -16,14 +14,6 @@ either_name = pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @pytest.fixture
 def prompts(encoded):
     return {name: encoded[1][name] for name in ("decoder_input_ids", "decoder_attention_mask")}
-
-
-@pytest.fixture
-def shared(tiny_model, encoded, prompts):
-    """Captions with the cache that has their prompts."""
-    return tiny_model.generate(
-        encoder_outputs=encoded[0], **prompts, num_beams=1, max_new_tokens=6, return_dict_in_generate=True
-    )
 
 
 @either_name
@@ -73,38 +63,7 @@ def test_a_generation_takes_the_cache(tiny_model, encoded, prompts, name, filled
     assert torch.equal(found.sequences, expected)
 
 
-@either_name
-def test_a_generation_leaves_the_used_cache_of_another(tiny_model, encoded, prompts, shared, name):
-    again = tiny_model.generate(
-        encoder_outputs=encoded[0],
-        **prompts,
-        num_beams=1,
-        max_new_tokens=6,
-        return_dict_in_generate=True,
-        **{name: shared[CACHE]},
-    )
-    assert again[CACHE] is not shared[CACHE]
-    assert torch.equal(again.sequences, shared.sequences)
-
-
-@either_name
-def test_scores_go_on_from_the_cache(tiny_model, encoded, prompts, shared, name):
-    again = copy.deepcopy(shared[CACHE])
-    # What no pass over the prompts would give: the scores rest on the cache.
-    again.prompt_logits[:] = 0.0
-    from_scratch = tiny_model.score_captions(encoded[0], shared.sequences, prompts)
-    scores = tiny_model.score_captions(encoded[0], shared.sequences, prompts, **{name: shared[CACHE]})
-    assert scores == pytest.approx(from_scratch, rel=1e-4)
-    others = tiny_model.score_captions(encoded[0], shared.sequences, prompts, **{name: again})
-    assert all(other != pytest.approx(score, rel=1e-4) for other, score in zip(others, scores, strict=True))
-
-
-def test_a_cache_under_both_names_is_refused(tiny_model, encoded, prompts, shared):
-    both = {"cache": shared[CACHE], "past_key_values": shared[CACHE]}
-    for call in (
-        lambda: tiny_model(encoder_outputs=encoded[0], **prompts, **both),
-        lambda: tiny_model.generate(encoder_outputs=encoded[0], **prompts, **both),
-        lambda: tiny_model.score_captions(encoded[0], shared.sequences, prompts, **both),
-    ):
-        with pytest.raises(ValueError, match="either `cache` or `past_key_values`"):
-            call()
+def test_a_cache_under_both_names_is_refused(tiny_model, encoded, prompts):
+    both = {name: EncoderDecoderCache(DynamicCache(), DynamicCache()) for name in ("cache", "past_key_values")}
+    with pytest.raises(ValueError, match="either `cache` or `past_key_values`"):
+        tiny_model(encoder_outputs=encoded[0], **prompts, **both)

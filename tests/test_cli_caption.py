@@ -14,8 +14,8 @@ import soundfile
 from conftest import synthetic_clip
 from test_audio import BROKEN, encode
 
-from recap_hf.captioning import expand_inputs
-from recap_hf.cli import main
+from recap_cli import main
+from recap_hf.recordings import expand_inputs
 
 
 @pytest.fixture
@@ -107,8 +107,13 @@ def test_another_datastore(capsys, recordings, model_folder, tmp_path):
     [
         (["nothing/*.wav"], 2, "no file matches"),
         ([], 2, "the following arguments are required"),
-        (["a.wav", "--num-beams", "0"], 2, "must be at least 1, got 0"),
-        (["a.wav", "--promptless-weight", "1"], 2, "must be at least 0 and below 1, got 1"),
+        (["a.wav", "--num-beams", "0"], 2, "expected an integer of at least 1, got '0'"),
+        (["a.wav", "--k", "-3"], 2, "expected an integer of at least 0, got '-3'"),
+        (["a.wav", "--timeline"], 2, "recap timeline RECORDING"),
+        (["a.wav", "--candidates", "4", "--rerank", "none"], 2, "options of reranking"),
+        ([""], 2, "an empty name"),
+        (["a.wav", "--output", "a.wav"], 2, "it would be overwritten"),
+        (["a.wav", "--output", "a.csv", "--format", "jsonl"], 2, "contradict each other"),
         (["a.wav", "--format", "xml"], 2, "invalid choice: 'xml'"),
         (["a.wav", "--model", "/no/such/folder"], 1, "/no/such/folder"),
     ],

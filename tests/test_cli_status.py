@@ -8,20 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from recap_hf.cli.status import exit_status
+from recap_cli.status import exit_status
 
 PROJECT = Path(__file__).resolve().parents[1]
 BAD_CALLS = {
-    "recap_hf.calibration": ["fit", "--sounds", "/no/such", "--output", "fitted.json"],
     "recap_hf.datastore.benchmark": ["/no/such.txt", "--work", "work"],
     "recap_hf.datastore.diversity": ["--sounds", "/no/such"],
     "recap_hf.evaluation.stand_ins": ["/no/such", "out"],
     "recap_hf.explanation.benchmark": ["--sounds", "/no/such"],
-    "recap_hf.reranking": ["--sounds", "/no/such"],
     "recap_hf.timeline.benchmark": ["--sounds", "/no/such", "--output-dir", "out"],
     "recap_hf.timeline.live_benchmark": ["/no/such.wav"],
-    "recap_hf.tiny.card": ["/no/such", "/no/such.json"],
-    "recap_hf.tiny.lending": ["/no/such/model"],
     "recap_hf.training.clotho_stand_in": ["/no/such", "out"],
 }
 
@@ -32,7 +28,7 @@ def test_every_module_that_runs_is_called_here():
         for path in (PROJECT / "recap_hf").rglob("*.py")
         if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
     }
-    assert runs - {"recap_hf.cli.__main__"} == BAD_CALLS.keys()
+    assert runs - {"recap_cli.__main__"} == BAD_CALLS.keys()
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")

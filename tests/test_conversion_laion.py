@@ -10,7 +10,7 @@ import torch
 from laion_names import BASE, ROBERTA, SMALL, SMALL_ROBERTA, TINY, laion_state_dict
 from transformers import ClapFeatureExtractor, ClapModel
 
-from recap_hf.cli import main
+from recap_cli import main
 from recap_hf.conversion import ConversionError, convert_laion_clap, convert_laion_clap_state_dict
 
 UNUSED_PARTS = ("_extractor.", "tscam_conv", ".head.", "_transform.", ".attn_mask")

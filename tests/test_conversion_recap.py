@@ -9,8 +9,8 @@ import torch
 from conversion_parts import authors_model, save_authors, save_stock, small_clap, small_gpt2, small_tokenizer
 from transformers import ClapFeatureExtractor, ClapModel, GPT2Config, GPT2LMHeadModel
 
+from recap_cli import main
 from recap_hf import RecapConfig, RecapForConditionalGeneration, RecapProcessor
-from recap_hf.cli import main
 from recap_hf.conversion import (
     ConversionError,
     convert_recap_original,

@@ -184,7 +184,7 @@ def test_options_of_the_pipeline_and_the_commands(model_folder, clips, tmp_path,
     import soundfile
 
     import recap_hf  # noqa: F401 (registers the pipeline)
-    from recap_hf.cli import main
+    from recap_cli import main
 
     recording = tmp_path / "clip.wav"
     soundfile.write(recording, clips[0], 48_000)

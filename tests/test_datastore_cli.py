@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from recap_hf.cli import main
+from recap_cli import main
 
 CAPTIONS = ["a dog barks", "rain falls on a roof", "a violin plays", "A dog barks!", "sea waves roll"]
 
@@ -119,7 +119,7 @@ def test_a_merge_replaces_no_datastore(recap, checkpoint):
 
 def test_help_does_not_import_torch():
     code = (
-        "import sys\nfrom recap_hf.cli import main\n"
+        "import sys\nfrom recap_cli import main\n"
         "try:\n    main(['datastore', 'build', '--help'])\n"
         "except SystemExit:\n    assert 'torch' not in sys.modules and 'datasets' not in sys.modules"
     )

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from recap_hf.cli import main
+from recap_cli import main
 
 # Facts of the files, counted when they were gathered (and again below where a loop over the rows can).
 ROWS = {

@@ -16,7 +16,7 @@ import soundfile
 from conftest import synthetic_clip
 from test_audio import BROKEN
 
-from recap_hf.cli import main
+from recap_cli import main
 from recap_hf.demo.settings import DemoSettings, parse_datastore, parse_datastores
 
 NASTY = "<img src=x onerror=\"alert(1)\"> & 'quoted' {{ 7*7 }} ${7*7} </section><script>alert(2)</script>"

@@ -66,7 +66,7 @@ class Server:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         (folder / "domestic.txt").write_text("a kettle boils\na tap drips\na drum is played\n")
-        command = [sys.executable, "-m", "recap_hf.cli", "demo", "--max-seconds", "30", "--max-megabytes", "4"]
+        command = [sys.executable, "-m", "recap_cli", "demo", "--max-seconds", "30", "--max-megabytes", "4"]
         self.log = folder / "log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(

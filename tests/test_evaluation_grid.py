@@ -12,7 +12,7 @@ import soundfile
 import yaml
 from browser_parts import assert_there_is_something_to_see, look_at, needs_browser
 
-from recap_hf.cli import main
+from recap_cli import main
 from recap_hf.evaluation.claims import ClipScores, difference_claim, gain_claim
 from recap_hf.evaluation.events import estimate_events
 from recap_hf.evaluation.grid import Grid

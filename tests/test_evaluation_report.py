@@ -14,7 +14,7 @@ import pytest
 import soundfile
 from browser_parts import assert_there_is_something_to_see, look_at, needs_browser
 
-from recap_hf.cli import main
+from recap_cli import main
 from recap_hf.evaluation import EvaluationFolder, Prediction, score_folder
 
 pytestmark = pytest.mark.skipif(

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 import torch
 
-from recap_hf.cli import main
+from recap_cli import main
 from recap_hf.evaluation import SYSTEMS, Captioner, EvaluationFolder, Prediction, caption_clips, load_test_clips
 from recap_hf.evaluation.captioner import EncodingCache, describe_captioner
 
@@ -213,7 +213,7 @@ def test_description_follows_what_decides_the_captions(captioner):
 
 def test_killed_evaluation_gives_the_same_files(checkpoint, recordings, tmp_path):
     """The process gets SIGKILL after its first batches and is started again."""
-    arguments = [sys.executable, "-m", "recap_hf.cli", "evaluate", "--model", checkpoint, "--dataset", "audiofolder"]
+    arguments = [sys.executable, "-m", "recap_cli", "evaluate", "--model", checkpoint, "--dataset", "audiofolder"]
     arguments += ["--data-dir", str(recordings), "--batch-size", "2", "--num-beams", "2", "--max-new-tokens", "24"]
     arguments += ["--no-scores", "--device", "cpu", "--output-dir"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from recap_hf.cli import main
+from recap_cli import main
 from recap_hf.modeling.explanation_recap import CaptionExplanation, WordExplanation
 
 

@@ -16,7 +16,7 @@ CAPTIONS = [
     {"caption": "sea waves roll onto a beach", "source": "Clotho", "licence": "CC BY-NC 4.0", "year": 2020},
 ]
 CLI = """
-from recap_hf.cli import main
+from recap_cli import main
 def recap(*args):
     status = main([str(arg) for arg in args])
     assert status == 0, status
@@ -307,7 +307,7 @@ def test_the_embedded_default_goes_to_the_hub_and_back(hub, client, tmp_path):
     ],
 )
 def test_folders_that_cannot_be_pushed_are_refused(tmp_path, capsys, arguments, expected):
-    from recap_hf.cli import main
+    from recap_cli import main
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()

@@ -16,8 +16,8 @@ import pytest
 import soundfile
 from conftest import synthetic_clip
 
+from recap_cli import live as command
 from recap_hf import AudioCaptioningPipeline
-from recap_hf.cli import live as command
 from recap_hf.timeline.live import LiveCaptioner, LiveSound
 from recap_hf.timeline.pcm import SAMPLE_FORMATS, PcmFormat, pcm_blocks
 
@@ -243,7 +243,7 @@ def test_intervals_that_cannot_be(captioner, interval):
 
 def start(*options, **streams):
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    command_line = [sys.executable, "-m", "recap_hf.cli", "live", *options]
+    command_line = [sys.executable, "-m", "recap_cli", "live", *options]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     return subprocess.Popen(command_line, env=environment, **pipes)
 

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from recap_cli import main
 from recap_hf import CaptionDatastore
-from recap_hf.cli import main
 from recap_hf.datastore import build_index, describe
 from recap_hf.modeling.captions_recap import open_datastore
 

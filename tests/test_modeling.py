@@ -9,7 +9,7 @@ import torch
 from conftest import synthetic_clip, tiny_clap_config, tiny_gpt2_config
 
 from recap_hf import RecapConfig, RecapEncoderOutput, RecapForConditionalGeneration
-from recap_hf.modeling.outputs_recap import position_ids_of
+from recap_hf.modeling.generation_recap import position_ids_of
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(4, 7_094_016), (1, 28_348_416)])
@@ -345,9 +345,9 @@ def test_from_clap_gpt2_pretrained(tmp_path, clips, decoder_tokenizer, clap_toke
     clap.save_pretrained(tmp_path / "clap")
     gpt2.save_pretrained(tmp_path / "gpt2")
     model = RecapForConditionalGeneration.from_clap_gpt2_pretrained(
-        tmp_path / "clap", tmp_path / "gpt2", cross_attention_reduce_factor=2, num_retrieved_captions=3
+        tmp_path / "clap", tmp_path / "gpt2", cross_attention_reduce_factor=2, window_length_s=5.0
     )
-    assert model.config.num_retrieved_captions == 3
+    assert model.config.window_length_s == 5.0
     model.save_pretrained(tmp_path / "recap")
     assert str(tmp_path) not in (tmp_path / "recap" / "config.json").read_text()
     for name, value in gpt2.state_dict().items():

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import TINY_CAPTIONS, synthetic_clip
 
+from recap_cli import main
 from recap_hf import AudioCaptioningPipeline, CaptionDatastore, RecapFeatureExtractor, RecapProcessor
-from recap_hf.cli import main
 from recap_hf.conversion import ConversionError
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -177,7 +177,7 @@ class Blocked(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] in ("torch", "transformers", "datasets", "safetensors"):
             raise ImportError(f"{name} is not there")
 sys.meta_path.insert(0, Blocked())
-from recap_hf.cli import main
+from recap_cli import main
 status = main(sys.argv[1:])
 assert not {"torch", "transformers"} & set(sys.modules)
 sys.exit(status)

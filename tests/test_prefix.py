@@ -17,7 +17,7 @@ from recap_hf import (
     RecapForConditionalGeneration,
     RecapProcessor,
 )
-from recap_hf.modeling.cache_name_recap import CACHE
+from recap_hf.modeling.generation_recap import CACHE
 from recap_hf.modeling.prefix_recap import PrefixMapper
 
 
@@ -149,14 +149,17 @@ def test_captions_in_a_batch_are_those_alone(model, processor, clips, num_beams,
     settings = {"num_beams": num_beams, "max_new_tokens": 8, "use_cache": use_cache}
     encoding = encode(model, processor, clips[:4])
     prompts = processor.build_prompts(encoding.audio_embeds)
-    ids, scores = model.generate_with_scores(encoding, prompts, **settings)
+    ids = model.generate(encoder_outputs=encoding, **prompts, **settings)
+    scores = model.score_captions(encoding, ids, prompts)
     assert ids.shape[1] <= prompts["decoder_input_ids"].shape[1] + 8
     captions = processor.batch_decode(ids)
     assert len({round(score, 6) for score in scores}) == 4
     for number in range(4):
         own = encode(model, processor, [clips[number]])
-        (row,), (score,) = model.generate_with_scores(own, processor.build_prompts(own.audio_embeds), **settings)
-        assert processor.batch_decode([row]) == [captions[number]]
+        own_prompts = processor.build_prompts(own.audio_embeds)
+        row = model.generate(encoder_outputs=own, **own_prompts, **settings)
+        (score,) = model.score_captions(own, row, own_prompts)
+        assert processor.batch_decode(row) == [captions[number]]
         assert score == pytest.approx(scores[number], rel=1e-3)
 
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from training_parts import captions_of, make_captioner, write_clip, write_clotho
 
+from recap_cli import build_parser, main
 from recap_hf import CaptionDatastore, RecapFeatureExtractor
-from recap_hf.cli import build_parser, main
 from recap_hf.pretraining.arguments import ClapPretrainingConfig, LanguageModelConfig
 from recap_hf.pretraining.clap import pretrain_clap
 from recap_hf.pretraining.language_model import pretrain_language_model

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from recap_hf.cli import main
+from recap_cli import main
 from recap_hf.ray_engine import LOG_NAME, begun, take_up
 
 pytest.importorskip("ray", reason="needs recap-hf[ray]")
@@ -39,7 +39,7 @@ def start(arguments, log):
     """A run in a process of its own."""
     with open(log, "w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "recap_hf.cli", *map(str, arguments)],
+            [sys.executable, "-m", "recap_cli", *map(str, arguments)],
             stderr=file,
             stdout=file,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from recap_hf.cli import COMMANDS, build_parser
+from recap_cli import COMMANDS, build_parser
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)

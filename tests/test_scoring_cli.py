@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from recap_hf.cli import main
+from recap_cli import main
 from recap_hf.scoring import evaluate_module
 
 pytest.importorskip("pycocoevalcap", reason='needs pycocoevalcap: pip install "recap-hf[eval]"')
@@ -70,7 +70,7 @@ def test_user_errors_are_one_line(predictions, capsys):
 
 
 def test_scoring_needs_no_torch():
-    code = "import sys, recap_hf.cli.score, recap_hf.cli.compare; sys.exit('torch' in sys.modules)"
+    code = "import sys, recap_cli.score, recap_cli.compare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from recap_hf.cli import main
+from recap_cli import main
 from recap_hf.scoring import bootstrap_intervals, compare_tables, paired_bootstrap, score_captions
 from recap_hf.scoring.metrics import MetricScores, mean_scores
 from recap_hf.scoring.tables import PredictionTable

@@ -12,8 +12,8 @@ import pytest
 import soundfile
 from conftest import same_results, synthetic_clip
 
+from recap_cli import main
 from recap_hf import AudioCaptioningPipeline, AudioStream
-from recap_hf.cli import main
 from recap_hf.modeling.timeline_recap import caption_timeline
 from recap_hf.timeline.benchmark import compare_formats, measure_memory
 
@@ -151,7 +151,7 @@ def test_memory_is_flat(tmp_path):
             # A sound every ten seconds; most is silence, to be quick.
             part = synthetic_clip(1.0, second % 7) if second % 10 == 0 else np.zeros(48_000)
             file.write(np.stack([part, part], axis=1))
-    command = [sys.executable, "-m", "recap_hf.cli", "caption", str(tmp_path / "long.flac"), "--timeline"]
+    command = [sys.executable, "-m", "recap_cli", "caption", str(tmp_path / "long.flac"), "--timeline"]
     command += ["--format", "jsonl", "--output", str(tmp_path / "long.jsonl"), "--batch-size", "2"]
     cost = measure_memory(command, tmp_path / "long.jsonl", 600)
     by_minute = {int(minute): value for minute, value in cost["rss_mib"].items()}
@@ -161,7 +161,7 @@ def test_memory_is_flat(tmp_path):
 
 
 def test_help_is_quick_and_needs_no_torch():
-    code = "import sys; from recap_hf.cli import main\ntry: main(['caption', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from recap_cli import main\ntry: main(['caption', '--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import recap_hf.training
-from recap_hf.cli import build_parser
+from recap_cli import build_parser
 from recap_hf.training.arguments import TrainingConfig, load_config, read_recipe
 
 BASE = ["--dataset", "clotho", "--data-dir", "d", "--output-dir", "o"]

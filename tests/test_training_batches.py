@@ -9,7 +9,7 @@ import pytest
 import torch
 from training_parts import captions_of, make_captioner
 
-from recap_hf.modeling.outputs_recap import RecapEncoderOutput
+from recap_hf.modeling.generation_recap import RecapEncoderOutput
 from recap_hf.training.batches import (
     BatchBuilder,
     Clip,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from training_parts import captions_of
 
-from recap_hf.cli import main
+from recap_cli import main
 from recap_hf.training.benchmark import (
     BenchmarkOptions,
     format_table,

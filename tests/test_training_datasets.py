@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from training_parts import captions_of, make_captioner, write_clip, write_clotho
 
-from recap_hf.cli import build_parser
+from recap_cli import build_parser
 from recap_hf.training.arguments import load_config
 from recap_hf.training.main import train
 

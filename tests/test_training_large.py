@@ -61,7 +61,7 @@ def start(tmp_path_factory) -> Path:
 def command(start: Path, output: Path, *more: str) -> list[str]:
     flags = ["--dataset", "clotho", "--data-dir", start / "clotho", "--model", start / "untrained", "--allow-missing"]
     flags += ["--output-dir", output, "--feature-cache", start / "features", "--max-steps", "1", "--device", "cpu"]
-    return [str(part) for part in (sys.executable, "-m", "recap_hf.cli", "train", *flags, *more)]
+    return [str(part) for part in (sys.executable, "-m", "recap_cli", "train", *flags, *more)]
 
 
 def environment() -> dict[str, str]:

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from training_parts import captions_of, make_captioner, write_clotho
 
+from recap_cli import main
 from recap_hf import RecapEncoderOutput, RecapForConditionalGeneration, RecapProcessor
-from recap_hf.cli import main
 from recap_hf.training.arguments import TrainingConfig
 from recap_hf.training.assemble import assemble, reset_conditioning
 from recap_hf.training.batches import collate

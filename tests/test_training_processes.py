@@ -60,7 +60,7 @@ def recap_train(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def recap(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "recap_hf.cli", *arguments]
+    command = [sys.executable, "-m", "recap_cli", *arguments]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     return result
@@ -68,7 +68,7 @@ def recap(*arguments: str) -> subprocess.CompletedProcess:
 
 def kill_at_step(step: int, *arguments: str) -> None:
     """Start a run and kill it as soon as it has logged `step`."""
-    command = [sys.executable, "-m", "recap_hf.cli", *arguments]
+    command = [sys.executable, "-m", "recap_cli", *arguments]
     with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         for line in process.stderr:
             if re.search(rf" step {step}/", line):
@@ -119,7 +119,7 @@ def test_accelerate_launch_starts_the_same_run(start: Path):
 
 
 def test_torchrun_with_another_number_of_processes_is_refused(start: Path):
-    command = [sys.executable, "-m", "recap_hf.cli", "train", *flags(start, start / "x", "--num-processes", "2")]
+    command = [sys.executable, "-m", "recap_cli", "train", *flags(start, start / "x", "--num-processes", "2")]
     result = subprocess.run(
         command, env=environment(WORLD_SIZE="1"), capture_output=True, text=True, timeout=120, check=False
     )
@@ -129,7 +129,7 @@ def test_torchrun_with_another_number_of_processes_is_refused(start: Path):
 
 
 def test_a_failing_process_ends_the_others(start: Path):
-    command = [sys.executable, "-m", "recap_hf.cli", "train"]
+    command = [sys.executable, "-m", "recap_cli", "train"]
     command += flags(start, start / "y", "--num-processes", "2", "--datastore", str(start / "nowhere"))
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
@@ -140,7 +140,7 @@ def test_push_to_hub_at_the_end(start: Path, tmp_path: Path):
     """Over HTTP, with the real client, against the test Hub; then pulled from there."""
     (tmp_path / "home").mkdir()
     with HubServer() as hub:
-        command = [sys.executable, "-m", "recap_hf.cli", "train", *flags(start, tmp_path / "out", "--max-steps", "1")]
+        command = [sys.executable, "-m", "recap_cli", "train", *flags(start, tmp_path / "out", "--max-steps", "1")]
         command += ["--push_to_hub", "--hub_model_id", "user/trained", "--hub_datastore_id", "user/captions"]
         variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         variables |= hub.environment(tmp_path / "home", "hf_owner") | {"OMP_NUM_THREADS": "1"}

@@ -15,7 +15,7 @@ from training_parts import ACCELERATE_LAUNCH
 from recap_hf.training.clotho_stand_in import make_clotho_stand_in
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-RECAP = [sys.executable, "-m", "recap_hf.cli"]
+RECAP = [sys.executable, "-m", "recap_cli"]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.cli.status import exit_status
+from recap_cli.status import exit_status
 
 from .measuring import resident_mb, single_query_ms
 from .synthetic import grammar_captions, made_captions, tfidf_svd

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.cli.status import exit_status
+from recap_cli.status import exit_status
 
 __all__ = ["SETTINGS", "coverage_and_precision", "run", "table"]
 

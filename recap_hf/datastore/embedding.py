@@ -43,10 +43,10 @@ class CaptionEmbedder:
             dtype: "bfloat16" is faster on a GPU; cosines with float32 stay above 0.999.
         """
         from recap_hf.assets import default_model_path
-        from recap_hf.loading import load_pair
+        from recap_hf.modeling.captioning_recap import load_pretrained
 
         name = name or default_model_path()
-        embedder = cls(*load_pair(name, device, dtype, quiet=True), batch_size)
+        embedder = cls(*load_pretrained(name, device, dtype), batch_size)
         embedder.recipe = partial(_load_in_worker, str(name), device, dtype, batch_size)
         return embedder
 

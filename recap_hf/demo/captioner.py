@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from recap_hf.modeling.audio_recap import is_silent
-from recap_hf.modeling.captions_recap import open_datastore
+from recap_hf.modeling.captioning_recap import Captioner
 from recap_hf.modeling.explanation_recap import CaptionExplanation
-from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
+from recap_hf.modeling.options_recap import CaptionOptions
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 from recap_hf.modeling.timeline_recap import caption_timeline
 
@@ -27,46 +26,37 @@ class DemoCaptioner:
     """A captioner that visitors use at the same time with different datastores.
 
     Args:
-        model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): the captioner. The processor is not
-            changed: each datastore gets a copy that shares everything else.
+        captioner ([`Captioner`])
         datastores (`Mapping[str, Any]`, *optional*): further captions to choose from, anything that
             [`open_datastore`] takes.
-        device (*optional*): default a GPU if there is one.
 
     Raises:
         `ValueError`: if a datastore comes from another text encoder.
         `OSError`: if there is no such datastore.
     """
 
-    def __init__(
-        self, model: Any, processor: Any, datastores: Mapping[str, Any] | None = None, device: Any = None
-    ) -> None:
-        self.model = model
-        self.processor = processor
-        self.device = device
-        self._pipelines: dict[str, AudioCaptioningPipeline] = {}
-        if processor.datastore is not None:
-            self._add("Built in", processor.datastore)
+    def __init__(self, captioner: Captioner, datastores: Mapping[str, Any] | None = None) -> None:
+        self.captioner = captioner
+        self.model, self.processor = captioner.model, captioner.processor
+        self._captioners: dict[str, Captioner] = {}
+        if captioner.datastore is not None:
+            self._add("Built in", captioner)
         for name, source in (datastores or {}).items():
-            self._add(name, open_datastore(source, model, processor))
-        self._pipelines[NO_CAPTIONS] = self.pipeline(None)
+            self._add(name, captioner.with_datastore(source))
+        self._captioners[NO_CAPTIONS] = captioner.with_options(CaptionOptions(k=0))
 
     @classmethod
     def load(cls, settings: DemoSettings) -> DemoCaptioner:
         """The captioner that the settings name."""
-        from recap_hf.loading import load_pair
+        return cls(Captioner.from_pretrained(settings.model, device=settings.device), settings.datastores)
 
-        # The pipelines move it to the device.
-        model, processor = load_pair(settings.model, "cpu")
-        return cls(model, processor, settings.datastores, settings.device)
-
-    def _add(self, name: str, store: CaptionDatastore) -> None:
-        self._pipelines[f"{name} ({len(store):,} captions)"] = self.pipeline(store)
+    def _add(self, name: str, captioner: Captioner) -> None:
+        self._captioners[f"{name} ({len(captioner.datastore):,} captions)"] = captioner
 
     @property
     def choices(self) -> list[str]:
         """Names of the captions to choose from, the captioner's own first."""
-        return list(self._pipelines)
+        return list(self._captioners)
 
     @property
     def sampling_rate(self) -> int:
@@ -75,17 +65,13 @@ class DemoCaptioner:
 
     @property
     def frequency_range(self) -> tuple[float, float]:
-        """Lowest and highest frequency that the model hears, in Hz."""
+        """Lowest and highest frequency that the model encodes, in Hz."""
         extractor = self.processor.feature_extractor
         return float(extractor.frequency_min), float(extractor.frequency_max)
 
-    def pipeline(self, store: CaptionDatastore | str | None) -> AudioCaptioningPipeline:
-        """The captioner with the captions of that choice, or of a datastore, or without any."""
-        if isinstance(store, str):
-            return self._pipelines[store]
-        processor = copy.copy(self.processor)
-        processor.datastore = store
-        return AudioCaptioningPipeline(model=self.model, processor=processor, device=self.device)
+    def captioner_of(self, store: CaptionDatastore | str) -> Captioner:
+        """The captioner with the captions of that choice, or of a datastore."""
+        return self._captioners[store] if isinstance(store, str) else self.captioner.with_datastore(store)
 
     def embed(self, captions: Sequence[str]) -> Iterator[int | CaptionDatastore]:
         """Embeds captions, a few at a time: yields how many are done, and last the datastore of them all."""
@@ -97,18 +83,19 @@ class DemoCaptioner:
         fingerprint = self.model.embed_fingerprint(self.processor)
         yield CaptionDatastore.from_embeddings(list(captions), np.concatenate(blocks), fingerprint)
 
-    def caption(self, pipeline: AudioCaptioningPipeline, recording: Recording) -> dict[str, Any]:
-        """The pipeline's result for a recording: caption, score, retrieved captions."""
-        return pipeline({"array": recording.waveform, "sampling_rate": recording.sampling_rate})
+    def caption(self, captioner: Captioner, recording: Recording) -> dict[str, Any]:
+        """Caption, score and retrieved captions of a recording."""
+        source = {"array": recording.waveform, "sampling_rate": recording.sampling_rate}
+        return captioner.caption([captioner.read(source)])[0].to_dict()
 
-    def timeline(self, pipeline: AudioCaptioningPipeline, recording: Recording) -> Iterator[dict[str, Any]]:
+    def timeline(self, captioner: Captioner, recording: Recording) -> Iterator[dict[str, Any]]:
         """Segments of a recording as they become certain; see [`caption_timeline`]."""
         source = {"array": recording.waveform, "sampling_rate": recording.sampling_rate}
-        # Two at once: the first segments are on the page while the others are listened to.
-        return caption_timeline(pipeline, source, batch_size=2)
+        # Two at once: the first segments are on the page while the others are captioned.
+        return caption_timeline(captioner, source, batch_size=2)
 
     def explain(
-        self, pipeline: AudioCaptioningPipeline, recording: Recording, result: Mapping[str, Any]
+        self, captioner: Captioner, recording: Recording, result: Mapping[str, Any]
     ) -> CaptionExplanation | None:
         """Why the recording got the caption of `result`; `None` where there is nothing to explain.
 
@@ -119,7 +106,7 @@ class DemoCaptioner:
             return None
         why = self.model.explain(
             recording.waveform,
-            pipeline.processor,
+            captioner.processor,
             sampling_rate=recording.sampling_rate,
             caption=result["caption"],
             retrieved=result["retrieved"],

@@ -166,9 +166,9 @@ class Handlers:
             "status": views.status("Listening, looking up captions, writing …", "busy", 2, _STEPS),
         }
         own = choice == self._own_choice(session)
-        pipeline = self.captioner.pipeline(session.own if own else choice)
+        captioner = self.captioner.captioner_of(session.own if own else choice)
         recording = session.recording
-        result = self.captioner.caption(pipeline, recording)
+        result = self.captioner.caption(captioner, recording)
         session.captions[choice] = result["caption"]
         yield {
             "caption": views.caption(result, choice),
@@ -176,7 +176,7 @@ class Handlers:
             "status": views.status("Finding out what happens when …", "busy", 3, _STEPS),
         }
         segments = []
-        for segment in self.captioner.timeline(pipeline, recording):
+        for segment in self.captioner.timeline(captioner, recording):
             segments.append(segment)
             message = f"Finding out what happens when: {_clock(segment['end'])} of {_clock(recording.seconds)} …"
             yield {
@@ -184,7 +184,7 @@ class Handlers:
                 "status": views.status(message, "busy", 3, _STEPS),
             }
         yield {"status": views.status("Finding out why it was called that …", "busy", 4, _STEPS)}
-        explanation = self.captioner.explain(pipeline, recording, result)
+        explanation = self.captioner.explain(captioner, recording, result)
         picture = self.captioner.picture(recording, explanation) if explanation is not None else b""
         yield {
             "explanation": views.explanation(explanation, recording, picture),

@@ -163,20 +163,23 @@ class Captioner:
     ) -> list[Prediction]:
         import torch
 
-        from recap_hf.modeling.reranking_recap import NOT_RERANKED, generate_captions
+        from recap_hf.modeling.captioning_recap import Captioner
+        from recap_hf.modeling.options_recap import CaptionOptions
 
-        generation = self.generation if listens else {**self.generation, **NOT_RERANKED}
+        known = {name: value for name, value in self.generation.items() if name in CaptionOptions.names()}
+        others = {name: value for name, value in self.generation.items() if name not in known}
+        if not listens:
+            known = {name: known[name] for name in known if name not in ("rerank", "candidates", "rerank_weight")}
+            known["rerank"] = "none"
+        captioner = Captioner(self.model, self.processor, options=CaptionOptions(**known), generate_kwargs=others)
         if prompted:
             prompts = self.processor.build_prompts(encoding.audio_embeds, retrieved=retrieved)
             retrieved = prompts.pop("retrieved")
         else:
             start = torch.full((len(retrieved), 1), self.model.config.eos_token_id, device=self.model.device)
             prompts = {"decoder_input_ids": start, "decoder_attention_mask": torch.ones_like(start)}
-        sequences, scores, _ = generate_captions(
-            self.model, self.processor, encoding, prompts, retrieved, **generation
-        )
-        captions = self.processor.batch_decode(sequences)
-        return [Prediction(*row) for row in zip(captions, scores, retrieved, strict=True)]
+        found = captioner.decode(encoding, prompts, retrieved)
+        return [Prediction(result.caption, result.score, result.retrieved) for result in found]
 
     def _random_captions(self, clip_id: str) -> list[dict[str, Any]]:
         """k different captions of other clips, the same for a clip in every run with this seed."""
@@ -230,9 +233,9 @@ def load_captioner(
         ValueError: if checkpoint and datastore do not belong together.
     """
     from recap_hf import open_datastore
-    from recap_hf.loading import load_pair
+    from recap_hf.modeling.captioning_recap import load_pretrained
 
-    loaded, processor = load_pair(model, device, dtype)
+    loaded, processor = load_pretrained(model, device, dtype)
     if datastore == "none":
         processor.datastore = None
     elif datastore is not None:
@@ -264,10 +267,7 @@ def describe_captioner(captioner: Captioner) -> dict[str, Any]:
 
 
 def _decoding(config: Any) -> dict[str, Any]:
-    from recap_hf.modeling.readings_recap import WEIGHTS
-    from recap_hf.modeling.reranking_recap import CHOICE_OPTIONS
-
-    own = (*WEIGHTS, *CHOICE_OPTIONS)
+    own = ("rerank", "candidates", "rerank_weight")
     settings = {name: getattr(config, name) for name in ("num_beams", "max_new_tokens", "length_penalty", "do_sample")}
     return settings | {name: getattr(config, name) for name in own if getattr(config, name, None) is not None}
 

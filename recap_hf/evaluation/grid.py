@@ -134,7 +134,7 @@ class Grid:
         recipe = folder / "recipe.json"
         recipe.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         self.log(f"training {folder}")
-        done = subprocess.run([sys.executable, "-m", "recap_hf.cli", "train", "--config", str(recipe)], check=False)
+        done = subprocess.run([sys.executable, "-m", "recap_cli", "train", "--config", str(recipe)], check=False)
         if done.returncode:
             raise RuntimeError(
                 f"the training of {folder} ended with status {done.returncode}; its messages stand above"

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.cli.status import exit_status
+from recap_cli.status import exit_status
 from recap_hf.explanation.chance import Look, caption_weights, correlation, shuffled_maps, swapped_maps
 from recap_hf.tiny.evaluation_sets import Item, mixture_hash, mixture_list, mixtures
 from recap_hf.tiny.lexicon import phrases
@@ -232,11 +232,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     import torch
 
-    from recap_hf.loading import load_pair
+    from recap_hf.modeling.captioning_recap import load_pretrained
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model, processor = load_pair(args.model, "cpu")
+    model, processor = load_pretrained(args.model, "cpu")
     methods = tuple(args.methods)
     result = run_benchmark(model, processor, args.sounds, args.fold, methods, args.limit, args.permutations)
     print(json.dumps(result, indent=1) if args.format == "json" else format_result(result))

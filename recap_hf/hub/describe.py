@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recap_hf.modeling.readings_recap import WEIGHTS
+from recap_hf.modeling.prompt_recap import PAPER_PROMPT
 
 from .cards import DatastoreFacts, ModelDescription
 from .facts import DataSource
@@ -49,7 +49,8 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
     conditioning = sum(
         size for name, size in sizes.items() if ".crossattention." in name or name.startswith("prefix_mapper.")
     )
-    number = config.num_retrieved_captions
+    settings = _prompt_settings(folder)
+    number = settings["num_retrieved_captions"]
     parts = {
         "encoder": encoder_text(config),
         "decoder": (
@@ -69,8 +70,25 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
     captions = [f"caption {rank}" for rank in range(1, number + 1)]
     if number > 3:
         captions = ["caption 1", "caption 2", "...", f"caption {number}"]
-    prompt = config.prompt_template.format(captions=config.caption_separator.join(captions)) if number else ""
-    return ModelDescription(parts, prompt or config.prompt_without_captions, number)
+    prompt = (
+        settings["prompt_template"].replace("{captions}", settings["caption_separator"].join(captions))
+        if number
+        else ""
+    )
+    return ModelDescription(parts, prompt or settings["prompt_without_captions"], number)
+
+
+def _prompt_settings(folder: str | Path) -> dict[str, Any]:
+    """Prompt and k of the processor in a folder, the paper's where there is none."""
+    path = Path(folder, "processor_config.json")
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    paper = {
+        "num_retrieved_captions": 4,
+        "prompt_template": PAPER_PROMPT.template,
+        "caption_separator": PAPER_PROMPT.separator,
+        "prompt_without_captions": PAPER_PROMPT.without_captions,
+    }
+    return {name: saved.get(name, value) for name, value in paper.items()}
 
 
 def encoder_text(config: RecapConfig) -> str:
@@ -110,14 +128,6 @@ def decoding_text(generation: GenerationConfig) -> str:
         how = "sampling" if beams == 1 else f"sampling, {beams} beams"
     length = generation.max_new_tokens
     how = f"{how}, at most {length} new tokens" if length else how
-    listening, reading = (getattr(generation, name, None) or 0.0 for name in WEIGHTS)
-    shares = [
-        f"{share:.0%} {words}"
-        for share, words in ((listening, "from listening without captions"), (reading, "from reading without sound"))
-        if share
-    ]
-    if shares:
-        how += "; of each token's probability " + " and ".join(shares)
     if getattr(generation, "rerank", None) == "clap":
         weight = getattr(generation, "rerank_weight", None)
         best = f"the best by its score and {weight or 0:g} times CLAP's cosine"

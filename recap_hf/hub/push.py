@@ -216,7 +216,7 @@ def commit_arguments(options: PushOptions, message: str) -> dict:
 @contextmanager
 def staged_checkpoint(folder: Path, options: PushOptions) -> Iterator[Path]:
     """A temporary folder with what is to be pushed of a checkpoint: code added, large weights split."""
-    from recap_hf.modeling.travelling_recap import complete_tokenizer_folder, copy_travelling_files
+    from recap_hf.modeling.configuration_recap import complete_tokenizer_folder, copy_travelling_files
 
     with tempfile.TemporaryDirectory() as name:
         stage = Path(name)

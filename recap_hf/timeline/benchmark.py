@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recap_hf.cli.status import exit_status
+from recap_cli.status import exit_status
 from recap_hf.tiny.naming import NamingRules
 
 from .scoring import boundary_figures, naming_figures
@@ -33,7 +33,7 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     events = plan_recording(args.sounds, args.fold, args.minutes, args.seed)
     write_plan(events, folder / "events.json")
     render_recording(args.sounds, events, args.minutes, recording, args.seed)
-    command = [sys.executable, "-m", "recap_hf.cli", "caption", str(recording), "--timeline", "--format", "all"]
+    command = [sys.executable, "-m", "recap_cli", "caption", str(recording), "--timeline", "--format", "all"]
     command += ["--output-dir", str(folder), *(["--model", args.model] if args.model else []), *args.options]
     print(" ".join(command), file=sys.stderr, flush=True)
     cost = measure_memory(command, folder / "recording.jsonl", args.minutes * 60)

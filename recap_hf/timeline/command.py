@@ -1,4 +1,4 @@
-"""`recap caption --timeline`: recordings in, timelines out, each segment written as soon as it is certain."""
+"""`recap timeline`: recordings in, timelines out, each segment written as soon as it is certain."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import urlparse
 
-from recap_hf.captioning import READ_ERRORS, STANDARD_INPUT, reason_of
 from recap_hf.modeling.audio_recap import SILENCE_CAPTION
+from recap_hf.modeling.captioning_recap import READ_ERRORS
 from recap_hf.modeling.timeline_recap import TimelineSettings, TimelineSummary, caption_timeline
+from recap_hf.recordings import STANDARD_INPUT, reason_of
 
 from .formats import SUFFIXES, WRITERS, TimelineWriter
 from .subtitles import CuePlacer, SubtitleFile, SubtitleStyle, merge_cues
@@ -28,7 +29,7 @@ def run_timeline(
     """Returns 0 if every recording was read to its end, 1 if some were not.
 
     Args:
-        args (`argparse.Namespace`): the options of `recap caption`.
+        args (`argparse.Namespace`): the options of `recap timeline`.
         names (`Sequence[str]`): recordings, from `expand_inputs`.
         load_captioner (`Callable`): makes the pipeline that the options name.
 
@@ -59,7 +60,7 @@ def run_timeline(
             writer.close()
     if job.failed:
         print(
-            f"recap caption: {job.failed} of {len(names)} recordings could not be captioned to the end.",
+            f"recap timeline: {job.failed} of {len(names)} recordings could not be captioned to the end.",
             file=sys.stderr,
         )
     return 1 if job.failed else 0
@@ -95,7 +96,7 @@ class _Job:
                 error = caught
         if error is not None:
             self.failed += 1
-            print(f"recap caption: {name}: {reason_of(name, error)}", file=sys.stderr)
+            print(f"recap timeline: {name}: {reason_of(name, error)}", file=sys.stderr)
         for writer in writers:
             writer.end(None if error is not None else summary.result())
 
@@ -110,7 +111,7 @@ class _Job:
             file.write(speech.with_cues(placed))
         left_out += placer.left_out
         if left_out:
-            print(f"recap caption: no room between the speech for {left_out} sounds.", file=sys.stderr)
+            print(f"recap timeline: no room between the speech for {left_out} sounds.", file=sys.stderr)
         return 0
 
     def _segments(self, source: Any, summary: TimelineSummary) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.cli.status import exit_status
+from recap_cli.status import exit_status
 from recap_hf.modeling.audio_stream_recap import AudioStream
 
 __all__ = ["measure_live"]
@@ -49,7 +49,7 @@ def measure_live(
     blocks = iter(AudioStream(recording, _RATE, _PORTION_S))
     # What cannot be read is said here, not in the thread that plays.
     blocks = itertools.chain([next(blocks)], blocks)
-    command = [sys.executable, "-m", "recap_hf.cli", "live", "--rate", str(_RATE), "--format", "jsonl"]
+    command = [sys.executable, "-m", "recap_cli", "live", "--rate", str(_RATE), "--format", "jsonl"]
     command += ["--interval", str(interval_s), *options]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     began = time.monotonic()

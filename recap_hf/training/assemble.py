@@ -61,20 +61,13 @@ def assemble(config: TrainingConfig) -> tuple[Any, Any]:
     if config.audio_position_embedding:
         wanted = config.audio_position_embedding
         model.config.audio_position_embedding = None if wanted == "none" else wanted
-    model.config.num_retrieved_captions = processor.num_retrieved_captions = config.num_retrieved
+    processor.num_retrieved_captions = config.num_retrieved
     model.set_attn_implementation(config.attn_implementation)
     return model.eval(), processor
 
 
 # What a captioner takes along into another conditioning.
 _KEPT_SETTINGS = (
-    "num_retrieved_captions",
-    "retrieval_diversity",
-    "retrieval_score_drop",
-    "prompt_template",
-    "caption_separator",
-    "prompt_without_captions",
-    "target_prefix",
     "window_length_s",
     "audio_position_embedding",
     "pad_token_id",

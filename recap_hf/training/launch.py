@@ -99,7 +99,7 @@ def run_processes(
         }
         if on_cpu:
             environment["ACCELERATE_USE_CPU"] = "true"
-        arguments = [sys.executable, "-m", "recap_hf.cli", *command]
+        arguments = [sys.executable, "-m", "recap_cli", *command]
         processes.append(subprocess.Popen(arguments, env=environment, stdout=stdout))
     return _wait(processes)
 

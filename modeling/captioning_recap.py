@@ -1,0 +1,505 @@
+"""Recordings in, captions out: the one place where a recording becomes a caption.
+
+`read -> encode -> retrieve -> generate`, in [`Captioner`]. The pipeline, every command, timelines, evaluation and the
+page hold one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
+from .captions_recap import open_datastore
+from .generation_recap import RecapEncoderOutput
+from .modeling_recap import RecapForConditionalGeneration
+from .options_recap import NO_RERANKING, RERANKING, CaptionOptions
+from .processing_recap import RecapProcessor
+
+try:
+    from recap_hf.assets import default_model_path
+
+    # Generation that computes a prompt once for all its beams: the same captions, several times as fast.
+    from recap_hf.fast_generation.search import fast_generate
+except ImportError:
+    default_model_path = fast_generate = None
+
+# What a broken recording can raise; anything else is a fault of the program and must be seen.
+READ_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError)
+# Recordings that are encoded together, in batches of the decoder, and the seconds of sound that are enough.
+_BATCHES_TOGETHER, _SECONDS_TOGETHER = 4, 640.0
+
+
+@dataclass
+class CaptionResult:
+    """The caption of one recording.
+
+    Args:
+        caption (`str`): the caption.
+        score (`float`): exponential of the mean log-probability of its tokens, 0 to 1.
+        retrieved (`list[dict]`): `{"caption", "score", ...}` of each caption in the prompt, most similar first.
+        similarity (`float`, *optional*): cosine of caption and recording in CLAP's space, where it was reranked.
+        candidates (`list[dict]`, *optional*): where the caller asked for candidates, reranking or several sequences:
+            `{"caption", "score"}` of the different captions to choose from, best first, with `"similarity"` where they
+            were reranked.
+        token_ids (`list[int]`): of the caption, as the decoder generated it.
+    """
+
+    caption: str
+    score: float
+    retrieved: list[dict[str, Any]]
+    similarity: float | None = None
+    candidates: list[dict[str, Any]] | None = None
+    token_ids: list[int] = field(default_factory=list, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, without the token ids, as plain data."""
+        names = ("caption", "score", "retrieved", "similarity", "candidates")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class Captioner:
+    """Captions recordings. Model, processor and arguments stay as they are; two captioners on one model do not change
+    each other.
+
+    Args:
+        model ([`RecapForConditionalGeneration`]): on any device, in any mode: it captions in evaluation mode.
+        processor ([`RecapProcessor`]): features, prompts and, by default, the datastore.
+        datastore (*optional*): captions to retrieve from instead of the processor's: what [`open_datastore`] takes.
+        options ([`CaptionOptions`], *optional*): what they do not set is the checkpoint's choice.
+        generate_kwargs (`dict`, *optional*): further arguments of `generate`. With `num_return_sequences` above 1 all
+            sequences are returned as candidates.
+
+    Raises:
+        `ValueError`: if model, processor and datastore do not belong together.
+
+    Example:
+        >>> captioner = Captioner.from_pretrained()
+        >>> [result] = captioner.caption([captioner.read("dog.wav")])
+        >>> result.caption
+        'a dog barks twice'
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        datastore: Any = None,
+        options: CaptionOptions | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.options = options or CaptionOptions()
+        self.generate_kwargs = dict(generate_kwargs or {})
+        processor.check_model(model)
+        self._datastore = None if datastore is None else open_datastore(datastore, model, processor)
+        if self._datastore is not None:
+            self._datastore.check_encoder(model.embed_fingerprint(processor))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike | None = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+        datastore: Any = None,
+        options: CaptionOptions | None = None,
+        **kwargs: Any,
+    ) -> Captioner:
+        """Loads a captioner by name.
+
+        Args:
+            name_or_path (`str` or path, *optional*): folder or Hub id; default: the one that the package ships.
+            device (*optional*): of torch; default: a GPU where there is one, else the CPU.
+            dtype (*optional*): of the weights, a `torch.dtype` or its name; default: the checkpoint's.
+            datastore, options: see [`Captioner`].
+            kwargs: of `from_pretrained` of model and processor, such as `revision` and `token`.
+
+        Raises:
+            `OSError`: if there is no such checkpoint. `ValueError`: for a GPU on a machine without one.
+        """
+        return cls(*load_pretrained(name_or_path, device, dtype, **kwargs), datastore, options)
+
+    def with_options(self, options: CaptionOptions) -> Captioner:
+        """The same captioner, with those options changed that `options` sets."""
+        other = copy.copy(self)
+        other.options = self.options.merged_with(options)
+        return other
+
+    def with_datastore(self, datastore: Any) -> Captioner:
+        """The same captioner with another datastore."""
+        return Captioner(self.model, self.processor, datastore, self.options, self.generate_kwargs)
+
+    @property
+    def datastore(self) -> Any:
+        """The datastore that captions are retrieved from, or `None`."""
+        return self.processor.datastore if self._datastore is None else self._datastore
+
+    @property
+    def sampling_rate(self) -> int:
+        """Sampling rate of waveforms in Hz."""
+        return self.processor.feature_extractor.sampling_rate
+
+    # ----------------------------------------------------------------- steps
+
+    def read(self, source: Any) -> np.ndarray:
+        """A recording as a mono float32 waveform at `sampling_rate`.
+
+        Args:
+            source: what [`load_audio`] takes, or a row of `datasets` with such an `"audio"`. An array, tensor or list
+                of numbers is a waveform at `sampling_rate`, `(samples,)` or `(channels, samples)`.
+
+        Raises:
+            `ValueError`: for a recording that is empty or holds NaN or infinite samples; and what `load_audio` raises.
+        """
+        if isinstance(source, (np.ndarray, torch.Tensor, list)):
+            waveform = to_mono(source)
+            if not waveform.size or not np.isfinite(waveform).all():
+                raise ValueError("The recording is empty or holds NaN or infinite samples.")
+            return waveform
+        if hasattr(source, "keys") and "audio" in source:
+            source = source["audio"]
+        waveform, rate = load_audio(source)
+        return resample(to_mono(waveform), rate, self.sampling_rate)
+
+    def encode(self, waveforms: Sequence[np.ndarray]) -> RecapEncoderOutput:
+        """Hidden states and query embeddings of waveforms at `sampling_rate`."""
+        with _evaluation(self.model), torch.no_grad():
+            inputs = self.processor(
+                audio=list(waveforms),
+                sampling_rate=self.sampling_rate,
+                return_tensors="pt",
+                device=self.model.device,
+            )
+            return self.model.encode_audio(**inputs)
+
+    def retrieve(self, encoding: RecapEncoderOutput) -> list[list[dict[str, Any]]]:
+        """The captions nearest to each recording, `{"caption", "score", ...}`, most similar first."""
+        return self.processor.retrieve(encoding.audio_embeds, datastore=self._datastore, options=self.options)
+
+    def generate(
+        self,
+        encoding: RecapEncoderOutput,
+        retrieved: Sequence[Sequence[dict[str, Any] | str]],
+        batch_size: int | None = None,
+    ) -> list[CaptionResult]:
+        """Captions of encoded recordings.
+
+        Args:
+            encoding ([`RecapEncoderOutput`]): from `encode`.
+            retrieved (`Sequence[Sequence]`): the captions of each prompt, from `retrieve`; texts are taken, too.
+            batch_size (`int`, *optional*): recordings that are decoded together, those with prompts of like lengths;
+                default: all.
+        """
+        prompts = self.processor.build_prompts(retrieved=retrieved)
+        used = prompts.pop("retrieved")
+        results: list[Any] = [None] * len(used)
+        with _evaluation(self.model):
+            for rows, part, part_prompts in _decoding_batches(encoding, prompts, batch_size):
+                decoded = self.decode(part, part_prompts, [used[row] for row in rows])
+                for row, result in zip(rows, decoded, strict=True):
+                    results[row] = result
+        return results
+
+    def caption(self, waveforms: Sequence[np.ndarray], batch_size: int | None = None) -> list[CaptionResult]:
+        """Captions of waveforms at `sampling_rate`.
+
+        A recording that holds nothing above the smallest step of 16-bit audio is captioned "silence" without asking
+        the model. `batch_size`: see `generate`.
+        """
+        results = [CaptionResult(SILENCE_CAPTION, 1.0, []) for _ in waveforms]
+        rows = [row for row, waveform in enumerate(waveforms) if not is_silent(waveform)]
+        if rows:
+            encoding = self.encode([waveforms[row] for row in rows])
+            for row, result in zip(rows, self.generate(encoding, self.retrieve(encoding), batch_size), strict=True):
+                results[row] = result
+        return results
+
+    def caption_stream(
+        self, sources: Iterable[Any], batch_size: int = 8
+    ) -> Iterator[tuple[Any, CaptionResult | Exception]]:
+        """Captions of recordings of any number, in order; one that cannot be read stops no other.
+
+        Args:
+            sources (`Iterable`): what `read` takes. They are read ahead by threads.
+            batch_size (`int`, *optional*, defaults to 8): recordings that are decoded together. Several batches are
+                encoded together where they are short.
+
+        Yields:
+            `tuple`: each source, and its [`CaptionResult`] or the exception that reading it raised.
+        """
+        waiting: list[tuple[Any, Any]] = []
+        together = recordings_together(batch_size)
+        for source, waveform in self._read_ahead(sources, 2 * together):
+            waiting.append((source, waveform))
+            readable = [one for _, one in waiting if not isinstance(one, Exception)]
+            seconds = sum(map(len, readable)) / self.sampling_rate
+            whole = len(readable) and not len(readable) % batch_size
+            if whole and (len(readable) >= together or seconds >= _SECONDS_TOGETHER):
+                yield from self._caption_batch(waiting, batch_size)
+                waiting = []
+        yield from self._caption_batch(waiting, batch_size)
+
+    def _caption_batch(
+        self, waiting: list[tuple[Any, Any]], batch_size: int
+    ) -> Iterator[tuple[Any, CaptionResult | Exception]]:
+        waveforms = [one for _, one in waiting if not isinstance(one, Exception)]
+        results = iter(self.caption(waveforms, batch_size))
+        for source, one in waiting:
+            yield source, one if isinstance(one, Exception) else next(results)
+
+    def _read_ahead(self, sources: Iterable[Any], ahead: int) -> Iterator[tuple[Any, np.ndarray | Exception]]:
+        def read(source: Any) -> np.ndarray | Exception:
+            try:
+                return self.read(source)
+            except READ_ERRORS as error:
+                return error
+
+        # One core is the model's; libsndfile and soxr let go of Python's lock.
+        with ThreadPoolExecutor(max_workers=max(1, min(8, (os.cpu_count() or 1) - 1))) as pool:
+            pending: deque[tuple[Any, Future[Any]]] = deque()
+            try:
+                for source in sources:
+                    pending.append((source, pool.submit(read, source)))
+                    if len(pending) > ahead:
+                        first, future = pending.popleft()
+                        yield first, future.result()
+                while pending:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            finally:
+                # Whoever stops early does not wait for what nobody will ask for.
+                for _, future in pending:
+                    future.cancel()
+
+    # -------------------------------------------------------------- decoding
+
+    def decode(
+        self, encoding: RecapEncoderOutput, prompts: Any, retrieved: Sequence[Sequence[dict[str, Any] | str]]
+    ) -> list[CaptionResult]:
+        """Captions that continue given prompts, scored and reranked; `generate` builds the prompts, too.
+
+        Args:
+            encoding ([`RecapEncoderOutput`]): from `encode`.
+            prompts (`Mapping`): `decoder_input_ids` and `decoder_attention_mask` of shape `(batch_size, length)`.
+            retrieved (`Sequence[Sequence]`): the captions in them, which are part of the results.
+        """
+        config = self.generation_config()
+        rerank = _Reranking.of(self.options, config)
+        kwargs = {**self.generate_kwargs, **self.options.generate_kwargs()}
+        if rerank is not None:
+            kwargs |= rerank.candidate_options(config)
+        sequences, scores = self._search(encoding, prompts, kwargs)
+        count = len(sequences) // len(retrieved)
+        captions = self.processor.batch_decode(sequences)
+        targets = sequences[:, prompts["decoder_input_ids"].shape[1] :]
+        similarities = values = None
+        if rerank is not None:
+            similarities = self.similarities(captions, encoding.audio_embeds.repeat_interleave(count, dim=0))
+            values = rerank.values(scores, similarities, targets, self.model.config.eos_token_id, config)
+        asked = self.options.rerank or self.options.candidates or self.generate_kwargs.get("num_return_sequences")
+        results = []
+        for row, hits in enumerate(retrieved):
+            own = range(row * count, (row + 1) * count)
+            # Of equally good captions the first, more probable one is chosen.
+            order = list(own) if values is None else sorted(own, key=lambda one: (-values[one], one))
+            best = order[0]
+            result = CaptionResult(captions[best], scores[best], [_as_hit(hit) for hit in hits])
+            result.token_ids = targets[best].tolist()
+            if count > 1 and asked:
+                result.candidates = _candidates(order, captions, scores, similarities)
+            if similarities is not None:
+                result.similarity = float(similarities[best])
+            results.append(result)
+        return results
+
+    def generation_config(self) -> GenerationConfig:
+        """The decoding of this captioner: the checkpoint's, with its `generate_kwargs` and options. A copy."""
+        config = copy.deepcopy(self.generate_kwargs.get("generation_config") or self.model.generation_config)
+        for name, value in {**self.generate_kwargs, **self.options.generate_kwargs()}.items():
+            # Not `update`, which checks the settings and warns: `generate` will do that, once.
+            if hasattr(config, name):
+                setattr(config, name, value)
+        return config
+
+    def _search(
+        self, encoding: RecapEncoderOutput, prompts: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.LongTensor, list[float]]:
+        """Sequences, those of a recording together and the best first, and their scores."""
+        arguments = {"encoder_outputs": encoding, **prompts, **kwargs}
+        if fast_generate is not None:
+            found = fast_generate(self.model, **arguments)
+            if found is not None:
+                return found
+        sequences = self.model.generate(**arguments)
+        sequences = getattr(sequences, "sequences", sequences)
+        return sequences, self.model.score_captions(encoding, sequences, prompts)
+
+    def similarities(self, captions: Sequence[str], audio_embeds: torch.Tensor) -> np.ndarray:
+        """Cosines of captions and their recordings in CLAP's space, the mean over a recording's windows.
+
+        Args:
+            captions (`Sequence[str]`): one for each recording.
+            audio_embeds (`torch.Tensor` of shape `(len(captions), windows, dimension)`): from `encode`.
+
+        Returns:
+            `np.ndarray` of shape `(len(captions),)`, float32.
+        """
+        if not len(captions):
+            return np.empty(0, dtype=np.float32)
+        # Beams of a clip often differ in nothing but their end: each text is embedded once.
+        unique = sorted(set(captions))
+        rows = dict(zip(unique, self.model.embed_captions(unique, self.processor), strict=True))
+        texts = np.stack([rows[caption] for caption in captions])
+        audio = audio_embeds.float().cpu().numpy()
+        present = np.abs(audio).sum(axis=-1) > 0
+        cosines = np.einsum("bwd,bd->bw", audio, texts)
+        return (cosines * present).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
+
+
+@dataclass(frozen=True)
+class _Reranking:
+    """The captions that are reranked, and by what. `weight`: of the cosine beside the search's own score; `None`: the
+    cosine alone decides."""
+
+    candidates: int | None
+    weight: float | None
+
+    @classmethod
+    def of(cls, options: CaptionOptions, config: GenerationConfig) -> _Reranking | None:
+        """What the options say, else the `GenerationConfig`; `None` where nothing is reranked, as by default with
+        samples: the one that was drawn is the caption."""
+        rerank, candidates, weight = (
+            getattr(config, name, None) if getattr(options, name) is None else getattr(options, name)
+            for name in CaptionOptions.names(RERANKING)
+        )
+        if options.rerank is None and config.do_sample:
+            rerank = None
+        if rerank in (None, NO_RERANKING):
+            if options.candidates is not None or options.rerank_weight is not None:
+                raise ValueError(
+                    "`candidates` and `rerank_weight` are options of reranking, and nothing is reranked: set `rerank` "
+                    "to 'clap', or leave them out."
+                )
+            return None
+        return cls(candidates, weight)
+
+    def candidate_options(self, config: GenerationConfig) -> dict[str, Any]:
+        """Arguments of `generate` that give the candidates: beams, or samples with `do_sample`."""
+        asked = config.num_return_sequences if (config.num_return_sequences or 1) > 1 else None
+        count = self.candidates or asked or config.num_beams or 1
+        if config.do_sample:
+            return {"num_return_sequences": count, "num_beams": 1}
+        return {"num_return_sequences": count, "num_beams": max(config.num_beams or 1, count)}
+
+    def values(
+        self,
+        scores: Sequence[float],
+        similarities: np.ndarray,
+        targets: torch.LongTensor,
+        eos_token_id: int,
+        config: GenerationConfig,
+    ) -> np.ndarray:
+        """What candidates are ranked by. The score of the search is the log-probability over
+        `length ** length_penalty`."""
+        if self.weight is None or np.isinf(self.weight):
+            return similarities
+        ends = (targets == eos_token_id).int()
+        lengths = (ends.cumsum(dim=1) - ends == 0).sum(dim=1).cpu().numpy()
+        penalty = 1.0 if config.length_penalty is None else config.length_penalty
+        with np.errstate(divide="ignore"):
+            searched = np.log(np.asarray(scores)) * lengths ** (1.0 - penalty)
+        return searched + self.weight * similarities
+
+
+def load_pretrained(
+    name_or_path: str | os.PathLike | None = None, device: Any = None, dtype: Any = None, **kwargs: Any
+) -> tuple[Any, Any]:
+    """Model, in evaluation mode, and processor of a checkpoint; see [`Captioner.from_pretrained`]."""
+    if name_or_path is None:
+        if default_model_path is None:
+            raise ValueError("Name a checkpoint, or install the package, which has a default: pip install recap-hf")
+        name_or_path = default_model_path()
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"The device {str(device)!r} is not there: torch finds no GPU on this machine. Use 'cpu'.")
+    dtypes = {} if dtype is None else {"dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
+    model = RecapForConditionalGeneration.from_pretrained(str(name_or_path), **dtypes, **kwargs)
+    return model.eval().to(device), RecapProcessor.from_pretrained(str(name_or_path), **kwargs)
+
+
+def recordings_together(batch_size: int) -> int:
+    """How many readable recordings `caption_stream` encodes together at the most. Cut between that many, a run of
+    short ones gives the same to the last digit."""
+    return _BATCHES_TOGETHER * batch_size
+
+
+def _candidates(
+    order: Sequence[int], captions: Sequence[str], scores: Sequence[float], similarities: np.ndarray | None
+) -> list[dict[str, Any]]:
+    """Every different caption once, in `order`."""
+    seen: dict[str, dict[str, Any]] = {}
+    for row in order:
+        entry = {"caption": captions[row], "score": scores[row]}
+        if similarities is not None:
+            entry["similarity"] = round(float(similarities[row]), 6)
+        seen.setdefault(captions[row], entry)
+    return list(seen.values())
+
+
+def _as_hit(hit: dict[str, Any] | str) -> dict[str, Any]:
+    return {"caption": hit} if isinstance(hit, str) else hit
+
+
+def _decoding_batches(
+    encoding: RecapEncoderOutput, prompts: dict[str, torch.Tensor], batch_size: int | None
+) -> Iterator[tuple[list[int], RecapEncoderOutput, dict[str, torch.Tensor]]]:
+    """Parts of a batch to be decoded one after the other: recordings with prompts of nearly equal length.
+
+    An encoder is fastest with as many windows as fit, a decoder with as many clips as keep it busy and prompts that
+    need no padding. Yields the rows of a part, its encoding, and its prompts without padding that all of them share.
+    """
+    device = encoding.last_hidden_state.device
+    prompts = {name: value.to(device) for name, value in prompts.items()}
+    mask = prompts["decoder_attention_mask"]
+    num_clips, length = mask.shape
+    if batch_size is None or num_clips <= batch_size:
+        yield list(range(num_clips)), encoding, prompts
+        return
+    lengths = mask.sum(dim=1).tolist()
+    order = sorted(range(num_clips), key=lambda row: -lengths[row])
+    for start in range(0, num_clips, batch_size):
+        rows = order[start : start + batch_size]
+        index = torch.tensor(rows, device=device)
+        # The first one is the longest.
+        kept = slice(length - lengths[rows[0]], None)
+        yield rows, encoding.rows(index), {name: value[index, kept] for name, value in prompts.items()}
+
+
+@contextlib.contextmanager
+def _evaluation(model: Any) -> Iterator[None]:
+    """Evaluation mode, and the caller's mode afterwards: a model in training mode captions with dropout."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+__all__ = ["READ_ERRORS", "CaptionResult", "Captioner", "load_pretrained", "recordings_together"]

@@ -1,0 +1,80 @@
+"""The console script `recap`: one table of commands, each imported only when it is called.
+
+It is a package of its own, beside recap_hf: arguments are parsed before `import recap_hf` imports torch and
+transformers, which takes seconds. So nothing here or at the head of a command's module imports them; `run` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from recap_cli.status import EXIT_USAGE, exit_status
+
+# name: (module with `add_arguments(parser)` and `run(args) -> int`, one line of help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "caption": ("recap_cli.caption", "describe recordings in a sentence"),
+    "timeline": ("recap_cli.timeline", "describe what happens when, in recordings of any length"),
+    "live": ("recap_cli.live", "describe sound while it comes in, from a pipe or a microphone"),
+    "explain": ("recap_cli.explain", "show where in a recording each word of its caption comes from"),
+    "datastore": ("recap_cli.datastore", "build, search and edit the captions to retrieve from"),
+    "train": ("recap_cli.train", "train a captioner on recordings and captions"),
+    "pretrain": ("recap_cli.pretrain", "train the bases of a captioner: a CLAP, a GPT-2"),
+    "score": ("recap_cli.score", "score predicted captions against their references"),
+    "compare": ("recap_cli.compare", "compare two systems on the clips that both captioned"),
+    "evaluate": ("recap_cli.evaluate", "caption a test split and score it beside its baselines"),
+    "grid": ("recap_cli.grid", "the paper's tables: train, evaluate and print them in one go"),
+    "report": ("recap_cli.report", "a page about an evaluation: tables, plots, clips to listen to"),
+    "convert": ("recap_cli.convert", "bring weights of other layouts in, and back"),
+    "export": ("recap_cli.export", "write a captioner as ONNX graphs"),
+    "onnx": ("recap_cli.onnx", "describe recordings with an exported captioner, without torch"),
+    "push": ("recap_cli.push", "push a checkpoint or a datastore to the Hugging Face Hub"),
+    "demo": ("recap_cli.demo", "a page to play with: record or upload, and change what is looked up"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that also accepts `--snake_case` spellings of its `--kebab-case` flags."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [self._kebab(arg) for arg in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
+    @staticmethod
+    def _kebab(arg: str) -> str:
+        if not arg.startswith("--") or arg == "--":
+            return arg
+        flag, equals, value = arg.partition("=")
+        return flag.replace("_", "-") + equals + value
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `recap`. Only `command`'s own module is imported; the others show their line of help."""
+    parser = _Parser(prog="recap", description="Retrieval-augmented audio captioning.")
+    parser.add_argument("--version", action="version", version=f"recap_hf {metadata.version('recap-hf')}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, (module, text) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == command:
+            loaded = importlib.import_module(module)
+            loaded.add_arguments(subparser)
+            subparser.set_defaults(run=loaded.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `recap` with `argv` (default: the process's own) and returns the exit status.
+
+    0: everything worked; 1: the command failed, or part of its inputs did; 2: it was called wrongly.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((arg for arg in argv if not arg.startswith("-")), None)
+    parser = build_parser(command)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return EXIT_USAGE
+    return exit_status(f"recap {args.command}", lambda: args.run(args))

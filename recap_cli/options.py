@@ -1,0 +1,89 @@
+"""Flags that the commands share. Nothing here imports torch: a wrong call is told before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from recap_cli.numbers import positive
+
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+
+
+def _caption_options() -> ModuleType:
+    """The module of `CaptionOptions`, read from its file: importing it by name imports all of recap_hf, and torch."""
+    root = Path(__file__).resolve().parent.parent
+    # Installed, and in a checkout.
+    path = next(path for path in (root / "recap_hf" / "modeling", root / "modeling") if path.is_dir())
+    spec = importlib.util.spec_from_file_location("recap_cli._caption_options", path / "options_recap.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up there.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def add_caption_options(parser: argparse.ArgumentParser) -> None:
+    """A flag for each field of `CaptionOptions`."""
+    _caption_options().CaptionOptions.add_arguments(parser)
+
+
+def check_caption_options(args: argparse.Namespace) -> None:
+    """Refuses caption options that contradict each other.
+
+    Raises:
+        `ValueError`
+    """
+    _caption_options().CaptionOptions.from_args(args)
+
+
+def add_captioner_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--model`, `--datastore`, `--device`, `--dtype`, and the caption options in groups of their own."""
+    parser.add_argument("--model", help="folder or Hub id of a captioner (default: the one in the package)")
+    parser.add_argument(
+        "--datastore",
+        metavar="CAPTIONS",
+        help="captions to retrieve from: a datastore, milvus:URI#COLLECTION, or a .txt, .csv, .json or .jsonl file",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; int8 on CPUs only")
+    add_caption_options(parser)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--engine ray` and what it takes."""
+    group = parser.add_argument_group("engine")
+    group.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="ray: parts of the work by several processes"
+    )
+    group.add_argument("--num-workers", type=positive, default=2, metavar="N", help="processes of Ray (default: 2)")
+    group.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster; auto: this machine's")
+
+
+def load_captioner(args: argparse.Namespace) -> Any:
+    """The `Captioner` that the arguments of `add_captioner_arguments` name, its weights laid out for a CPU.
+
+    Raises:
+        `OSError`: if there is no such checkpoint. `ValueError`: for a wrong combination of arguments.
+    """
+    from transformers.utils import logging
+
+    from recap_hf.fast_generation import prepare_for_cpu
+    from recap_hf.modeling.captioning_recap import Captioner
+    from recap_hf.modeling.options_recap import CaptionOptions
+
+    # This process is the command's own: bars and hints would stand between results on a terminal.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    dtype = "float32" if args.dtype == "int8" else args.dtype
+    options = CaptionOptions.from_args(args)
+    captioner = Captioner.from_pretrained(args.model, device=args.device, dtype=dtype, options=options)
+    if captioner.model.device.type == "cpu" and args.dtype != "float16":
+        prepare_for_cpu(captioner.model, args.dtype)
+    elif args.dtype == "int8":
+        raise ValueError(f"--dtype int8 is for CPUs and the model is on {captioner.model.device}: use bfloat16.")
+    return captioner if args.datastore is None else captioner.with_datastore(args.datastore)

@@ -1,0 +1,58 @@
+"""From names on a command line to recordings."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+# fmt: off
+AUDIO_SUFFIXES = frozenset((
+    ".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf",
+    ".w64", ".rf64", ".m4a", ".aac", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wma", ".amr", ".3gp",
+))
+# fmt: on
+STANDARD_INPUT = "-"
+
+
+def expand_inputs(names: Sequence[str]) -> list[str]:
+    """The recordings that the names on a command line stand for.
+
+    Args:
+        names (`Sequence[str]`): files, folders (all entries with an audio suffix in them and below, sorted), glob
+            patterns, URLs, and `-` for standard input.
+
+    Raises:
+        `ValueError`: if a folder has no recordings, a pattern matches nothing, or a name is empty.
+    """
+    files: list[str] = []
+    for name in names:
+        if not name:
+            raise ValueError("an empty name was given; expected a file, a folder, a pattern, a URL or -")
+        path = Path(name)
+        if name == STANDARD_INPUT or "://" in name or path.is_file():
+            files.append(name)
+        elif path.is_dir() and path.suffix.lower() not in AUDIO_SUFFIXES:
+            # A folder named like a recording is listed too, so that its name is reported and not left out.
+            found = sorted(str(entry) for entry in path.rglob("*") if entry.suffix.lower() in AUDIO_SUFFIXES)
+            if not found:
+                raise ValueError(
+                    f"{name}: no recordings in this folder (looked for {', '.join(sorted(AUDIO_SUFFIXES))})"
+                )
+            files += found
+        elif glob.has_magic(name):
+            found = sorted(glob.glob(name, recursive=True))
+            if not found:
+                raise ValueError(f"{name}: no file matches this pattern")
+            files += found
+        else:
+            files.append(name)
+    return files
+
+
+def reason_of(name: str, error: Exception) -> str:
+    """Why a recording could not be read, in one line without its name."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror[0].lower()}{error.strerror[1:]}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.removeprefix(f"{name}: ")

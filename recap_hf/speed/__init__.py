@@ -1,1 +1,0 @@
-"""Measurements of speed: `recap bench` and its parts."""

@@ -176,7 +176,7 @@ class Captioner:
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> RecapEncoderOutput:
         """Hidden states and query embeddings of waveforms at `sampling_rate`."""
-        with _evaluation(self.model), torch.no_grad():
+        with evaluation_mode(self.model), torch.no_grad():
             inputs = self.processor(
                 audio=list(waveforms),
                 sampling_rate=self.sampling_rate,
@@ -206,7 +206,7 @@ class Captioner:
         prompts = self.processor.build_prompts(retrieved=retrieved)
         used = prompts.pop("retrieved")
         results: list[Any] = [None] * len(used)
-        with _evaluation(self.model):
+        with evaluation_mode(self.model):
             for rows, part, part_prompts in _decoding_batches(encoding, prompts, batch_size):
                 decoded = self.decode(part, part_prompts, [used[row] for row in rows])
                 for row, result in zip(rows, decoded, strict=True):
@@ -490,7 +490,7 @@ def _decoding_batches(
 
 
 @contextlib.contextmanager
-def _evaluation(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """Evaluation mode, and the caller's mode afterwards: a model in training mode captions with dropout."""
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -502,4 +502,4 @@ def _evaluation(model: Any) -> Iterator[None]:
             module.training = True
 
 
-__all__ = ["READ_ERRORS", "CaptionResult", "Captioner", "load_pretrained", "recordings_together"]
+__all__ = ["READ_ERRORS", "CaptionResult", "Captioner", "evaluation_mode", "load_pretrained", "recordings_together"]

@@ -16,7 +16,6 @@ from transformers.utils import ModelOutput
 
 from .configuration_recap import RecapConfig, copy_remote_code
 from .encoder_recap import encoder_class
-from .explanation_recap import RecapExplanationMixin
 from .generation_recap import CACHE, RecapEncoderOutput, RecapGenerationMixin, one_cache, position_ids_of
 from .prefix_recap import PREFIX, PrefixMapper
 
@@ -60,7 +59,7 @@ class RecapPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
 
-class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin, RecapExplanationMixin):
+class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
     """Audio captioning by retrieval: a GPT-2 continues a prompt of retrieved captions while it listens.
 
     `clap` is a whole `ClapModel`: its audio tower gives the hidden states that the cross-attention reads and the

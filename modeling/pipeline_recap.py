@@ -16,7 +16,6 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from .audio_recap import SILENCE_CAPTION
 from .captioning_recap import READ_ERRORS, Captioner
 from .options_recap import RETRIEVAL, CaptionOptions
-from .timeline_recap import DEFAULT_SEGMENT_BATCH, TimelineSettings, TimelineSummary, caption_timeline
 
 # Arguments of `generate` that are no settings of a GenerationConfig.
 _GENERATE_ARGUMENTS = frozenset(("generation_config", "logits_processor", "stopping_criteria"))
@@ -172,6 +171,15 @@ class AudioCaptioningPipeline(Pipeline):
         timeline: dict[str, Any] | None = None,
         segment_batch_size: int | None = None,
     ) -> dict[str, Any]:
+        try:
+            from recap_hf.audio.timeline import (
+                DEFAULT_SEGMENT_BATCH,
+                TimelineSettings,
+                TimelineSummary,
+                caption_timeline,
+            )
+        except ImportError as error:
+            raise ImportError("`return_timestamps=True` needs the package: pip install recap-hf") from error
         settings, summary = TimelineSettings(**(timeline or {})), TimelineSummary()
         batch_size = segment_batch_size or self._batch_size or DEFAULT_SEGMENT_BATCH
         segments = caption_timeline(captioner, source, settings=settings, summary=summary, batch_size=batch_size)

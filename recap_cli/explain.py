@@ -1,4 +1,4 @@
-"""`recap explain`: where in a recording each word of its caption comes from, and from which retrieved captions."""
+"""`recap explain`: the regions of a recording and the retrieved captions that each word of its caption depends on."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from recap_cli.options import add_captioner_arguments, load_captioner
+from recap_cli.options import add_captioner_arguments, check_caption_options, load_captioner
 
+# As in recap_hf.explain, which needs torch.
 METHODS = ("gradient", "insertion", "occlusion", "attention")
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
-_TOP_CELLS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `recap explain`."""
-    parser.add_argument("input", metavar="FILE|URL|-", help="a recording; - reads it from standard input")
-    parser.add_argument("--output", metavar="PICTURE", help=f"draw it there ({', '.join(PICTURE_SUFFIXES)})")
-    parser.add_argument("--caption", help="explain this caption instead of the model's own")
+    parser.add_argument("input", metavar="RECORDING", help="file or URL; - is standard input")
+    parser.add_argument("--output", metavar="PICTURE", help=f"draw the explanation ({', '.join(PICTURE_SUFFIXES)})")
+    parser.add_argument("--caption", help="explain this caption instead of the model's")
     parser.add_argument(
-        "--method",
-        choices=METHODS,
-        default="gradient",
-        help="how weights are measured: see docs/explanations.md (default: %(default)s)",
+        "--method", choices=METHODS, default="gradient", help="see docs/explanations.md (default: %(default)s)"
     )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
     add_captioner_arguments(parser)
@@ -32,63 +28,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the explanation as text or JSON, and draws it if asked to."""
-    suffix = Path(args.output).suffix.lower() if args.output else None
-    if suffix is not None and suffix not in PICTURE_SUFFIXES:
+    check_caption_options(args)
+    output = Path(args.output) if args.output else None
+    if output is not None and output.suffix.lower() not in PICTURE_SUFFIXES:
         raise ValueError(f"--output is a picture ({', '.join(PICTURE_SUFFIXES)}), got {args.output!r}.")
-    if suffix is not None and not Path(args.output).parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no folder {Path(args.output).parent}; make it first.")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no folder {output.parent}; make it first.")
+    from recap_hf.explain import draw_explanation, explain_caption
+    from recap_hf.explain.picture import require_matplotlib
     from recap_hf.modeling.audio_recap import is_silent, load_audio
 
-    if suffix is not None:
-        # Before the work: a missing extra is to be told at once.
-        from recap_hf.explanation.picture import draw_explanation, require_matplotlib
-
+    if output is not None:
+        # A missing extra is reported before the work.
         require_matplotlib()
     waveform, rate = load_audio(sys.stdin.buffer.read() if args.input == "-" else args.input)
     if is_silent(waveform):
-        raise ValueError(f"{args.input} holds no sound: it is captioned as silence without asking the model.")
+        raise ValueError(f"{args.input} holds no sound: its caption is silence, without the model.")
     captioner = load_captioner(args)
-    explanation = captioner.model.explain(
-        waveform,
-        captioner.processor,
-        rate,
-        caption=args.caption,
-        method=args.method,
-        **captioner.options.to_dict(),
-    )
+    explanation = explain_caption(captioner, waveform, rate, caption=args.caption, method=args.method)
     if args.format == "json":
         print(json.dumps({"file": args.input, **explanation.to_dict()}, ensure_ascii=False))
     else:
-        print(format_explanation(args.input, explanation))
-    if args.output:
-        figure = draw_explanation(explanation, waveform, captioner.processor.feature_extractor, rate)
-        figure.savefig(args.output)
+        print(f"{args.input}: {explanation.to_text()}")
+    if output is not None:
+        draw_explanation(explanation, waveform, captioner.processor.feature_extractor, rate).savefig(output)
         print(f"recap explain: drew {args.output}", file=sys.stderr)
     return 0
-
-
-def format_explanation(name: str, explanation: Any) -> str:
-    """An explanation as a few lines: each word with its strongest places, each caption with its weight."""
-    lines = [f"{name}: {explanation.caption}"]
-    if explanation.words:
-        width = max(len(word.text) for word in explanation.words)
-        lines.append(f"    {'':{width}}  audio  captions  strongest places (s, band in kHz)")
-    for word in explanation.words:
-        places = ", ".join(_places(word, explanation)) or "none in the audio"
-        lines.append(f"    {word.text:{width}}  {word.audio_effect:+5.1f}  {word.captions_effect:+8.1f}  {places}")
-    lines += [f"    {hit['weight']:.2f}  {' '.join(hit['caption'].split())}" for hit in explanation.retrieved]
-    return "\n".join(lines)
-
-
-def _places(word: Any, explanation: Any) -> list[str]:
-    order = word.audio_map.ravel().argsort()[::-1][:_TOP_CELLS]
-    bins = word.audio_map.shape[1]
-    times, bands = explanation.time_edges_s, explanation.band_edges_hz
-    places = []
-    for index in order:
-        band, cell = divmod(int(index), bins)
-        share = word.audio_map[band, cell]
-        if share > 0:
-            low, high = bands[band] / 1000, bands[band + 1] / 1000
-            places.append(f"{times[cell]:.1f}-{times[cell + 1]:.1f} s {low:.1f}-{high:.1f} kHz {share:.0%}")
-    return places

@@ -4,8 +4,9 @@ Importing it registers the Auto classes and `pipeline("audio-captioning")` in tr
 """
 
 from recap_hf.assets import default_model_path, examples_path
+from recap_hf.audio.stream import AudioStream
+from recap_hf.audio.timeline import TimelineSettings, TimelineSummary, caption_timeline
 from recap_hf.modeling.audio_recap import load_audio
-from recap_hf.modeling.audio_stream_recap import AudioStream
 from recap_hf.modeling.captioning_recap import Captioner, CaptionResult
 from recap_hf.modeling.captions_recap import open_datastore, read_captions
 from recap_hf.modeling.configuration_recap import RecapConfig
@@ -17,7 +18,6 @@ from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
 from recap_hf.modeling.processing_recap import RecapProcessor
 from recap_hf.modeling.prompt_recap import PROMPT_PRESETS, PromptTemplate
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
-from recap_hf.modeling.timeline_recap import TimelineSettings, TimelineSummary, caption_timeline
 from recap_hf.registration import register
 from recap_hf.version import __version__
 

@@ -9,9 +9,8 @@ import pytest
 import soundfile
 from conftest import synthetic_clip
 
-from recap_hf import load_audio
+from recap_hf import AudioStream, load_audio
 from recap_hf.modeling.audio_recap import resample, to_mono
-from recap_hf.modeling.audio_stream_recap import AudioStream
 
 CLIP = synthetic_clip(3.0, 1)
 
@@ -70,6 +69,8 @@ def test_arrays_and_values_of_datasets():
     value = {"array": narrow, "sampling_rate": 16_000}
     np.testing.assert_allclose(joined(value, 0.1), resample(narrow, 16_000, 48_000), atol=1e-6)
     np.testing.assert_array_equal(joined({"audio": value}), joined(value))
+    with pytest.raises(ValueError, match="needs 'array' and 'sampling_rate', or 'bytes', or 'path'"):
+        joined({"audio": {"array": None, "path": None}})
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

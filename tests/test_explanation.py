@@ -11,8 +11,10 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from recap_hf.modeling.attribution_recap import METHODS, Passage, attribute, token_log_probs
-from recap_hf.modeling.audio_grid_recap import AudioGrid
+from recap_hf import Captioner, CaptionOptions
+from recap_hf.explain import explain_caption
+from recap_hf.explain.attribution import METHODS, Passage, attribute, token_log_probs
+from recap_hf.explain.audio_grid import AudioGrid
 from recap_hf.modeling.prompt_recap import OFFICIAL_PROMPT, PAPER_PROMPT
 
 CAPTION = "a dog barks twice"
@@ -147,7 +149,7 @@ def test_hidden_captions(tiny_model, passage):
 @pytest.mark.parametrize("method", METHODS)
 def test_explanation_of_a_given_caption(tiny_model, tiny_processor, method):
     tiny_model.set_attn_implementation("sdpa")
-    explanation = tiny_model.explain(noise(4), tiny_processor, caption=CAPTION, method=method)
+    explanation = explain_caption(Captioner(tiny_model, tiny_processor), noise(4), caption=CAPTION, method=method)
     assert explanation.caption == CAPTION
     assert [word.text for word in explanation.words] == CAPTION.split()
     assert tiny_model.config.decoder._attn_implementation == "sdpa"
@@ -164,17 +166,17 @@ def test_explanation_of_a_given_caption(tiny_model, tiny_processor, method):
 
 
 def test_generated_caption_and_long_recording(tiny_model, tiny_processor):
-    from recap_hf import AudioCaptioningPipeline
-
     clip = noise(23, seed=3)
-    pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor)
     # A random model writes control characters; these leave it words.
     tokens = tiny_processor.tokenizer.convert_ids_to_tokens(range(300))
-    options = {"suppress_tokens": [i for i, token in enumerate(tokens) if not WORD_PIECE.fullmatch(token or "")]}
-    result = pipe(clip, max_new_tokens=8, **options)
-    explanation = tiny_model.explain(np.stack([clip, clip]), tiny_processor, max_new_tokens=8, **options)
-    assert explanation.caption == result["caption"]
-    assert [hit["caption"] for hit in explanation.retrieved] == [hit["caption"] for hit in result["retrieved"]]
+    arguments = {"suppress_tokens": [i for i, token in enumerate(tokens) if not WORD_PIECE.fullmatch(token or "")]}
+    options = CaptionOptions(max_new_tokens=8, k=3)
+    captioner = Captioner(tiny_model, tiny_processor, options=options, generate_kwargs=arguments)
+    [result] = captioner.caption([clip])
+    explanation = explain_caption(captioner, np.stack([clip, clip]))
+    assert explanation.caption == result.caption
+    assert [hit["caption"] for hit in explanation.retrieved] == [hit["caption"] for hit in result.retrieved]
+    assert len(explanation.retrieved) == 3
     assert explanation.words[0].cell_weights.shape == (3, 2, 32)
     assert explanation.words[0].audio_map.shape == (2, 74)
     total = sum(word.log_probability for word in explanation.words)
@@ -182,11 +184,12 @@ def test_generated_caption_and_long_recording(tiny_model, tiny_processor):
 
 
 def test_frozen_and_training_model_and_inference_mode(tiny_model, tiny_processor):
-    expected = tiny_model.explain(noise(3), tiny_processor, caption=CAPTION)
+    captioner = Captioner(tiny_model, tiny_processor)
+    expected = explain_caption(captioner, noise(3), caption=CAPTION)
     tiny_model.requires_grad_(False)
     tiny_model.train()
     with torch.inference_mode():
-        explanation = tiny_model.explain(noise(3), tiny_processor, caption=CAPTION)
+        explanation = explain_caption(captioner, noise(3), caption=CAPTION)
     assert tiny_model.training
     assert all(parameter.grad is None for parameter in tiny_model.parameters())
     for word, other in zip(explanation.words, expected.words, strict=True):
@@ -194,16 +197,17 @@ def test_frozen_and_training_model_and_inference_mode(tiny_model, tiny_processor
 
 
 def test_no_captions_in_the_prompt(tiny_model, tiny_processor):
+    captioner = Captioner(tiny_model, tiny_processor, options=CaptionOptions(k=0))
     for method in METHODS:
-        explanation = tiny_model.explain(noise(2), tiny_processor, caption=CAPTION, k=0, method=method)
+        explanation = explain_caption(captioner, noise(2), caption=CAPTION, method=method)
         assert explanation.retrieved == [] and explanation.words[0].caption_weights.shape == (0,)
 
 
 def test_what_is_refused(tiny_model, tiny_processor):
     with pytest.raises(ValueError, match="gradient, insertion, occlusion, attention"):
-        tiny_model.explain(noise(1), tiny_processor, method="magic")
+        explain_caption(Captioner(tiny_model, tiny_processor), noise(1), method="magic")
     with pytest.raises(ValueError, match="empty"):
-        tiny_model.explain(noise(1), tiny_processor, caption=" ")
+        explain_caption(Captioner(tiny_model, tiny_processor), noise(1), caption=" ")
 
 
 def grid(duration: float, starts: tuple[float, ...] = (0.0,), padding: str = "repeatpad") -> AudioGrid:

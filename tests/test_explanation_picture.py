@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from recap_cli import main
-from recap_hf.modeling.explanation_recap import CaptionExplanation, WordExplanation
+from recap_hf.explain import CaptionExplanation, WordExplanation, draw_explanation
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def made_up() -> CaptionExplanation:
 
 def test_spectrogram_is_that_of_the_encoder_once(tiny_processor):
     """A tone that starts in the middle of a recording of 13 s lies there, in its mel bin; nothing is repeated."""
-    from recap_hf.explanation.picture import clip_spectrogram
+    from recap_hf.explain.picture import clip_spectrogram
 
     time = np.arange(13 * 48_000) / 48_000
     tone = np.where(time > 11.5, 0.5 * np.sin(2 * np.pi * 3000 * time), 0).astype(np.float32)
@@ -46,8 +46,6 @@ def test_spectrogram_is_that_of_the_encoder_once(tiny_processor):
 
 def test_map_is_drawn_at_its_time_and_band(made_up, tiny_processor):
     pytest.importorskip("matplotlib", reason="pictures need the explain extra")
-    from recap_hf.explanation.picture import draw_explanation
-
     noise = np.random.default_rng(0).standard_normal(4 * 48_000).astype(np.float32) * 0.1
     figure = draw_explanation(made_up, noise, tiny_processor.feature_extractor)
     top, first, second, table = figure.axes
@@ -62,14 +60,16 @@ def test_map_is_drawn_at_its_time_and_band(made_up, tiny_processor):
 
 
 def test_ticks_lie_at_their_mel_bin(tiny_processor):
-    from recap_hf.explanation.picture import _mel_place
+    from recap_hf.explain.audio_grid import MelAxis
 
     extractor = tiny_processor.feature_extractor
     centres = np.linspace(0, 24_000, 513)[extractor.mel_filters_slaney.argmax(axis=0)]
+    axis = MelAxis(extractor)
     for hz in (500, 2000, 8000):
         nearest = int(np.abs(centres - hz).argmin())
         # Bin `nearest` is drawn from `nearest` to `nearest + 1`.
-        assert abs(_mel_place(hz, extractor) - (nearest + 0.5)) < 0.8
+        assert abs(axis.place(hz) - (nearest + 0.5)) < 0.8
+        assert axis.hz(axis.place(hz)) == pytest.approx(hz)
 
 
 def test_command(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`recap caption --timeline`: one recording or many, every format, subtitles, broken files, memory."""
+"""`recap timeline`: one recording or many, every format, subtitles, broken files, memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import pytest
 import soundfile
 from conftest import same_results, synthetic_clip
 
+from benchmarks.timeline import compare_formats, measure_memory
 from recap_cli import main
-from recap_hf import AudioCaptioningPipeline, AudioStream
-from recap_hf.modeling.timeline_recap import caption_timeline
-from recap_hf.timeline.benchmark import compare_formats, measure_memory
+from recap_hf import AudioStream, Captioner, CaptionOptions, caption_timeline
 
 
 def sound(*parts):
@@ -34,7 +33,7 @@ def recording(tmp_path):
 def run(capsys, model_folder):
     def call(*options):
         fast = ("--model", model_folder, "--max-new-tokens", 5, "--num-beams", 1, "--hop", 1)
-        status = main(["caption", *map(str, (*options, "--timeline", *fast))])
+        status = main(["timeline", *map(str, (*options, *fast))])
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return status, captured.out, captured.err
@@ -101,9 +100,8 @@ def test_readable_cues(run, recording):
     ("options", "message"),
     [
         (("--format", "all"), "--format all needs --output-dir"),
-        (("--format", "srt"), "--format srt holds one recording a file"),
+        (("--format", "srt"), "--format srt holds one recording, got 2"),
         (("--output", "x", "--output-dir", "y"), "--output and --output-dir exclude each other"),
-        (("--engine", "ray"), "--engine ray makes no timelines"),
         (("--accessible",), "--accessible needs --format srt or vtt"),
         (("--reading-speed", "9"), "--reading-speed needs --accessible"),
         (("--merge-into", "a.srt"), "--merge-into takes one recording"),
@@ -112,13 +110,12 @@ def test_readable_cues(run, recording):
 def test_calls_that_make_no_sense(run, recording, options, message):
     status, out, errors = run(recording, recording, *options)
     assert (status, out) == (2, "")
-    assert f"recap caption: error: {message}" in errors
+    assert f"recap timeline: error: {message}" in errors
 
 
-def test_options_that_need_a_timeline(capsys, recording):
-    for options, message in ((["--hop", "1"], "--hop needs"), (["--format", "srt"], "--format srt needs")):
-        assert main(["caption", str(recording), *options]) == 2
-        assert f"{message} --timeline" in capsys.readouterr().err
+def test_the_flag_of_earlier_releases_names_the_command(capsys, recording):
+    assert main(["caption", str(recording), "--timeline"]) == 2
+    assert "recap timeline" in capsys.readouterr().err
 
 
 def test_two_recordings_of_one_name_are_not_written_over(run, recording, tmp_path):
@@ -132,7 +129,7 @@ def test_two_recordings_of_one_name_are_not_written_over(run, recording, tmp_pat
 
 @pytest.mark.parametrize("rate", [44_100, 192_000])
 def test_the_blocks_of_the_stream_make_no_difference(tiny_model, tiny_processor, tmp_path, rate):
-    captioner = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor, max_new_tokens=4, num_beams=1)
+    captioner = Captioner(tiny_model, tiny_processor, options=CaptionOptions(max_new_tokens=4, num_beams=1))
     rng = np.random.default_rng(0)
     path = tmp_path / "field.wav"
     loudness = np.repeat(rng.choice([0.0, 0.01, 0.3], 12), rate)[:, None]
@@ -151,7 +148,7 @@ def test_memory_is_flat(tmp_path):
             # A sound every ten seconds; most is silence, to be quick.
             part = synthetic_clip(1.0, second % 7) if second % 10 == 0 else np.zeros(48_000)
             file.write(np.stack([part, part], axis=1))
-    command = [sys.executable, "-m", "recap_cli", "caption", str(tmp_path / "long.flac"), "--timeline"]
+    command = [sys.executable, "-m", "recap_cli", "timeline", str(tmp_path / "long.flac")]
     command += ["--format", "jsonl", "--output", str(tmp_path / "long.jsonl"), "--batch-size", "2"]
     cost = measure_memory(command, tmp_path / "long.jsonl", 600)
     by_minute = {int(minute): value for minute, value in cost["rss_mib"].items()}
@@ -161,7 +158,7 @@ def test_memory_is_flat(tmp_path):
 
 
 def test_help_is_quick_and_needs_no_torch():
-    code = "import sys; from recap_cli import main\ntry: main(['caption', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from recap_cli import main\ntry: main(['timeline', '--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -9,9 +9,9 @@ import json
 
 import pytest
 
-from recap_hf.timeline.formats import WRITERS
-from recap_hf.timeline.options import FORMATS
-from recap_hf.timeline.subtitles import Cue, CuePlacer, SubtitleFile, SubtitleStyle, merge_cues
+from recap_cli.timeline import FORMATS
+from recap_hf.audio.formats import WRITERS
+from recap_hf.audio.subtitles import Cue, CuePlacer, SubtitleFile, SubtitleStyle, merge_cues
 
 HIT = {"caption": "dogs bark", "score": 0.75}
 SEGMENTS = [

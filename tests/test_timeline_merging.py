@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recap_hf.modeling.timeline_recap import CaptionEmbeddings, TimelineSettings, TimelineSummary, merge_segments
+from recap_hf import TimelineSettings, TimelineSummary
+from recap_hf.audio.timeline import caption_embedder, merge_segments
 
 # Embeddings by the first word: "dog barks" and "dog yelps" say the same.
 WORDS = ("dog", "rain", "silence", "bell", "horn", "wind")
@@ -25,7 +26,7 @@ class Embedder:
 
 def merged(*rows, **settings):
     segments = [{"start": s, "end": e, "caption": c, "score": 0.5, "retrieved": [c]} for s, e, c in rows]
-    result = list(merge_segments(segments, CaptionEmbeddings(Embedder()), TimelineSettings(**settings)))
+    result = list(merge_segments(segments, caption_embedder(Embedder()), TimelineSettings(**settings)))
     assert [entry["retrieved"] for entry in result] == [[entry["caption"]] for entry in result]
     return [(entry["start"], entry["end"], entry["caption"]) for entry in result]
 
@@ -67,18 +68,22 @@ def test_the_threshold_can_be_so_high_that_only_equal_texts_merge():
 
 def test_texts_are_embedded_once():
     embedder = Embedder()
-    texts = CaptionEmbeddings(embedder)
+    embed = caption_embedder(embedder)
     for _ in range(5):
-        assert texts.same("dog barks", "dog yelps", 0.9)
-        assert not texts.same("dog barks", "silence", -1.0)
+        assert embed("dog barks") @ embed("dog yelps") == 1
     assert embedder.calls == 2
 
 
+def test_silence_is_merged_with_nothing_else():
+    rows = ((0, 1, "silence"), (1, 2, "dog barks"))
+    assert merged(*rows, same_caption=-1.0) == list(rows)
+
+
 def summary_of(*rows):
-    texts, summary = CaptionEmbeddings(Embedder()), TimelineSummary()
+    embed, summary = caption_embedder(Embedder()), TimelineSummary()
     for start, end, caption, score in rows:
         segment = {"start": start, "end": end, "caption": caption, "score": score, "retrieved": [{"caption": caption}]}
-        summary.add(segment, texts.of(caption))
+        summary.add(segment, embed(caption))
     return summary.result()
 
 

@@ -10,8 +10,7 @@ import pytest
 import soundfile
 from conftest import same_results, synthetic_clip
 
-from recap_hf import AudioCaptioningPipeline
-from recap_hf.modeling.timeline_recap import TimelineSummary, caption_timeline
+from recap_hf import AudioCaptioningPipeline, Captioner, CaptionOptions, TimelineSummary, caption_timeline
 
 
 @pytest.fixture
@@ -65,7 +64,8 @@ def test_settings_and_parameters(captioner, recording):
     assert set(captioner(recording)) == {"caption", "score", "retrieved"}
 
 
-def test_the_generator_says_the_same_as_the_pipeline(captioner, recording):
-    summary = TimelineSummary()
-    segments = list(caption_timeline(captioner, recording, summary=summary))
+def test_caption_timeline_equals_the_pipeline(captioner, recording):
+    summary, options = TimelineSummary(), CaptionOptions(max_new_tokens=6, num_beams=1)
+    own = Captioner(captioner.model, captioner.processor, options=options)
+    segments = list(caption_timeline(own, recording, summary=summary))
     assert same_results([{**summary.result(), "segments": segments}], [captioner(recording, return_timestamps=True)])

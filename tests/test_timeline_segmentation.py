@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from recap_hf.modeling.segmentation_recap import SegmentationSettings, Segmenter, is_quiet
+from recap_hf.audio.segmentation import SegmentationSettings, Segmenter, is_quiet
 
 RATE = 1_000
 

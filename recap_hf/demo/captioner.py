@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from recap_hf.audio.timeline import caption_timeline
+from recap_hf.explain import CaptionExplanation, draw_explanation, explain_caption
 from recap_hf.modeling.audio_recap import is_silent
 from recap_hf.modeling.captioning_recap import Captioner
-from recap_hf.modeling.explanation_recap import CaptionExplanation
 from recap_hf.modeling.options_recap import CaptionOptions
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
-from recap_hf.modeling.timeline_recap import caption_timeline
 
 from .recordings import Recording
 from .settings import DemoSettings
@@ -104,10 +104,10 @@ class DemoCaptioner:
         explainable = result["caption"].strip() and self.model.config.decoder.add_cross_attention
         if not explainable or is_silent(recording.waveform):
             return None
-        why = self.model.explain(
+        why = explain_caption(
+            captioner,
             recording.waveform,
-            captioner.processor,
-            sampling_rate=recording.sampling_rate,
+            recording.sampling_rate,
             caption=result["caption"],
             retrieved=result["retrieved"],
         )
@@ -115,8 +115,6 @@ class DemoCaptioner:
 
     def picture(self, recording: Recording, why: CaptionExplanation) -> bytes:
         """The explanation of all words as one PNG, as `recap explain --output` draws it."""
-        from recap_hf.explanation.picture import draw_explanation
-
         extractor = self.processor.feature_extractor
         buffer = io.BytesIO()
         draw_explanation(why, recording.waveform, extractor, recording.sampling_rate).savefig(buffer, format="png")

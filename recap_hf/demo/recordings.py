@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recap_hf.modeling.audio_stream_recap import AudioStream
+from recap_hf.audio.stream import AudioStream
 
 from .pictures import Picture, draw
 

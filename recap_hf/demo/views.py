@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.modeling.explanation_recap import CaptionExplanation
+from recap_hf.explain import CaptionExplanation
 
 from . import pictures
 from .recordings import Recording, duration

@@ -1,6 +1,6 @@
-"""Do explanations mean something? Maps and weights beside shuffled ones, on real sounds one after the other.
+"""Explanations beside shuffled ones: whether maps and weights are better than chance, on sequences of real sounds.
 
-    python -m recap_hf.explanation.benchmark --sounds DIR [--fold 5] [--model DIR] [--methods gradient attention]
+    python -m benchmarks.explanations --sounds DIR [--fold 5] [--model DIR] [--methods gradient attention]
 
 The recordings are the sequences of the project's fixed mixtures: 4.5 s of one event, a quarter of a second of nothing,
 4.5 s of another. A look is a word (all words) of a caption that names one of the two events; it lies on its event if
@@ -21,12 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.evaluation_sets import Item, mixture_hash, mixture_list, mixtures
+from benchmarks.explanation_chance import Look, caption_weights, correlation, shuffled_maps, swapped_maps
+from benchmarks.naming import NamingRules
+from benchmarks.sounds import SAMPLING_RATE, load_mono
 from recap_cli.status import exit_status
-from recap_hf.explanation.chance import Look, caption_weights, correlation, shuffled_maps, swapped_maps
-from recap_hf.tiny.evaluation_sets import Item, mixture_hash, mixture_list, mixtures
-from recap_hf.tiny.lexicon import phrases
-from recap_hf.tiny.naming import NamingRules
-from recap_hf.tiny.sounds import SAMPLING_RATE, load_mono
+from recap_hf.explain import explain_caption
+from recap_hf.explain.picture import clip_spectrogram
+from recipes.recap_tiny.lexicon import phrases
 
 METHODS = ("gradient", "insertion", "occlusion", "attention")
 _LONGEST_S, _GAP_S = 4.5, 0.25
@@ -81,18 +83,16 @@ def look_at(explanation: Any, event: str, times: tuple, which: int, rules: Namin
     return Look(density, explanation.time_edges_s, times[which], times[1 - which], item, int(before))
 
 
-def observe(
-    model: Any, processor: Any, sequence: Sequence2, number: int, method: str, encoding: Any, found: Observations
-) -> None:
+def observe(captioner: Any, sequence: Sequence2, number: int, method: str, encoding: Any, found: Observations) -> None:
     """Explains the two given captions and the model's own caption of one recording."""
     rules, item = NamingRules.ours(), sequence.item
     clip = item.waveform.astype(np.float32)
-    options = {"sampling_rate": SAMPLING_RATE, "method": method, "encoder_outputs": encoding}
+    options = {"sampling_rate": SAMPLING_RATE, "method": method, "encoding": encoding}
     names = [phrases(event)[0] for event in item.events]
-    energy = [_upper_energy(clip, interval, processor.feature_extractor) for interval in sequence.times]
+    energy = [_upper_energy(clip, interval, captioner.processor.feature_extractor) for interval in sequence.times]
     for order in ((0, 1), (1, 0)):
         caption = f"{names[order[0]]} and {names[order[1]]}"
-        explanation = model.explain(clip, processor, caption=caption, **options)
+        explanation = explain_caption(captioner, clip, caption=caption, **options)
         looks = [look_at(explanation, item.events[e], sequence.times, e, rules, number) for e in order]
         if all(looks):
             found.given.append((looks[0], looks[1]))
@@ -102,7 +102,7 @@ def observe(
             if audio_map.sum() > 0:
                 found.upper_share.append(float(audio_map[audio_map.shape[0] // 2 :].sum() / audio_map.sum()))
                 found.upper_energy.append(energy[event])
-    explanation = model.explain(clip, processor, **options)
+    explanation = explain_caption(captioner, clip, **options)
     for which, event in enumerate(item.events):
         look = look_at(explanation, event, sequence.times, which, rules, number)
         if look is not None:
@@ -121,8 +121,6 @@ def _observe_captions(explanation: Any, found: Observations) -> None:
 
 def _upper_energy(clip: np.ndarray, interval: tuple[float, float], extractor: Any) -> float:
     """Share of an event's mel power in the upper half of the mel bins."""
-    from recap_hf.explanation.picture import clip_spectrogram
-
     part = clip[int(interval[0] * SAMPLING_RATE) : int(interval[1] * SAMPLING_RATE)]
     power = 10.0 ** (clip_spectrogram(part, SAMPLING_RATE, extractor) / 10)
     return float(power[:, power.shape[1] // 2 :].sum() / power.sum())
@@ -144,8 +142,7 @@ def summarise(found: Observations, permutations: int) -> dict[str, Any]:
 
 
 def run_benchmark(
-    model: Any,
-    processor: Any,
+    captioner: Any,
     sounds: str | Path,
     fold: int = 5,
     methods: tuple[str, ...] = METHODS,
@@ -155,24 +152,21 @@ def run_benchmark(
     """All tests for all methods.
 
     Args:
-        model, processor: the captioner.
+        captioner ([`Captioner`])
         sounds: folder of recordings with a `metadata.csv`.
         fold: whose recordings are mixed; the model must not have been trained on it.
-        methods: of `model.explain`.
-        limit: the first so many sequences instead of all 150.
+        methods: of `explain_caption`.
+        limit: number of sequences, from the first; default: all 150.
         permutations: shuffles of each test.
     """
-    import torch
     from tqdm import tqdm
 
     observations = {method: Observations() for method in methods}
     clips = list(sequences(sounds, fold, limit))
     for number, sequence in enumerate(tqdm(clips, unit="clip", file=sys.stderr, disable=None)):
-        clip = sequence.item.waveform.astype(np.float32)
-        with torch.no_grad():
-            encoding = model.encode_audio(**processor(audio=[clip], sampling_rate=SAMPLING_RATE, return_tensors="pt"))
+        encoding = captioner.encode([sequence.item.waveform.astype(np.float32)])
         for method in methods:
-            observe(model, processor, sequence, number, method, encoding, observations[method])
+            observe(captioner, sequence, number, method, encoding, observations[method])
     return {
         "fold": fold,
         "recordings": len(clips),
@@ -219,29 +213,29 @@ def format_result(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark and prints its tables."""
-    parser = argparse.ArgumentParser(prog="python -m recap_hf.explanation.benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.explanations", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--sounds", metavar="DIR", required=True, help="folder of recordings with a metadata.csv")
     parser.add_argument("--model", help="folder or Hub id of a captioner (default: the embedded recap-tiny)")
     parser.add_argument("--fold", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all")
-    parser.add_argument("--limit", type=int, help="the first so many sequences (default: all 150)")
+    parser.add_argument("--limit", type=int, help="number of sequences, from the first (default: all 150)")
     parser.add_argument("--permutations", type=int, default=10_000, help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="threads of PyTorch; its own choice by default")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
     args = parser.parse_args(argv)
     import torch
 
-    from recap_hf.modeling.captioning_recap import load_pretrained
+    from recap_hf import Captioner
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model, processor = load_pretrained(args.model, "cpu")
+    captioner = Captioner.from_pretrained(args.model, device="cpu")
     methods = tuple(args.methods)
-    result = run_benchmark(model, processor, args.sounds, args.fold, methods, args.limit, args.permutations)
+    result = run_benchmark(captioner, args.sounds, args.fold, methods, args.limit, args.permutations)
     print(json.dumps(result, indent=1) if args.format == "json" else format_result(result))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("python -m recap_hf.explanation.benchmark", main))
+    sys.exit(exit_status("python -m benchmarks.explanations", main))

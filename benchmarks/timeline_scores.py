@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .synthesis import PlacedEvent
-
-__all__ = ["boundary_figures", "naming_figures"]
+from benchmarks.timeline_recordings import PlacedEvent
 
 TOLERANCES_S = (0.25, 0.5, 1.0, 2.0)
 

@@ -1,4 +1,4 @@
-"""Where a recording changes: stretches of sound and silence, cut where the CLAP embedding turns to something else."""
+"""Segmentation of a recording: silence by level, and boundaries within sound where the CLAP embedding changes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 # Levels are taken over blocks of 10 ms; all times of the segmentation are multiples of it.
 BLOCK_S = 0.01
-# Sound is looked at in portions of this length, whatever the portions that it comes in: the same windows then share a
-# batch, and the same recording gives the same embeddings to the bit.
+# Sound is processed in portions of this length, independent of the blocks it arrives in: the same windows then share
+# a batch, and the same recording gives the same embeddings to the bit.
 _PORTION_S = 16.0
 _LEVEL_FLOOR_DB = -100.0
 # A boundary moves to a rise or fall of the level of at least this much, between the means of 100 ms on either side.
@@ -20,20 +20,19 @@ _STEP_BLOCKS = 10
 
 @dataclass(frozen=True)
 class SegmentationSettings:
-    """When a recording counts as changed. Times in seconds.
+    """Settings of the segmentation. Times in seconds.
 
     Args:
-        window_s (`float`, *optional*, defaults to 1.0): length of the windows whose embeddings are compared.
-        hop_s (`float`, *optional*, defaults to 0.5): from one window to the next.
+        window_s (`float`, *optional*, defaults to 1.0): length of the embedded windows.
+        hop_s (`float`, *optional*, defaults to 0.5): distance between the starts of two windows.
         novelty (`float`, *optional*, defaults to 0.25):
-            A boundary is where 1 - cosine of the windows before and after is a maximum of at least this.
-        silence_db (`float`, *optional*, defaults to -60): level of 10 ms below which there is silence, in dB of full
-            scale (RMS).
+            A boundary is a local maximum of 1 - cosine between the windows before and after, of at least this.
+        silence_db (`float`, *optional*, defaults to -60): RMS level in dBFS below which 10 ms are silence.
         min_silence_s (`float`, *optional*, defaults to 0.5): shorter pauses belong to the sound around them.
-        max_segment_s (`float`, *optional*, defaults to 30): sound that goes on is cut into pieces of this length.
+        max_segment_s (`float`, *optional*, defaults to 30): longer sound is split into pieces of this length.
 
     Raises:
-        `ValueError`: for a length that is not positive, or windows that leave gaps between them.
+        `ValueError`: for a length that is not positive, or a hop longer than a window.
     """
 
     window_s: float = 1.0
@@ -50,7 +49,7 @@ class SegmentationSettings:
         if self.hop_s > self.window_s:
             raise ValueError(
                 f"`hop_s` ({self.hop_s} s) must not be longer than `window_s` ({self.window_s} s): sound between "
-                "the windows would not be looked at."
+                "the windows would be skipped."
             )
         if self.max_segment_s < 2 * self.window_s:
             raise ValueError(
@@ -62,7 +61,7 @@ class SegmentationSettings:
 
 @dataclass
 class Piece:
-    """A stretch of a recording, in samples from its beginning; `waveform` is `None` for silence."""
+    """A part of a recording: `start` and `end` in samples from its beginning; `waveform` is `None` for silence."""
 
     start: int
     end: int
@@ -70,16 +69,16 @@ class Piece:
 
 
 class _Stretch:
-    """Sound without a pause, as far as it has been looked at. Places are in blocks, novelties by number of hops."""
+    """Sound without a pause, as far as it has been embedded. Positions are in blocks, novelties per hop."""
 
     def __init__(self, start: int, hops_per_window: int) -> None:
         self.start = start
         self.cut = start
         self.hops_per_window = hops_per_window
-        # The last windows' embeddings, as many as a window has hops, and how many there were in all.
+        # Embeddings of the last `hops_per_window` windows, and the number of all windows.
         self.recent: list[np.ndarray] = []
         self.num_windows = 0
-        # Novelties from hop `first` on; before `decided` it is known where the boundaries are.
+        # Novelties from hop `first` on; boundaries before hop `decided` are final.
         self.novelty: list[float] = []
         self.first = self.decided = hops_per_window
 
@@ -90,7 +89,7 @@ class _Stretch:
         self.num_windows += 1
 
     def peaks(self, height: float, ended: bool) -> Iterator[int]:
-        """Hops at which the novelty is the highest within a window on either side, and at least `height`."""
+        """Hops where the novelty is at least `height` and the maximum within a window on either side."""
         reach = self.hops_per_window
         while self.decided < self.first + len(self.novelty) - (0 if ended else reach):
             index = self.decided - self.first
@@ -106,16 +105,16 @@ class _Stretch:
 
 
 class Segmenter:
-    """Cuts a stream of samples into [`Piece`]s; memory does not grow with the stream.
+    """Splits a stream of samples into [`Piece`]s; memory does not grow with the stream.
 
-    Silence is told by the level. Within sound, windows are embedded at a short hop, each padded like a clip of its
-    own; where the embeddings of the window before and the window after are least alike, there is a boundary, moved to
-    the strongest rise or fall of the level nearby. Sound that follows other sound without a pause, for less than a
-    window, stays with it.
+    Silence is found by the level. Within sound, overlapping windows are embedded, each padded as a short clip.
+    Where the embeddings before and after a point differ most, there is a boundary; it moves to the strongest rise or
+    fall of the level within half a window. Sound shorter than a window that follows other sound without a pause is
+    not separated from it.
 
     Args:
-        embed (`Callable[[list[np.ndarray]], np.ndarray]`): L2-normalised embeddings `(n, dimension)` of waveforms.
-        sampling_rate (`int`): of the samples, in Hz.
+        embed (`Callable[[list[np.ndarray]], np.ndarray]`): L2-normalised embeddings `(n, dimension)` of n waveforms.
+        sampling_rate (`int`): sampling rate of the samples in Hz.
         settings ([`SegmentationSettings`], *optional*)
     """
 
@@ -135,7 +134,7 @@ class Segmenter:
         self._waiting: list[np.ndarray] = []
         self._num_waiting = 0
         self._num_samples = 0
-        # All places from here on in blocks. `_buffer` and `_levels` begin at block `_first`, and end at `_seen`.
+        # Positions below are in blocks. `_buffer` and `_levels` begin at block `_first` and end at `_seen`.
         self._buffer = np.zeros(0, np.float32)
         self._levels = np.zeros(0)
         self._first = self._seen = 0
@@ -144,7 +143,7 @@ class Segmenter:
         self._sound_end = 0
 
     def push(self, samples: np.ndarray) -> Iterator[Piece]:
-        """Takes samples and yields the pieces that are certain by now, in order."""
+        """Adds samples and yields the pieces that are final, in order."""
         self._waiting.append(samples)
         self._num_waiting += len(samples)
         self._num_samples += len(samples)
@@ -154,12 +153,12 @@ class Segmenter:
         joined = np.concatenate(self._waiting)
         for start in range(0, len(joined) - size + 1, size):
             yield from self._take(joined[start : start + size])
-        # A copy: the rest as a view would keep all of it.
+        # A copy: a view would keep the whole array in memory.
         self._waiting = [joined[len(joined) // size * size :].copy()]
         self._num_waiting = len(self._waiting[0])
 
     def finish(self) -> Iterator[Piece]:
-        """Yields what is left. The segmenter is then used up."""
+        """Yields the remaining pieces. The segmenter cannot be used afterwards."""
         if self._num_waiting:
             rest = np.concatenate(self._waiting)
             yield from self._take(np.pad(rest, (0, -len(rest) % self.block)))
@@ -203,7 +202,7 @@ class Segmenter:
         self._silence_start = end
 
     def _forget(self) -> None:
-        """Drops the samples that no piece can need any more; the levels a window before them are looked at."""
+        """Drops samples that no later piece needs, but for a window whose levels `_refine` reads."""
         needed = self._seen if self._stretch is None else self._stretch.cut
         drop = max(0, needed - self._window - self._first)
         self._buffer = self._buffer[drop * self.block :].copy()
@@ -213,7 +212,7 @@ class Segmenter:
     # ------------------------------------------------------- novelty, boundaries
 
     def _advance(self, end: int, ended: bool) -> Iterator[Piece]:
-        """Looks at the stretch up to block `end` and yields the pieces that are certain."""
+        """Embeds the stretch up to block `end` and yields the pieces that are final."""
         stretch = self._stretch
         start = stretch.start + stretch.num_windows * self._hop
         starts = range(start, end - self._window + 1, self._hop)
@@ -224,13 +223,13 @@ class Segmenter:
             boundary = self._refine(stretch.start + hops * self._hop, end)
             yield from self._cut(boundary)
             yield self._piece(boundary)
-        # Later boundaries are at most half a window before the hops that are not decided yet.
+        # A later boundary is at most half a window before the first hop that is not decided yet.
         yield from self._cut(end if ended else stretch.start + stretch.decided * self._hop - self._window)
         if ended and end > stretch.cut:
             yield self._piece(end)
 
     def _refine(self, place: int, end: int) -> int:
-        """The strongest step of the level within half a window of `place`, or `place` itself."""
+        """The strongest rise or fall of the level within half a window of `place`, or `place` itself."""
         reach, side = self._window // 2, min(_STEP_BLOCKS, self._window // 2)
         low, high = max(place - reach, self._stretch.cut + 1), min(place + reach, end - side)
         best, step = place, _STEP_DB
@@ -243,7 +242,7 @@ class Segmenter:
         return best
 
     def _cut(self, end: int) -> Iterator[Piece]:
-        """Pieces of the longest length, as long as there is more than that before `end`."""
+        """Yields pieces of the maximum length while more than that is left before `end`."""
         while end - self._stretch.cut > self._longest:
             yield self._piece(self._stretch.cut + self._longest)
 
@@ -260,15 +259,12 @@ class Segmenter:
 
 
 def levels_db(samples: np.ndarray, block: int) -> np.ndarray:
-    """RMS levels of whole blocks of `block` samples in dB of full scale, not below -100."""
+    """RMS levels in dBFS of consecutive blocks of `block` samples, at least -100."""
     power = np.square(samples.reshape(-1, block), dtype=np.float64).mean(axis=1)
     return 10 * np.log10(np.maximum(power, 10 ** (_LEVEL_FLOOR_DB / 10)))
 
 
 def is_quiet(waveform: np.ndarray, sampling_rate: int, silence_db: float) -> bool:
-    """Whether no 10 ms of a waveform reach the level of `silence_db`."""
+    """Whether the RMS level of every 10 ms of a waveform is below `silence_db` dBFS."""
     block = round(BLOCK_S * sampling_rate)
     return bool((levels_db(np.pad(waveform, (0, -len(waveform) % block)), block) < silence_db).all())
-
-
-__all__ = ["BLOCK_S", "Piece", "SegmentationSettings", "Segmenter", "is_quiet", "levels_db"]

@@ -1,4 +1,4 @@
-"""Subtitles for people who cannot hear: what is said in brackets, long enough to be read, and never over speech."""
+"""Subtitles for people who cannot hear: [dog barking], long enough to be read, and never over speech."""
 
 from __future__ import annotations
 
@@ -12,29 +12,26 @@ from typing import Any
 
 from recap_hf.modeling.audio_recap import SILENCE_CAPTION
 
-__all__ = ["Cue", "CuePlacer", "SubtitleFile", "SubtitleStyle", "merge_cues", "srt_block", "vtt_block"]
-
 _ARTICLE = re.compile(r"^(?:an?|the|some)\s+", re.IGNORECASE)
-# A file of subtitles has the words themselves.
+# Captions about speech, whose words a subtitle file has already.
 _SPEECH = re.compile(r"\b(?:speech|speak\w*|talk\w*|voices?|conversation)\b", re.IGNORECASE)
 _TIMING = re.compile(r"^\s*((?:\d+:)?\d+:\d+[.,]\d+)\s*-->\s*((?:\d+:)?\d+:\d+[.,]\d+)(.*)$")
 
 
 @dataclass(frozen=True)
 class SubtitleStyle:
-    """How sounds are shown to readers. Times in seconds.
+    """How cues of sounds are displayed. Times in seconds.
 
     Args:
-        characters_per_second (`float`, *optional*, defaults to 17): the reading speed that a cue leaves time for.
-        min_duration (`float`, *optional*, defaults to 1.0): no cue is shown for less.
-        max_duration (`float`, *optional*, defaults to 7.0): nor for more: a sound that goes on is named at its
-            beginning.
+        characters_per_second (`float`, *optional*, defaults to 17): reading speed.
+        min_duration (`float`, *optional*, defaults to 1.0): minimum duration of a cue.
+        max_duration (`float`, *optional*, defaults to 7.0): maximum duration of a cue, from the start of its sound.
         line_length (`int`, *optional*, defaults to 42): characters in a line; there are at most two lines.
-        gap (`float`, *optional*, defaults to 0.08): between two cues, so that one is seen to follow the other.
-        max_delay (`float`, *optional*, defaults to 2.0): a cue that could only be shown later than this is left out.
+        gap (`float`, *optional*, defaults to 0.08): minimum time between two cues.
+        max_delay (`float`, *optional*, defaults to 2.0): a cue that would be later than this is left out.
 
     Raises:
-        `ValueError`: for a value that is not positive, or a longest duration below the shortest.
+        `ValueError`: for a value that is not positive, or a maximum duration below the minimum.
     """
 
     characters_per_second: float = 17.0
@@ -68,7 +65,7 @@ class SubtitleStyle:
 
 @dataclass(frozen=True)
 class Cue:
-    """A text on the screen. `sound_end` says how long the sound itself goes on, `needed` how long reading takes."""
+    """A text on the screen. `sound_end` is the end of the sound in seconds, `needed` the reading time."""
 
     start: float
     end: float
@@ -78,10 +75,10 @@ class Cue:
 
 
 class CuePlacer:
-    """Makes readable cues of segments, one after the other; silence gets none.
+    """Makes readable cues of segments, one after the other; silence has none.
 
-    A sound that begins before the cue before it can be read is shown with it, as a second line; where there is no
-    room for that it is shown as soon as the cue before has been read, and left out beyond `max_delay`.
+    A sound that starts while the cue before is still being read becomes its second line. If there is no room for that,
+    it follows when that cue has been read, and is left out beyond `max_delay`.
 
     Args:
         style ([`SubtitleStyle`])
@@ -94,64 +91,59 @@ class CuePlacer:
         self._start = self._wanted = self._sound_end = 0.0
 
     def add(self, segment: dict[str, Any]) -> list[Cue]:
-        """Takes a segment and returns the cues whose end is certain by now, at most one."""
+        """Adds a segment and returns the cues that are final, at most one."""
         if segment["caption"] == SILENCE_CAPTION:
             return []
-        lines, start = self.style.lines(segment["caption"]), segment["start"]
-        if not self._lines:
-            self._show(lines, start, segment["end"])
-            return []
-        read = self._start + self.style.reading_time(self._lines)
-        if start - self.style.gap >= read:
-            finished = self._finish(start - self.style.gap)
-            self._show(lines, start, segment["end"])
-            return [finished]
-        if lines == self._lines[-len(lines) :] or len(self._lines) + len(lines) <= 2:
+        style, lines, start = self.style, self.style.lines(segment["caption"]), segment["start"]
+        read = self._start + style.reading_time(self._lines)
+        if not self._lines or start - style.gap >= read:
+            return self._next(lines, start, segment["end"], start - style.gap)
+        repeated = lines == self._lines[-len(lines) :]
+        if repeated or len(self._lines) + len(lines) <= 2:
             # Together with the cue that is still being read.
-            joined = self._lines if lines == self._lines[-len(lines) :] else self._lines + lines
+            joined = self._lines if repeated else self._lines + lines
             self._show(joined, self._start, max(self._sound_end, segment["end"]))
-            return []
-        if read + self.style.gap - start <= self.style.max_delay:
-            finished = self._finish(read)
-            self._show(lines, read + self.style.gap, segment["end"])
-            return [finished]
-        self.left_out += 1
+        elif read + style.gap - start <= style.max_delay:
+            return self._next(lines, read + style.gap, segment["end"], read)
+        else:
+            self.left_out += 1
         return []
 
-    def finish(self) -> list[Cue]:
-        """The last cue, if there is one."""
-        return [self._finish(float("inf"))] if self._lines else []
+    def finish(self, latest: float = float("inf")) -> list[Cue]:
+        """The last cue, if there is one; it ends by `latest`."""
+        if not self._lines:
+            return []
+        text, needed = "\n".join(self._lines), self.style.reading_time(self._lines)
+        end = min(self._wanted, latest)
+        return [Cue(round(self._start, 3), round(end, 3), text, self._sound_end, needed)]
+
+    def _next(self, lines: tuple[str, ...], start: float, sound_end: float, latest: float) -> list[Cue]:
+        finished = self.finish(latest)
+        self._show(lines, start, sound_end)
+        return finished
 
     def _show(self, lines: tuple[str, ...], start: float, sound_end: float) -> None:
         needed = self.style.reading_time(lines)
         self._lines, self._start, self._sound_end = lines, start, sound_end
         self._wanted = min(max(sound_end, start + needed), start + max(self.style.max_duration, needed))
 
-    def _finish(self, latest: float) -> Cue:
-        text, needed = "\n".join(self._lines), self.style.reading_time(self._lines)
-        end = min(self._wanted, latest)
-        return Cue(round(self._start, 3), round(end, 3), text, self._sound_end, needed)
 
-
-# ------------------------------------------------------------------------ files
-
-
-def _time(seconds: float, point: str) -> str:
+def clock(seconds: float, point: str = ".") -> str:
+    """Seconds as `hh:mm:ss.mmm`."""
     milliseconds = round(seconds * 1000)
     minutes, milliseconds = divmod(milliseconds, 60_000)
-    clock = f"{minutes // 60:02d}:{minutes % 60:02d}:{milliseconds // 1000:02d}"
-    return f"{clock}{point}{milliseconds % 1000:03d}"
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{milliseconds // 1000:02d}{point}{milliseconds % 1000:03d}"
 
 
 def srt_block(number: int, cue: Cue) -> str:
     """A cue of a SubRip file."""
-    return f"{number}\n{_time(cue.start, ',')} --> {_time(cue.end, ',')}\n{cue.text.replace('-->', '->')}\n\n"
+    times = f"{clock(cue.start, ',')} --> {clock(cue.end, ',')}"
+    return f"{number}\n{times}\n{cue.text.replace('-->', '->')}\n\n"
 
 
 def vtt_block(cue: Cue) -> str:
-    """A cue of a WebVTT file; what could be taken for markup is escaped."""
-    text = html.escape(cue.text, quote=False)
-    return f"{_time(cue.start, '.')} --> {_time(cue.end, '.')}\n{text}\n\n"
+    """A cue of a WebVTT file, with markup characters escaped."""
+    return f"{clock(cue.start)} --> {clock(cue.end)}\n{html.escape(cue.text, quote=False)}\n\n"
 
 
 @dataclass(frozen=True)
@@ -162,12 +154,18 @@ class _Block:
     start: float | None = None
     end: float | None = None
 
+    @classmethod
+    def parse(cls, text: str) -> _Block:
+        lines = tuple(text.splitlines())
+        found = next(filter(None, map(_TIMING.match, lines[:2])), None)
+        return cls(lines) if found is None else cls(lines, _seconds(found[1]), _seconds(found[2]))
+
 
 class SubtitleFile:
-    """A SubRip or WebVTT file: what stands in it stays as it is, to the letter.
+    """A SubRip or WebVTT file, whose text stays as it is.
 
     Args:
-        text (`str`): the file's text.
+        text (`str`): the text of the file.
 
     Raises:
         `ValueError`: if it has no cue.
@@ -176,7 +174,7 @@ class SubtitleFile:
     def __init__(self, text: str) -> None:
         text = text.lstrip("\ufeff")
         self.is_vtt = text.startswith("WEBVTT")
-        self.blocks = [_read_block(block) for block in re.split(r"(?:\r?\n[ \t]*){2,}", text.strip()) if block.strip()]
+        self.blocks = [_Block.parse(part) for part in re.split(r"(?:\r?\n[ \t]*){2,}", text.strip()) if part.strip()]
         if not any(block.start is not None for block in self.blocks):
             raise ValueError("There is no cue with a time in the subtitles; expected SubRip (.srt) or WebVTT (.vtt).")
 
@@ -185,7 +183,7 @@ class SubtitleFile:
         """Reads a file.
 
         Raises:
-            `OSError`, `ValueError`: if it cannot be read, is not in UTF-8 or UTF-16, or has no cue.
+            `OSError`, `ValueError`: if it cannot be read, is not UTF-8 or UTF-16, or has no cue.
         """
         data = Path(path).read_bytes()
         encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
@@ -207,37 +205,23 @@ class SubtitleFile:
         return joined
 
     def with_cues(self, cues: Iterable[Cue]) -> str:
-        """The file's text with further cues in their places. SubRip cues are numbered anew."""
+        """The text of the file with more cues in it, in order of time. SubRip cues are numbered anew."""
         waiting, parts, number = sorted(cues, key=lambda cue: cue.start), [], 0
-        for block in self.blocks:
-            while block.start is not None and waiting and waiting[0].start < block.start:
+        for block in [*self.blocks, None]:
+            while waiting and (block is None or (block.start is not None and waiting[0].start < block.start)):
                 number += 1
-                parts.append(self._new(number, waiting.pop(0)))
-            number += block.start is not None
-            parts.append(self._old(number, block))
-        for cue in waiting:
-            number += 1
-            parts.append(self._new(number, cue))
+                cue = waiting.pop(0)
+                parts.append(vtt_block(cue) if self.is_vtt else srt_block(number, cue))
+            if block is None:
+                break
+            lines = block.lines
+            if block.start is not None:
+                number += 1
+                if not self.is_vtt:
+                    first = next(index for index, line in enumerate(lines) if _TIMING.match(line))
+                    lines = (str(number), *lines[first:])
+            parts.append("\n".join(lines) + "\n\n")
         return "".join(parts)
-
-    def _new(self, number: int, cue: Cue) -> str:
-        return vtt_block(cue) if self.is_vtt else srt_block(number, cue)
-
-    def _old(self, number: int, block: _Block) -> str:
-        lines = block.lines
-        if not self.is_vtt and block.start is not None:
-            first = next(index for index, line in enumerate(lines) if _TIMING.match(line))
-            lines = (str(number), *lines[first:])
-        return "\n".join(lines) + "\n\n"
-
-
-def _read_block(text: str) -> _Block:
-    lines = tuple(text.splitlines())
-    for line in lines[:2]:
-        found = _TIMING.match(line)
-        if found:
-            return _Block(lines, _seconds(found[1]), _seconds(found[2]))
-    return _Block(lines)
 
 
 def _seconds(text: str) -> float:
@@ -246,10 +230,10 @@ def _seconds(text: str) -> float:
 
 
 def merge_cues(cues: Iterable[Cue], speech: list[tuple[float, float]], style: SubtitleStyle) -> tuple[list[Cue], int]:
-    """Moves cues of sounds between the cues of speech, none of which is covered or changed.
+    """Moves cues of sounds into the pauses between cues of speech, which are neither covered nor changed.
 
-    A cue is shown in the first pause that leaves time to read it, while its sound goes on or at most `max_delay`
-    later. Sounds that are speech are left out, for the file has the words.
+    A cue is displayed in the first pause that leaves time to read it, during its sound or at most `max_delay` later.
+    Cues about speech are dropped: the file has its words.
 
     Args:
         cues: from a [`CuePlacer`], in order.
@@ -257,7 +241,7 @@ def merge_cues(cues: Iterable[Cue], speech: list[tuple[float, float]], style: Su
         style ([`SubtitleStyle`])
 
     Returns:
-        `tuple`: the cues that found a place, and how many sounds did not.
+        `tuple`: the cues that were placed, and the number of sounds without a place.
     """
     placed: list[Cue] = []
     left_out = 0

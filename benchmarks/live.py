@@ -1,7 +1,8 @@
-"""Live captions fed in real time: what they are late by, and that nothing is lost.
+"""The delay of live captions, and whether sound is lost.
 
-`python -m recap_hf.timeline.live_benchmark RECORDING --seconds 120` plays a recording into `recap live` as a sound
-card would, a tenth of a second at a time, and reads the captions as they come.
+    python -m benchmarks.live RECORDING --seconds 120
+
+It plays a recording into `recap live` in real time, a tenth of a second at a time, and reads the captions.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from typing import Any
 import numpy as np
 
 from recap_cli.status import exit_status
-from recap_hf.modeling.audio_stream_recap import AudioStream
-
-__all__ = ["measure_live"]
+from recap_hf import AudioStream
 
 _RATE = 48_000
 _PORTION_S = 0.1
@@ -111,7 +110,7 @@ def _play(
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m recap_hf.timeline.live_benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.live", description=__doc__)
     parser.add_argument("recording", help="what is played")
     parser.add_argument("--seconds", type=float, default=120.0, help="how much of it (default: 120)")
     parser.add_argument("--interval", type=float, default=5.0, help="of `recap live` (default: 5)")
@@ -121,4 +120,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("python -m recap_hf.timeline.live_benchmark", main))
+    sys.exit(exit_status("python -m benchmarks.live", main))

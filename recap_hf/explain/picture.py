@@ -1,4 +1,4 @@
-"""An explanation as a picture: the spectrogram, a map of it for each word, and what the retrieved captions weighed."""
+"""An explanation as a picture: the spectrogram, a map over it per word, and the weights of the retrieved captions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import numpy as np
 
 from recap_hf.modeling.audio_recap import resample, to_mono
 
+from .audio_grid import MelAxis
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from recap_hf.modeling.explanation_recap import CaptionExplanation
+    from .explanation import CaptionExplanation, WordExplanation
 
 _COLUMNS = 4
 _MAX_WORDS = 16
@@ -23,20 +25,20 @@ _DYNAMIC_RANGE_DB = 70.0
 
 
 def require_matplotlib() -> None:
-    """Raises ImportError with the remedy where matplotlib is missing."""
+    """Raises `ImportError` if matplotlib is missing."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ImportError('the picture of an explanation needs matplotlib: pip install "recap-hf[explain]"') from error
+        raise ImportError('Drawing an explanation needs matplotlib: pip install "recap-hf[explain]"') from error
 
 
 def clip_spectrogram(waveform: Any, sampling_rate: int, feature_extractor: Any) -> np.ndarray:
-    """The log-mel spectrogram that the encoder sees, once over the whole recording, `(frames, mels)` in dB.
+    """The encoder's log-mel spectrogram of a whole recording, `(frames, mels)` in dB.
 
     Args:
         waveform: `(samples,)` or `(channels, samples)`.
-        sampling_rate: in Hz.
-        feature_extractor ([`RecapFeatureExtractor`]): its windows are put together, its repetitions left out.
+        sampling_rate: of `waveform`, in Hz.
+        feature_extractor ([`RecapFeatureExtractor`]): its windows are joined, repetitions left out.
     """
     rate, hop = feature_extractor.sampling_rate, feature_extractor.hop_length
     mono = resample(to_mono(waveform), sampling_rate, rate)
@@ -55,14 +57,12 @@ def draw_explanation(
     feature_extractor: Any,
     sampling_rate: int = 48_000,
 ) -> Figure:
-    """Draws an explanation.
-
-    On top the spectrogram under the caption; then the same for each word, its map laid over it, paler for a word that
-    less of the audio speaks for; below, which retrieved caption weighed how much for which word.
+    """Draws an explanation: the spectrogram under the caption; for each word the same with its map in colour, paler
+    for a word that depends less on the audio; and the weight of each retrieved caption for each word.
 
     Args:
-        explanation ([`CaptionExplanation`]): what `model.explain` returned.
-        waveform: the recording that was explained, `(samples,)` or `(channels, samples)`.
+        explanation ([`CaptionExplanation`]): from [`explain_caption`].
+        waveform: the explained recording, `(samples,)` or `(channels, samples)`.
         feature_extractor ([`RecapFeatureExtractor`]): the processor's.
         sampling_rate (`int`, *optional*, defaults to 48,000): of `waveform`, in Hz.
 
@@ -90,11 +90,11 @@ def draw_explanation(
     for index, word in enumerate(words):
         axes = figure.add_subplot(rows[1 + index // columns, index % columns])
         _draw_spectrogram(axes, spectrogram, explanation, feature_extractor, labels=index % columns == 0)
-        _draw_map(axes, word.audio_map, explanation, _weight(word, words))
+        _draw_map(axes, word.audio_map, explanation, _strength(word, words))
         axes.set_title(f"{word.text}   {word.audio_effect:+.1f}", fontsize=9, parse_math=False)
     figure.supxlabel(
-        f"Colour: {explanation.method}, paler for a word that less of the audio speaks for. Behind the word: the nats "
-        "of its log-probability that hiding the audio takes away.",
+        f"Colour: {explanation.method}, paler for a word that depends less on the audio. Number: decrease of the "
+        "word's log-probability in nats if the audio is hidden.",
         fontsize=8,
     )
     if explanation.retrieved:
@@ -114,49 +114,36 @@ def _draw_spectrogram(
         vmin=low,
         vmax=spectrogram.max() + 1e-3,
         extent=(0, explanation.duration_s, 0, spectrogram.shape[1]),
-        # In the small panels several frames share a pixel: none of them, such as a click, may be left out.
+        # In the small panels several frames share a pixel: none, such as a click, may be left out.
         interpolation="antialiased",
     )
     axes.set_xlim(0, explanation.duration_s)
     axes.set_ylim(0, spectrogram.shape[1])
     axes.tick_params(labelsize=7)
     ticks = [hz for hz in _TICKS_HZ if extractor.frequency_min < hz < extractor.frequency_max] if labels else []
-    places = [_mel_place(hz, extractor) for hz in ticks]
-    axes.set_yticks(places, [f"{hz / 1000:g} kHz" for hz in ticks])
+    axis = MelAxis(extractor)
+    axes.set_yticks([axis.place(hz) for hz in ticks], [f"{hz / 1000:g} kHz" for hz in ticks])
 
 
-def _mel_place(hz: float, extractor: Any) -> float:
-    """Where a frequency lies on an axis of mel bins."""
-    from transformers.audio_utils import hertz_to_mel
-
-    scale = "slaney" if extractor.truncation == "rand_trunc" else "htk"
-    low, high, here = (
-        hertz_to_mel(float(value), mel_scale=scale) for value in (extractor.frequency_min, extractor.frequency_max, hz)
-    )
-    return (here - low) / (high - low) * (extractor.feature_size + 1) - 0.5
-
-
-def _weight(word: Any, words: list[Any]) -> float:
-    """How strongly a word's map is coloured: 1 for the word with the most weight on the audio, less for the others."""
+def _strength(word: WordExplanation, words: list[WordExplanation]) -> float:
+    """Opacity of a word's map, 0 to 1: 1 for the word with the most weight on the audio."""
     most = max(other.cell_weights.sum() for other in words)
-    # The square root, so that a word with a tenth of the weight is still seen.
+    # The square root, so that a word with a tenth of the weight is still visible.
     return float(np.sqrt(word.cell_weights.sum() / most)) if most > 0 else 0.0
 
 
-def _draw_map(axes: Axes, audio_map: np.ndarray, explanation: CaptionExplanation, weight: float) -> None:
+def _draw_map(axes: Axes, audio_map: np.ndarray, explanation: CaptionExplanation, opacity: float) -> None:
     # By density: the last bin may be shorter than the others.
     density = audio_map / np.diff(explanation.time_edges_s)
-    strength = density / density.max() if density.max() > 0 else density
-    colours = np.empty((*strength.shape, 4))
+    density /= density.max() if density.max() > 0 else 1.0
+    colours = np.empty((*density.shape, 4))
     colours[..., :3] = _MARK
-    colours[..., 3] = 0.75 * weight * strength
-    mels = axes.get_ylim()[1]
-    edges = np.linspace(0, mels, len(strength) + 1)
-    axes.pcolorfast(explanation.time_edges_s, edges, colours)
+    colours[..., 3] = 0.75 * opacity * density
+    axes.pcolorfast(explanation.time_edges_s, np.linspace(0, axes.get_ylim()[1], len(density) + 1), colours)
 
 
-def _draw_captions(axes: Axes, explanation: CaptionExplanation, words: list[Any]) -> None:
-    """Rows are captions, columns words; the mean over the words stands in front of the caption."""
+def _draw_captions(axes: Axes, explanation: CaptionExplanation, words: list[WordExplanation]) -> None:
+    """Rows are captions with their mean weight, columns are words."""
     table = np.array([word.caption_weights for word in words]).T.reshape(len(explanation.retrieved), len(words))
     axes.imshow(table, aspect="auto", cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_xticks(range(len(words)), [word.text for word in words], fontsize=8, parse_math=False)
@@ -171,6 +158,3 @@ def _draw_captions(axes: Axes, explanation: CaptionExplanation, words: list[Any]
         for column, value in enumerate(values):
             colour = "white" if value > 0.6 else "black"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-
-
-__all__ = ["clip_spectrogram", "draw_explanation", "require_matplotlib"]

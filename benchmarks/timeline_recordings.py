@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recap_hf.tiny.sounds import SAMPLING_RATE, load_mono, read_metadata
-
-__all__ = ["PlacedEvent", "plan_recording", "read_plan", "render_recording", "write_plan"]
+from benchmarks.sounds import SAMPLING_RATE, load_mono, read_metadata
 
 # The background: pink noise whose level wanders between these, in dB below full scale.
 BACKGROUND_DB = (-70.0, -50.0)

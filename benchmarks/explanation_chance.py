@@ -169,6 +169,3 @@ def correlation(x: Sequence[float], y: Sequence[float], permutations: int = 10_0
     shuffled = np.array([(a * rng.permutation(b)).sum() for _ in range(permutations)]) / scale
     observed = float((a * b).sum() / scale)
     return {"rho": observed, "p": _two_sided(observed, shuffled), "pairs": len(x)}
-
-
-__all__ = ["Look", "caption_weights", "correlation", "lies_on", "mean_within", "shuffled_maps", "swapped_maps"]

@@ -1,7 +1,9 @@
-"""A timeline of a recording whose events are known, and what it cost.
+"""Boundaries and names of a timeline of a recording whose events are known, and its time and memory.
 
-`python -m recap_hf.timeline.benchmark --sounds FOLDER --output-dir DIR` synthesises the recording, captions it with
-`recap caption --timeline` in a process of its own whose memory is watched, and compares.
+    python -m benchmarks.timeline --sounds FOLDER --output-dir DIR
+
+It synthesises the recording, captions it with `recap timeline` in another process whose memory is watched, and
+compares.
 """
 
 from __future__ import annotations
@@ -14,13 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.naming import NamingRules
+from benchmarks.timeline_recordings import plan_recording, render_recording, write_plan
+from benchmarks.timeline_scores import boundary_figures, naming_figures
 from recap_cli.status import exit_status
-from recap_hf.tiny.naming import NamingRules
-
-from .scoring import boundary_figures, naming_figures
-from .synthesis import plan_recording, render_recording, write_plan
-
-__all__ = ["compare_formats", "measure_memory", "run_benchmark"]
 
 _EQUAL_S = 0.0011
 
@@ -33,7 +32,7 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     events = plan_recording(args.sounds, args.fold, args.minutes, args.seed)
     write_plan(events, folder / "events.json")
     render_recording(args.sounds, events, args.minutes, recording, args.seed)
-    command = [sys.executable, "-m", "recap_cli", "caption", str(recording), "--timeline", "--format", "all"]
+    command = [sys.executable, "-m", "recap_cli", "timeline", str(recording), "--format", "all"]
     command += ["--output-dir", str(folder), *(["--model", args.model] if args.model else []), *args.options]
     print(" ".join(command), file=sys.stderr, flush=True)
     cost = measure_memory(command, folder / "recording.jsonl", args.minutes * 60)
@@ -57,7 +56,7 @@ def measure_memory(command: list[str], progress: Path, seconds: float) -> dict[s
     """Runs a command and watches its memory while the segments that it writes come along.
 
     Args:
-        command (`list[str]`): `recap caption ... --timeline`.
+        command (`list[str]`): `recap timeline ...`.
         progress (`Path`): its JSONL, which tells how far it is.
         seconds (`float`): length of the recording.
 
@@ -170,18 +169,18 @@ _READERS = {"srt": _read_srt, "vtt": _read_vtt, "audacity": _read_labels, "raven
 
 def main(argv: list[str] | None = None) -> None:
     """The command line of the benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m recap_hf.timeline.benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.timeline", description=__doc__)
     parser.add_argument("--sounds", required=True, help="folder of recordings with a metadata.csv")
     parser.add_argument("--output-dir", required=True, help="for the recording, the timeline and the figures")
-    parser.add_argument("--fold", type=int, default=5, help="whose recordings are heard (default: 5, the test's)")
+    parser.add_argument("--fold", type=int, default=5, help="whose recordings are used (default: 5, the test's)")
     parser.add_argument("--minutes", type=float, default=30.0, help="length of the recording (default: 30)")
     parser.add_argument("--seed", type=int, default=0, help="of order, gaps and levels (default: 0)")
     parser.add_argument("--model", help="folder or Hub id of a captioner (default: the embedded recap-tiny)")
     parser.add_argument("--rules", help="a file of naming rules (default: the project's own)")
-    parser.add_argument("options", nargs="*", help="further options of `recap caption --timeline`, after --")
+    parser.add_argument("options", nargs="*", help="further options of `recap timeline`, after --")
     result = run_benchmark(parser.parse_args(argv))
     print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("python -m recap_hf.timeline.benchmark", main))
+    sys.exit(exit_status("python -m benchmarks.timeline", main))

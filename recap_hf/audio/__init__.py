@@ -1,0 +1,1 @@
+"""Recordings of any length: block-wise reading, segmentation, timelines, live captions, subtitles."""

@@ -1,1 +1,0 @@
-"""Explanations as pictures and texts, and the measurements that say whether they mean something."""

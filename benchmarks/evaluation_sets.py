@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .lexicon import HEARD
-from .procedural import PROCEDURAL, synthesise
-from .sounds import SAMPLING_RATE, load_mono, read_metadata
+from benchmarks.procedural import PROCEDURAL, synthesise
+from benchmarks.sounds import SAMPLING_RATE, load_mono, read_metadata
+from recipes.recap_tiny.lexicon import HEARD
 
 __all__ = [
     "DEGRADATIONS",

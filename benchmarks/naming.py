@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .lexicon import HEARD, SPECIAL, other_sounds
+from recipes.recap_tiny.lexicon import HEARD, SPECIAL, other_sounds
 
 __all__ = ["NamingRules", "Outcome", "bootstrap", "figures", "order_said", "outcome"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .procedural import PROCEDURAL, synthesise
+from benchmarks.procedural import PROCEDURAL, synthesise
 
 __all__ = ["FRAMES", "HOP", "MELS", "POWER_FLOOR", "SAMPLING_RATE", "Clip", "SoundBank", "mel_power", "read_metadata"]
 

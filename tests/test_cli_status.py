@@ -15,9 +15,6 @@ BAD_CALLS = {
     "recap_hf.datastore.benchmark": ["/no/such.txt", "--work", "work"],
     "recap_hf.datastore.diversity": ["--sounds", "/no/such"],
     "recap_hf.evaluation.stand_ins": ["/no/such", "out"],
-    "recap_hf.explanation.benchmark": ["--sounds", "/no/such"],
-    "recap_hf.timeline.benchmark": ["--sounds", "/no/such", "--output-dir", "out"],
-    "recap_hf.timeline.live_benchmark": ["/no/such.wav"],
     "recap_hf.training.clotho_stand_in": ["/no/such", "out"],
 }
 

@@ -186,7 +186,7 @@ def test_an_explanation_says_what_a_word_rests_on():
     pytest.importorskip("matplotlib", reason="the page draws with matplotlib: pip install 'recap-hf[demo]'")
     from recap_hf.demo import views
     from recap_hf.demo.recordings import Recording
-    from recap_hf.modeling.explanation_recap import CaptionExplanation, WordExplanation
+    from recap_hf.explain import CaptionExplanation, WordExplanation
 
     def word(text, start, audio, captions, place, weights):
         audio_map = np.zeros((2, 4))

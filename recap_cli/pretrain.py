@@ -1,33 +1,29 @@
-"""`recap pretrain`: the bases of a captioner, a CLAP and a GPT-2, on one's own data."""
+"""`recap pretrain`: the bases of a captioner, a CLAP and a GPT-2, on your own data."""
 
 from __future__ import annotations
 
 import argparse
 
-from recap_hf.pretraining.arguments import ClapPretrainingConfig, LanguageModelConfig
-from recap_hf.training.options import add_config_arguments, load_settings
-
-_STAGES = {
-    "clap": (ClapPretrainingConfig, "contrastive training of a CLAP on recordings and captions"),
-    "language-model": (LanguageModelConfig, "training of a GPT-2 on retrieval prompts and captions"),
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap pretrain`: every field of the stage's settings."""
-    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
-    for name, (kind, text) in _STAGES.items():
-        stage = stages.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        add_config_arguments(stage, kind)
+    """Flags of `recap pretrain`: every field of the settings of the base."""
+    from recap_hf.training.config import add_config_arguments
+    from recap_hf.training.tasks.clap import ClapTrainingConfig
+    from recap_hf.training.tasks.language_model import LanguageModelTrainingConfig
+
+    bases = parser.add_subparsers(metavar="BASE", required=True)
+    for name, kind, text in (
+        ("clap", ClapTrainingConfig, "contrastive training of a CLAP on recordings and captions"),
+        ("language-model", LanguageModelTrainingConfig, "training of a GPT-2 on retrieval prompts and captions"),
+    ):
+        base = bases.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        add_config_arguments(base, kind)
+        base.set_defaults(settings=kind)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, or starts the processes that do."""
-    config = load_settings(args, _STAGES[args.stage][0])
+    """Train, or start the processes that do."""
+    from recap_hf.training.config import load_config
     from recap_hf.training.launch import launch
 
-    if args.stage == "clap":
-        from recap_hf.pretraining.clap import pretrain_clap as train
-    else:
-        from recap_hf.pretraining.language_model import pretrain_language_model as train
-    return launch(config, train, ("pretrain", args.stage))
+    return launch(load_config(args, args.settings))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from recap_hf.training.arguments import add_training_arguments, load_config
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap train`: every field of `TrainingConfig`."""
-    add_training_arguments(parser)
+    """Flags of `recap train`: every field of `CaptionerTrainingConfig`."""
+    from recap_hf.training.config import add_config_arguments
+    from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
+
+    add_config_arguments(parser, CaptionerTrainingConfig)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, or starts the processes that do."""
-    config = load_config(args)
+    """Train, or start the processes that do."""
+    from recap_hf.training.config import load_config
     from recap_hf.training.launch import launch
-    from recap_hf.training.main import train
+    from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
 
-    return launch(config, train)
+    return launch(load_config(args, CaptionerTrainingConfig))

@@ -14,8 +14,8 @@ from recap_cli import main
 from recap_hf import CaptionDatastore, RecapForConditionalGeneration, RecapProcessor
 from recap_hf.datastore import CaptionEmbedder, add_captions, merge_datastores, reembed_datastore, verify_datastore
 from recap_hf.modeling.audio_keys_recap import clip_keys
-from recap_hf.training.arguments import TrainingConfig
-from recap_hf.training.main import train
+from recap_hf.training.run import train
+from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_a_broken_recording_is_left_out(start, tmp_path, capsys):
 def test_training_by_similar_audio(start, tmp_path):
     """The command's own store of the training clips: own clips left out, and saved with the captioner."""
     output = tmp_path / "trained"
-    config = TrainingConfig(
+    config = CaptionerTrainingConfig(
         dataset=["clotho"],
         data_dir=[str(start / "clotho")],
         model=str(start / "model"),
@@ -200,7 +200,7 @@ def test_command_evaluates_by_similar_audio(built, start, tmp_path):
 
 
 def test_both_stores_of_the_training_captions_are_refused(start):
-    config = TrainingConfig(
+    config = CaptionerTrainingConfig(
         dataset=["clotho"], data_dir=["x"], output_dir="y", datastore=["training", "training-audio"]
     )
     with pytest.raises(ValueError, match="either 'training' or 'training-audio'"):

@@ -15,7 +15,6 @@ BAD_CALLS = {
     "recap_hf.datastore.benchmark": ["/no/such.txt", "--work", "work"],
     "recap_hf.datastore.diversity": ["--sounds", "/no/such"],
     "recap_hf.evaluation.stand_ins": ["/no/such", "out"],
-    "recap_hf.training.clotho_stand_in": ["/no/such", "out"],
 }
 
 

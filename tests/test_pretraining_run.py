@@ -15,12 +15,13 @@ from training_parts import captions_of, make_captioner, write_clip, write_clotho
 
 from recap_cli import build_parser, main
 from recap_hf import CaptionDatastore, RecapFeatureExtractor
-from recap_hf.pretraining.arguments import ClapPretrainingConfig, LanguageModelConfig
-from recap_hf.pretraining.clap import pretrain_clap
-from recap_hf.pretraining.language_model import pretrain_language_model
-from recap_hf.training.arguments import TrainingConfig
-from recap_hf.training.main import train
-from recap_hf.training.options import load_settings
+from recap_hf.training.checkpoints import load_checkpoint
+from recap_hf.training.config import load_config
+from recap_hf.training.run import train
+from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
+from recap_hf.training.tasks.captioner_model import new_captioner
+from recap_hf.training.tasks.clap import ClapTrainingConfig
+from recap_hf.training.tasks.language_model import LanguageModelTrainingConfig
 
 TINY = {
     "audio_config": {
@@ -53,7 +54,7 @@ def start(tmp_path_factory) -> Path:
     return folder
 
 
-def clap_config(start: Path, output: Path, **changes: Any) -> ClapPretrainingConfig:
+def clap_config(start: Path, output: Path, **changes: Any) -> ClapTrainingConfig:
     settings = {
         "dataset": ["clotho"],
         "data_dir": [str(start / "clotho")],
@@ -69,11 +70,12 @@ def clap_config(start: Path, output: Path, **changes: Any) -> ClapPretrainingCon
         "save_steps": 1,
         "save_total_limit": 99,
         "device": "cpu",
+        "num_workers": 0,
     }
-    return ClapPretrainingConfig(**{**settings, **changes}).validate()
+    return ClapTrainingConfig(**{**settings, **changes}).validate()
 
 
-def lm_config(start: Path, output: Path, **changes: Any) -> LanguageModelConfig:
+def lm_config(start: Path, output: Path, **changes: Any) -> LanguageModelTrainingConfig:
     settings = {
         "dataset": ["clotho"],
         "data_dir": [str(start / "clotho")],
@@ -91,18 +93,19 @@ def lm_config(start: Path, output: Path, **changes: Any) -> LanguageModelConfig:
         "save_steps": 3,
         "save_total_limit": 99,
         "device": "cpu",
+        "num_workers": 0,
     }
-    return LanguageModelConfig(**{**settings, **changes}).validate()
+    return LanguageModelTrainingConfig(**{**settings, **changes}).validate()
 
 
 @pytest.fixture(scope="module")
 def clap(start: Path) -> tuple[Path, dict[str, Any]]:
-    return start / "clap", pretrain_clap(clap_config(start, start / "clap"))
+    return start / "clap", train(clap_config(start, start / "clap"))
 
 
 @pytest.fixture(scope="module")
 def language_model(start: Path) -> tuple[Path, dict[str, Any]]:
-    return start / "lm", pretrain_language_model(lm_config(start, start / "lm"))
+    return start / "lm", train(lm_config(start, start / "lm"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -141,27 +144,23 @@ def test_clap_loads_by_the_stock_classes(clap):
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_clap_resumes_exactly(start: Path, clap, tmp_path: Path, step: int):
+    (tmp_path / "checkpoints").mkdir()
     for kept in range(1, step + 1):
-        shutil.copytree(
-            clap[0] / "checkpoints" / f"checkpoint-{kept}", tmp_path / "checkpoints" / f"checkpoint-{kept}"
-        )
-    if (clap[0] / "checkpoints" / "best").is_dir() and step >= 2:
-        best = clap[1]["best"]["step"]
-        if best <= step:
-            shutil.copytree(clap[0] / "checkpoints" / "best", tmp_path / "checkpoints" / "best")
-    report = pretrain_clap(clap_config(start, tmp_path, resume=True))
+        shutil.copy(clap[0] / "checkpoints" / f"checkpoint-{kept}.pt", tmp_path / "checkpoints")
+    if clap[1]["best"]["step"] <= step:
+        shutil.copy(clap[0] / "checkpoints" / "best.pt", tmp_path / "checkpoints")
+    report = train(clap_config(start, tmp_path, resume=True))
     assert report["losses"] == clap[1]["losses"]
     assert report["evaluations"] == clap[1]["evaluations"]
-    last = "checkpoints/checkpoint-6/trainable.safetensors"
-    one, two = load_file(clap[0] / last), load_file(tmp_path / last)
+    one, two = (load_checkpoint(folder / "checkpoints/checkpoint-6.pt")["weights"] for folder in (clap[0], tmp_path))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_passes_compare_the_clips_of_all(start: Path, clap, tmp_path: Path):
     """Two passes of three clips are one step of six, not two steps of three."""
     changes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 4}
-    report = pretrain_clap(clap_config(start, tmp_path, lr_scheduler_type="constant", **changes))
-    whole = pretrain_clap(clap_config(start, tmp_path / "whole", lr_scheduler_type="constant", max_steps=4))
+    report = train(clap_config(start, tmp_path, lr_scheduler_type="constant", **changes))
+    whole = train(clap_config(start, tmp_path / "whole", lr_scheduler_type="constant", max_steps=4))
     assert report["global_batch_size"] == 6
     for ours, expected in zip(report["losses"], whole["losses"], strict=True):
         assert ours["loss"] == pytest.approx(expected["loss"], abs=1e-4)
@@ -169,7 +168,7 @@ def test_passes_compare_the_clips_of_all(start: Path, clap, tmp_path: Path):
 
 def test_fine_tuning_starts_from_the_given_clap(start: Path, clap, tmp_path: Path):
     changes = {"clap": str(clap[0]), "clap_config": "", "freeze": "text", "max_steps": 1, "warmup_steps": 0}
-    report = pretrain_clap(clap_config(start, tmp_path, **changes))
+    report = train(clap_config(start, tmp_path, **changes))
     before = next(entry for entry in clap[1]["evaluations"] if entry["step"] == clap[1]["best"]["step"])
     assert report["evaluations"][0]["map10"] == pytest.approx(before["map10"])
     old, new = weights(clap[0]), weights(tmp_path)
@@ -182,15 +181,15 @@ def test_fine_tuning_the_clap_of_a_captioner(start: Path, tmp_path: Path):
     model, processor = make_captioner()
     model.save_pretrained(tmp_path / "captioner")
     processor.save_pretrained(tmp_path / "captioner")
-    pretrain_clap(clap_config(start, tmp_path / "out", clap=str(tmp_path / "captioner"), clap_config="", max_steps=1))
+    train(clap_config(start, tmp_path / "out", clap=str(tmp_path / "captioner"), clap_config="", max_steps=1))
     assert weights(tmp_path / "out")["text_model.embeddings.word_embeddings.weight"].shape[1] == 16
 
 
 def test_one_clip_cannot_be_told_from_others(start: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="at least two clips"):
-        pretrain_clap(clap_config(start, tmp_path, max_train_clips=1))
+        train(clap_config(start, tmp_path, max_train_clips=1))
     with pytest.raises(ValueError, match=re.escape("6 clips in a step are too few for 4 passes")):
-        pretrain_clap(clap_config(start, tmp_path / "b", gradient_accumulation_steps=4))
+        train(clap_config(start, tmp_path / "b", gradient_accumulation_steps=4))
 
 
 # --------------------------------------------------------------- language model
@@ -219,55 +218,52 @@ def test_language_model_loads_and_has_no_cross_attention(language_model):
 @pytest.mark.parametrize("step", [3, 6])
 def test_language_model_resumes_exactly(start: Path, language_model, tmp_path: Path, step: int):
     folder, whole = language_model
-    for path in (folder / "checkpoints").glob("checkpoint-*"):
-        if int(path.name.rpartition("-")[2]) <= step:
-            shutil.copytree(path, tmp_path / "checkpoints" / path.name)
-    report = pretrain_language_model(lm_config(start, tmp_path, resume=True))
+    (tmp_path / "checkpoints").mkdir()
+    for path in (folder / "checkpoints").glob("checkpoint-*.pt"):
+        if int(path.stem.rpartition("-")[2]) <= step:
+            shutil.copy(path, tmp_path / "checkpoints")
+    report = train(lm_config(start, tmp_path, resume=True))
     assert report["losses"] == whole["losses"]
     assert report["evaluations"] == whole["evaluations"]
     assert same(folder, tmp_path)
 
 
 def test_activations_computed_again_give_the_same_losses(start: Path, language_model, tmp_path: Path):
-    report = pretrain_language_model(lm_config(start, tmp_path, gradient_checkpointing=True))
+    report = train(lm_config(start, tmp_path, gradient_checkpointing=True))
     for ours, whole in zip(report["losses"], language_model[1]["losses"], strict=True):
         assert ours["loss"] == pytest.approx(whole["loss"], abs=1e-4)
 
 
 def test_accumulated_passes_give_the_same_losses(start: Path, language_model, tmp_path: Path):
     changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
-    report = pretrain_language_model(lm_config(start, tmp_path, **changes))
+    report = train(lm_config(start, tmp_path, **changes))
     for ours, whole in zip(report["losses"], language_model[1]["losses"], strict=True):
         assert ours["loss"] == pytest.approx(whole["loss"], abs=1e-4)
 
 
 def test_prompts_of_nearest_captions(start: Path, clap, tmp_path: Path):
     """Of the training captions embedded by a CLAP, and of a datastore as it is."""
-    report = pretrain_language_model(lm_config(start, tmp_path / "a", clap=str(clap[0]), draw_from=8, max_steps=2))
+    report = train(lm_config(start, tmp_path / "a", clap=str(clap[0]), draw_from=8, max_steps=2))
     assert report["steps"] == 2
-    from recap_hf.training.assemble import assemble
-
-    config = TrainingConfig(dataset=["x"], output_dir="x", clap=str(clap[0]), decoder=str(tmp_path / "a"))
-    captioner = assemble(config)
+    config = CaptionerTrainingConfig(dataset=["x"], output_dir="x", clap=str(clap[0]), decoder=str(tmp_path / "a"))
+    captioner = new_captioner(config)
     captions = [{"caption": text, "clip_id": str(n)} for n in range(12) for text in captions_of(n)]
     CaptionDatastore.from_captions(captions, *captioner).save_pretrained(tmp_path / "store")
     settings = {"dataset": [], "data_dir": [], "datastore": str(tmp_path / "store")}
-    report = pretrain_language_model(lm_config(start, tmp_path / "b", **settings, validation_share=0.25, max_steps=2))
+    report = train(lm_config(start, tmp_path / "b", **settings, validation_share=0.25, max_steps=2))
     assert report["data"]["splits"] == {
         "validation": {"clips": 3, "captions": 15},
         "train": {"clips": 9, "captions": 45},
     }
     with pytest.raises(ValueError, match="need a text tower: give --clap"):
-        pretrain_language_model(lm_config(start, tmp_path / "c", datastore=str(tmp_path / "store")))
+        train(lm_config(start, tmp_path / "c", datastore=str(tmp_path / "store")))
 
 
 def test_a_file_of_captions_and_an_existing_decoder(start: Path, clap, language_model, tmp_path: Path):
     path = tmp_path / "captions.txt"
     path.write_text("\n".join(text for number in range(12) for text in captions_of(number)) + "\n")
     settings = {"dataset": [], "data_dir": [], "datastore": str(path), "clap": str(clap[0])}
-    report = pretrain_language_model(
-        lm_config(start, tmp_path / "out", **settings, decoder=str(language_model[0]), max_steps=1)
-    )
+    report = train(lm_config(start, tmp_path / "out", **settings, decoder=str(language_model[0]), max_steps=1))
     assert report["data"]["splits"]["train"]["captions"] + report["data"]["splits"]["validation"]["captions"] == 60
     # It goes on where the given one was: far from a die of 400 faces.
     assert report["evaluations"][0]["perplexity"] < 100
@@ -280,7 +276,7 @@ def test_captions_without_company_are_told(start: Path, tmp_path: Path, caplog, 
     lines = "".join(f"{n},{'x' * 10}{n},0,a sound of kind {n}\n" for n in range(9))
     (tmp_path / "train.csv").write_text("audiocap_id,youtube_id,start_time,caption\n" + lines)
     settings = {"dataset": ["audiocaps"], "data_dir": [str(tmp_path)], "validation_share": 0.25, "max_steps": 1}
-    pretrain_language_model(lm_config(start, tmp_path / "out", **settings))
+    train(lm_config(start, tmp_path / "out", **settings))
     assert "7 of 7 captions are the only ones of their clip" in caplog.text
 
 
@@ -290,7 +286,7 @@ def test_captions_without_company_are_told(start: Path, tmp_path: Path, caplog, 
 def test_both_bases_go_straight_into_training(start: Path, clap, language_model, tmp_path: Path):
     from transformers import pipeline
 
-    config = TrainingConfig(
+    config = CaptionerTrainingConfig(
         dataset=["clotho"],
         data_dir=[str(start / "clotho")],
         clap=str(clap[0]),
@@ -301,6 +297,7 @@ def test_both_bases_go_straight_into_training(start: Path, clap, language_model,
         num_train_epochs=2,
         logging_steps=1,
         device="cpu",
+        num_workers=0,
     ).validate()
     report = train(config)
     assert report["losses"][-1]["loss"] < report["losses"][0]["loss"]
@@ -318,7 +315,7 @@ def test_flags_and_recipes(tmp_path: Path):
     args = build_parser("pretrain").parse_args(
         [*base, "--config", str(recipe), "--batch-size", "8", "--max_steps", "3"]
     )
-    config = load_settings(args, ClapPretrainingConfig)
+    config = load_config(args, ClapTrainingConfig)
     assert (config.batch_size, config.freeze, config.max_steps) == (8, "text", 3)
     # Every setting of the language model is a flag, and none of audio.
     flags = build_parser("pretrain").parse_args(["pretrain", "language-model", "--prompt-weight", "0.5"])

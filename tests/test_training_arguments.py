@@ -13,14 +13,15 @@ import yaml
 
 import recap_hf.training
 from recap_cli import build_parser
-from recap_hf.training.arguments import TrainingConfig, load_config, read_recipe
+from recap_hf.training.config import load_config, read_recipe
+from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
 
 BASE = ["--dataset", "clotho", "--data-dir", "d", "--output-dir", "o"]
 
 
-def parse(*flags: str) -> TrainingConfig:
+def parse(*flags: str) -> CaptionerTrainingConfig:
     arguments = build_parser("train").parse_args(["train", *BASE, *flags])
-    return load_config(arguments)
+    return load_config(arguments, CaptionerTrainingConfig)
 
 
 def test_defaults_are_the_papers():
@@ -32,7 +33,7 @@ def test_defaults_are_the_papers():
 
 def test_the_paper_recipe_says_the_defaults():
     recipe = Path(recap_hf.training.__file__).parent / "recipes" / "paper.yaml"
-    assert set(yaml.safe_load(recipe.read_text())) == set(read_recipe(recipe))
+    assert set(yaml.safe_load(recipe.read_text())) == set(read_recipe(recipe, CaptionerTrainingConfig))
     assert parse("--config", str(recipe)) == parse()
 
 
@@ -54,6 +55,8 @@ def test_the_paper_recipe_says_the_defaults():
         (["--mixed_precision", "bf16"], "mixed_precision", "bf16"),
         (["--no-group-by-length"], "group_by_length", False),
         (["--k", "2"], "num_retrieved", 2),
+        (["--dataloader_num_workers", "3"], "num_workers", 3),
+        (["--decode-threads", "3"], "num_workers", 3),
         (["--columns", "caption=text", "audio=sound"], "columns", ["caption=text", "audio=sound"]),
     ],
 )
@@ -72,10 +75,10 @@ def test_every_field_is_a_key_and_flags_win(tmp_path: Path, suffix: str):
     path.write_text(yaml.safe_dump(values) if suffix == ".yaml" else json.dumps(values))
     config = parse("--config", str(path), "--k", "2")
     assert (config.learning_rate, config.num_retrieved, config.train_decoder, config.max_steps) == (5e-4, 2, True, 9)
-    known = {item.name for item in fields(TrainingConfig)}
+    known = {item.name for item in fields(CaptionerTrainingConfig)}
     everything = tmp_path / f"all{suffix}"
     everything.write_text(json.dumps({name: getattr(config, name) for name in known}))
-    assert load_config({"config": str(everything)}) == config
+    assert load_config({"config": str(everything)}, CaptionerTrainingConfig) == config
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_a_wrong_recipe_is_explained(tmp_path: Path, text: str, message: str):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
-        read_recipe(path)
+        read_recipe(path, CaptionerTrainingConfig)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,8 @@ def test_datasets_and_their_folders():
             audio_dir=["c"],
             output_dir="o",
             config=None,
-        )
+        ),
+        CaptionerTrainingConfig,
     )
     assert config.sources() == [("clotho", "a", "c"), ("user/set", None, None), ("audiocaps", "b", None)]
     config.data_dir = ["a"]

@@ -10,18 +10,18 @@ import torch
 from training_parts import captions_of, make_captioner
 
 from recap_hf.modeling.generation_recap import RecapEncoderOutput
-from recap_hf.training.batches import (
-    BatchBuilder,
-    Clip,
+from recap_hf.training.collator import (
+    Batch,
+    CaptionCollator,
+    PromptedCaptions,
+    PromptedClip,
     PromptOptions,
-    Row,
-    plan_epoch,
-    plan_validation,
-    split_batch,
     tokenize_targets,
 )
+from recap_hf.training.loss import CaptionLoss, branched_mask, fuse_activations
 from recap_hf.training.neighbours import Neighbours
-from recap_hf.training.step import CaptionLoss, branched_mask, caption_sums, fuse_activations, to_tensors
+from recap_hf.training.plans import Row, plan_epoch, plan_validation, split_rows
+from recap_hf.training.task import Key
 
 
 class Features:
@@ -38,15 +38,22 @@ def parts():
     clips = []
     for number in range(6):
         captions = captions_of(number)
-        clips.append(Clip(str(number), f"clip {number}", captions, tokenize_targets(captions, processor, 60)))
+        clips.append(PromptedClip(str(number), f"clip {number}", captions, tokenize_targets(captions, processor, 60)))
     store_captions = [text for number in range(6) for text in captions_of(number, 2)]
     rows = np.array([[(2 * clip + 5 * place + 2) % 12 for place in range(8)] for clip in range(6)], dtype=np.int32)
     return model.eval(), processor, clips, Neighbours(rows, store_captions)
 
 
-def builder(parts, **options) -> BatchBuilder:
+def make(parts, **options) -> PromptedCaptions:
     _, processor, clips, neighbours = parts
-    return BatchBuilder(clips, Features(), processor, [neighbours], PromptOptions(**{"k": 4, "seed": 7, **options}))
+    return PromptedCaptions(
+        clips, Features(), processor, [neighbours], PromptOptions(**{"k": 4, "seed": 7, **options})
+    )
+
+
+def batch_of(examples: PromptedCaptions, rows: list[Row], epoch: int = 0, prompt_weight: float = 0.0) -> Batch:
+    collate = CaptionCollator(examples.processor.tokenizer.pad_token_id, prompt_weight)
+    return collate([examples[Key(row, epoch)] for row in rows]).to("cpu", torch.float32)
 
 
 def stock_loss(parts, pairs: list[tuple[int, int]]) -> tuple[float, int]:
@@ -71,15 +78,15 @@ def test_loss_equals_the_stock_forward(parts, together: bool, attention: str):
     model.set_attn_implementation(attention)
     pairs = [(clip, caption) for clip in (0, 1, 4) for caption in range(5)]
     rows = [Row(clip, tuple(range(5))) for clip in (0, 1, 4)] if together else [Row(c, (i,)) for c, i in pairs]
-    batch = to_tensors(builder(parts).build(rows), "cpu", torch.float32)
+    batch = batch_of(make(parts), rows)
     with torch.no_grad():
         losses = CaptionLoss(model.decoder)(batch)
     expected, tokens = stock_loss(parts, pairs)
     assert len(losses) == tokens
     assert float(losses.sum()) == pytest.approx(expected, rel=1e-5)
-    sums, counts = caption_sums(losses, batch)
-    assert counts.tolist() == [len(parts[2][clip].targets[caption]) for clip, caption in pairs]
-    assert float(sums.sum()) == pytest.approx(expected, rel=1e-5)
+    assert batch.weights.tolist() == [1.0] * tokens
+    targets = [token for clip, caption in pairs for token in parts[2][clip].targets[caption]]
+    assert batch.targets.tolist() == targets
 
 
 def test_gradients_of_both_layouts_are_equal(parts):
@@ -89,7 +96,7 @@ def test_gradients_of_both_layouts_are_equal(parts):
     gradients = []
     for rows in layouts:
         model.zero_grad()
-        CaptionLoss(model.decoder)(to_tensors(builder(parts).build(rows), "cpu", torch.float32)).sum().backward()
+        CaptionLoss(model.decoder)(batch_of(make(parts), rows)).sum().backward()
         gradients.append([p.grad.clone() for p in model.cross_attention_parameters()])
     for shared, apart in zip(*gradients, strict=True):
         torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-6)
@@ -110,6 +117,20 @@ def test_fused_activations_are_the_same_function(parts):
     decoder.transformer.h[0].mlp.act = torch.nn.ReLU()
     fuse_activations(decoder)
     assert isinstance(decoder.transformer.h[0].mlp.act, torch.nn.ReLU)
+
+
+def test_prompts_are_targets_of_their_weight(parts):
+    """All tokens of a prompt but the first; an example that only fills a pass has no weight at all."""
+    examples = make(parts)
+    rows = [Row(0, (0, 1)), Row(3, (2,))]
+    plain, weighted = batch_of(examples, rows), batch_of(examples, rows, prompt_weight=0.25)
+    prompts = [int((plain.segments[row] == 0).sum()) for row in range(2)]
+    assert sorted(weighted.weights.tolist()) == [0.25] * (sum(prompts) - 2) + [1.0] * len(plain.targets)
+    of_prompts = weighted.weights == 0.25
+    rows_of, columns = weighted.target_rows[of_prompts], weighted.target_columns[of_prompts]
+    assert torch.equal(weighted.input_ids[rows_of, columns + 1], weighted.targets[of_prompts])
+    collate = CaptionCollator(examples.processor.tokenizer.pad_token_id, 0.25)
+    assert not collate([examples[Key(rows[0], 0, weight=0.0)]]).weights.any()
 
 
 def test_branched_mask_by_hand():
@@ -143,10 +164,10 @@ def test_an_epoch_has_every_caption_once(parts, share_prompts: bool, group_by_le
 def test_parts_of_a_batch_are_the_batch():
     rows = [Row(0, (0, 1, 2)), Row(1, (0,)), Row(2, (1, 2)), Row(3, (0, 1))]
     for parts in (1, 2, 3, 8):
-        divided = split_batch(rows, parts)
+        divided = split_rows(rows, parts)
         assert len(divided) == parts
         assert [row for part in divided for row in part] == rows
-    assert [sum(len(row.captions) for row in part) for part in split_batch(rows, 2)] == [4, 4]
+    assert [sum(len(row.captions) for row in part) for part in split_rows(rows, 2)] == [4, 4]
 
 
 def test_validation_plan_is_complete_and_fixed(parts):
@@ -156,9 +177,9 @@ def test_validation_plan_is_complete_and_fixed(parts):
 
 
 def test_draws_are_keyed_by_seed_epoch_and_example(parts):
-    drawn = builder(parts, draw_from=8)
+    drawn = make(parts, draw_from=8)
     row = Row(1, (2,))
-    assert drawn.retrieved(row, 3) == builder(parts, draw_from=8).retrieved(row, 3)
+    assert drawn.retrieved(row, 3) == make(parts, draw_from=8).retrieved(row, 3)
     assert len({tuple(drawn.retrieved(row, epoch)) for epoch in range(20)}) > 5
     pool = [parts[3].captions[number] for number in parts[3].rows[1]]
     for epoch in range(20):
@@ -166,13 +187,13 @@ def test_draws_are_keyed_by_seed_epoch_and_example(parts):
         assert len(set(chosen)) == 4
         # Most similar first, unless shuffled.
         assert [pool.index(text) for text in chosen] == sorted(pool.index(text) for text in chosen)
-    shuffled = builder(parts, shuffle=True)
+    shuffled = make(parts, shuffle=True)
     assert {frozenset(shuffled.retrieved(row, epoch)) for epoch in range(9)} == {frozenset(pool[:4])}
     assert len({tuple(shuffled.retrieved(row, epoch)) for epoch in range(9)}) > 3
 
 
 def test_audio_dropout_hides_its_share(parts):
-    hiding = builder(parts, audio_dropout=0.3)
+    hiding = make(parts, audio_dropout=0.3)
     flags = [
         hiding.audio_is_hidden(Row(clip, (caption,)), epoch)
         for clip in range(6)
@@ -181,13 +202,13 @@ def test_audio_dropout_hides_its_share(parts):
     ]
     assert sum(flags) / len(flags) == pytest.approx(0.3, abs=0.05)
     epoch = next(epoch for epoch in range(40) if hiding.audio_is_hidden(Row(0, (0,)), epoch))
-    assert not hiding.build([Row(0, (0,))], epoch).hidden.any()
+    assert not batch_of(hiding, [Row(0, (0,))], epoch).hidden.any()
 
 
 def test_epochs_take_turns_with_the_datastores(parts):
     _, processor, clips, first = parts
     second = Neighbours(first.rows, [f"other {text}" for text in first.captions])
-    both = BatchBuilder(clips, Features(), processor, [first, second], PromptOptions(k=2))
+    both = PromptedCaptions(clips, Features(), processor, [first, second], PromptOptions(k=2))
     assert not both.retrieved(Row(0, (0,)), 0)[0].startswith("other")
     assert both.retrieved(Row(0, (0,)), 1)[0].startswith("other")
     assert not both.retrieved(Row(0, (0,)), 2)[0].startswith("other")
@@ -195,13 +216,13 @@ def test_epochs_take_turns_with_the_datastores(parts):
 
 def test_no_retrieval_uses_the_prompt_without_captions(parts):
     _, processor, clips, _ = parts
-    batch = BatchBuilder(clips, Features(), processor, [], PromptOptions(k=0)).build([Row(0, (0,))])
+    batch = batch_of(PromptedCaptions(clips, Features(), processor, [], PromptOptions(k=0)), [Row(0, (0,))])
     prompt = batch.input_ids[0][batch.segments[0] == 0]
     assert processor.tokenizer.decode(prompt) == processor.prompt_without_captions
 
 
 def test_prompt_lengths_measure_the_captions(parts):
-    made = builder(parts)
+    made = make(parts)
     lengths = made.prompt_lengths()
     counted = [
         len(made.processor.tokenizer("".join(made.retrieved(Row(clip, (0,)), 0)))["input_ids"]) for clip in range(6)

@@ -9,8 +9,9 @@ import pytest
 from training_parts import captions_of, make_captioner, write_clip, write_clotho
 
 from recap_cli import build_parser
-from recap_hf.training.arguments import load_config
-from recap_hf.training.main import train
+from recap_hf.training.config import load_config
+from recap_hf.training.run import train
+from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +79,21 @@ def _parquet_of_bytes(folder: Path, first: int) -> None:
 
 
 def run(start: Path, output: Path, *flags: object) -> dict:
-    base = ["train", "--model", start / "untrained", "--output-dir", output, "--max-steps", 1, "--device", "cpu"]
-    return train(load_config(build_parser("train").parse_args([str(flag) for flag in (*base, *flags)])))
+    base = [
+        "train",
+        "--model",
+        start / "untrained",
+        "--output-dir",
+        output,
+        "--max-steps",
+        1,
+        "--device",
+        "cpu",
+        "--num-workers",
+        0,
+    ]
+    args = build_parser("train").parse_args([str(flag) for flag in (*base, *flags)])
+    return train(load_config(args, CaptionerTrainingConfig))
 
 
 def test_all_of_them_joined(start: Path, tmp_path: Path):

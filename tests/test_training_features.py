@@ -16,7 +16,7 @@ from recap_hf import CaptionDatastore, load_audio
 from recap_hf.data import load_captions
 from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
 from recap_hf.training import encoding
-from recap_hf.training.encoding import EncodingOptions, encode_dataset
+from recap_hf.training.encoding import AudioTower, EncodedDataset, EncodingOptions, store_features
 from recap_hf.training.features import FeatureStore, content_key, encoder_identity
 from recap_hf.training.neighbours import Query, find_neighbours, search_key
 
@@ -34,7 +34,11 @@ def data(tmp_path: Path):
 
 
 def options(tmp_path: Path) -> EncodingOptions:
-    return EncodingOptions(str(tmp_path / "features"))
+    return EncodingOptions(tmp_path / "features")
+
+
+def encode_dataset(dataset, model, processor, options: EncodingOptions) -> EncodedDataset:
+    return store_features(dataset, AudioTower(model, processor), options)
 
 
 def test_stored_features_are_the_models(captioner, data, tmp_path: Path):
@@ -91,7 +95,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_numbers(captioner, data, tmp_p
     model, processor = captioner
     monkeypatch.setattr(encoding, "CLIPS_PER_SHARD", 2)
     whole = encode_dataset(data, model, processor, options(tmp_path))
-    cut = EncodingOptions(str(tmp_path / "cut"))
+    cut = EncodingOptions(tmp_path / "cut")
     shutil.copytree(tmp_path / "features", cut.cache)
     folder = Path(cut.cache) / whole.store.fingerprint
     lost = sorted(folder.glob("shard-*.json"))[1]
@@ -103,6 +107,15 @@ def test_a_killed_run_goes_on_and_writes_the_same_numbers(captioner, data, tmp_p
     assert not list(folder.glob("*.partial-*"))
     for key in whole.keys:
         assert np.array_equal(again.store.hidden_states(key), whole.store.hidden_states(key))
+
+
+def test_worker_processes_encode_the_same(captioner, data, tmp_path: Path):
+    model, processor = captioner
+    here = encode_dataset(data, model, processor, options(tmp_path))
+    there = encode_dataset(data, model, processor, EncodingOptions(tmp_path / "other", workers=2))
+    assert there.encoded == 5
+    for key in here.keys:
+        assert np.array_equal(here.store.hidden_states(key), there.store.hidden_states(key))
 
 
 def test_equal_recordings_are_encoded_once(captioner, tmp_path: Path):
@@ -157,18 +170,6 @@ def test_hidden_states_beyond_fp16_are_refused(tmp_path: Path):
 # ------------------------------------------------------------------ neighbours
 
 
-class Embeds:
-    """Stored query embeddings without the rest of a feature store."""
-
-    fingerprint = "test"
-
-    def __init__(self, embeds: dict[str, np.ndarray]) -> None:
-        self._embeds = embeds
-
-    def audio_embeds(self, key: str) -> np.ndarray:
-        return self._embeds[key]
-
-
 @pytest.fixture
 def search():
     """Four clips of three captions; a clip's own captions are the nearest to it, and one text stands twice."""
@@ -184,16 +185,16 @@ def search():
     records.append({"caption": captions_of(0)[0].upper() + "!", "clip_id": "other.wav"})
     vectors.append(centres[0])
     store = CaptionDatastore.from_embeddings(records, np.array(vectors))
-    features = Embeds({str(clip): centres[clip][None].astype(np.float32) for clip in range(4)})
-    queries = [Query(str(clip), f"clip_{clip}", tuple(captions_of(clip, 3))) for clip in range(4)]
-    return store, features, queries
+    embeds = centres.astype(np.float32)
+    queries = [Query(embeds[clip][None], f"clip_{clip}", tuple(captions_of(clip, 3))) for clip in range(4)]
+    return store, queries
 
 
 def test_own_captions_are_never_retrieved(search, tmp_path: Path):
-    store, features, queries = search
+    store, queries = search
     # The premise: without the exclusion, a clip's own captions come first.
-    assert {hit["clip_id"] for hit in store.search(features.audio_embeds("1"), k=3)[0]} == {"train/Clip 1.wav"}
-    found = find_neighbours(store, features, queries, 6, tmp_path)
+    assert {hit["clip_id"] for hit in store.search(queries[1].embeds, k=3)[0]} == {"train/Clip 1.wav"}
+    found = find_neighbours(store, queries, 6, tmp_path)
     for clip, query in enumerate(queries):
         rows = found.of(clip)
         assert len(rows) == 6
@@ -204,23 +205,23 @@ def test_own_captions_are_never_retrieved(search, tmp_path: Path):
 
 
 def test_fewer_captions_than_asked_for(search, tmp_path: Path):
-    store, features, queries = search
-    found = find_neighbours(store, features, queries, 50, tmp_path)
+    store, queries = search
+    found = find_neighbours(store, queries, 50, tmp_path)
     # 13 captions less the three own; the doubled text counts once, and not at all for its own clip.
     assert [len(found.of(clip)) for clip in range(4)] == [9, 9, 9, 9]
 
 
 def test_search_again_only_when_something_changed(search, tmp_path: Path):
-    store, features, queries = search
-    first = find_neighbours(store, features, queries, 4, tmp_path)
+    store, queries = search
+    first = find_neighbours(store, queries, 4, tmp_path)
     (path,) = tmp_path.glob("neighbours-*.npy")
     stored = np.load(path)
     np.save(path, stored[:, ::-1])
-    assert np.array_equal(find_neighbours(store, features, queries, 4, tmp_path).rows, first.rows[:, ::-1])
-    key = search_key(store, features, queries, 4)
-    assert search_key(store, features, queries, 5) != key
-    assert search_key(store, features, queries[:3], 4) != key
+    assert np.array_equal(find_neighbours(store, queries, 4, tmp_path).rows, first.rows[:, ::-1])
+    key = search_key(store, queries, 4)
+    assert search_key(store, queries, 5) != key
+    assert search_key(store, queries[:3], 4) != key
     smaller = CaptionDatastore(store.records[:-1], store.embeddings[:-1])
-    assert search_key(smaller, features, queries, 4) != key
+    assert search_key(smaller, queries, 4) != key
     moved = CaptionDatastore(store.records, store.embeddings[::-1])
-    assert search_key(moved, features, queries, 4) != key
+    assert search_key(moved, queries, 4) != key

@@ -28,29 +28,18 @@ def embed(texts: list[str]) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-class TextQueries:
-    """The first caption of each clip as its query."""
-
-    fingerprint = "hashed words"
-
-    def __init__(self, captions: dict[str, str]) -> None:
-        self._embeds = dict(zip(captions, embed(list(captions.values())), strict=True))
-
-    def audio_embeds(self, key: str) -> np.ndarray:
-        return self._embeds[key][None]
-
-
 def search(data: CaptionData, count: int, cache: Path) -> tuple[CaptionDatastore, list[Query], list[list[int]]]:
     table = data.dataset
     ids, captions = table["clip_id"][:], table["captions"][:]
     records = [{"caption": text, "clip_id": ids[row]} for row in range(len(ids)) for text in captions[row]]
     store = CaptionDatastore.from_embeddings(records, embed([record["caption"] for record in records]))
     chosen = np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int)
-    queries = [Query(str(row), ids[row], tuple(captions[row])) for row in chosen]
-    features = TextQueries({str(row): captions[row][0] for row in chosen})
-    found = find_neighbours(store, features, queries, 4, cache)
+    # The first caption of each clip is its query.
+    embeds = embed([captions[row][0] for row in chosen])
+    queries = [Query(own[None], ids[row], tuple(captions[row])) for own, row in zip(embeds, chosen, strict=True)]
+    found = find_neighbours(store, queries, 4, cache)
     # The premise: without the exclusion, a clip's own caption is what its text finds first.
-    plain = store.search(np.stack([features.audio_embeds(query.key) for query in queries[:20]]), k=1)
+    plain = store.search(np.stack([query.embeds for query in queries[:20]]), k=1)
     assert all(
         normalize_text(hits[0]["caption"]) in {normalize_text(text) for text in query.captions}
         for hits, query in zip(plain, queries, strict=False)

@@ -12,11 +12,11 @@ from training_parts import captions_of, make_captioner, write_clotho
 
 from recap_cli import main
 from recap_hf import RecapEncoderOutput, RecapForConditionalGeneration, RecapProcessor
-from recap_hf.training.arguments import TrainingConfig
-from recap_hf.training.assemble import assemble, reset_conditioning
-from recap_hf.training.batches import collate
-from recap_hf.training.main import train
-from recap_hf.training.step import CaptionLoss, seen_by_all, to_tensors
+from recap_hf.training.collator import CaptionCollator, Example
+from recap_hf.training.loss import CaptionLoss, behind_prefix
+from recap_hf.training.run import train
+from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
+from recap_hf.training.tasks.captioner_model import new_captioner, reset_conditioning
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def start(tmp_path_factory):
     return folder
 
 
-def config(start, output, **changes) -> TrainingConfig:
+def config(start, output, **changes) -> CaptionerTrainingConfig:
     settings = {
         "dataset": ["clotho"],
         "data_dir": [str(start / "clotho")],
@@ -45,22 +45,23 @@ def config(start, output, **changes) -> TrainingConfig:
         "save_steps": 3,
         "save_total_limit": 99,
         "device": "cpu",
+        "num_workers": 0,
     }
-    return TrainingConfig(**{**settings, **changes}).validate()
+    return CaptionerTrainingConfig(**{**settings, **changes}).validate()
 
 
 @pytest.fixture(scope="module")
 def parts(start):
-    return assemble(config(start, start / "parts"))
+    return new_captioner(config(start, start / "parts"))
 
 
 def target(processor, text):
     return [*processor._encode(" " + text), processor.tokenizer.eos_token_id]
 
 
-def test_seen_by_all():
+def test_behind_prefix():
     mask = torch.tensor([[[[True, False, False], [True, True, False], [True, False, True]]]])
-    grown = seen_by_all(mask, 2)[0, 0].int().tolist()
+    grown = behind_prefix(mask, 2)[0, 0].int().tolist()
     assert grown == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 0, 1]]
 
 
@@ -73,15 +74,16 @@ def test_loss_equals_the_models_own(parts, attention):
     targets = [[target(processor, text) for text in captions_of(clip, 3)] for clip in range(2)]
     generator = torch.Generator().manual_seed(1)
     states = [torch.randn(length, 16, generator=generator).half().numpy() for length in (6, 9)]
-    batch = collate(prompts, targets, states, [False, False], processor.tokenizer.pad_token_id)
+    collate = CaptionCollator(processor.tokenizer.pad_token_id)
+    batch = collate([Example(*row) for row in zip(prompts, targets, states, strict=True)])
     loss_module = CaptionLoss(model.decoder, model.prefix_mapper)
     with torch.no_grad():
-        together = loss_module(to_tensors(batch, "cpu", torch.float32)).sum()
+        together = loss_module(batch.to("cpu", torch.float32)).sum()
         apart = expected = 0.0
         for prompt, captions, state in zip(prompts, targets, states, strict=True):
             for tokens in captions:
-                single = collate([prompt], [[tokens]], [state], [False], processor.tokenizer.pad_token_id)
-                apart += loss_module(to_tensors(single, "cpu", torch.float32)).sum()
+                single = collate([Example(prompt, [tokens], state)])
+                apart += loss_module(single.to("cpu", torch.float32)).sum()
                 output = model(
                     encoder_outputs=RecapEncoderOutput(last_hidden_state=torch.from_numpy(state).float()[None]),
                     decoder_input_ids=torch.tensor([[*prompt, *tokens]]),
@@ -116,21 +118,21 @@ def test_from_two_bases(start, tmp_path):
     model.decoder.save_pretrained(tmp_path / "gpt2")
     processor.tokenizer.save_pretrained(tmp_path / "gpt2")
     bases = {"model": "", "clap": str(tmp_path / "clap"), "decoder": str(tmp_path / "gpt2")}
-    made, _ = assemble(config(start, tmp_path / "out", **bases))
+    made, _ = new_captioner(config(start, tmp_path / "out", **bases))
     assert made.config.conditioning == "prefix" and made.config.prefix_length == 3
-    plain, _ = assemble(config(start, tmp_path / "out", **bases, **{"conditioning": ""}))
+    plain, _ = new_captioner(config(start, tmp_path / "out", **bases, **{"conditioning": ""}))
     assert plain.config.conditioning == "cross_attention"
 
 
 def test_position_embeddings_stay_until_another_choice(start, tmp_path):
     chosen = {"conditioning": "", "audio_position_embedding": "sinusoidal"}
-    model, processor = assemble(config(start, tmp_path / "out", **chosen))
+    model, processor = new_captioner(config(start, tmp_path / "out", **chosen))
     assert model.config.audio_position_embedding == "sinusoidal"
     model.save_pretrained(tmp_path / "placed")
     processor.save_pretrained(tmp_path / "placed")
     again = {"conditioning": "", "model": str(tmp_path / "placed")}
     for choice, expected in (("", "sinusoidal"), ("none", None)):
-        model, _ = assemble(config(start, tmp_path / "out", **again, audio_position_embedding=choice))
+        model, _ = new_captioner(config(start, tmp_path / "out", **again, audio_position_embedding=choice))
         assert model.config.audio_position_embedding == expected
 
 
@@ -160,7 +162,8 @@ def test_run_with_a_prefix(start):
     assert "embeddings before the prompt" in (output / "README.md").read_text()
 
     cut = start / "cut"
-    shutil.copytree(output / "checkpoints" / "checkpoint-3", cut / "checkpoints" / "checkpoint-3")
+    (cut / "checkpoints").mkdir(parents=True)
+    shutil.copy(output / "checkpoints" / "checkpoint-3.pt", cut / "checkpoints")
     train(config(start, cut, resume=True))
     again = load_file(cut / "model.safetensors")
     assert all(torch.equal(again[name], after[name]) for name in after)
@@ -195,4 +198,4 @@ def test_commands_train_caption_and_evaluate(start, capsys):
 
 def test_keeping_another_conditioning_is_refused(start, tmp_path):
     with pytest.raises(ValueError, match="has, which is cross_attention: not together with --conditioning prefix"):
-        assemble(config(start, tmp_path, keep_cross_attention=True))
+        new_captioner(config(start, tmp_path, keep_cross_attention=True))

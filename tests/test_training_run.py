@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from training_parts import make_captioner, write_clotho
 
 from recap_hf import RecapForConditionalGeneration, RecapProcessor
-from recap_hf.training.arguments import TrainingConfig
-from recap_hf.training.assemble import assemble
-from recap_hf.training.batches import PromptOptions, Row
-from recap_hf.training.corpus import build_corpus
-from recap_hf.training.main import train
+from recap_hf.training.collator import PromptOptions
+from recap_hf.training.plans import Row
+from recap_hf.training.run import train
+from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
+from recap_hf.training.tasks.captioner_data import build_corpus
+from recap_hf.training.tasks.captioner_model import new_captioner
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def start(tmp_path_factory) -> Path:
     return folder
 
 
-def config(start: Path, output: Path, **changes: Any) -> TrainingConfig:
+def config(start: Path, output: Path, **changes: Any) -> CaptionerTrainingConfig:
     settings = {
         "dataset": ["clotho"],
         "data_dir": [str(start / "clotho")],
@@ -47,8 +48,9 @@ def config(start: Path, output: Path, **changes: Any) -> TrainingConfig:
         "save_steps": 3,
         "save_total_limit": 99,
         "device": "cpu",
+        "num_workers": 0,
     }
-    return TrainingConfig(**{**settings, **changes}).validate()
+    return CaptionerTrainingConfig(**{**settings, **changes}).validate()
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +75,10 @@ def test_validation_loss_falls(finished):
 
 def test_training_prompts_hold_the_nearest_captions_and_options_arrive(start: Path, tmp_path: Path):
     settings = config(start, tmp_path, draw_from=6, shuffle_prompt=True, audio_dropout=0.25, seed=11)
-    builder = build_corpus(settings, *assemble(settings)).train
+    builder = build_corpus(settings, *new_captioner(settings)).train
     assert builder.options == PromptOptions(k=4, draw_from=6, shuffle=True, audio_dropout=0.25, seed=11)
     plain = config(start, tmp_path)
-    builder = build_corpus(plain, *assemble(plain)).train
+    builder = build_corpus(plain, *new_captioner(plain)).train
     assert all(len(builder.retrieved(row, epoch=0)) == 4 for row in (Row(0, (0,)), Row(5, (2,)), Row(7, (4,))))
 
 
@@ -91,11 +93,11 @@ def test_only_the_cross_attention_changes(start: Path, finished):
 
 def test_the_bases_of_a_checkpoint_start_with_fresh_cross_attention(start: Path, finished):
     """The default where no model is named; a checkpoint that is named goes on from its own."""
-    model, _ = assemble(config(start, start / "x", model=str(finished[0]), keep_cross_attention=False))
-    kept, _ = assemble(config(start, start / "x", model=str(finished[0])))
+    model, _ = new_captioner(config(start, start / "x", model=str(finished[0]), keep_cross_attention=False))
+    kept, _ = new_captioner(config(start, start / "x", model=str(finished[0])))
     trained = weights(finished[0])
     fresh = {name: tensor for name, tensor in model.state_dict().items() if name in trained}
-    same_again, _ = assemble(config(start, start / "x", model=str(finished[0]), keep_cross_attention=False))
+    same_again, _ = new_captioner(config(start, start / "x", model=str(finished[0]), keep_cross_attention=False))
     for name in trained:
         assert torch.equal(kept.state_dict()[name], trained[name])
         assert torch.equal(same_again.state_dict()[name], fresh[name])
@@ -144,20 +146,21 @@ def test_the_losses_are_drawn(finished):
 def test_a_resumed_run_ends_with_the_same_weights(start: Path, finished, tmp_path: Path, step: int):
     """The state in which a SIGKILL after the checkpoint of `step` leaves the folder."""
     checkpoints = tmp_path / "checkpoints"
-    for name in ("checkpoint-3", "checkpoint-5", "checkpoint-6"):
-        if int(name.rpartition("-")[2]) <= step:
-            shutil.copytree(finished[0] / "checkpoints" / name, checkpoints / name)
-    (checkpoints / ".partial-checkpoint-9").mkdir()
+    checkpoints.mkdir()
+    for kept in (3, 5, 6):
+        if kept <= step:
+            shutil.copy(finished[0] / "checkpoints" / f"checkpoint-{kept}.pt", checkpoints)
+    (checkpoints / "checkpoint-9.pt.partial").write_bytes(b"half")
     report = train(config(start, tmp_path, resume=True))
     assert same(weights(tmp_path), weights(finished[0]))
     # Losses too, those from before the kill included.
     assert report["losses"] == finished[1]["losses"]
     assert report["evaluations"] == finished[1]["evaluations"]
-    assert not list(checkpoints.glob(".partial-*"))
+    assert not list(checkpoints.glob("*.partial"))
 
 
 def test_a_folder_with_checkpoints_is_not_overwritten_by_accident(start: Path, finished):
-    with pytest.raises(ValueError, match=re.escape("holds checkpoints of a run (up to checkpoint-10)")):
+    with pytest.raises(ValueError, match=re.escape("holds checkpoints of a run (up to checkpoint-10.pt)")):
         train(config(start, finished[0]))
 
 
@@ -165,7 +168,7 @@ def test_a_changed_setting_is_named_on_resume(start: Path, finished, tmp_path: P
     import logging
 
     monkeypatch.setattr(logging.getLogger("recap_hf"), "propagate", True)
-    checkpoint = str(finished[0] / "checkpoints" / "checkpoint-6")
+    checkpoint = str(finished[0] / "checkpoints" / "checkpoint-6.pt")
     train(config(start, tmp_path, resume_from_checkpoint=checkpoint, learning_rate=1e-3, max_steps=7))
     assert "learning_rate 0.005 -> 0.001" in caplog.text
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from training_parts import ACCELERATE_LAUNCH
 
-from recap_hf.training.clotho_stand_in import make_clotho_stand_in
+from benchmarks.clotho_stand_in import make_clotho_stand_in
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECAP = [sys.executable, "-m", "recap_cli"]

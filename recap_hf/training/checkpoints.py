@@ -1,34 +1,29 @@
-"""Checkpoints that are either there or not, and hold all that a run needs to go on as if it had not stopped."""
+"""Checkpoints: files that are either there or not, with all that a run needs to continue as if it had not stopped."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-_NAME = re.compile(r"checkpoint-(\d+)")
-WEIGHTS, STATE, PROGRESS = "trainable.safetensors", "optimizer.pt", "progress.json"
-BEST = "best"
+_NAME = re.compile(r"checkpoint-(\d+)\.pt")
+PARTS = ("weights", "optimizer", "scheduler", "scaler", "progress")
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder/checkpoint-<step>/` and `folder/best/`.
+    """The checkpoints of one run, `folder/checkpoint-<step>.pt` and `folder/best.pt`.
 
-    A checkpoint is written beside its place and renamed into it, so that a kill leaves the one before. It holds the
-    trained weights (safetensors), optimiser, schedule and gradient scaler (tensors, read with `weights_only`), and
-    the progress (JSON).
+    Each is a file of `torch.save` with the trained weights, the states of optimizer, schedule and gradient scaler, and
+    the progress; it is read with `weights_only`. A file is written beside its place and renamed, so that a kill leaves
+    the one before.
 
     Args:
-        folder: where they lie.
-        keep: how many to keep besides the best.
+        folder: of the files.
+        keep: number of checkpoints to keep besides the best.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
@@ -37,106 +32,104 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in order."""
-        if not self.folder.is_dir():
-            return []
-        matches = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
 
     def latest(self) -> Path | None:
         """The last checkpoint."""
         steps = self.steps()
-        return self.folder / f"checkpoint-{steps[-1]}" if steps else None
+        return self._place(steps[-1]) if steps else None
 
-    def save(
-        self, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], progress: dict[str, Any]
-    ) -> Path:
-        """Write the checkpoint of `step`; older ones beyond `keep` go."""
-        place = self.folder / f"checkpoint-{step}"
-        self._write(place, weights, state, progress)
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the checkpoint of `step`, and delete older ones beyond `keep`.
+
+        Args:
+            step: number of finished steps.
+            state: has the entries `weights`, `optimizer`, `scheduler`, `scaler` and `progress`.
+        """
+        _write(self._place(step), state)
         for old in self.steps()[: -self.keep]:
-            # Out of the way first: half a checkpoint must not look like one.
-            doomed = self.folder / f".old-checkpoint-{old}"
-            os.replace(self.folder / f"checkpoint-{old}", doomed)
-            shutil.rmtree(doomed)
-        return place
+            self._place(old).unlink()
+        return self._place(step)
 
-    def save_best(self, weights: dict[str, torch.Tensor], progress: dict[str, Any]) -> None:
+    def save_best(self, weights: dict[str, torch.Tensor], figures: dict[str, Any]) -> None:
         """Replace the best weights."""
-        self._write(self.folder / BEST, weights, None, progress)
+        _write(self.folder / "best.pt", {"weights": weights, "figures": figures})
 
-    def load_best(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Best weights and what is known of them, if there are any."""
-        folder = self.folder / BEST
-        if not (folder / WEIGHTS).is_file():
-            return None
-        return load_file(folder / WEIGHTS), json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    def load_best(self) -> dict[str, torch.Tensor] | None:
+        """The best weights, if there are any."""
+        path = self.folder / "best.pt"
+        return _read(path, ("weights",))["weights"] if path.is_file() else None
 
     def remove_all(self) -> None:
-        """Remove every checkpoint, the best included."""
-        for path in [self.folder / f"checkpoint-{step}" for step in self.steps()] + [self.folder / BEST]:
-            if path.exists():
-                shutil.rmtree(path)
+        """Delete every checkpoint, the best included."""
+        for path in [self._place(step) for step in self.steps()] + [self.folder / "best.pt"]:
+            path.unlink(missing_ok=True)
 
     def clean(self) -> None:
-        """Remove what a killed run left beside its checkpoints, and put back what was being replaced."""
-        if not self.folder.is_dir():
-            return
-        for previous in self.folder.glob(".previous-*"):
-            place = self.folder / previous.name.removeprefix(".previous-")
-            if not place.is_dir():
-                os.replace(previous, place)
-        for pattern in (".partial-*", ".old-*", ".previous-*"):
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path)
+        """Delete the unfinished files of a killed run."""
+        for path in self.folder.glob("*.partial"):
+            path.unlink()
 
-    def _write(
-        self, place: Path, weights: dict[str, torch.Tensor], state: dict[str, Any] | None, progress: dict[str, Any]
-    ) -> None:
-        partial = self.folder / f".partial-{place.name}"
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / WEIGHTS)
-        if state is not None:
-            torch.save(state, partial / STATE)
-        (partial / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        previous = self.folder / f".previous-{place.name}"
-        if place.exists():
-            # A folder cannot be renamed over a full one.
-            if previous.exists():
-                shutil.rmtree(previous)
-            os.replace(place, previous)
-        os.replace(partial, place)
-        _sync(self.folder)
-        if previous.exists():
-            shutil.rmtree(previous)
+    def _place(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}.pt"
 
 
-def load_checkpoint(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
-    """Weights, optimiser state and progress of a checkpoint.
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The state that was given to `Checkpoints.save`, tensors on the CPU.
 
     Raises:
-        FileNotFoundError: naming what is not there.
-        ValueError: where a file is damaged, or holds anything but tensors and plain values.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, is no checkpoint, or holds anything but tensors and plain values.
     """
-    folder = Path(folder)
-    for name in (WEIGHTS, STATE, PROGRESS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no checkpoint of a training run: it has no {name}")
-    try:
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        return load_file(folder / WEIGHTS), state, json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    except (pickle.UnpicklingError, SafetensorError, EOFError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is damaged ({type(error).__name__}): delete it, and --resume goes on from the one before it"
-        ) from error
+    return _read(Path(path), PARTS)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _write(path: Path, state: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(folder)
     finally:
-        os.close(handle)
+        os.close(folder)
+
+
+def _read(path: Path, parts: tuple[str, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no checkpoint: expected a file such as checkpoints/checkpoint-100.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}): delete it, and --resume continues from the one before it"
+        ) from error
+    missing = [part for part in parts if not isinstance(state, dict) or part not in state]
+    if missing:
+        raise ValueError(f"{path} is no checkpoint of a training run: it holds no {missing[0]}")
+    return state
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put the weights of a checkpoint into the parameters of a model.
+
+    Raises:
+        ValueError: if they are not those of this model.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = sorted(set(weights) - set(parameters))
+    if unknown:
+        raise ValueError(f"the checkpoint holds weights that this model does not have: {', '.join(unknown[:5])}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            if tensor.shape != parameters[name].shape:
+                raise ValueError(
+                    f"the checkpoint's {name} has the shape {tuple(tensor.shape)}, "
+                    f"the model's {tuple(parameters[name].shape)}"
+                )
+            parameters[name].copy_(tensor)

@@ -1,19 +1,17 @@
-"""Running something over the recordings of a dataset, once: read ahead, in batches, in several processes, resumable.
-
-For the captioner that is the frozen audio tower (`AudioTower`); for the pretraining of a CLAP the mel alone.
-"""
+"""Encode the recordings of a dataset once: in batches, in several processes, and resumable after a kill."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from recap_hf.data.schema import Problem
 
@@ -26,7 +24,7 @@ logger = logging.getLogger(__name__)
 class EncodedDataset:
     """Which stored features belong to which clip.
 
-    `keys` has one entry per row of the dataset, None where the audio could not be encoded; `problems` says why.
+    `keys` has one entry per row of the dataset, None if the audio cannot be encoded; `problems` says why.
     """
 
     store: FeatureStore
@@ -34,7 +32,6 @@ class EncodedDataset:
     problems: list[Problem] = field(default_factory=list)
     encoded: int = 0
     reused: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,13 @@ class EncodingOptions:
     Args:
         cache: folder of the feature stores.
         batch_windows: 10-second windows in a pass of the encoder.
-        threads: threads that read, decode and resample ahead of the encoder.
+        workers: processes that read, decode and resample recordings; 0: none beside this one.
         min_seconds: shorter recordings are refused.
     """
 
-    cache: str
+    cache: str | Path
     batch_windows: int = 16
-    threads: int = 2
+    workers: int = 0
     min_seconds: float = 0.01
 
 
@@ -59,19 +56,43 @@ class Encoder(Protocol):
 
     Args:
         identity: all that they depend on, as plain data.
-        feature_extractor: says the sampling rate, and how many windows a clip has.
+        feature_extractor: knows the sampling rate, and the windows of a clip.
     """
 
     identity: dict[str, Any]
     feature_extractor: Any
 
-    def encode(self, batch: list[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(key, array of shape (windows, positions, d), array of shape (windows, n)) of each (key, waveform)."""
+    def encode(self, waveforms: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each waveform, an array of shape (windows, positions, d) and one of shape (windows, n)."""
 
 
-def encode_dataset(dataset: Any, model: Any, processor: Any, options: EncodingOptions) -> EncodedDataset:
-    """Hidden states and query embeddings of every clip; see `store_features`."""
-    return store_features(dataset, AudioTower(model, processor), options)
+class AudioTower:
+    """The frozen audio tower of a captioner: hidden states in fp16 and query embeddings of every window.
+
+    Args:
+        model, processor: the captioner.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self._model, self.feature_extractor = model, processor.feature_extractor
+        self.identity = encoder_identity(model, processor.feature_extractor)
+
+    @torch.no_grad()
+    def encode(self, waveforms: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(hidden states (windows, positions, d), query embeddings (windows, P)) per waveform."""
+        inputs = mel_windows(self.feature_extractor, waveforms, next(self._model.clap.parameters()).device)
+        encoding = self._model.encode_audio(**inputs)
+        windows = encoding.audio_embeds.shape[1]
+        states = encoding.last_hidden_state.unflatten(1, (windows, -1)).half().cpu().numpy()
+        embeds = encoding.audio_embeds.float().cpu().numpy()
+        for row, count in enumerate(inputs["input_features_mask"].sum(dim=1).tolist()):
+            yield states[row, :count], embeds[row, :count]
+
+
+def mel_windows(feature_extractor: Any, waveforms: list[np.ndarray], device: Any) -> Any:
+    """Mel windows of waveforms at the extractor's rate, as tensors on `device`."""
+    rate = feature_extractor.sampling_rate
+    return feature_extractor(waveforms, sampling_rate=rate, return_tensors="pt", device=device)
 
 
 def store_features(dataset: Any, encoder: Encoder, options: EncodingOptions) -> EncodedDataset:
@@ -82,18 +103,15 @@ def store_features(dataset: Any, encoder: Encoder, options: EncodingOptions) -> 
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    started = time.monotonic()
-    state = PartialState()
+    started, state = time.monotonic(), PartialState()
     store = FeatureStore(options.cache, encoder.identity)
     if not len(store) and store.other_encoders():
         logger.warning(
             "The feature cache %s holds features of other encoders or settings (%s), none of this one (%s): encoding "
-            "afresh. The old ones may be deleted",
-            options.cache,
-            ", ".join(store.other_encoders()),
-            store.fingerprint,
-        )
-    keys, failed = _content_keys(dataset, store, state, gather_object)
+            "again. The old ones may be deleted",
+            options.cache, ", ".join(store.other_encoders()), store.fingerprint,
+        )  # fmt: skip
+    keys, failed = _content_keys(dataset, store.folder.parent)
     rows = {key: row for row, key in reversed(list(enumerate(keys))) if key is not None}
     wanted = sorted(rows)
     missing = [key for key in wanted if key not in store]
@@ -101,32 +119,37 @@ def store_features(dataset: Any, encoder: Encoder, options: EncodingOptions) -> 
     if state.is_main_process:
         store.remove_leftovers()
     state.wait_for_everyone()
+    # Which clips share a shard depends on the clips alone: a resumed run writes the same numbers.
     shards = [wanted[start : start + CLIPS_PER_SHARD] for start in range(0, len(wanted), CLIPS_PER_SHARD)]
-    own = [pending for shard in shards if (pending := [key for key in shard if key not in store])]
-    own = own[state.process_index :: state.num_processes]
-    broken = _encode_shards(own, rows, dataset, encoder, store, options)
+    shards = [pending for shard in shards if (pending := [key for key in shard if key not in store])]
+    broken = _encode(shards[state.process_index :: state.num_processes], rows, dataset, encoder, store, options)
     state.wait_for_everyone()
-    for key, reason in gather_object(list(broken.items())):
-        failed += [(row, "unreadable", reason) for row, other in enumerate(keys) if other == key]
+    reasons = dict(gather_object(list(broken.items())))
+    failed |= {row: reasons[key] for row, key in enumerate(keys) if key in reasons}
     store.refresh()
-    for row, _, _ in failed:
-        keys[row] = None
     clip_ids = dataset["clip_id"][:]
-    problems = [Problem(clip_ids[row], kind, reason) for row, kind, reason in sorted(set(failed))]
-    computed = sum(key in store for key in missing)
-    result = EncodedDataset(store, keys, problems, computed, len(wanted) - len(missing), time.monotonic() - started)
+    problems = [Problem(clip_ids[row], "unreadable", failed[row]) for row in sorted(failed)]
+    result = EncodedDataset(
+        store,
+        [None if row in failed else key for row, key in enumerate(keys)],
+        problems,
+        encoded=sum(key in store for key in missing),
+        reused=len(wanted) - len(missing),
+    )
     logger.info(
         "Features: %d clips read from the cache, %d encoded, %d failed, %.1f s",
-        result.reused, result.encoded, len(problems), result.seconds,
+        result.reused, result.encoded, len(problems), time.monotonic() - started,
     )  # fmt: skip
     return result
 
 
-def _content_keys(dataset: Any, store: FeatureStore, state: Any, gather: Any) -> tuple[list[str | None], list[tuple]]:
-    """Key of every row (each process hashes its share), and (row, kind, reason) of those that cannot be read."""
-    index = ContentIndex(store.folder.parent, state.process_index)
-    audio = dataset["audio"]
-    own, fresh = [], []
+def _content_keys(dataset: Any, folder: Path) -> tuple[list[str | None], dict[int, str]]:
+    """Key of every row (each process hashes its share), and reason for the rows that cannot be read."""
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state, index = PartialState(), ContentIndex(folder)
+    audio, own, fresh = dataset["audio"], [], []
     for row in range(state.process_index, len(dataset), state.num_processes):
         value = audio[row]
         path = value["path"] if value.get("bytes") is None else None
@@ -134,22 +157,36 @@ def _content_keys(dataset: Any, store: FeatureStore, state: Any, gather: Any) ->
             key = index.lookup(path) if path else None
             if key is None:
                 key = content_key(value)
-                if path:
-                    fresh.append((path, key))
+                fresh += [(path, key)] if path else []
             own.append((row, key, None))
         except OSError as error:
             own.append((row, None, f"{path}: {error.strerror or error}"))
-    index.add(fresh)
-    keys: list[str | None] = [None] * len(dataset)
-    failed = []
-    for row, key, reason in gather(own):
-        keys[row] = key
-        if reason:
-            failed.append((row, "unreadable", reason))
-    return keys, failed
+    fresh = gather_object(fresh)
+    if state.is_main_process:
+        index.add(fresh)
+    found = sorted(gather_object(own))
+    return [key for _, key, _ in found], {row: reason for row, _, reason in found if reason}
 
 
-def _encode_shards(
+class _Recordings(Dataset):
+    """Waveforms of clips, read by the workers of a `DataLoader`: (key, waveform, None) or (key, None, problem)."""
+
+    def __init__(self, keys: Sequence[str], rows: dict[str, int], audio: Any, rate: int, min_seconds: float) -> None:
+        self._keys, self._rows, self._audio = keys, rows, audio
+        self._rate, self._min_seconds = rate, min_seconds
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, number: int) -> tuple[str, np.ndarray | None, str | None]:
+        key = self._keys[number]
+        try:
+            return key, read_clip(self._audio[self._rows[key]], self._rate, self._min_seconds), None
+        except (ValueError, OSError, ImportError) as error:
+            return key, None, str(error)
+
+
+def _encode(
     shards: list[list[str]],
     rows: dict[str, int],
     dataset: Any,
@@ -159,49 +196,48 @@ def _encode_shards(
 ) -> dict[str, str]:
     """Encode and write the shards; key -> reason for the clips that do not decode."""
     broken: dict[str, str] = {}
-    total, done = sum(map(len, shards)), 0
+    extractor = encoder.feature_extractor
+    keys = [key for shard in shards for key in shard]
+    recordings = _Recordings(keys, rows, dataset["audio"], extractor.sampling_rate, options.min_seconds)
+    loaded = iter(
+        DataLoader(recordings, batch_size=None, num_workers=options.workers if keys else 0, collate_fn=_as_is)
+    )
+    done = 0
     for shard in shards:
-        keys, hidden, embeds = [], [], []
-        rate = encoder.feature_extractor.sampling_rate
-        waveforms = _read_ahead(shard, rows, dataset, rate, options, broken)
-        for batch in _batches(waveforms, encoder.feature_extractor, options.batch_windows):
-            for key, states, queries in encoder.encode(batch):
-                keys.append(key)
+        stored, hidden, embeds = [], [], []
+        clips = (next(loaded) for _ in shard)
+        for batch in _batches(clips, extractor, options.batch_windows, broken):
+            for (key, _), (states, queries) in zip(batch, encoder.encode([w for _, w in batch]), strict=True):
+                stored.append(key)
                 hidden.append(states)
                 embeds.append(queries)
-        if keys:
-            store.add_shard(keys, hidden, embeds)
+        if stored:
+            store.add_shard(stored, hidden, embeds)
         done += len(shard)
-        logger.info("Encoding audio: %d of %d clips", done, total)
+        logger.info("Encoding audio: %d of %d clips", done, len(keys))
     return broken
 
 
-def _read_ahead(
-    shard: Sequence[str],
-    rows: dict[str, int],
-    dataset: Any,
-    rate: int,
-    options: EncodingOptions,
-    broken: dict[str, str],
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(key, mono waveform at the encoder's rate) in order; a few clips are decoded ahead, never a whole shard."""
-    ahead = max(2, 2 * options.threads)
-    with ThreadPoolExecutor(max_workers=max(1, options.threads)) as pool:
-        pending: deque = deque()
-        for key in shard:
-            audio = dataset[rows[key]]["audio"]
-            pending.append((key, pool.submit(read_clip, audio, rate, options.min_seconds)))
-            if len(pending) > ahead:
-                yield from _finished(*pending.popleft(), broken)
-        while pending:
-            yield from _finished(*pending.popleft(), broken)
+def _as_is(item: Any) -> Any:
+    """Arrays stay arrays: a `DataLoader` without a collator makes tensors."""
+    return item
 
 
-def _finished(key: str, future: Any, broken: dict[str, str]) -> Iterator[tuple[str, np.ndarray]]:
-    try:
-        yield key, future.result()
-    except (ValueError, OSError, ImportError) as error:
-        broken[key] = str(error)
+def _batches(
+    clips: Iterable[tuple], feature_extractor: Any, batch_windows: int, broken: dict[str, str]
+) -> Iterator[list[tuple[str, np.ndarray]]]:
+    batch, windows = [], 0
+    for key, waveform, problem in clips:
+        if problem is not None:
+            broken[key] = problem
+            continue
+        batch.append((key, waveform))
+        windows += len(feature_extractor.window_starts(len(waveform)))
+        if windows >= batch_windows:
+            yield batch
+            batch, windows = [], 0
+    if batch:
+        yield batch
 
 
 def read_clip(audio: dict[str, Any], sampling_rate: int, min_seconds: float) -> np.ndarray:
@@ -218,55 +254,3 @@ def read_clip(audio: dict[str, Any], sampling_rate: int, min_seconds: float) -> 
         name = audio.get("path") or "<bytes>"
         raise ValueError(f"{name}: {waveform.shape[-1]} samples ({seconds * 1000:.3g} ms) are too short to be a clip")
     return resample(to_mono(waveform), rate, sampling_rate)
-
-
-def _batches(
-    waveforms: Iterator[tuple[str, np.ndarray]], feature_extractor: Any, batch_windows: int
-) -> Iterator[list[tuple[str, np.ndarray]]]:
-    batch, windows = [], 0
-    for key, waveform in waveforms:
-        batch.append((key, waveform))
-        windows += len(feature_extractor.window_starts(len(waveform)))
-        if windows >= batch_windows:
-            yield batch
-            batch, windows = [], 0
-    if batch:
-        yield batch
-
-
-class AudioTower:
-    """The frozen audio tower of a captioner.
-
-    Args:
-        model, processor: the captioner.
-    """
-
-    def __init__(self, model: Any, processor: Any) -> None:
-        self._model = model
-        self.feature_extractor = processor.feature_extractor
-        self.identity = encoder_identity(model, processor.feature_extractor)
-
-    def encode(self, batch: list[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """(key, hidden states (windows, positions, d) in fp16, query embeddings (windows, P)) per clip."""
-        import torch
-
-        device = next(self._model.clap.parameters()).device
-        inputs = extract(self.feature_extractor, batch, device)
-        with torch.no_grad():
-            encoding = self._model.encode_audio(**inputs)
-        counts = inputs["input_features_mask"].sum(dim=1).tolist()
-        windows = encoding.audio_embeds.shape[1]
-        states = encoding.last_hidden_state.unflatten(1, (windows, -1)).half().cpu().numpy()
-        embeds = encoding.audio_embeds.float().cpu().numpy()
-        for row, ((key, _), count) in enumerate(zip(batch, counts, strict=True)):
-            yield key, states[row, :count], embeds[row, :count]
-
-
-def extract(feature_extractor: Any, batch: list[tuple[str, np.ndarray]], device: Any) -> Any:
-    """Mel windows of some (key, waveform) pairs, as tensors on `device`."""
-    return feature_extractor(
-        [waveform for _, waveform in batch],
-        sampling_rate=feature_extractor.sampling_rate,
-        return_tensors="pt",
-        device=device,
-    )

@@ -1,10 +1,9 @@
 """Encoded audio on disk: the frozen CLAP runs once per clip, whatever is trained on it afterwards.
 
-A store is a folder per encoder (weights and window settings have a fingerprint). In it, shards of some hundred clips:
-hidden states in fp16 and query embeddings in float32, both plain `.npy` files that are memory-mapped, and a JSON
-that says which clips they hold. Clips are addressed by their content. A shard's JSON is written last and by renaming,
-so a killed run leaves whole shards and nothing else that counts; which clips share a shard, and so a batch of the
-encoder, depends on the clips alone, so that a resumed run writes the very same numbers.
+A store is a folder per encoder (weights and window settings have a fingerprint). It holds shards of some hundred
+clips: hidden states in fp16 and query embeddings in float32, two `.npy` files that are memory-mapped, and a JSON with
+the keys of the clips. A key is a hash of the recording's bytes. A shard's JSON is written last and atomically: a
+killed run leaves whole shards, and files that the next run removes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _READ_BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class StoredClip:
-    """Where a clip's windows lie."""
+    """Where a clip's windows are stored."""
 
     shard: str
     start: int
@@ -52,11 +51,10 @@ class FeatureStore:
             write_atomically(description, json.dumps(encoder, indent=2, sort_keys=True).encode())
         self._clips: dict[str, StoredClip] = {}
         self._embeds: dict[str, np.ndarray] = {}
-        self._open_hidden = lru_cache(maxsize=64)(self._memory_map)
         self.refresh()
 
     def other_encoders(self) -> list[str]:
-        """Fingerprints of other encoders whose features lie in the same cache."""
+        """Fingerprints of other encoders with features in the same cache."""
         return sorted(
             path.parent.name
             for path in self.folder.parent.glob("*/encoder.json")
@@ -64,7 +62,7 @@ class FeatureStore:
         )
 
     def refresh(self) -> None:
-        """Take in the shards that are on disk now."""
+        """Read the list of shards that are on disk now."""
         for path in sorted(self.folder.glob("shard-*.json")):
             name = path.stem
             if name in self._embeds:
@@ -91,9 +89,9 @@ class FeatureStore:
         return self._clips[key].windows
 
     def hidden_states(self, key: str) -> np.ndarray:
-        """fp16 array of shape `(windows * positions, d)`, a view of the file."""
+        """fp16 array of shape `(windows * positions, d)`, a view of the file on disk."""
         clip = self._clips[key]
-        block = self._open_hidden(clip.shard)[clip.start : clip.start + clip.windows]
+        block = _memory_map(self.folder / f"{clip.shard}.hidden.npy")[clip.start : clip.start + clip.windows]
         return block.reshape(-1, block.shape[-1])
 
     def audio_embeds(self, key: str) -> np.ndarray:
@@ -110,41 +108,45 @@ class FeatureStore:
             embeds: per clip, query embeddings of shape `(windows, projection_dim)`.
 
         Raises:
-            ValueError: where the states do not fit into fp16.
+            ValueError: if the states do not fit into fp16.
         """
         name = "shard-" + hashlib.blake2b("\n".join(keys).encode(), digest_size=12).hexdigest()
         with np.errstate(over="ignore"):
             states = np.concatenate(hidden).astype(np.float16)
         if not np.isfinite(states).all():
             raise ValueError("the encoder's hidden states hold NaN or exceed fp16 (65,504): this CLAP is not usable")
-        _save_array(self.folder / f"{name}.hidden.npy", states)
-        _save_array(self.folder / f"{name}.embeds.npy", np.concatenate(embeds).astype(np.float32))
+        write_atomically(self.folder / f"{name}.hidden.npy", states)
+        write_atomically(self.folder / f"{name}.embeds.npy", np.concatenate(embeds).astype(np.float32))
         contents = {"format_version": FORMAT_VERSION, "keys": keys, "windows": [len(block) for block in embeds]}
         write_atomically(self.folder / f"{name}.json", json.dumps(contents).encode())
 
     def remove_leftovers(self) -> None:
-        """Delete what a killed run left half-written."""
+        """Delete the unfinished files of a killed run."""
         for path in self.folder.glob("*.partial-*"):
             path.unlink(missing_ok=True)
 
-    def _memory_map(self, shard: str) -> np.ndarray:
-        return np.load(self.folder / f"{shard}.hidden.npy", mmap_mode="r", allow_pickle=False)
+
+@lru_cache(maxsize=64)
+def _memory_map(path: Path) -> np.ndarray:
+    # Outside of the class: a store is copied to worker processes, and each maps the files itself.
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def encoder_identity(model: Any, feature_extractor: Any) -> dict[str, Any]:
     """All that encoded audio depends on: a hash of the audio tower's weights, its dtype, what is added to its hidden
-    states, and the mel's settings."""
+    states, and the settings of the mel spectrogram."""
+    import torch
+
     digest = hashlib.blake2b(digest_size=16)
     parts = (("audio_model", model.clap.audio_model), ("audio_projection", model.clap.audio_projection))
     for part, module in parts:
         for name, tensor in sorted(module.state_dict().items()):
-            array = tensor.detach().cpu().contiguous().flatten()
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            # `view` as bytes: NumPy knows no bfloat16.
-            digest.update(array.view(dtype=_byte_dtype()).numpy().tobytes())
+            # As bytes: NumPy has no bfloat16.
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=torch.uint8).numpy().tobytes())
     identity = mel_identity(feature_extractor) | {"weights": digest.hexdigest()}
     positions = model.config.audio_position_embedding
-    # Left out where there are none: features that were encoded before there was a choice stay valid.
+    # Left out if there are none: features that were encoded before there was a choice stay valid.
     return identity if positions is None else identity | {"audio_position_embedding": positions}
 
 
@@ -158,22 +160,16 @@ def mel_identity(feature_extractor: Any) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "features": settings}
 
 
-def _byte_dtype() -> Any:
-    import torch
-
-    return torch.uint8
-
-
 def fingerprint_of(encoder: dict[str, Any]) -> str:
     """Short name of an encoder's identity."""
     return hashlib.blake2b(json.dumps(encoder, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def content_key(audio: dict[str, Any]) -> str:
-    """Hash of a clip's encoded bytes, whatever its name.
+    """Hash of a recording's bytes; its name does not count.
 
     Raises:
-        OSError: where the file cannot be read.
+        OSError: if the file cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
     if audio.get("bytes") is not None:
@@ -188,61 +184,48 @@ def content_key(audio: dict[str, Any]) -> str:
 class ContentIndex:
     """Content keys of files that have not changed since they were hashed (by path, size and time of change).
 
-    Each process appends to a file of its own and reads all of them.
+    Args:
+        folder: the index is the file `content.jsonl` in it; entries are appended.
     """
 
-    def __init__(self, folder: str | Path, process_index: int = 0) -> None:
-        self._folder = Path(folder)
-        self._own = self._folder / f"content-{process_index}.jsonl"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._known: dict[str, tuple[int, int, str]] = {}
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read what all processes have written."""
-        for path in sorted(self._folder.glob("content-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    name, size, changed, key = json.loads(line)
-                except ValueError:
-                    # The last line of a killed run; the file is simply hashed again.
-                    continue
-                self._known[name] = (size, changed, key)
+    def __init__(self, folder: str | Path) -> None:
+        self._path = Path(folder) / "content.jsonl"
+        self._known: dict[str, list[Any]] = {}
+        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []:
+            try:
+                name, *entry = json.loads(line)
+            except ValueError:
+                # The last line of a killed run; the file is hashed again.
+                continue
+            self._known[name] = entry
 
     def lookup(self, path: str) -> str | None:
         """Key of a file, if it is known and unchanged."""
-        status = os.stat(path)
         size, changed, key = self._known.get(os.path.abspath(path), (-1, -1, None))
-        return key if (size, changed) == (status.st_size, status.st_mtime_ns) else None
+        return key if [size, changed] == _status(path) else None
 
     def add(self, entries: Iterable[tuple[str, str]]) -> None:
-        """Remember (path, key) pairs."""
-        lines = []
-        for path, key in entries:
-            status = os.stat(path)
-            name = os.path.abspath(path)
-            self._known[name] = (status.st_size, status.st_mtime_ns, key)
-            lines.append(json.dumps([name, status.st_size, status.st_mtime_ns, key]))
+        """Add (path, key) pairs. Only one process may do so."""
+        lines = [json.dumps([os.path.abspath(path), *_status(path), key]) for path, key in entries]
         if lines:
-            with open(self._own, "a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8") as file:
                 # A line break first: the line before may be half of one.
                 file.write("\n" + "\n".join(lines) + "\n")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or all of the new one, also after a crash."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _status(path: str) -> list[int]:
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns]
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
+def write_atomically(path: Path, content: bytes | np.ndarray) -> None:
+    """Write a file (an array as `.npy`) so that a reader finds the old one or the whole new one."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     with open(partial, "wb") as file:
-        np.save(file, array, allow_pickle=False)
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            np.save(file, content, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

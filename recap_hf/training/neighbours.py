@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from .features import FeatureStore
+from .features import write_atomically
 
 logger = logging.getLogger(__name__)
 
 # Part of every key: raised when the search changes what it returns.
-SEARCH_VERSION = 1
+SEARCH_VERSION = 2
 _CLIPS_PER_SEARCH = 256
 
 
@@ -26,7 +26,7 @@ class Neighbours:
     """Rows of a datastore for each clip.
 
     Args:
-        rows: int32 array of shape `(clips, top)`, most similar first, -1 where the datastore has no more.
+        rows: int32 array of shape `(clips, top)`, most similar first, -1 if the datastore has no more.
         captions: the datastore's captions, by row.
     """
 
@@ -41,84 +41,76 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Query:
-    """A clip that wants captions: its stored features, and what is its own."""
+    """A clip to find captions for.
 
-    key: str
+    Args:
+        embeds: float32 array of shape `(windows, P)`.
+        clip_id, captions: captions of this clip id, and captions with these texts, are not found.
+    """
+
+    embeds: np.ndarray
     clip_id: str
     captions: tuple[str, ...]
 
 
-def find_neighbours(
-    datastore: Any, features: FeatureStore, queries: Sequence[Query], top: int, cache: str | Path
-) -> Neighbours:
+def find_neighbours(datastore: Any, queries: Sequence[Query], top: int, cache: str | Path) -> Neighbours:
     """The `top` nearest captions of every clip, without captions of the clip's id and without its captions' texts.
 
-    Results are kept in `cache` under a hash of the datastore, the features and the queries; a later call with the
-    same ones reads them. Every process of a distributed run calls this; each searches its share.
+    Results are kept in `cache` under a hash of datastore and queries; a later call with the same ones reads them.
+    Every process of a distributed run calls this; each searches its share.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     state = PartialState()
-    path = Path(cache) / f"neighbours-{search_key(datastore, features, queries, top)}.npy"
+    path = Path(cache) / f"neighbours-{search_key(datastore, queries, top)}.npy"
     known = path.is_file()
-    # Nobody may find the file that another process writes below, and so skip the gathering.
+    # No process may find the file that another one writes below, and so skip the gathering.
     state.wait_for_everyone()
     if known:
         logger.info("Retrieval: %d clips read from the cache", len(queries))
         return Neighbours(np.load(path, allow_pickle=False), datastore.captions)
-    rows = np.full((len(queries), top), -1, dtype=np.int32)
     own = range(state.process_index, len(queries), state.num_processes)
-    found = []
+    found: list[tuple[int, list[int]]] = []
     for start in range(0, len(own), _CLIPS_PER_SEARCH):
         chunk = own[start : start + _CLIPS_PER_SEARCH]
-        found += _search(datastore, features, [queries[number] for number in chunk], chunk, top)
+        hits = _search(datastore, [queries[number] for number in chunk], top)
+        found += zip(chunk, hits, strict=True)
         logger.info("Retrieval: %d of %d clips", len(found), len(own))
+    rows = np.full((len(queries), top), -1, dtype=np.int32)
     for number, hits in gather_object(found):
         rows[number, : len(hits)] = hits
     if state.is_main_process:
-        _save(path, rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, rows)
     state.wait_for_everyone()
     return Neighbours(rows, datastore.captions)
 
 
-def _search(
-    datastore: Any, features: FeatureStore, queries: Sequence[Query], numbers: Sequence[int], top: int
-) -> list[tuple[int, list[int]]]:
-    embeds = [features.audio_embeds(query.key) for query in queries]
-    width = max(len(block) for block in embeds)
-    padded = np.zeros((len(embeds), width, embeds[0].shape[1]), dtype=np.float32)
-    for row, block in enumerate(embeds):
-        padded[row, : len(block)] = block
+def _search(datastore: Any, queries: Sequence[Query], top: int) -> list[list[int]]:
+    width = max(len(query.embeds) for query in queries)
+    padded = np.zeros((len(queries), width, queries[0].embeds.shape[1]), dtype=np.float32)
+    for row, query in enumerate(queries):
+        padded[row, : len(query.embeds)] = query.embeds
     hits = datastore.search(
         padded,
         k=top,
         exclude_clip_ids=[query.clip_id for query in queries],
         exclude_texts=[query.captions for query in queries],
     )
-    return [(number, [hit["row"] for hit in found]) for number, found in zip(numbers, hits, strict=True)]
+    return [[hit["row"] for hit in found] for found in hits]
 
 
-def search_key(datastore: Any, features: FeatureStore, queries: Sequence[Query], top: int) -> str:
+def search_key(datastore: Any, queries: Sequence[Query], top: int) -> str:
     """Hash of everything that the result of a search depends on."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([SEARCH_VERSION, top, features.fingerprint, datastore.keys]).encode())
+    digest.update(json.dumps([SEARCH_VERSION, top, datastore.keys]).encode())
     for record in datastore.records:
         digest.update(json.dumps([record["caption"], record.get("clip_id")]).encode())
     embeddings = datastore.embeddings
     for start in range(0, len(embeddings), 1 << 14):
         digest.update(np.ascontiguousarray(embeddings[start : start + (1 << 14)]).tobytes())
     for query in queries:
-        digest.update(json.dumps([query.key, query.clip_id, query.captions]).encode())
+        digest.update(json.dumps([query.clip_id, query.captions, query.embeds.shape]).encode())
+        digest.update(np.ascontiguousarray(query.embeds).tobytes())
     return digest.hexdigest()
-
-
-def _save(path: Path, rows: np.ndarray) -> None:
-    import io
-
-    from .features import write_atomically
-
-    buffer = io.BytesIO()
-    np.save(buffer, rows, allow_pickle=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())

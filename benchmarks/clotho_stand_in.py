@@ -1,6 +1,6 @@
 """A folder of single sounds as a dataset in Clotho's layout: real audio, five captions a clip, to try training on.
 
-`python -m recap_hf.training.clotho_stand_in SOUNDS OUT` writes the CSVs of the three splits beside folders of audio.
+`python -m benchmarks.clotho_stand_in SOUNDS OUT` writes the CSVs of the three splits beside folders of audio.
 The captions are those of `recap-tiny`'s grammar; splits are made of folds, which never share a recording.
 """
 
@@ -39,7 +39,7 @@ def make_clotho_stand_in(
     Raises:
         FileNotFoundError, ValueError: if `sounds` is no such folder, or a split has no sound.
     """
-    from recap_hf.tiny.sounds import read_metadata
+    from benchmarks.sounds import read_metadata
 
     rows, output = read_metadata(sounds), Path(output)
     for number, (split, folds) in enumerate(splits.items()):
@@ -56,16 +56,16 @@ def _write_split(
 ) -> None:
     import soundfile
 
+    from benchmarks.sounds import load_mono
     from recap_hf.evaluation.stand_ins import mix
-    from recap_hf.tiny.grammar import Part, Scene, render
-    from recap_hf.tiny.sounds import load_mono
+    from recipes.recap_tiny.grammar import Part, Scene, render
 
     folder = output / split
     folder.mkdir(parents=True, exist_ok=True)
     with open(output / f"clotho_captions_{split}.csv", "w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(["file_name", *(f"caption_{number}" for number in range(1, _CAPTIONS + 1))])
-        # In a random order: the first so many clips are then a sample of all events.
+        # In random order: the first clips are a sample of all events.
         for row in (rows[place] for place in rng.permutation(len(rows))):
             name = row["file_name"].replace("/", "-")
             shutil.copyfile(sounds / row["file_name"], folder / name)
@@ -85,7 +85,7 @@ def _write_split(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the stand-in."""
-    parser = argparse.ArgumentParser(prog="python -m recap_hf.training.clotho_stand_in", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.clotho_stand_in", description=__doc__)
     parser.add_argument("sounds", help="folder of single sounds with metadata.csv")
     parser.add_argument("output", help="folder to write")
     for split, folds in SPLITS.items():

@@ -1,4 +1,6 @@
-"""Training speed against the authors' way of doing it, both in one run, on real captions and full-size random weights.
+"""Training speed beside the authors' way of training, in one run, on real captions and full-size random weights.
+
+    python -m benchmarks.training clotho_captions.csv audiocaps_train.csv [--device cuda] [--reference-passes 8]
 
 The reference step is what `train.py` of the authors' repository amounts to (Sreyan88/RECAP, commit 832ad8a): every
 example padded to the longest possible length, no mask, logits and loss over the whole length, SDPA, plain AdamW. Ours
@@ -7,10 +9,13 @@ is this package's step on batches of the same size. Optimiser steps included on 
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
 import math
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,9 +25,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from .batches import BatchBuilder, Clip, PromptOptions, Row, plan_epoch, tokenize_targets
-from .neighbours import Neighbours
-from .step import CaptionLoss, fuse_activations, to_tensors
+from recap_hf.training.collator import (
+    Batch,
+    CaptionCollator,
+    PromptedCaptions,
+    PromptedClip,
+    PromptOptions,
+    tokenize_targets,
+)
+from recap_hf.training.loss import CaptionLoss, fuse_activations
+from recap_hf.training.neighbours import Neighbours
+from recap_hf.training.plans import Row, plan_epoch
+from recap_hf.training.task import Key
 
 # Captions of the authors' code have at most 60 tokens, in the prompt as in the target.
 LONGEST_CAPTION = 60
@@ -115,8 +129,8 @@ def run_benchmark(options: BenchmarkOptions, note: Callable[[str], None] = lambd
         clips = read_clips(path)
         processor = make_processor([text for _, texts in clips for text in texts], options)
         model = make_model(options, processor).to(device)
-        builder = make_builder(clips, processor, options)
-        results.append({"captions": Path(path).name, **_measure_file(model, builder, processor, options, note)})
+        examples = make_examples(clips, processor, options)
+        results.append({"captions": Path(path).name, **_measure_file(model, examples, processor, options, note)})
     return {
         "options": asdict(options),
         "machine": {
@@ -129,30 +143,30 @@ def run_benchmark(options: BenchmarkOptions, note: Callable[[str], None] = lambd
 
 
 def _measure_file(
-    model: Any, builder: BatchBuilder, processor: Any, options: BenchmarkOptions, note: Callable[[str], None]
+    model: Any, examples: PromptedCaptions, processor: Any, options: BenchmarkOptions, note: Callable[[str], None]
 ) -> dict[str, Any]:
-    shared = max(len(clip.captions) for clip in builder.clips) > 1
+    shared = max(len(clip.captions) for clip in examples.clips) > 1
     modes = [("ours", False)] + ([("ours, shared prompt", True)] if shared else [])
-    plans = {name: _chosen_steps(builder, options, share) for name, share in modes}
+    plans = {name: _chosen_steps(examples, options, share) for name, share in modes}
     longest = reference_length(processor, options.k)
     dtypes = options.dtypes if options.device != "cpu" else ("fp32",)
     references = [Measurement("reference", dtype) for dtype in dtypes]
     ours = [(Measurement(name, dtype), plans[name]) for name, _ in modes for dtype in options.dtypes]
     for name, plan in plans.items():
         rows = plan[len(plan) // 2]
-        expected = _stock_loss(model, builder, processor, rows, longest, options)
+        expected = _stock_loss(model, examples, processor, rows, longest, options)
         for measurement in (measurement for measurement, _ in ours if measurement.name == name):
             measurement.reference_loss = expected
-            measurement.loss = _our_loss(model, builder, measurement.dtype, rows, options.device)
+            measurement.loss = _our_loss(model, examples, measurement.dtype, rows, options.device)
             note(f"{name} {measurement.dtype}: relative loss difference {measurement.loss_difference:.1e}")
     for number in range(options.reference_steps):
         for reference in references:
             rows = plans["ours"][number % len(plans["ours"])]
-            step = reference_step(model, builder, processor, longest, options, reference)
+            step = reference_step(model, examples, processor, longest, options, reference)
             _timed(reference, lambda step=step, rows=rows: step(rows), rows, options.device)
             note(f"reference {reference.dtype}: step of {reference.step_s[-1]:.1f} s")
         for measurement, plan in ours:
-            step = our_step(model, builder, options, measurement)
+            step = our_step(model, examples, options, measurement)
             # Each round takes its share of the steps: both sides see the same minutes of the machine.
             for rows in plan[number :: options.reference_steps]:
                 _timed(measurement, lambda step=step, rows=rows: step(rows), rows, options.device)
@@ -160,8 +174,8 @@ def _measure_file(
     measured = [*references, *(measurement for measurement, _ in ours)]
     base = {reference.dtype: reference for reference in references}
     return {
-        "clips": len(builder.clips),
-        "tokens_per_caption": round(_mean([len(t) - 1 for clip in builder.clips for t in clip.targets]), 2),
+        "clips": len(examples.clips),
+        "tokens_per_caption": round(_mean([len(t) - 1 for clip in examples.clips for t in clip.targets]), 2),
         "reference_length": longest,
         "settings": [_row(measurement, base.get(measurement.dtype, base["fp32"])) for measurement in measured],
     }
@@ -187,10 +201,10 @@ def _row(measurement: Measurement, base: Measurement) -> dict[str, Any]:
     return row
 
 
-def _chosen_steps(builder: BatchBuilder, options: BenchmarkOptions, share_prompts: bool) -> list[list[Row]]:
+def _chosen_steps(examples: PromptedCaptions, options: BenchmarkOptions, share_prompts: bool) -> list[list[Row]]:
     """Full steps of an epoch, evenly spaced over all of its lengths, in random order."""
-    lengths = builder.prompt_lengths()
-    plan = plan_epoch(builder.clips, lengths, options.batch_size, options.seed, 0, share_prompts=share_prompts)
+    lengths = examples.prompt_lengths()
+    plan = plan_epoch(examples.clips, lengths, options.batch_size, options.seed, 0, share_prompts=share_prompts)
     plan = [rows for rows in plan if sum(len(row.captions) for row in rows) == options.batch_size]
     plan.sort(key=lambda rows: sum(lengths[row.clip] for row in rows) / len(rows))
     count = max(options.steps, options.reference_steps)
@@ -199,28 +213,33 @@ def _chosen_steps(builder: BatchBuilder, options: BenchmarkOptions, share_prompt
     return [chosen[position] for position in np.random.default_rng(options.seed).permutation(count)]
 
 
-def _our_loss(model: Any, builder: BatchBuilder, dtype: str, rows: list[Row], device: str) -> float:
+def make_batch(examples: PromptedCaptions, rows: list[Row]) -> Batch:
+    """The batch of some rows."""
+    return CaptionCollator(examples.processor.tokenizer.pad_token_id)([examples[Key(row)] for row in rows])
+
+
+def _our_loss(model: Any, examples: PromptedCaptions, dtype: str, rows: list[Row], device: str) -> float:
     """Mean loss of a batch's caption tokens by our step."""
     fuse_activations(model.decoder)
     with torch.no_grad(), _autocast(device, dtype):
-        return float(CaptionLoss(model.decoder)(to_tensors(builder.build(rows), device, torch.float32)).mean())
+        return float(CaptionLoss(model.decoder)(make_batch(examples, rows).to(device, torch.float32)).mean())
 
 
 def _stock_loss(
-    model: Any, builder: BatchBuilder, processor: Any, rows: list[Row], longest: int, options: BenchmarkOptions
+    model: Any, examples: PromptedCaptions, processor: Any, rows: list[Row], longest: int, options: BenchmarkOptions
 ) -> float:
     """The same by the stock forward in float32, padded as the reference pads."""
     _stock_activations(model.decoder)
     total = tokens = 0.0
     with torch.no_grad():
         for group in _passes(_examples(rows), max(4, options.reference_passes)):
-            loss, count = _reference_loss(model, builder, processor, group, longest, options.device)
+            loss, count = _reference_loss(model, examples, processor, group, longest, options.device)
             total, tokens = total + float(loss) * count, tokens + count
     return total / tokens
 
 
 def our_step(
-    model: Any, builder: BatchBuilder, options: BenchmarkOptions, measurement: Measurement
+    model: Any, examples: PromptedCaptions, options: BenchmarkOptions, measurement: Measurement
 ) -> Callable[[list[Row]], None]:
     """This package's step: batch, forward, backward, clip, optimiser."""
     parameters = model.cross_attention_parameters()
@@ -229,11 +248,11 @@ def our_step(
 
     def step(rows: list[Row]) -> None:
         fuse_activations(model.decoder)
-        batch = builder.build(rows)
+        batch = make_batch(examples, rows)
         measurement.tokens += int((batch.segments >= 0).sum())
         measurement.padding += int((batch.segments < 0).sum())
         with _autocast(options.device, measurement.dtype):
-            losses = loss_module(to_tensors(batch, options.device, torch.float32))
+            losses = loss_module(batch.to(options.device, torch.float32))
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -244,7 +263,7 @@ def our_step(
 
 def reference_step(
     model: Any,
-    builder: BatchBuilder,
+    examples: PromptedCaptions,
     processor: Any,
     longest: int,
     options: BenchmarkOptions,
@@ -259,7 +278,7 @@ def reference_step(
         groups = _passes(_examples(rows), options.reference_passes)
         for group in groups:
             with _autocast(options.device, measurement.dtype):
-                loss, _ = _reference_loss(model, builder, processor, group, longest, options.device)
+                loss, _ = _reference_loss(model, examples, processor, group, longest, options.device)
             (loss / len(groups)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -269,19 +288,19 @@ def reference_step(
 
 
 def _reference_loss(
-    model: Any, builder: BatchBuilder, processor: Any, examples: list[Row], longest: int, device: str
+    model: Any, examples: PromptedCaptions, processor: Any, rows: list[Row], longest: int, device: str
 ) -> tuple[torch.Tensor, int]:
     """Mean loss over the caption tokens, and their number; every example as long as the longest could be."""
     from recap_hf import RecapEncoderOutput
 
-    retrieved = [builder.retrieved(row, 0) for row in examples]
-    captions = [builder.clips[row.clip].captions[row.captions[0]] for row in examples]
+    retrieved = [examples.retrieved(row, 0) for row in rows]
+    captions = [examples.clips[row.clip].captions[row.captions[0]] for row in rows]
     inputs = processor.build_training_inputs(retrieved, captions, LONGEST_CAPTION)
     missing = longest - inputs["decoder_input_ids"].shape[1]
     pad = processor.tokenizer.pad_token_id
     ids = torch.nn.functional.pad(inputs["decoder_input_ids"], (0, missing), value=pad).to(device)
     labels = torch.nn.functional.pad(inputs["labels"], (0, missing), value=-100).to(device)
-    states = np.stack([builder.features.hidden_states(builder.clips[row.clip].key) for row in examples])
+    states = np.stack([examples.features.hidden_states(examples.clips[row.clip].key) for row in rows])
     encoding = RecapEncoderOutput(last_hidden_state=torch.from_numpy(states).to(device).float())
     loss = model(encoder_outputs=encoding, decoder_input_ids=ids, labels=labels, use_cache=False).loss
     return loss, int((labels != -100).sum())
@@ -333,7 +352,7 @@ def read_clips(path: str) -> list[tuple[str, list[str]]]:
     return list(clips.items())
 
 
-def make_builder(clips: list[tuple[str, list[str]]], processor: Any, options: BenchmarkOptions) -> BatchBuilder:
+def make_examples(clips: list[tuple[str, list[str]]], processor: Any, options: BenchmarkOptions) -> PromptedCaptions:
     """Batches of the clips, prompted with k captions of other clips (drawn: there is no audio to retrieve with)."""
     rng = np.random.default_rng(options.seed)
     captions = [text for _, texts in clips for text in texts]
@@ -343,8 +362,8 @@ def make_builder(clips: list[tuple[str, list[str]]], processor: Any, options: Be
         drawn = rng.choice(len(captions), size=options.k + 16, replace=False)
         rows[clip] = drawn[owner[drawn] != clip][: options.k]
     targets = iter(tokenize_targets(captions, processor, LONGEST_CAPTION))
-    made = [Clip(str(n), name, texts, [next(targets) for _ in texts]) for n, (name, texts) in enumerate(clips)]
-    return BatchBuilder(
+    made = [PromptedClip(str(n), name, texts, [next(targets) for _ in texts]) for n, (name, texts) in enumerate(clips)]
+    return PromptedCaptions(
         made, RandomFeatures(), processor, [Neighbours(rows, captions)], PromptOptions(options.k, seed=options.seed)
     )
 
@@ -482,3 +501,35 @@ def format_table(report: dict[str, Any]) -> Iterator[str]:
                 f"{row['side'] + ', ' + row['dtype']:28}{row['captions_per_s']:>11.3f}{row['ratio']:>8.2f}"
                 f"{row['cpu_ratio']:>13.2f}{peak:>9}{padding:>9}{difference:>17}"
             )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.splitlines()[0])
+    parser.add_argument("captions", nargs="+", metavar="FILE", help="CSV with a column for the clip and one 'caption'")
+    parser.add_argument("--tokenizer", default="", help="GPT-2's tokenizer (default: one trained on the captions)")
+    parser.add_argument("--batch-size", type=int, default=32, help="captions in a step (default: 32)")
+    parser.add_argument("--k", type=int, default=4, help="captions in a prompt (default: 4)")
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="of our side")
+    parser.add_argument("--steps", type=int, default=6, help="steps of ours to time, per setting (default: 6)")
+    parser.add_argument("--reference-steps", type=int, default=2, help="steps of the reference (default: 2)")
+    parser.add_argument(
+        "--reference-passes", type=int, default=1, help="passes of the reference's step (17 GB of memory in one)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order (default: 0)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default: cpu)")
+    parser.add_argument("--layers", type=int, default=12, help="of the decoder (default: 12, as GPT-2 small)")
+    parser.add_argument("--width", type=int, default=768, help="of the decoder (default: 768)")
+    parser.add_argument("--output", metavar="FILE", help="write the result as JSON")
+    args = vars(parser.parse_args(argv))
+    output = args.pop("output")
+    options = BenchmarkOptions(**args | {name: tuple(dict.fromkeys(args[name])) for name in ("captions", "dtypes")})
+    report = run_benchmark(options, note=lambda text: print(text, file=sys.stderr, flush=True))
+    if output:
+        Path(output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(format_table(report)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

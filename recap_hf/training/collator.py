@@ -1,0 +1,257 @@
+"""Examples of captions behind retrieval prompts, and the collator that makes batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .features import FeatureStore
+from .neighbours import Neighbours
+from .plans import DRAW, Row
+from .task import Key
+
+
+@dataclass
+class PromptedClip:
+    """A clip in training: its id, the key of its features, its captions as texts and as target tokens (end token
+    last)."""
+
+    key: str
+    clip_id: str
+    captions: list[str]
+    targets: list[list[int]]
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How prompts are made from the nearest captions.
+
+    Args:
+        k: captions in a prompt.
+        draw_from: draw them from this number of nearest captions; 0 takes the k nearest.
+        shuffle: random order instead of most similar first.
+        audio_dropout: share of rows whose audio is hidden.
+        prompt_dropout: share of rows that get no captions in their prompt.
+        seed: of the draws.
+
+    Raises:
+        ValueError: a share is not between 0 and 1.
+    """
+
+    k: int
+    draw_from: int = 0
+    shuffle: bool = False
+    audio_dropout: float = 0.0
+    prompt_dropout: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("audio_dropout", "prompt_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share between 0 and 1, got {getattr(self, name)}")
+
+
+def tokenize_targets(captions: Sequence[str], processor: Any, max_caption_tokens: int) -> list[list[int]]:
+    """Target tokens of captions, as `processor.build_training_inputs` makes them: prefix, caption, end token."""
+    if not captions:
+        return []
+    texts = [processor.target_prefix + " ".join(caption.split()) for caption in captions]
+    tokens = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [[*ids[:max_caption_tokens], processor.tokenizer.eos_token_id] for ids in tokens]
+
+
+@dataclass
+class Example:
+    """One row of a batch.
+
+    Args:
+        prompt: token ids of the prompt.
+        targets: target tokens of each caption behind it, end token last.
+        states: hidden states of the audio, fp16 of shape `(positions, d)`; None for text alone.
+        weight: of its loss.
+    """
+
+    prompt: np.ndarray
+    targets: list[list[int]]
+    states: np.ndarray | None = None
+    weight: float = 1.0
+
+
+class PromptedCaptions(Dataset):
+    """Captions behind retrieval prompts, indexed by `Key` of a `Row`.
+
+    Args:
+        clips: the clips that rows refer to.
+        features: their encoded audio; None for text alone.
+        processor: builds the prompts.
+        neighbours: one table per datastore, used in turn epoch by epoch. Empty for no retrieval.
+        options: how prompts are made.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[PromptedClip],
+        features: FeatureStore | None,
+        processor: Any,
+        neighbours: Sequence[Neighbours],
+        options: PromptOptions,
+    ) -> None:
+        self.clips, self.features, self.processor = clips, features, processor
+        self.neighbours, self.options = neighbours, options
+
+    def __getitem__(self, key: Key) -> Example:
+        row, clip = key.example, self.clips[key.example.clip]
+        prompt = self.processor.build_prompts(retrieved=[self.retrieved(row, key.epoch)])["decoder_input_ids"][0]
+        states = None
+        if self.features is not None:
+            states = self.features.hidden_states(clip.key)
+            states = np.zeros_like(states) if self.audio_is_hidden(row, key.epoch) else states
+        return Example(prompt.numpy(), [clip.targets[caption] for caption in row.captions], states, key.weight)
+
+    def without_captions(self) -> PromptedCaptions:
+        """The same clips, with prompts that hold no captions."""
+        return PromptedCaptions(self.clips, self.features, self.processor, (), replace(self.options, k=0))
+
+    def retrieved(self, row: Row, epoch: int) -> list[str]:
+        """The captions of a row's prompt in one epoch."""
+        options = self.options
+        if not self.neighbours or not options.k:
+            return []
+        if options.prompt_dropout and self._rng(row, epoch, 2).random() < options.prompt_dropout:
+            return []
+        table = self.neighbours[epoch % len(self.neighbours)]
+        nearest = table.of(row.clip)
+        chosen = nearest[: options.k]
+        if options.draw_from or options.shuffle:
+            rng = self._rng(row, epoch)
+            if options.draw_from:
+                pool = nearest[: options.draw_from]
+                chosen = pool[np.sort(rng.choice(len(pool), size=min(options.k, len(pool)), replace=False))]
+            if options.shuffle:
+                chosen = rng.permutation(chosen)
+        return [table.captions[number] for number in chosen]
+
+    def audio_is_hidden(self, row: Row, epoch: int) -> bool:
+        """Whether a row's audio is hidden in one epoch."""
+        share = self.options.audio_dropout
+        return bool(share and self._rng(row, epoch, 1).random() < share)
+
+    def _rng(self, row: Row, epoch: int, stream: int = 0) -> np.random.Generator:
+        return np.random.default_rng([self.options.seed, DRAW, epoch, row.clip, row.captions[0], stream])
+
+    def prompt_lengths(self) -> list[int]:
+        """For each clip, the tokens of its k nearest captions: grouping by length sorts by them."""
+        if not self.neighbours or not self.options.k:
+            return [0] * len(self.clips)
+        table = self.neighbours[0]
+        chosen = [table.of(clip)[: self.options.k] for clip in range(len(self.clips))]
+        needed = np.unique(np.concatenate(chosen)).tolist()
+        if not needed:
+            return [0] * len(self.clips)
+        tokens = self.processor.tokenizer([table.captions[number] for number in needed], add_special_tokens=False)
+        length = {number: len(ids) for number, ids in zip(needed, tokens["input_ids"], strict=True)}
+        return [sum(length[int(number)] for number in rows) for rows in chosen]
+
+
+@dataclass
+class Batch:
+    """One pass through the decoder, as tensors.
+
+    Args:
+        input_ids, position_ids: int64 of shape `(rows, length)`.
+        segments: int64 of shape `(rows, length)`: 0 for the prompt, 1, 2, ... for the captions, -1 for padding.
+        target_rows, target_columns: int64 of shape `(tokens,)`: the place that predicts each target token.
+        targets: int64 of shape `(tokens,)`: the target tokens.
+        weights: float32 of shape `(tokens,)`: of each target's loss.
+        hidden: fp16 of shape `(rows, positions, d)`, the audio; hidden audio is all zero. None for text alone.
+        hidden_mask: int64 of shape `(rows, positions)`, or None if all clips have the same length.
+        shared: whether a prompt has several captions.
+        padded: whether rows differ in length.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segments: torch.Tensor
+    target_rows: torch.Tensor
+    target_columns: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    hidden: torch.Tensor | None
+    hidden_mask: torch.Tensor | None
+    shared: bool
+    padded: bool
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
+        """The batch on `device`, hidden states in `dtype`."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        if self.hidden is not None:
+            moved["hidden"] = moved["hidden"].to(dtype)
+        return Batch(**values | moved)
+
+
+@dataclass(frozen=True)
+class CaptionCollator:
+    """Rows of `[prompt][caption][caption]...`, padded on the right.
+
+    Every caption continues the prompt: its positions start behind the prompt's, and its segment attends to the prompt
+    and itself alone. The last token of the prompt predicts the first of each caption; the end token is only predicted.
+
+    Args:
+        pad_token_id: fills the rows.
+        prompt_weight: weight of the loss of a prompt's tokens (all but the first are targets), where a caption's
+            have 1; 0: prompts are not targets.
+    """
+
+    pad_token_id: int
+    prompt_weight: float = 0.0
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        length = max(len(item.prompt) + sum(len(target) - 1 for target in item.targets) for item in examples)
+        shape = (len(examples), length)
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        position_ids = np.zeros(shape, dtype=np.int64)
+        segments = np.full(shape, -1, dtype=np.int64)
+        places: list[tuple[int, int, int, float]] = []
+        for row, item in enumerate(examples):
+            start = end = len(item.prompt)
+            input_ids[row, :start] = item.prompt
+            position_ids[row, :start] = np.arange(start)
+            segments[row, :start] = 0
+            if self.prompt_weight:
+                weight = item.weight * self.prompt_weight
+                places += [(row, column, int(token), weight) for column, token in enumerate(item.prompt[1:])]
+            for segment, target in enumerate(item.targets, start=1):
+                inside = slice(end, end + len(target) - 1)
+                input_ids[row, inside] = target[:-1]
+                position_ids[row, inside] = np.arange(start, start + len(target) - 1)
+                segments[row, inside] = segment
+                columns = (start - 1, *range(inside.start, inside.stop))
+                places += [(row, column, token, item.weight) for column, token in zip(columns, target, strict=True)]
+                end = inside.stop
+        rows, columns, tokens, weights = zip(*places, strict=True)
+        return Batch(
+            *map(torch.from_numpy, (input_ids, position_ids, segments)),
+            *map(torch.tensor, (rows, columns, tokens)),
+            torch.tensor(weights, dtype=torch.float32),
+            *self._audio(examples),
+            shared=bool(segments.max() > 1),
+            padded=bool(segments.min() < 0),
+        )
+
+    @staticmethod
+    def _audio(examples: Sequence[Example]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if examples[0].states is None:
+            return None, None
+        lengths = torch.tensor([len(item.states) for item in examples])
+        hidden = np.zeros((len(examples), int(lengths.max()), examples[0].states.shape[1]), dtype=np.float16)
+        for row, item in enumerate(examples):
+            hidden[row, : len(item.states)] = item.states
+        mask = (torch.arange(hidden.shape[1]) < lengths[:, None]).long()
+        return torch.from_numpy(hidden), None if mask.all() else mask

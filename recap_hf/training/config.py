@@ -1,0 +1,346 @@
+"""Settings of a training run: one dataclass whose fields are flags of the command and keys of a recipe file.
+
+`TrainingConfig` holds what every task has in common; each task adds its own fields in `recap_hf.training.tasks`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+
+if TYPE_CHECKING:
+    from .encoding import EncodingOptions
+    from .task import Task
+
+DATASETS_IN_FOLDERS = ("clotho", "audiocaps", "recap", "wavcaps", "audiofolder")
+# The order of the groups in the help.
+_GROUPS = ("data", "model", "retrieval", "prompts", "optimisation", "validation", "running")
+
+# Checks of a value: what must hold, and how the error message says it.
+AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
+NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+POSITIVE = (lambda value: value > 0, "more than 0")
+SHARE = (lambda value: 0 <= value < 1, "at least 0 and less than 1")
+
+
+def option(group: str, default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a configuration.
+
+    Args:
+        group: heading in the command's help.
+        default: the value where neither flag nor recipe gives one; a list is copied.
+        help: text of the flag's help.
+        metadata: `alias` (list of other spellings), `choices` (list), `check` (predicate, text of the error) and
+            `free` (True where a resumed run may change the value: it does not change what is computed).
+    """
+    metadata |= {"group": group, "help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def other_default(kind: type[TrainingConfig], name: str, default: Any, **metadata: Any) -> Any:
+    """The field `name` of a base class with another default, and other metadata where given."""
+    known = dict(next(item for item in fields(kind) if item.name == name).metadata)
+    return field(default=default, metadata={**known, **metadata})
+
+
+Config = TypeVar("Config", bound="TrainingConfig")
+
+
+@dataclass
+class TrainingConfig:
+    """Data, optimisation, validation and running: the settings of every kind of training."""
+
+    # Data
+    dataset: list[str] = option(
+        "data", [], "clotho, audiocaps, recap, wavcaps, audiofolder or a Hub id; give several to join them"
+    )
+    data_dir: list[str] = option("data", [], "folder of each dataset that is not on the Hub, in the same order")
+    columns: list[str] = option("data", [], "OURS=THEIRS: columns of the dataset under other names")
+    train_split: str = option("data", "train", "split to train on")
+    validation_split: str = option("data", "validation", "split to validate on, or 'none'")
+    validation_share: float = option(
+        "data", 0.0, "share of the training clips to validate on, if the dataset has no validation split", check=SHARE
+    )
+    max_train_clips: int = option("data", 0, "use only this number of training clips (0: all)", check=NOT_NEGATIVE)
+    max_validation_clips: int = option("data", 0, "validate on only this number of clips (0: all)", check=NOT_NEGATIVE)
+
+    # Optimisation
+    learning_rate: float = option("optimisation", 5e-5, "peak learning rate", check=POSITIVE)
+    batch_size: int = option(
+        "optimisation", 32, "captions in a step of all processes", alias=["train_batch_size"], check=AT_LEAST_1
+    )
+    per_device_train_batch_size: int = option(
+        "optimisation",
+        0,
+        "captions in one pass of one process (0: from --batch-size); the batch size is this times the number of "
+        "processes and of passes",
+        check=NOT_NEGATIVE,
+    )
+    gradient_accumulation_steps: int = option("optimisation", 1, "passes of each process in a step", check=AT_LEAST_1)
+    num_train_epochs: float = option("optimisation", 100.0, "passes over the data")
+    max_steps: int = option(
+        "optimisation", -1, "stop after this number of steps (-1: by epochs)", alias=["max_train_steps"]
+    )
+    lr_scheduler_type: str = option("optimisation", "linear", "schedule of the learning rate, a name of transformers")
+    warmup_steps: int = option(
+        "optimisation", 0, "steps of linear warm-up", alias=["num_warmup_steps"], check=NOT_NEGATIVE
+    )
+    weight_decay: float = option("optimisation", 0.0, "decoupled weight decay (0: Adam)")
+    adam_beta1: float = option("optimisation", 0.9, "first decay rate of Adam")
+    adam_beta2: float = option("optimisation", 0.999, "second decay rate of Adam")
+    adam_epsilon: float = option("optimisation", 1e-8, "epsilon of Adam")
+    max_grad_norm: float = option("optimisation", 1.0, "clip the norm of the gradient (0: no clipping)")
+    dropout: float = option(
+        "optimisation", 0.0, "dropout in the trained parts; keyed by seed and step, so runs repeat", check=SHARE
+    )
+    seed: int = option("optimisation", 42, "seed of initialisation, order and draws")
+
+    # Validation
+    eval_batch_size: int = option(
+        "validation", 32, "captions in a validation batch", alias=["per_device_eval_batch_size"], check=AT_LEAST_1
+    )
+    metric_for_best_model: str = option(
+        "validation", "loss", "metric that selects the best checkpoint and stops the run", choices=["loss"]
+    )
+    early_stopping_patience: int = option(
+        "validation", 0, "stop after this number of validations without gain (0: never)"
+    )
+
+    # Running
+    output_dir: str = option("running", "", "folder for the trained model and its checkpoints", free=True)
+    resume: bool = option("running", False, "continue from the last checkpoint in OUTPUT_DIR", free=True)
+    resume_from_checkpoint: str = option("running", "", "continue from this checkpoint, or 'latest'", free=True)
+    overwrite_output_dir: bool = option("running", False, "start again in a folder with checkpoints", free=True)
+    save_steps: int = option(
+        "running",
+        0,
+        "steps between two checkpoints within an epoch (0: only one at the end of each epoch)",
+        alias=["checkpointing_steps"],
+        check=NOT_NEGATIVE,
+        free=True,
+    )
+    save_total_limit: int = option("running", 2, "checkpoints to keep besides the best", free=True)
+    logging_steps: int = option("running", 10, "steps between two log lines", check=AT_LEAST_1, free=True)
+    num_processes: int = option(
+        "running", 0, "processes to start on this machine (0: as launched)", check=NOT_NEGATIVE, free=True
+    )
+    num_threads: int = option("running", 0, "torch threads of each process (0: as launched)", free=True)
+    num_workers: int = option(
+        "running",
+        2,
+        "worker processes that read recordings and prepare batches (0: none)",
+        alias=["dataloader_num_workers", "decode_threads"],
+        check=NOT_NEGATIVE,
+        free=True,
+    )
+    mixed_precision: str | None = option(
+        "running", None, "no, bf16 or fp16 (default: as launched)", choices=["no", "bf16", "fp16"]
+    )
+    device: str = option("running", "", "'cpu' does not use a GPU (default: as Accelerate finds)", choices=["", "cpu"])
+    report_to: list[str] = option(
+        "running", [], "trackers: tensorboard, wandb, ..., 'all'; 'none' for none", free=True
+    )
+
+    def validate(self: Config) -> Config:
+        """Self, if the settings fit each other.
+
+        Raises:
+            ValueError: naming the flag, its value and the values it accepts.
+        """
+        for item in fields(self):
+            if "check" in item.metadata:
+                holds, expected = item.metadata["check"]
+                require(holds(getattr(self, item.name)), item.name, getattr(self, item.name), expected)
+        if self.max_steps <= 0:
+            require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "more than 0")
+        self.check()
+        if not self.output_dir:
+            raise ValueError("no --output-dir given: the folder for the trained model")
+        if not self.dataset and self.needs_dataset:
+            raise ValueError(f"no --dataset given: one of {', '.join(DATASETS_IN_FOLDERS)}, or a Hub id")
+        return self
+
+    def check(self) -> None:
+        """Raises a `ValueError` if the settings of the task do not fit each other."""
+
+    @property
+    def needs_dataset(self) -> bool:
+        """Whether the run cannot start without `--dataset`."""
+        return True
+
+    def build_task(self, accelerator: Any) -> Task:
+        """The task that these settings describe, with its data loaded and its model on the accelerator's device."""
+        raise NotImplementedError
+
+    def column_mapping(self) -> dict[str, str]:
+        """`--columns` as our name -> the dataset's."""
+        mapping = {}
+        for item in self.columns:
+            ours, equals, theirs = item.partition("=")
+            if not equals or not ours or not theirs:
+                raise ValueError(f"--columns takes OURS=THEIRS (caption=text, for example), got {item!r}")
+            mapping[ours] = theirs
+        return mapping
+
+    def sources(self) -> list[tuple[str, str | None, str | None]]:
+        """(dataset, data_dir, audio_dir) for each dataset.
+
+        Raises:
+            ValueError: if the number of folders does not match the number of datasets.
+        """
+        local = [name for name in self.dataset if name in DATASETS_IN_FOLDERS]
+        audio_dirs = getattr(self, "audio_dir", [])
+        for flag, folders in (("--data-dir", self.data_dir), ("--audio-dir", audio_dirs)):
+            if len(folders) > len(local) or (flag == "--data-dir" and len(folders) < len(local)):
+                raise ValueError(f"{len(local)} datasets in folders ({', '.join(local)}), but {len(folders)} {flag}")
+        data_dirs, audio_dirs = iter(self.data_dir), iter(audio_dirs)
+        return [
+            (name, next(data_dirs), next(audio_dirs, None)) if name in DATASETS_IN_FOLDERS else (name, None, None)
+            for name in self.dataset
+        ]
+
+    def global_batch_size(self, processes: int) -> int:
+        """Captions (or clips) in a step of all processes."""
+        own = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return own * processes or self.batch_size
+
+
+@dataclass
+class AudioTrainingConfig(TrainingConfig):
+    """Settings of reading and encoding recordings, for the tasks that need audio."""
+
+    audio_dir: list[str] = option("data", [], "folder of the audio, if it is not with the captions")
+    allow_missing: bool = option("data", False, "train without the clips that have no audio file; they are listed")
+    min_clip_seconds: float = option("data", 0.01, "shorter recordings are left out and named")
+    feature_cache: str = option("data", "", "folder of encoded audio (default: OUTPUT_DIR/features)", free=True)
+    encode_batch_size: int = option(
+        "data", 16, "10-second windows in one pass of the audio encoder", check=AT_LEAST_1, free=True
+    )
+
+    def cache_folder(self) -> Path:
+        """Folder of the encoded audio."""
+        return Path(self.feature_cache or Path(self.output_dir) / "features")
+
+    def encoding_options(self) -> EncodingOptions:
+        """How recordings are read and encoded."""
+        from .encoding import EncodingOptions
+
+        return EncodingOptions(self.cache_folder(), self.encode_batch_size, self.num_workers, self.min_clip_seconds)
+
+
+def require(holds: bool, name: str, value: Any, expected: str) -> None:
+    """Raises a `ValueError` that names the flag, unless `holds`."""
+    if not holds:
+        raise ValueError(f"--{name.replace('_', '-')} must be {expected}, got {value!r}")
+
+
+def changed_settings(old: Mapping[str, Any], new: Config) -> list[str]:
+    """Settings that differ between a checkpoint's run and this one and change what is computed, as text."""
+    compared = [item.name for item in fields(new) if not item.metadata.get("free")]
+    return [
+        f"{name} {old.get(name)!r} -> {getattr(new, name)!r}"
+        for name in compared
+        if old.get(name) != getattr(new, name)
+    ]
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, kind: type[TrainingConfig]) -> None:
+    """Add every field of `kind` as a flag; a flag that is not given does not change the recipe's value."""
+    parser.add_argument("--config", metavar="FILE", help="recipe in YAML or JSON; flags override it")
+    hints = get_type_hints(kind)
+    present = {item.metadata["group"] for item in fields(kind)}
+    groups = {name: parser.add_argument_group(name) for name in _GROUPS if name in present}
+    for item in fields(kind):
+        flags = [f"--{name.replace('_', '-')}" for name in _names(item)]
+        groups[item.metadata["group"]].add_argument(
+            *flags, dest=item.name, default=argparse.SUPPRESS, **_argparse_kind(item, hints[item.name])
+        )
+
+
+def _names(item: Field) -> list[str]:
+    return [item.name, *item.metadata.get("alias", [])]
+
+
+def _argparse_kind(item: Field, hint: Any) -> dict[str, Any]:
+    default = item.default_factory() if item.default_factory is not MISSING else item.default
+    shown = "" if default in (None, "", []) else f" (default: {default})"
+    help_text = (item.metadata["help"] + shown).replace("%", "%%")
+    if hint is bool or hint == (bool | None):
+        return {"action": argparse.BooleanOptionalAction, "help": help_text}
+    if hint == list[str]:
+        action = {"nargs": "+", "action": "extend"} if item.name == "columns" else {"action": "append"}
+        return {**action, "metavar": "VALUE", "help": help_text}
+    kind = next((part for part in get_args(hint) if part is not type(None)), hint)
+    choices = item.metadata.get("choices")
+    return {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper(), "help": help_text}
+
+
+def load_config(given: argparse.Namespace | Mapping[str, Any], kind: type[Config]) -> Config:
+    """The settings from parsed flags, over those of `--config`, over the defaults.
+
+    Raises:
+        ValueError: for unknown keys, values of the wrong kind, or settings that do not fit each other.
+    """
+    given = dict(given if isinstance(given, Mapping) else vars(given))
+    recipe = given.pop("config", None)
+    known = {item.name for item in fields(kind)}
+    values = read_recipe(recipe, kind) if recipe else {}
+    values.update({name: value for name, value in given.items() if name in known})
+    return kind(**values).validate()
+
+
+def read_recipe(path: str | Path, kind: type[TrainingConfig]) -> dict[str, Any]:
+    """Fields of `kind` from a YAML or JSON file; aliases and kebab-case spellings are accepted.
+
+    Raises:
+        ValueError: for a file that does not parse, unknown keys, or values of the wrong kind.
+    """
+    import yaml
+
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        raw = json.loads(text) if Path(path).suffix.lower() == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} does not parse: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected names and values ('learning_rate: 5e-5'), found {type(raw).__name__}")
+    hints = get_type_hints(kind)
+    known = {name: item for item in fields(kind) for name in _names(item)}
+    values = {}
+    for key, value in raw.items():
+        item = known.get(str(key).replace("-", "_"))
+        if item is None:
+            raise ValueError(f"{path}: unknown setting {key!r}; known: {', '.join(sorted(known))}")
+        values[item.name] = _converted(value, hints[item.name], f"{path}: {key}", item.metadata.get("choices"))
+    return values
+
+
+def _converted(value: Any, hint: Any, where: str, choices: list | None) -> Any:
+    if type(None) in get_args(hint):
+        if value is None:
+            return None
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if hint == list[str]:
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{where}: expected true or false, got {value!r}")
+        return value
+    if hint in (int, float):
+        # YAML reads 5e-5 as a string: it wants 5.0e-5.
+        try:
+            number = float(value) if not isinstance(value, bool) else None
+        except (TypeError, ValueError):
+            number = None
+        if number is None or (hint is int and number != int(number)):
+            raise ValueError(f"{where}: expected {'a whole number' if hint is int else 'a number'}, got {value!r}")
+        return hint(number)
+    if choices and value not in choices:
+        raise ValueError(f"{where}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value) if value is not None else ""

@@ -1,0 +1,102 @@
+"""Which captions are in which step of an epoch, and behind which prompt.
+
+Everything random is keyed by seed, epoch and example, never by a running generator: a resumed run, and a run of
+another number of processes, has the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+# Batches are cut from sorted runs of this number of batches: little padding, and still a random order.
+_BATCHES_PER_RUN = 50
+# Streams of random numbers that must differ: the order of an epoch, and the draws of an example (prompts, tasks).
+ORDER, DRAW = 0, 1
+
+
+class Row(NamedTuple):
+    """One sequence of a batch: the number of a clip, and the numbers of its captions behind one prompt."""
+
+    clip: int
+    captions: tuple[int, ...]
+
+
+class Targets(Protocol):
+    """A clip with the target tokens of each of its captions."""
+
+    targets: list[list[int]]
+
+
+def plan_epoch(
+    clips: Sequence[Targets],
+    lengths: Sequence[int],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    *,
+    share_prompts: bool = False,
+    group_by_length: bool = True,
+) -> list[list[Row]]:
+    """The steps of one epoch: every caption once, `batch_size` captions in a step (the last may have fewer).
+
+    Args:
+        clips: the training clips.
+        lengths: for each clip, any measure of its prompt's length.
+        batch_size: captions in a step.
+        seed, epoch: the order is a function of them.
+        share_prompts: keep the captions of a clip together, behind one prompt.
+        group_by_length: examples of similar length in a step; the order of the steps stays random.
+    """
+    rng = np.random.default_rng([seed, ORDER, epoch])
+    if share_prompts:
+        rows = [Row(clip, tuple(rng.permutation(len(item.targets)).tolist())) for clip, item in enumerate(clips)]
+    else:
+        rows = [Row(clip, (caption,)) for clip, item in enumerate(clips) for caption in range(len(item.targets))]
+    rows = [rows[position] for position in rng.permutation(len(rows))]
+    if not group_by_length:
+        return _cut(rows, batch_size)
+
+    def length(row: Row) -> int:
+        return lengths[row.clip] + sum(len(clips[row.clip].targets[caption]) for caption in row.captions)
+
+    captions_before = np.cumsum([0, *(len(row.captions) for row in rows[:-1])])
+    runs = captions_before // (_BATCHES_PER_RUN * batch_size)
+    order = sorted(range(len(rows)), key=lambda number: (runs[number], length(rows[number])))
+    batches = _cut([rows[number] for number in order], batch_size)
+    return [batches[position] for position in rng.permutation(len(batches))]
+
+
+def plan_validation(clips: Sequence[Targets], lengths: Sequence[int], batch_size: int) -> list[list[Row]]:
+    """Every caption once, the captions of a clip behind one prompt, similar lengths together; no randomness."""
+    rows = [Row(clip, tuple(range(len(item.targets)))) for clip, item in enumerate(clips)]
+    return _cut(sorted(rows, key=lambda row: (lengths[row.clip], row.clip)), batch_size)
+
+
+def _cut(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
+    """Batches of exactly `batch_size` captions; a row that does not fit is divided between two batches."""
+    batches: list[list[Row]] = [[]]
+    room = batch_size
+    for clip, captions in rows:
+        while captions:
+            if not room:
+                batches.append([])
+                room = batch_size
+            part, captions = captions[:room], captions[room:]
+            batches[-1].append(Row(clip, part))
+            room -= len(part)
+    return [batch for batch in batches if batch]
+
+
+def split_rows(rows: Sequence[Row], parts: int) -> list[list[Row]]:
+    """A batch divided among processes and passes: consecutive rows, about equally many captions in each part."""
+    total = sum(len(row.captions) for row in rows)
+    result: list[list[Row]] = [[] for _ in range(parts)]
+    before = 0
+    for row in rows:
+        middle = before + len(row.captions) / 2
+        result[min(parts - 1, int(middle * parts / total))].append(row)
+        before += len(row.captions)
+    return result

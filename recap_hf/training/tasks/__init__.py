@@ -1,0 +1,1 @@
+"""The kinds of training: a captioner, a CLAP, a language model."""

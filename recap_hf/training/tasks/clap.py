@@ -1,0 +1,293 @@
+"""Contrastive training of a CLAP on recordings and captions: `recap pretrain clap`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import AT_LEAST_1, NOT_NEGATIVE, AudioTrainingConfig, option, other_default, require
+from ..data import DataSummary, load_encoded, load_splits
+from ..task import Step, Task
+from .bases import load_clap, new_clap_config, set_dropout, train_tokenizer
+from .clap_data import ORDER, Mels, PairCollator, PairedClips, Variation, paired_clips, positives
+from .contrastive import Towers, contrastive_loss, fix_input_statistics, gather_rows, retrieval_metrics
+
+# What CLAP's text tower is given at most (LAION's setting), if it has room for it.
+_MAX_TEXT_TOKENS = 77
+_CLIPS_FOR_STATISTICS = 512
+
+
+@dataclass
+class ClapTrainingConfig(AudioTrainingConfig):
+    """Every setting of a CLAP's training, from scratch or from an existing one."""
+
+    clap: str = option(
+        "model",
+        "",
+        "CLAP checkpoint to fine-tune, or RECAP checkpoint whose CLAP to fine-tune ('embedded': the default's); "
+        "without it, training starts from scratch",
+    )
+    size: str = option(
+        "model",
+        "tiny",
+        "from scratch: tiny (3.9 M parameters), small (13 M) or base (118 M: LAION's but for the vocabulary)",
+        choices=["tiny", "small", "base"],
+    )
+    clap_config: str = option("model", "", "from scratch: JSON of a ClapConfig, instead of --size")
+    vocab_size: int = option("model", 4096, "from scratch: tokens of the tokenizer, trained on the captions")
+    freeze: str = option(
+        "model", "none", "tower that is not trained: none, audio or text", choices=["none", "audio", "text"]
+    )
+
+    captions_per_clip: int = option(
+        "data", 2, "captions of a clip in a step, drawn again in each epoch", check=AT_LEAST_1
+    )
+    random_crop: bool = option("data", True, "train on a random window of a longer recording")
+    random_gain_db: float = option("data", 0.0, "change the level by at most this, in dB", check=NOT_NEGATIVE)
+    mask_frames: int = option("data", 0, "hide at most this number of frames (10 ms) in a row", check=NOT_NEGATIVE)
+    mask_bins: int = option("data", 0, "hide at most this number of mel bins in a row", check=NOT_NEGATIVE)
+
+    learning_rate: float = other_default(AudioTrainingConfig, "learning_rate", 1e-4)
+    batch_size: int = other_default(
+        AudioTrainingConfig,
+        "batch_size",
+        64,
+        help="clips in a step of all processes; each is compared with the captions of all",
+    )
+    num_train_epochs: float = other_default(AudioTrainingConfig, "num_train_epochs", 30.0)
+    weight_decay: float = other_default(AudioTrainingConfig, "weight_decay", 0.01)
+    adam_beta2: float = other_default(AudioTrainingConfig, "adam_beta2", 0.98)
+    warmup_steps: int = other_default(AudioTrainingConfig, "warmup_steps", 100)
+    lr_scheduler_type: str = other_default(AudioTrainingConfig, "lr_scheduler_type", "cosine")
+    max_logit_scale: float = option(
+        "optimisation",
+        100.0,
+        "the similarities are multiplied by at most this",
+        check=(lambda value: value > 1, "more than 1"),
+    )
+    metric_for_best_model: str = other_default(
+        AudioTrainingConfig,
+        "metric_for_best_model",
+        "map10",
+        help="metric that selects the best checkpoint and stops the run: map10 (mean of both directions) or loss",
+        choices=["map10", "loss"],
+    )
+
+    def check(self) -> None:
+        super().check()
+        require(self.vocab_size >= 300, "vocab_size", self.vocab_size, "at least 300 (256 bytes and special tokens)")
+        if self.clap and self.clap_config:
+            raise ValueError("give either --clap (to fine-tune it), or --clap-config (to start from scratch)")
+
+    def build_task(self, accelerator: Any) -> ClapTask:
+        with accelerator.main_process_first():
+            splits = load_splits(self)
+        texts = (text for captions in splits["train"].dataset["captions"] for text in captions)
+        clap, tokenizer, extractor = self._start(texts, accelerator)
+        clips, store, summary = load_encoded(self, Mels(extractor, accelerator.device), splits)
+        limit = min(_MAX_TEXT_TOKENS, clap.config.text_config.max_position_embeddings - 2)
+        paired = {split: paired_clips(own, tokenizer, limit) for split, own in clips.items()}
+        if len(paired["train"]) < 2:
+            raise ValueError("contrastive training needs at least two clips: it compares them")
+        plain = {split: PairedClips(own, store, Variation()) for split, own in paired.items()}
+        if not self.clap:
+            chosen = np.unique(np.linspace(0, len(paired["train"]) - 1, _CLIPS_FOR_STATISTICS).astype(int))
+            mels = np.stack([plain["train"].mel(clip, 0) for clip in chosen])
+            fix_input_statistics(clap, torch.from_numpy(mels))
+        set_dropout(clap, self.dropout)
+        clap.to(accelerator.device)
+        variation = Variation(
+            self.captions_per_clip,
+            self.random_crop,
+            self.random_gain_db,
+            self.mask_frames,
+            self.mask_bins,
+            self.seed,
+        )
+        examples = PairedClips(paired["train"], store, variation)
+        saved = (clap, tokenizer, _stock_extractor(extractor))
+        return ClapTask(self, accelerator, saved, examples, plain.get("validation"), summary)
+
+    def _start(self, texts: Iterable[str], accelerator: Any) -> tuple[Any, Any, Any]:
+        """The CLAP to train, its tokenizer and its feature extractor."""
+        from transformers import ClapModel
+
+        from recap_hf import RecapFeatureExtractor
+
+        torch.manual_seed(self.seed)
+        if self.clap:
+            return load_clap(self.clap)
+        folder = Path(self.output_dir) / "tokenizer"
+        tokenizer = train_tokenizer(texts, "clap", self.vocab_size, _MAX_TEXT_TOKENS + 1, folder, accelerator)
+        settings = new_clap_config(self.size, self.clap_config, tokenizer)
+        return ClapModel(settings), tokenizer, RecapFeatureExtractor(feature_size=settings.audio_config.num_mel_bins)
+
+
+def _stock_extractor(extractor: Any) -> Any:
+    """The `ClapFeatureExtractor` with the same mel settings."""
+    from transformers import ClapFeatureExtractor
+
+    names = ("feature_size", "sampling_rate", "hop_length", "max_length_s", "fft_window_size", "frequency_min")
+    names += ("frequency_max", "truncation", "padding")
+    return ClapFeatureExtractor(**{name: getattr(extractor, name) for name in names})
+
+
+class ClapTask(Task):
+    """Contrastive training.
+
+    Args:
+        config, accelerator: see `Task`.
+        saved: the CLAP, its tokenizer and its stock feature extractor.
+        examples, validation: training and validation clips; the latter may be None.
+        data: what they consist of.
+    """
+
+    kind = "clap"
+    unit = "clips"
+    loss_name = "contrastive loss"
+    config: ClapTrainingConfig
+    examples: PairedClips
+
+    def __init__(
+        self,
+        config: ClapTrainingConfig,
+        accelerator: Any,
+        saved: tuple[Any, Any, Any],
+        examples: PairedClips,
+        validation: PairedClips | None,
+        data: DataSummary,
+    ) -> None:
+        self.towers = Towers(saved[0], config.freeze)
+        super().__init__(config, accelerator, saved[0], self.towers, data)
+        self.examples, self.validation, self._saved = examples, validation, saved
+        self.collator = PairCollator(saved[1].pad_token_id)
+        self.batch_size = min(self.batch_size, len(examples.clips))
+        passes = accelerator.num_processes * config.gradient_accumulation_steps
+        if self.batch_size < 2 * passes:
+            raise ValueError(
+                f"{self.batch_size} clips in a step are too few for {passes} passes: each needs at least two"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.examples.clips) // self.batch_size
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """Every step is full; the clips that remain are left to other epochs."""
+        order = np.random.default_rng([self.config.seed, ORDER, epoch]).permutation(len(self.examples.clips)).tolist()
+        return [order[number * self.batch_size :][: self.batch_size] for number in range(self.steps_per_epoch)]
+
+    def split(self, step: Sequence[int], parts: int) -> list[list[int]]:
+        return [part.tolist() for part in np.array_split(step, parts)]
+
+    def size(self, step: Sequence[int]) -> int:
+        return len(step)
+
+    def backward(self, step: Step) -> tuple[torch.Tensor, float]:
+        """The loss of all clips against all captions of the step; its gradient goes back pass by pass.
+
+        The embeddings of several passes are computed twice: once for the gradient of the loss with respect to each of
+        them, and once to continue it to the parameters (Gao et al., "Scaling Deep Contrastive Learning Batch Size
+        under Memory Limited Setup", RepL4NLP 2021).
+        """
+        accelerator, world, passes = self.accelerator, self.accelerator.num_processes, len(step.batches)
+        clap, clips = self.model, self.examples.clips
+        scales = (clap.logit_scale_a, clap.logit_scale_t)
+        captions = [[(k.example, n) for k in part for n in self.examples.captions(*k[:2])] for part in step.parts]
+        pairs = [(clips[clip], number) for part in captions for clip, number in part]
+        positive = positives([clips[key.example] for part in step.parts for key in part], pairs)
+
+        def embed(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.module(*(tensor.to(accelerator.device) for tensor in step.batches[number]))
+
+        outputs = []
+        for number in range(passes):
+            # With one pass, these are the embeddings that the gradient continues from.
+            with step.one_pass(number), torch.set_grad_enabled(passes == 1):
+                outputs.append(embed(number))
+        audio, texts = (torch.cat(blocks).detach().requires_grad_() for blocks in zip(*outputs, strict=True))
+        loss = contrastive_loss(
+            gather_rows(audio, _per_process(step.parts, passes), accelerator),
+            gather_rows(texts, _per_process(captions, passes), accelerator),
+            torch.from_numpy(positive).to(accelerator.device),
+            *scales,
+            self.config.max_logit_scale,
+        )
+        audio_gradient, text_gradient, *scale_gradients = torch.autograd.grad(loss, [audio, texts, *scales])
+        audio_rows = audio_gradient.split([len(own) for own, _ in outputs])
+        text_rows = text_gradient.split([len(own) for _, own in outputs])
+        for number in range(passes):
+            with step.one_pass(number):
+                own_audio, own_texts = embed(number) if passes > 1 else outputs[number]
+                total = (own_audio * audio_rows[number]).sum() + (own_texts * text_rows[number]).sum()
+                # Every process and pass has the scales' whole gradient, and adds its share of it.
+                for scale, gradient in zip(scales, scale_gradients, strict=True):
+                    total = total + scale * gradient / (world * passes)
+                # Processes average their gradients: the factor turns that into a sum.
+                accelerator.backward(total * world)
+        return loss.detach() / world, 1.0
+
+    def validate(self, before_training: bool = False) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        self.module.eval()
+        clips, device = self.validation.clips, self.accelerator.device
+        captions = [(clip, number) for clip in clips for number in range(len(clip.tokens))]
+        windows = [
+            (clip, window) for clip in range(len(clips)) for window in range(len(self.validation.windows(clip)))
+        ]
+
+        def embed_texts(chosen: slice) -> torch.Tensor:
+            arrays = self.collator.pad([clip.tokens[number] for clip, number in captions[chosen]])
+            return self.towers.embed_texts(*(array.to(device) for array in arrays))
+
+        def embed_windows(chosen: slice) -> torch.Tensor:
+            mels = np.stack([self.validation.windows(clip)[window] for clip, window in windows[chosen]])
+            return self.towers.embed_mels(torch.from_numpy(mels).float().to(device))
+
+        texts, audio = self._embed_all(len(captions), embed_texts), self._embed_all(len(windows), embed_windows)
+        starts = np.flatnonzero([window == 0 for _, window in windows])
+        # A clip is as similar as the most similar of its windows.
+        similarity = np.maximum.reduceat(audio @ texts.T, starts, axis=0)
+        right = positives(clips, captions)
+        return {"loss": self._mean_loss(audio[starts], texts, right), **retrieval_metrics(similarity, right)}
+
+    @torch.no_grad()
+    def _embed_all(self, count: int, embed: Callable[[slice], torch.Tensor]) -> np.ndarray:
+        """Embeddings of `count` rows, on every process; batches do not depend on the number of processes."""
+        from accelerate.utils import gather_object
+
+        size, own = self.config.eval_batch_size, []
+        for start in range(self.accelerator.process_index * size, count, self.accelerator.num_processes * size):
+            with self.accelerator.autocast():
+                own.append((start, embed(slice(start, start + size)).float().cpu().numpy()))
+        return np.concatenate([block for _, block in sorted(gather_object(own), key=lambda item: item[0])])
+
+    @torch.no_grad()
+    def _mean_loss(self, audio: np.ndarray, texts: np.ndarray, right: np.ndarray) -> float:
+        """Of the first windows, in groups as large as a training step, with all captions of each group's clips."""
+        losses, counts = [], []
+        scales = (self.model.logit_scale_a, self.model.logit_scale_t)
+        for start in range(0, len(audio), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            columns = right[rows].any(axis=0)
+            arrays = (audio[rows], texts[columns], right[rows][:, columns])
+            tensors = (torch.from_numpy(array).to(self.accelerator.device) for array in arrays)
+            losses.append(contrastive_loss(*tensors, *scales, self.config.max_logit_scale).item())
+            counts.append(len(arrays[0]))
+        return float(np.average(losses, weights=counts))
+
+    def save(self, folder: Path) -> None:
+        """A folder that `ClapModel`, `AutoTokenizer` and `ClapFeatureExtractor` load."""
+        for part in self._saved:
+            part.save_pretrained(folder)
+
+
+def _per_process(parts: Sequence[Sequence[Any]], passes: int) -> list[int]:
+    """Items of each process, whose passes follow one another in `parts`."""
+    return [sum(map(len, parts[start : start + passes])) for start in range(0, len(parts), passes)]

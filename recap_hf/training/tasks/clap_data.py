@@ -1,0 +1,184 @@
+"""Clips and captions for the contrastive training, and the arrays that the towers read.
+
+Everything random is keyed by seed, epoch and clip, as in the training of a captioner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
+
+from ..data import Clip
+from ..encoding import mel_windows
+from ..features import FeatureStore, mel_identity
+from ..task import Key
+
+# Streams of random numbers that differ from those of `recap_hf.training.plans`.
+ORDER, DRAW = 10, 11
+_FLOOR_DB = -100.0
+
+
+class Mels:
+    """What is stored of a clip for the training of a CLAP: its mel windows in fp16, and the first frame of each.
+
+    Args:
+        feature_extractor: makes the windows.
+        device: of the computation.
+    """
+
+    def __init__(self, feature_extractor: Any, device: Any = "cpu") -> None:
+        self.feature_extractor, self._device = feature_extractor, device
+        self.identity = mel_identity(feature_extractor) | {"stored": "mel windows"}
+
+    def encode(self, waveforms: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(mel (windows, frames, bins) in fp16, first frames (windows, 1)) per waveform."""
+        extractor = self.feature_extractor
+        mels = mel_windows(extractor, waveforms, self._device)["input_features"].half().cpu().numpy()
+        for row, waveform in enumerate(waveforms):
+            starts = np.array(extractor.window_starts(len(waveform)), dtype=np.float32)
+            yield mels[row, : len(starts)], np.round(starts / extractor.hop_length)[:, None]
+
+
+@dataclass
+class PairedClip:
+    """A clip: the key of its stored mel, its captions as token ids, and what makes a caption right for it.
+
+    Args:
+        key: of the feature store.
+        tokens: token ids of each caption.
+        texts: a number for each caption; captions with the same text after normalisation have the same one.
+        group: a number; the same recording in two datasets has the same one.
+    """
+
+    key: str
+    tokens: list[list[int]]
+    texts: np.ndarray
+    group: int
+
+
+def paired_clips(clips: Sequence[Clip], tokenizer: Any, max_length: int) -> list[PairedClip]:
+    """Clips with their captions as at most `max_length` tokens; numbers of texts and groups are unique in one call."""
+    flat = [text for clip in clips for text in clip.captions]
+    tokens = iter(tokenizer(flat, truncation=True, max_length=max_length)["input_ids"])
+    texts: dict[str, int] = {}
+    groups: dict[str, int] = {}
+    paired = []
+    for clip in clips:
+        numbers = [texts.setdefault(normalize_text(text), len(texts)) for text in clip.captions]
+        group = groups.setdefault(normalize_clip_id(clip.clip_id), len(groups))
+        paired.append(PairedClip(clip.key, [next(tokens) for _ in clip.captions], np.array(numbers), group))
+    return paired
+
+
+def positives(clips: Sequence[PairedClip], captions: Sequence[tuple[PairedClip, int]]) -> np.ndarray:
+    """`(clips, captions)` bool: the caption is one of the clip's, by recording or by text."""
+    texts = np.array([clip.texts[number] for clip, number in captions])
+    groups = np.array([clip.group for clip, _ in captions])
+    return np.stack([(groups == clip.group) | np.isin(texts, clip.texts) for clip in clips])
+
+
+@dataclass(frozen=True)
+class Variation:
+    """What is varied from epoch to epoch: captions per clip, a random window of a longer clip, its level (dB), hidden
+    frames and mel bins."""
+
+    captions: int = 1
+    crop: bool = False
+    gain_db: float = 0.0
+    mask_frames: int = 0
+    mask_bins: int = 0
+    seed: int = 0
+
+
+class PairedClips(Dataset):
+    """Mel and captions of clips, indexed by `Key` of a clip's number.
+
+    Args:
+        clips: the clips.
+        store: their mels.
+        variation: what is varied.
+    """
+
+    def __init__(self, clips: Sequence[PairedClip], store: FeatureStore, variation: Variation) -> None:
+        self.clips, self.store, self.variation = clips, store, variation
+
+    def __getitem__(self, key: Key) -> tuple[np.ndarray, list[list[int]]]:
+        """(mel `(frames, bins)`, token ids of each caption of the epoch)."""
+        tokens = self.clips[key.example].tokens
+        return self.mel(key.example, key.epoch), [tokens[number] for number in self.captions(key.example, key.epoch)]
+
+    def captions(self, clip: int, epoch: int) -> list[int]:
+        """Numbers of a clip's captions in an epoch."""
+        order = self._rng(epoch, clip, 0).permutation(len(self.clips[clip].tokens))
+        return order[: self.variation.captions].tolist()
+
+    def windows(self, clip: int) -> np.ndarray:
+        """Mel windows of a clip, `(windows, frames, bins)` fp16."""
+        key = self.clips[clip].key
+        states = self.store.hidden_states(key)
+        return states.reshape(len(self.store.audio_embeds(key)), -1, states.shape[-1])
+
+    def mel(self, clip: int, epoch: int) -> np.ndarray:
+        """A window of a clip, `(frames, bins)` float32 in dB, varied by the epoch."""
+        rng, variation, windows = self._rng(epoch, clip, 1), self.variation, self.windows(clip)
+        mel = windows[0]
+        if variation.crop and len(windows) > 1:
+            starts = self.store.audio_embeds(self.clips[clip].key)[:, 0].astype(int)
+            mel = cut_window(windows, starts, int(rng.integers(starts[-1] + 1)))
+        mel = mel.astype(np.float32)
+        if variation.gain_db:
+            mel = np.maximum(mel + rng.uniform(-variation.gain_db, variation.gain_db), _FLOOR_DB)
+        for axis, limit in ((0, variation.mask_frames), (1, variation.mask_bins)):
+            if limit:
+                width = int(rng.integers(limit + 1))
+                start = int(rng.integers(max(1, mel.shape[axis] - width + 1)))
+                mel[(slice(None),) * axis + (slice(start, start + width),)] = _FLOOR_DB
+        return mel
+
+    def _rng(self, epoch: int, clip: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.variation.seed, DRAW, epoch, clip, stream])
+
+
+def cut_window(windows: np.ndarray, starts: np.ndarray, first: int) -> np.ndarray:
+    """The frames of one window's length from the frame `first` of a clip on.
+
+    Windows follow one another without a gap; the last is aligned to the clip's end. The frame at the end of a window
+    is the first of the next.
+
+    Args:
+        windows: `(windows, frames, bins)`.
+        starts: the frame of the clip that each window begins at.
+        first: at most the last window's start.
+    """
+    length = windows.shape[1]
+    wanted = first + np.arange(length)
+    window = np.minimum(wanted // (length - 1), len(starts) - 1)
+    return windows[window, np.minimum(wanted - starts[window], length - 1)]
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Makes (mels `(n, frames, bins)` float32, token ids and mask `(m, length)`) of `PairedClips` examples.
+
+    Args:
+        pad_token_id: of the tokenizer.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, examples: Sequence[tuple[np.ndarray, list[list[int]]]]) -> tuple[torch.Tensor, ...]:
+        mels = torch.from_numpy(np.stack([mel for mel, _ in examples]))
+        return mels, *self.pad([ids for _, tokens in examples for ids in tokens])
+
+    def pad(self, tokens: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask, `(texts, length)`, padded on the right."""
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad([torch.tensor(own) for own in tokens], batch_first=True, padding_value=self.pad_token_id)
+        return ids, pad([torch.ones(len(own), dtype=torch.long) for own in tokens], batch_first=True)

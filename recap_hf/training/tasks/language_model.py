@@ -1,0 +1,315 @@
+"""Training of a GPT-2 on retrieval prompts and captions: `recap pretrain language-model`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recap_hf.modeling.prompt_recap import PAPER_PROMPT
+
+from ..collator import PromptedCaptions, PromptedClip, PromptOptions, tokenize_targets
+from ..config import AT_LEAST_1, NOT_NEGATIVE, SHARE, TrainingConfig, option, other_default, require
+from ..data import Clip, DataSummary, clips_of, divide, load_splits
+from ..loss import CaptionLoss, checkpoint_activations, fuse_activations
+from ..neighbours import Neighbours, Query, find_neighbours
+from .bases import load_clap, load_gpt2, set_dropout, train_tokenizer
+from .prompted import PromptConfig, PromptedTask
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_VALIDATION_SHARE = 0.05
+
+
+@dataclass
+class LanguageModelTrainingConfig(PromptConfig):
+    """Every setting of a GPT-2's training, from scratch or from an existing one."""
+
+    decoder: str = option(
+        "model",
+        "",
+        "GPT-2 checkpoint to continue from, or RECAP checkpoint whose GPT-2 to continue from ('embedded': the "
+        "default's); without it, training starts from scratch",
+    )
+    num_layers: int = option("model", 4, "from scratch: layers", check=AT_LEAST_1)
+    width: int = option("model", 192, "from scratch: width of the hidden states", check=AT_LEAST_1)
+    num_heads: int = option("model", 4, "from scratch: heads", check=AT_LEAST_1)
+    max_positions: int = option("model", 512, "from scratch: longest text in tokens")
+    vocab_size: int = option("model", 4096, "from scratch: tokens of the tokenizer, trained on the captions")
+
+    datastore: str = option(
+        "prompts",
+        "",
+        "folder, Hub id or caption file: prompts hold the captions nearest to the target; without --dataset it is the "
+        "corpus, too",
+    )
+    clap: str = option(
+        "prompts",
+        "",
+        "CLAP checkpoint that embeds the captions, for prompts of nearest captions: those of --datastore, or the "
+        "training captions. Without both, prompts hold the other captions of the same clip",
+    )
+    prompt_dropout: float = option("prompts", 0.1, "share of examples without captions in their prompt", check=SHARE)
+    prompt_weight: float = option(
+        "prompts", 0.1, "weight of a prompt's token in the loss; a caption's is 1", check=NOT_NEGATIVE
+    )
+
+    learning_rate: float = other_default(TrainingConfig, "learning_rate", 5e-4)
+    num_train_epochs: float = other_default(TrainingConfig, "num_train_epochs", 10.0)
+    weight_decay: float = other_default(TrainingConfig, "weight_decay", 0.01)
+    adam_beta2: float = other_default(TrainingConfig, "adam_beta2", 0.98)
+    warmup_steps: int = other_default(TrainingConfig, "warmup_steps", 100)
+    lr_scheduler_type: str = other_default(TrainingConfig, "lr_scheduler_type", "cosine")
+    metric_for_best_model: str = other_default(
+        TrainingConfig, "metric_for_best_model", "perplexity", choices=["perplexity"]
+    )
+
+    @property
+    def needs_dataset(self) -> bool:
+        return not self.datastore
+
+    def check(self) -> None:
+        super().check()
+        require(self.width % self.num_heads == 0, "width", self.width, f"a multiple of --num-heads ({self.num_heads})")
+        smallest = 2 * self.max_caption_tokens
+        require(self.max_positions >= smallest, "max_positions", self.max_positions, f"at least {smallest}")
+        require(self.vocab_size >= 300, "vocab_size", self.vocab_size, "at least 300 (256 bytes and special tokens)")
+
+    def build_task(self, accelerator: Any) -> LanguageModelTask:
+        from recap_hf import RecapFeatureExtractor, RecapProcessor
+
+        with accelerator.main_process_first():
+            splits, summary = _load_texts(self) if self.dataset else _texts_of_datastore(self)
+        model, tokenizer = self._start(splits["train"], accelerator)
+        room = model.config.n_positions - self.max_caption_tokens - 1
+        # Only for its prompts.
+        processor = RecapProcessor(
+            RecapFeatureExtractor(),
+            tokenizer,
+            tokenizer,
+            num_retrieved_captions=self.num_retrieved,
+            max_prompt_tokens=room,
+        )
+        tables = _nearest_captions(self, splits, model, processor)
+        drawn = PromptOptions(
+            self.num_retrieved,
+            self.draw_from,
+            self.shuffle_prompt,
+            prompt_dropout=self.prompt_dropout,
+            seed=self.seed,
+        )
+        options = {"train": drawn, "validation": PromptOptions(self.num_retrieved)}
+        examples = {
+            split: PromptedCaptions(
+                _one_by_one(texts.clips, processor, self.max_caption_tokens),
+                None,
+                processor,
+                tables[split],
+                options[split],
+            )
+            for split, texts in splits.items()
+        }
+        set_dropout(model, self.dropout)
+        fuse_activations(model)
+        if self.gradient_checkpointing:
+            checkpoint_activations(model)
+        model.to(accelerator.device)
+        loss, train = CaptionLoss(model), examples["train"]
+        return LanguageModelTask(
+            self, accelerator, model, loss, train, examples.get("validation"), summary, self.prompt_weight
+        )
+
+    def _start(self, texts: Texts, accelerator: Any) -> tuple[Any, Any]:
+        """The GPT-2 to train and its tokenizer."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(self.seed)
+        if self.decoder:
+            return load_gpt2(self.decoder)
+        corpus = (PAPER_PROMPT.build([text]) + PAPER_PROMPT.target_prefix + text for text in texts.captions)
+        folder = Path(self.output_dir) / "tokenizer"
+        tokenizer = train_tokenizer(corpus, "gpt2", self.vocab_size, self.max_positions, folder, accelerator)
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+        sizes = {"n_positions": self.max_positions, "n_embd": self.width, "n_layer": self.num_layers}
+        config = GPT2Config(vocab_size=len(tokenizer), n_head=self.num_heads, **sizes, **tokens)
+        return GPT2LMHeadModel(config), tokenizer
+
+
+class LanguageModelTask(PromptedTask):
+    """Training of a GPT-2; the arguments are those of `PromptedTask`."""
+
+    kind = "language-model"
+    loss_name = "cross-entropy per token"
+
+    def validate(self, before_training: bool = False) -> dict[str, float]:
+        """Perplexity of captions behind their prompts, and behind prompts without captions."""
+        if self.validation is None:
+            return {}
+        loss = self.mean_loss(self.validation)
+        figures = {"loss": loss, "perplexity": _perplexity(loss)}
+        if self.validation.neighbours:
+            bare = self.mean_loss(self.validation.without_captions())
+            figures["perplexity_without_captions"] = _perplexity(bare)
+        return figures
+
+    def save(self, folder: Path) -> None:
+        """A folder that `GPT2LMHeadModel` and `AutoTokenizer` load."""
+        self.model.save_pretrained(folder)
+        self.examples.processor.tokenizer.save_pretrained(folder)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+@dataclass
+class Texts:
+    """The captions of a split.
+
+    Args:
+        clips: they belong to.
+        embeddings: of the captions, clip by clip, of shape `(captions, P)`; None if there are none yet.
+    """
+
+    clips: list[Clip]
+    embeddings: np.ndarray | None = None
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions, clip by clip."""
+        return [text for clip in self.clips for text in clip.captions]
+
+
+def _load_texts(config: LanguageModelTrainingConfig) -> tuple[dict[str, Texts], DataSummary]:
+    splits, summary = {}, DataSummary()
+    for split, data in load_splits(config).items():
+        splits[split] = Texts(clips_of(data))
+        summary.add(split, splits[split].clips, data.problems)
+    return splits, summary
+
+
+def _texts_of_datastore(config: LanguageModelTrainingConfig) -> tuple[dict[str, Texts], DataSummary]:
+    """The captions of a datastore or caption file as the corpus, divided by clip."""
+    from recap_hf import CaptionDatastore, read_captions
+
+    path, embeddings = Path(config.datastore), None
+    if path.is_file():
+        records = read_captions(path)
+    else:
+        store = CaptionDatastore.from_pretrained(config.datastore)
+        records, embeddings = store.records, np.asarray(store.embeddings, dtype=np.float32)
+    groups: dict[str, list[int]] = {}
+    for number, record in enumerate(records):
+        # A caption without a clip is a clip on its own.
+        groups.setdefault(record.get("clip_id") or f"caption-{number}", []).append(number)
+    chosen = {"train": np.arange(len(groups))}
+    if config.validation_split != "none":
+        share = config.validation_share or _DEFAULT_VALIDATION_SHARE
+        chosen = dict(zip(("train", "validation"), divide(len(groups), share, config.seed), strict=True))
+    limits = {"train": config.max_train_clips, "validation": config.max_validation_clips}
+    splits, summary, names = {}, DataSummary(), list(groups)
+    for split, numbers in chosen.items():
+        own = [(names[number], groups[names[number]]) for number in numbers[: limits[split] or None]]
+        clips = []
+        for clip_id, rows in own:
+            first = records[rows[0]]
+            captions = [records[row]["caption"] for row in rows]
+            clips.append(Clip(clip_id, captions, first.get("source") or path.name, first.get("licence")))
+        rows = [row for _, rows in own for row in rows]
+        splits[split] = Texts(clips, None if embeddings is None else embeddings[rows])
+        summary.add(split, clips)
+    return splits, summary
+
+
+def _one_by_one(clips: Sequence[Clip], processor: Any, max_caption_tokens: int) -> list[PromptedClip]:
+    """Every caption as a clip on its own: each has its own prompt."""
+    pairs = [(clip.clip_id, text) for clip in clips for text in clip.captions]
+    targets = tokenize_targets([text for _, text in pairs], processor, max_caption_tokens)
+    return [
+        PromptedClip("", clip_id, [text], [target]) for (clip_id, text), target in zip(pairs, targets, strict=True)
+    ]
+
+
+def _nearest_captions(
+    config: LanguageModelTrainingConfig, splits: dict[str, Texts], model: Any, processor: Any
+) -> dict[str, list[Neighbours]]:
+    """For each caption the captions that its prompt may hold, by split."""
+    if not config.num_retrieved:
+        return {split: [] for split in splits}
+    if not config.datastore and not config.clap:
+        return {split: [_same_clip(texts)] for split, texts in splits.items()}
+    captioner = _embedding_captioner(config.clap, model, processor.tokenizer) if config.clap else None
+    store = _open_store(config, splits["train"], captioner)
+    tables = {}
+    for split, texts in splits.items():
+        embeddings = texts.embeddings
+        if embeddings is None:
+            embeddings = captioner[0].embed_captions(texts.captions, captioner[1])
+        owners = [clip for clip in texts.clips for _ in clip.captions]
+        queries = [
+            Query(embedding[None], clip.clip_id, tuple(clip.captions))
+            for embedding, clip in zip(np.asarray(embeddings, dtype=np.float32), owners, strict=True)
+        ]
+        cache, top = Path(config.output_dir) / "neighbours", config.draw_from or config.num_retrieved
+        tables[split] = [find_neighbours(store, queries, top, cache)]
+    return tables
+
+
+def _same_clip(texts: Texts) -> Neighbours:
+    """The other captions of each caption's clip, from the next one on, so that no caption is always the first."""
+    rows: list[list[int]] = []
+    captions = texts.captions
+    for clip in texts.clips:
+        numbers = list(range(len(rows), len(rows) + len(clip.captions)))
+        for place, number in enumerate(numbers):
+            others = numbers[place + 1 :] + numbers[:place]
+            rows.append([other for other in others if captions[other] != captions[number]])
+    alone = sum(not row for row in rows)
+    if alone:
+        logger.warning(
+            "%d of %d captions are the only ones of their clip, and their prompts empty: with --clap or --datastore "
+            "prompts hold the nearest captions",
+            alone,
+            len(rows),
+        )
+    table = np.full((len(rows), max(1, *map(len, rows))), -1, dtype=np.int32)
+    for number, row in enumerate(rows):
+        table[number, : len(row)] = row
+    return Neighbours(table, captions)
+
+
+def _embedding_captioner(clap: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """Model and processor that embed captions."""
+    from recap_hf import RecapForConditionalGeneration, RecapProcessor
+
+    clap_model, clap_tokenizer, extractor = load_clap(clap)
+    captioner = RecapForConditionalGeneration.from_clap_gpt2_pretrained(clap_model, model)
+    return captioner, RecapProcessor.from_config(
+        captioner.config, tokenizer, clap_tokenizer, feature_extractor=extractor
+    )
+
+
+def _open_store(config: LanguageModelTrainingConfig, train: Texts, captioner: tuple[Any, Any] | None) -> Any:
+    """The datastore to search: that of the settings, or one of the training captions."""
+    from recap_hf import CaptionDatastore, open_datastore
+
+    if config.datastore and captioner is None:
+        if train.embeddings is None:
+            raise ValueError(
+                f"--datastore {config.datastore} is searched by embeddings of captions, which need a text tower: give "
+                "--clap, the model that embedded it"
+            )
+        return CaptionDatastore.from_pretrained(config.datastore)
+    if config.datastore:
+        store = open_datastore(config.datastore, *captioner)
+        store.check_encoder(captioner[0].embed_fingerprint(captioner[1]))
+        return store
+    records = [record for clip in train.clips for record in clip.records()]
+    logger.info("Embedding %d captions", len(records))
+    return CaptionDatastore.from_captions(records, *captioner)

@@ -1,0 +1,129 @@
+"""What the tasks of captions behind retrieval prompts have in common: the captioner and the language model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..collator import CaptionCollator, PromptedCaptions
+from ..config import AT_LEAST_1, NOT_NEGATIVE, TrainingConfig, option, require
+from ..data import DataSummary
+from ..loss import CaptionLoss
+from ..plans import Row, plan_epoch, plan_validation, split_rows
+from ..task import Key, Step, Task
+
+
+@dataclass
+class PromptConfig(TrainingConfig):
+    """Settings of the prompts and of the captions behind them."""
+
+    num_retrieved: int = option(
+        "prompts", 4, "k, captions in the prompt; 0 trains without retrieval", alias=["k"], check=NOT_NEGATIVE
+    )
+    draw_from: int = option(
+        "prompts",
+        0,
+        "draw the k captions of each epoch from this number of nearest captions (0: the k nearest)",
+        check=NOT_NEGATIVE,
+    )
+    shuffle_prompt: bool = option("prompts", False, "put the captions of a prompt in random order")
+    max_caption_tokens: int = option(
+        "optimisation", 60, "captions are cut after this number of tokens", check=AT_LEAST_1
+    )
+    group_by_length: bool = option("optimisation", True, "batches of similar lengths, for little padding")
+    gradient_checkpointing: bool = option("model", False, "less memory for more computing")
+
+    def check(self) -> None:
+        super().check()
+        expected = f"0, or at least --num-retrieved ({self.num_retrieved})"
+        require(not 0 < self.draw_from < self.num_retrieved, "draw_from", self.draw_from, expected)
+
+
+class PromptedTask(Task):
+    """Cross-entropy of captions behind prompts.
+
+    Args:
+        config: settings of the run.
+        accelerator: Accelerate's.
+        model: what is trained.
+        loss: the module with the loss.
+        examples, validation: training and validation data; the latter may be None.
+        data: what they consist of.
+        prompt_weight: weight of a prompt's tokens in the loss.
+    """
+
+    loss_name = "cross-entropy per caption token"
+    config: PromptConfig
+    examples: PromptedCaptions
+
+    def __init__(
+        self,
+        config: PromptConfig,
+        accelerator: Any,
+        model: nn.Module,
+        loss: CaptionLoss,
+        examples: PromptedCaptions,
+        validation: PromptedCaptions | None,
+        data: DataSummary,
+        prompt_weight: float = 0.0,
+    ) -> None:
+        super().__init__(config, accelerator, model, loss, data)
+        self.examples, self.validation = examples, validation
+        pad = examples.processor.tokenizer.pad_token_id
+        self.collator, self._validation_collator = CaptionCollator(pad, prompt_weight), CaptionCollator(pad)
+        self._dtype = loss.decoder.dtype
+        self._lengths = examples.prompt_lengths()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(sum(len(clip.captions) for clip in self.examples.clips) / self.batch_size)
+
+    def plan(self, epoch: int) -> list[list[Row]]:
+        config, clips = self.config, self.examples.clips
+        options = {"group_by_length": config.group_by_length, "share_prompts": getattr(config, "share_prompts", False)}
+        return plan_epoch(clips, self._lengths, self.batch_size, config.seed, epoch, **options)
+
+    def split(self, step: list[Row], parts: int) -> list[list[Row]]:
+        return split_rows(step, parts)
+
+    def size(self, step: list[Row]) -> int:
+        return sum(len(row.captions) for row in step)
+
+    def backward(self, step: Step) -> tuple[torch.Tensor, float]:
+        accelerator = self.accelerator
+        own = torch.stack([batch.weights.double().sum() for batch in step.batches]).sum()
+        # A mean over the tokens of all processes and passes.
+        weight = float(accelerator.reduce(own.to(accelerator.device), reduction="sum"))
+        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        for number, batch in enumerate(step.batches):
+            with step.one_pass(number):
+                batch = batch.to(accelerator.device, self._dtype)
+                loss = (self.module(batch) * batch.weights).sum()
+                # Processes average their gradients: the factor turns that into a sum.
+                accelerator.backward(loss * (accelerator.num_processes / weight))
+            total += loss.detach()
+        return total, weight
+
+    @torch.no_grad()
+    def mean_loss(self, examples: PromptedCaptions) -> float:
+        """Mean cross-entropy of a caption token.
+
+        Batches do not depend on the number of processes; their sums are gathered and added in one order, so that the
+        result does not either.
+        """
+        from accelerate.utils import gather_object
+
+        accelerator = self.accelerator
+        batches = plan_validation(examples.clips, examples.prompt_lengths(), self.config.eval_batch_size)
+        self.module.eval()
+        own = []
+        for number in range(accelerator.process_index, len(batches), accelerator.num_processes):
+            batch = self._validation_collator([examples[Key(row)] for row in batches[number]])
+            losses = self.module(batch.to(accelerator.device, self._dtype))
+            own.append((number, float(losses.double().sum()), len(losses)))
+        sums = sorted(gather_object(own))
+        return sum(total for _, total, _ in sums) / sum(count for _, _, count in sums)

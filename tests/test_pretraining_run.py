@@ -70,7 +70,6 @@ def clap_config(start: Path, output: Path, **changes: Any) -> ClapTrainingConfig
         "save_steps": 1,
         "save_total_limit": 99,
         "device": "cpu",
-        "num_workers": 0,
     }
     return ClapTrainingConfig(**{**settings, **changes}).validate()
 
@@ -93,7 +92,6 @@ def lm_config(start: Path, output: Path, **changes: Any) -> LanguageModelTrainin
         "save_steps": 3,
         "save_total_limit": 99,
         "device": "cpu",
-        "num_workers": 0,
     }
     return LanguageModelTrainingConfig(**{**settings, **changes}).validate()
 
@@ -297,7 +295,6 @@ def test_both_bases_go_straight_into_training(start: Path, clap, language_model,
         num_train_epochs=2,
         logging_steps=1,
         device="cpu",
-        num_workers=0,
     ).validate()
     report = train(config)
     assert report["losses"][-1]["loss"] < report["losses"][0]["loss"]

@@ -45,7 +45,6 @@ def config(start, output, **changes) -> CaptionerTrainingConfig:
         "save_steps": 3,
         "save_total_limit": 99,
         "device": "cpu",
-        "num_workers": 0,
     }
     return CaptionerTrainingConfig(**{**settings, **changes}).validate()
 

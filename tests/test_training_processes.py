@@ -46,6 +46,7 @@ def flags(start: Path, output: Path, *more: str) -> list[str]:
         "--audio-dropout": 0.3,
         "--draw-from": 15,
         "--dropout": 0.1,
+        "--num-workers": 1,
         "--device": "cpu",
     }
     return [str(part) for pair in settings.items() for part in pair] + list(more)

@@ -48,7 +48,6 @@ def config(start: Path, output: Path, **changes: Any) -> CaptionerTrainingConfig
         "save_steps": 3,
         "save_total_limit": 99,
         "device": "cpu",
-        "num_workers": 0,
     }
     return CaptionerTrainingConfig(**{**settings, **changes}).validate()
 

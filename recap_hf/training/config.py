@@ -133,10 +133,9 @@ class TrainingConfig:
     num_threads: int = option("running", 0, "torch threads of each process (0: as launched)", free=True)
     num_workers: int = option(
         "running",
-        2,
-        "worker processes that read recordings and prepare batches (0: none)",
+        -1,
+        "worker processes that read recordings and prepare batches (-1: 2 with a GPU, else none)",
         alias=["dataloader_num_workers", "decode_threads"],
-        check=NOT_NEGATIVE,
         free=True,
     )
     mixed_precision: str | None = option(
@@ -173,6 +172,10 @@ class TrainingConfig:
     def needs_dataset(self) -> bool:
         """Whether the run cannot start without `--dataset`."""
         return True
+
+    def workers(self, device: Any) -> int:
+        """Worker processes of a run on `device`."""
+        return self.num_workers if self.num_workers >= 0 else 2 * (device.type != "cpu")
 
     def build_task(self, accelerator: Any) -> Task:
         """The task that these settings describe, with its data loaded and its model on the accelerator's device."""
@@ -227,11 +230,13 @@ class AudioTrainingConfig(TrainingConfig):
         """Folder of the encoded audio."""
         return Path(self.feature_cache or Path(self.output_dir) / "features")
 
-    def encoding_options(self) -> EncodingOptions:
+    def encoding_options(self, device: Any) -> EncodingOptions:
         """How recordings are read and encoded."""
         from .encoding import EncodingOptions
 
-        return EncodingOptions(self.cache_folder(), self.encode_batch_size, self.num_workers, self.min_clip_seconds)
+        return EncodingOptions(
+            self.cache_folder(), self.encode_batch_size, self.workers(device), self.min_clip_seconds
+        )
 
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:

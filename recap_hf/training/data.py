@@ -153,9 +153,11 @@ def load_encoded(
     Raises:
         ValueError: if no clip of a split can be encoded.
     """
+    from accelerate import PartialState
+
     clips, summary = {}, DataSummary()
     for split, data in splits.items():
-        encoded = store_features(data.dataset, encoder, config.encoding_options())
+        encoded = store_features(data.dataset, encoder, config.encoding_options(PartialState().device))
         clips[split] = clips_of(data, encoded.keys)
         if not clips[split]:
             raise ValueError(f"no clip of the {split} split could be encoded: {encoded.problems[0].detail}")

@@ -67,12 +67,13 @@ class TrainingLoop:
         self.scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, self.total_steps)
         task.module, self.optimizer = accelerator.prepare(task.module, optimizer)
         self.sampler = StepSampler(task, config.gradient_accumulation_steps)
+        workers = config.workers(accelerator.device)
         self.loader = DataLoader(
             task.examples,
             batch_sampler=self.sampler,
             collate_fn=task.collator,
-            num_workers=config.num_workers,
-            persistent_workers=config.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
         )
         self.checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.save_total_limit)
         self.progress = Progress(settings=asdict(config))

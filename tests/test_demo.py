@@ -18,6 +18,7 @@ from test_audio import BROKEN
 
 from recap_cli import main
 from recap_hf.demo.settings import DemoSettings, parse_datastore, parse_datastores
+from recap_hf.modeling.captioning_recap import Captioner
 
 NASTY = "<img src=x onerror=\"alert(1)\"> & 'quoted' {{ 7*7 }} ${7*7} </section><script>alert(2)</script>"
 
@@ -54,7 +55,7 @@ def handlers(tiny_model, tiny_processor, tmp_path):
     example = tmp_path / "example.wav"
     soundfile.write(example, synthetic_clip(2.0, 3), 48_000)
     settings = DemoSettings(max_seconds=12, max_megabytes=3, max_captions=5, max_caption_characters=200)
-    return Handlers(DemoCaptioner(tiny_model, tiny_processor), settings, {"Example": example})
+    return Handlers(DemoCaptioner(Captioner(tiny_model, tiny_processor)), settings, {"Example": example})
 
 
 def upload(tmp_path, data: bytes, name: str = "mine.wav"):
@@ -357,7 +358,7 @@ def test_named_datastores(tiny_model, tiny_processor, tmp_path):
     (tmp_path / "birds.txt").write_text("an owl hoots\na wren sings\n")
     tiny_processor.datastore.save_pretrained(tmp_path / "folder")
     captioner = DemoCaptioner(
-        tiny_model, tiny_processor, {"Birds": tmp_path / "birds.txt", "Folder": str(tmp_path / "folder")}
+        Captioner(tiny_model, tiny_processor), {"Birds": tmp_path / "birds.txt", "Folder": str(tmp_path / "folder")}
     )
     assert captioner.choices == [
         "Built in (8 captions)",
@@ -366,7 +367,7 @@ def test_named_datastores(tiny_model, tiny_processor, tmp_path):
         "None: the model alone",
     ]
     with pytest.raises(FileNotFoundError, match="no such file of captions"):
-        DemoCaptioner(tiny_model, tiny_processor, {"Missing": "missing.txt"})
+        DemoCaptioner(Captioner(tiny_model, tiny_processor), {"Missing": "missing.txt"})
 
 
 def test_datastores_of_a_command_line():
@@ -443,7 +444,7 @@ def test_the_page_keeps_no_upload_and_calls_no_one(tiny_model, tiny_processor):
     from recap_hf.demo.page import build_page, inside_uploads, launch_options, upload_folder
 
     settings = DemoSettings(max_megabytes=2)
-    page = build_page(DemoCaptioner(tiny_model, tiny_processor), settings)
+    page = build_page(DemoCaptioner(Captioner(tiny_model, tiny_processor)), settings)
     assert page.analytics_enabled is False
     assert page.delete_cache == (60, 300)
     options = launch_options(settings)

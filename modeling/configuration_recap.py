@@ -11,7 +11,6 @@ from typing import Any
 from transformers import ClapConfig, GPT2Config, PretrainedConfig
 
 from .encoder_recap import AUDIO_POSITIONS, SINUSOIDAL, encoder_class
-from .prefix_recap import CONDITIONINGS, CROSS_ATTENTION, PREFIX
 
 AUTO_MAP = {
     "AutoConfig": "configuration_recap.RecapConfig",
@@ -21,6 +20,8 @@ AUTO_MAP = {
     "AutoProcessor": "processing_recap.RecapProcessor",
 }
 PIPELINE_TASK = "audio-captioning"
+CROSS_ATTENTION, PREFIX = "cross_attention", "prefix"
+CONDITIONINGS = (CROSS_ATTENTION, PREFIX)
 CUSTOM_PIPELINES = {
     PIPELINE_TASK: {
         "impl": "pipeline_recap.AudioCaptioningPipeline",
@@ -228,4 +229,13 @@ def copy_remote_code(folder: str | os.PathLike) -> None:
             shutil.copyfile(source, target)
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "PIPELINE_TASK", "RecapConfig", "copy_remote_code"]
+__all__ = [
+    "AUTO_MAP",
+    "CONDITIONINGS",
+    "CROSS_ATTENTION",
+    "CUSTOM_PIPELINES",
+    "PIPELINE_TASK",
+    "PREFIX",
+    "RecapConfig",
+    "copy_remote_code",
+]

@@ -17,7 +17,7 @@ from .configuration_recap import AUTO_MAP
 # CLAP's floor under the mel power and so under the decibels: 10 * log10(1e-10) = -100 dB.
 _MEL_FLOOR = 1e-10
 # Frames of 1,024 samples in one transform on a CPU: as many as its nearer caches hold; all 1,001 of a window take half
-# as long again. On other devices so many windows, enough to fill them (0.5 GB).
+# as long again. On other devices the number of windows that fills them (0.5 GB).
 _FRAMES_AT_ONCE_CPU, _WINDOWS_AT_ONCE = 128, 64
 _CLAP_SETTINGS = (
     "feature_size",
@@ -204,7 +204,7 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         return mels.clamp_(min=_MEL_FLOOR).log10_().mul_(10.0).float()
 
     def _taper_and_filters(self, device: str | torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The Hann window, and the mel filters down to their last bin: nothing above 14 kHz is listened to."""
+        """The Hann window, and the mel filters down to their last bin: nothing above 14 kHz is used."""
         dtype = getattr(torch, self.compute_dtype)
         taper = torch.hann_window(self.fft_window_size, dtype=dtype, device=device)
         filters = self.mel_filters_slaney if self.truncation == "rand_trunc" else self.mel_filters
@@ -213,7 +213,7 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        # Also inside a processor's file: AutoFeatureExtractor looks there for the code that travels.
+        # Also inside a processor's file: AutoFeatureExtractor looks there for the code.
         output["auto_map"] = {"AutoFeatureExtractor": AUTO_MAP["AutoFeatureExtractor"]}
         return output
 

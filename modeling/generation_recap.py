@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from .prefix_recap import PREFIX, check_prefix_generation
+from .configuration_recap import PREFIX
 
 # transformers 5.24 renamed the cache of keys and values; the older name warns since. Asked of the layer, not of the
 # version: a development version counts as one before its release.
@@ -142,7 +142,7 @@ class RecapGenerationMixin(GenerationMixin):
             # Where transformers looks for it: without one it warns that batches of clips may go wrong.
             kwargs["attention_mask"] = encoder_outputs.attention_mask
         if self.config.conditioning == PREFIX:
-            check_prefix_generation(generation_config or self.generation_config, kwargs)
+            _check_prefix(generation_config or self.generation_config, kwargs)
         generation_config = _take_penalties(generation_config, self.generation_config, kwargs)
         return super().generate(generation_config=generation_config, encoder_outputs=encoder_outputs, **kwargs)
 
@@ -195,6 +195,25 @@ class RecapGenerationMixin(GenerationMixin):
         log_probs = logits.float().log_softmax(dim=-1)
         totals = (log_probs.gather(2, targets.unsqueeze(2)).squeeze(2) * counted).sum(dim=1)
         return (totals / counted.sum(dim=1)).exp().tolist()
+
+
+# With a prefix, each would have to know that the cache is longer than the tokens.
+_REFUSED = ("cache_implementation", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+
+
+def _check_prefix(generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Refuses ways of generating that count on a cache without a prefix.
+
+    Raises:
+        `ValueError`: naming the parameter.
+    """
+    for name in _REFUSED:
+        value = kwargs.get(name, getattr(generation_config, name, None))
+        if value is not None and value != "dynamic":
+            raise ValueError(
+                f"A captioner conditioned by a prefix generates with the dynamic cache only: `{name}` is not "
+                f"supported, got {value!r:.80}."
+            )
 
 
 def _take_penalties(

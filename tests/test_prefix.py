@@ -18,7 +18,7 @@ from recap_hf import (
     RecapProcessor,
 )
 from recap_hf.modeling.generation_recap import CACHE
-from recap_hf.modeling.prefix_recap import PrefixMapper
+from recap_hf.modeling.modeling_recap import PrefixMapper
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_saved_and_loaded(model, processor, clips, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = RecapForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.config.conditioning == "prefix" and loaded.config.prefix_length == 4
-    assert (tmp_path / "prefix_recap.py").is_file()
+    assert (tmp_path / "modeling_recap.py").is_file()
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
     expected = AudioCaptioningPipeline(model=model, processor=processor)({"raw": clips[0], "sampling_rate": 48_000})
     pipe = AudioCaptioningPipeline(model=loaded, processor=RecapProcessor.from_pretrained(tmp_path))

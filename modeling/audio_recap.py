@@ -63,17 +63,41 @@ def load_audio(source: Any) -> tuple[np.ndarray, int]:
     if hasattr(source, "get_all_samples"):
         samples = source.get_all_samples()
         return np.asarray(samples.data, dtype=np.float32), int(samples.sample_rate)
+    blocks, sampling_rate = [], 0
+    for block, sampling_rate in read_blocks(source):  # noqa: B007 (the last one's rate is every block's)
+        blocks.append(block)
+    waveform = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+    return np.ascontiguousarray(waveform), sampling_rate
+
+
+def read_blocks(source: Any, frames: int = -1) -> Iterator[tuple[np.ndarray, int]]:
+    """Reads a file block by block.
+
+    Args:
+        source: a path, a URL, `bytes` or a binary file object.
+        frames (`int`, *optional*): samples of each channel in a block; default: everything in one block. A format that
+            PyAV reads comes in FFmpeg's blocks. Decoded MP3 samples depend on this number (by about 1e-7).
+
+    Yields:
+        `tuple`: float32 of shape `(channels, samples)`, and the sampling rate in Hz.
+
+    Raises:
+        As `load_audio`. A truncated file yields all samples it has, and then raises `ValueError`.
+    """
     name, data = open_source(source)
+    empty = True
     try:
-        waveform, sampling_rate = _decode(name, data)
+        for block, sampling_rate in _decode(name, data, frames):
+            if not np.isfinite(block).all():
+                raise ValueError(f"{name}: the recording holds NaN or infinite samples.")
+            if block.shape[1]:
+                empty = False
+                yield block, sampling_rate
     finally:
         if data is not source:
             data.close()
-    if waveform.shape[1] == 0:
+    if empty:
         raise ValueError(f"{name}: the recording is empty (no samples).")
-    if not np.isfinite(waveform).all():
-        raise ValueError(f"{name}: the recording holds NaN or infinite samples.")
-    return waveform, sampling_rate
 
 
 def _load_mapping(source: Mapping[str, Any]) -> tuple[np.ndarray, int]:
@@ -122,29 +146,34 @@ def open_source(source: Any) -> tuple[str, Any]:
     )
 
 
-def _decode(name: str, data: Any) -> tuple[np.ndarray, int]:
+def _decode(name: str, data: Any, frames: int) -> Iterator[tuple[np.ndarray, int]]:
     if soundfile is None:
         raise ImportError("Reading audio files needs soundfile: pip install soundfile")
-    head = data.read(1)
-    if not head:
+    if not data.read(1):
         raise ValueError(f"{name}: the file is empty (0 bytes).")
     data.seek(0)
+    read = 0
     try:
         with soundfile.SoundFile(data) as file:
-            check_sampling_rate(file.samplerate, name)
-            announced, log = file.frames, file.extra_info
-            waveform, sampling_rate = file.read(dtype="float32", always_2d=True).T, file.samplerate
+            rate, announced, log = file.samplerate, file.frames, file.extra_info
+            check_sampling_rate(rate, name)
+            while len(block := file.read(frames, dtype="float32", always_2d=True)):
+                read += len(block)
+                yield block.T, rate
     except (soundfile.LibsndfileError, RuntimeError) as error:
         reason = str(error).rpartition(": ")[2].strip().rstrip(".") or "unreadable"
+        if read:
+            raise ValueError(f"{name}: cannot be read beyond {read / rate:.1f} s ({reason}).") from error
     else:
-        if is_truncated(data, log, announced, waveform.shape[1]):
-            seconds = waveform.shape[1] / sampling_rate
-            raise ValueError(f"{name}: the recording is truncated, the file ends early ({seconds:.1f} s are there).")
-        return np.ascontiguousarray(waveform), sampling_rate
+        if is_truncated(data, log, announced, read):
+            raise ValueError(
+                f"{name}: the recording is truncated, the file ends early ({read / rate:.1f} s are there)."
+            )
+        return
     data.seek(0)
-    if av is not None:
-        return _decode_with_av(name, data, reason)
-    raise refusal(name, data, reason)
+    if av is None:
+        raise refusal(name, data, reason)
+    yield from av_blocks(name, data, reason)
 
 
 def refusal(name: str, data: Any, reason: str) -> Exception:
@@ -193,15 +222,6 @@ def container_of(data: Any) -> str:
     if head[:2] in (b"\xff\xf1", b"\xff\xf9"):
         return "AAC"
     return ""
-
-
-def _decode_with_av(name: str, data: Any, reason: str) -> tuple[np.ndarray, int]:
-    blocks, sampling_rate = [], 0
-    for block, sampling_rate in av_blocks(name, data, reason):  # noqa: B007 (the last one's rate is every block's)
-        blocks.append(block)
-    if not blocks:
-        raise ValueError(f"{name}: the recording is empty (no samples).")
-    return np.concatenate(blocks, axis=1, dtype=np.float32), sampling_rate
 
 
 def av_blocks(name: str, data: Any, reason: str = "unknown format") -> Iterator[tuple[np.ndarray, int]]:
@@ -275,4 +295,4 @@ def is_silent(waveform: np.ndarray) -> bool:
     return float(np.abs(waveform).max(initial=0.0)) <= SILENCE_PEAK
 
 
-__all__ = ["SILENCE_CAPTION", "check_sampling_rate", "is_silent", "load_audio", "resample", "to_mono"]
+__all__ = ["SILENCE_CAPTION", "check_sampling_rate", "is_silent", "load_audio", "read_blocks", "resample", "to_mono"]

@@ -42,11 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0 when the stream ends or Ctrl-C ends it; what has arrived is captioned first."""
     check_caption_options(args)
-    from recap_hf.audio.live import LiveSound
-
     if args.microphone is not None and args.input != "-":
         print("recap live: error: --microphone and a pipe exclude each other: give one of them", file=sys.stderr)
         return 2
+    from recap_hf.audio.live import LiveSound
+
     with _blocks(args) as blocks:
         # Before the model is loaded, which takes longer than a pipe can hold.
         sound = LiveSound(blocks, args.buffer).start()

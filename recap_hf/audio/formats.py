@@ -12,16 +12,7 @@ from typing import IO, Any
 from .subtitles import Cue, CuePlacer, SubtitleStyle, clock, srt_block, vtt_block
 
 _CSV_COLUMNS = ("file", "start", "end", "caption", "score", "retrieved")
-_RAVEN_COLUMNS = (
-    "Selection",
-    "View",
-    "Channel",
-    "Begin Time (s)",
-    "End Time (s)",
-    "Low Freq (Hz)",
-    "High Freq (Hz)",
-    "Annotation",
-)
+_RAVEN_COLUMNS = "Selection,View,Channel,Begin Time (s),End Time (s),Low Freq (Hz),High Freq (Hz),Annotation"
 
 
 def _one_line(caption: str) -> str:
@@ -172,7 +163,7 @@ class RavenWriter(TimelineWriter):
     """A selection table of Raven. A segment spans all frequencies, from 0 to `max_frequency`."""
 
     suffix = ".selections.txt"
-    head = "\t".join(_RAVEN_COLUMNS) + "\n"
+    head = _RAVEN_COLUMNS.replace(",", "\t") + "\n"
 
     def line(self, segment: dict[str, Any]) -> str:
         times, frequencies = f"{segment['start']:.3f}\t{segment['end']:.3f}", f"0.0\t{self.max_frequency:.1f}"

@@ -7,23 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import soundfile
 import soxr
 
-from recap_hf.modeling.audio_recap import (
-    av_blocks,
-    check_sampling_rate,
-    is_truncated,
-    load_audio,
-    open_source,
-    refusal,
-    to_mono,
-)
-
-try:
-    import av
-except ImportError:
-    av = None
+from recap_hf.modeling.audio_recap import load_audio, read_blocks, to_mono
 
 DEFAULT_BLOCK_S = 5.0
 # Frames read from a file at once, independent of `block_s`: decoded MP3 samples depend on it (by about 1e-7).
@@ -112,7 +98,8 @@ class AudioStream:
             # An undecoded Audio value; of a mapping without any audio `load_audio` says what is missing.
             source = next((source[key] for key in ("bytes", "path") if source.get(key) is not None), source)
         if isinstance(source, _FILE_TYPES) or hasattr(source, "read"):
-            yield from self._file_blocks(source)
+            for block, rate in read_blocks(source, _READ_FRAMES):
+                yield from self._split(block.mean(axis=0), rate)
         elif isinstance(source, Mapping) or hasattr(source, "get_all_samples"):
             waveform, rate = load_audio(source)
             yield from self._split(to_mono(waveform), rate)
@@ -123,39 +110,3 @@ class AudioStream:
         step = max(1, int(self.block_s * rate))
         for start in range(0, len(waveform), step):
             yield waveform[start : start + step], rate
-
-    def _file_blocks(self, source: Any) -> Iterator[tuple[np.ndarray, int]]:
-        name, data = open_source(source)
-        try:
-            if not data.read(1):
-                raise ValueError(f"{name}: the file is empty (0 bytes).")
-            data.seek(0)
-            yield from self._decoded(name, data)
-        finally:
-            if data is not source:
-                data.close()
-
-    def _decoded(self, name: str, data: Any) -> Iterator[tuple[np.ndarray, int]]:
-        read = 0
-        try:
-            with soundfile.SoundFile(data) as file:
-                rate, announced, log = file.samplerate, file.frames, file.extra_info
-                check_sampling_rate(rate, name)
-                while len(block := file.read(_READ_FRAMES, dtype="float32", always_2d=True)):
-                    read += len(block)
-                    yield from self._split(block.mean(axis=1), rate)
-        except (soundfile.LibsndfileError, RuntimeError) as error:
-            reason = str(error).rpartition(": ")[2].strip().rstrip(".") or "unreadable"
-            if read:
-                raise ValueError(f"{name}: cannot be read beyond {read / rate:.1f} s ({reason}).") from error
-        else:
-            if is_truncated(data, log, announced, read):
-                raise ValueError(
-                    f"{name}: the recording is truncated, the file ends early ({read / rate:.1f} s are there)."
-                )
-            return
-        data.seek(0)
-        if av is None:
-            raise refusal(name, data, reason)
-        for block, rate in av_blocks(name, data, reason):
-            yield from self._split(block.mean(axis=0), rate)

@@ -85,12 +85,7 @@ def attribute(model: Any, passage: Passage, groups: Sequence[Sequence[int]], met
         passage ([`Passage`]): prompt and answer.
         groups: for each group the indices of its tokens in the answer.
         method (`str`): one of [`METHODS`].
-
-    Raises:
-        `ValueError`: for another method.
     """
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
     groups = [list(group) for group in groups]
     if method == "attention":
         log_probs, audio, captions = _from_attention(model, passage, groups)

@@ -1,27 +1,31 @@
-"""Scores of audio captions, exact to the reference implementations, with intervals and the clip list beside them."""
+"""Scores of audio captions, exact to the reference implementations, with bootstrap intervals."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from .bootstrap import Difference, bootstrap_intervals, paired_bootstrap
 from .clips import ClipList, clip_list_hash, clip_stem, match_clips, read_clip_list
-from .compare import Comparison, Difference, bootstrap_intervals, compare_tables, intersect, paired_bootstrap
+from .compare import Comparison, compare_tables, intersect
 from .fense import FenseModels
 from .java import JavaRuntime, find_java
-from .scorer import METRICS, CaptionScores, score_captions
-from .tables import PredictionTable, read_captions, read_predictions
-from .tools import JavaTools
+from .metrics import METRIC_LABELS, METRICS
+from .scorer import CaptionScores, score_captions
+from .tables import Columns, PredictionTable, read_predictions, read_training_captions
+from .tools import ScoringTools
 
 __all__ = [
     "METRICS",
+    "METRIC_LABELS",
     "CaptionScores",
     "ClipList",
+    "Columns",
     "Comparison",
     "Difference",
     "FenseModels",
     "JavaRuntime",
-    "JavaTools",
     "PredictionTable",
+    "ScoringTools",
     "bootstrap_intervals",
     "clip_list_hash",
     "clip_stem",
@@ -31,13 +35,13 @@ __all__ = [
     "intersect",
     "match_clips",
     "paired_bootstrap",
-    "read_captions",
     "read_clip_list",
     "read_predictions",
+    "read_training_captions",
     "score_captions",
 ]
 
 
 def evaluate_module() -> str:
-    """Path for `evaluate.load`: the caption scores as an `evaluate` module, read from the installed package."""
+    """Path for `evaluate.load`: the caption scores as an `evaluate` module, part of the installed package."""
     return str(Path(__file__).parent / "caption_scores")

@@ -1,8 +1,7 @@
-"""Which clips a score is about: their names, their hash, and the restriction to a published list."""
+"""Names of clips: matching them between files, hashing them, and restricting scores to a published list."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import re
@@ -13,6 +12,8 @@ from pathlib import Path
 
 from recap_hf.modeling.retrieval_recap import normalize_clip_id
 
+from .rows import read_rows
+
 _EXTENSION = re.compile(r"\.(wav|flac|ogg|oga|opus|mp3|m4a|aac|webm|aiff?|npy|mp4|mkv)$", re.IGNORECASE)
 _YOUTUBE = re.compile(r"Y?([A-Za-z0-9_-]{11})(?:_\d+(?:\.\d+)?){0,2}")
 ID_COLUMNS = ("clip_id", "file_name", "fname", "filename", "file_path", "audio_id", "youtube_id", "id")
@@ -21,7 +22,7 @@ ID_COLUMNS = ("clip_id", "file_name", "fname", "filename", "file_path", "audio_i
 def clip_stem(clip_id: str, youtube: bool = False) -> str:
     """Name of a clip without folder and audio extension.
 
-    `youtube=True` also takes away what surrounds a YouTube id: a leading `Y` and the start and end times, so that
+    `youtube=True` also removes what surrounds a YouTube id, a leading `Y` and the start and end times: then
     `Y7fmOlUlwoNg.wav`, `7fmOlUlwoNg_20.flac` and `7fmOlUlwoNg` are one clip.
     """
     stem = _EXTENSION.sub("", re.split(r"[/\\]", clip_id)[-1])
@@ -30,7 +31,7 @@ def clip_stem(clip_id: str, youtube: bool = False) -> str:
 
 
 def clip_list_hash(names: Iterable[str]) -> str:
-    """SHA-256 of the clips' names, whatever their order, folder, extension and spelling (case, punctuation).
+    """SHA-256 of the clips' names, independent of order, folder, extension and spelling (case, punctuation).
 
     Two scores with the same hash are about the same clips.
     """
@@ -45,26 +46,22 @@ def sha256_of_lines(lines: Iterable[str]) -> str:
 def match_clips(first: Sequence[str], second: Sequence[str], youtube: bool = False) -> list[tuple[int, int]]:
     """Pairs of positions (in `first`, in `second`) that name the same clip, in the order of `first`.
 
-    Names that are equal are matched first, then stems, then folded spellings (one published list writes `Santa Motor`
-    and another `Santa_Motor`); the last two only where one clip of either side can be meant: Clotho has different
+    Equal names are matched first, then stems, then normalized spellings (one published list writes `Santa Motor`,
+    another `Santa_Motor`). Stems and spellings match only where each side has one such clip: Clotho has different
     clips called `Watering Can` and `watering_can`, and folders may hold clips of the same name.
 
     Raises:
         ValueError: if a side has the same name twice.
     """
     for names in (first, second):
-        repeated = next((name for name, count in Counter(names).items() if count > 1), None)
-        if repeated is not None:
-            raise ValueError(f"the clip {repeated!r} is named twice")
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise ValueError(f"the clip {repeated[0]!r} is named twice")
     pairs: list[tuple[int, int]] = []
     rest = dict(enumerate(first)), dict(enumerate(second))
-    for key_of in (
-        str,
-        lambda name: clip_stem(name, youtube),
-        lambda name: normalize_clip_id(clip_stem(name, youtube)),
-    ):
-        indices = [_unambiguous(names, key_of) for names in rest]
-        found = [(number, indices[1][key]) for key, number in indices[0].items() if key in indices[1]]
+    for key_of in (str, lambda name: clip_stem(name, youtube), lambda name: normalize_clip_id(clip_stem(name, youtube))):
+        own, other = (_unambiguous(names, key_of) for names in rest)
+        found = [(number, other[key]) for key, number in own.items() if key in other]
         for one, two in found:
             del rest[0][one], rest[1][two]
         pairs += found
@@ -85,11 +82,6 @@ class ClipList:
     name: str
     clip_ids: tuple[str, ...]
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the list."""
-        return clip_list_hash(self.clip_ids)
-
     def select(self, clip_ids: Sequence[str], youtube: bool = False) -> tuple[list[int], list[str]]:
         """Positions in `clip_ids` of the clips on the list, and the names on the list that `clip_ids` lacks.
 
@@ -98,7 +90,7 @@ class ClipList:
         """
         pairs = match_clips(clip_ids, self.clip_ids, youtube)
         if not pairs:
-            hint = "" if youtube else "; where both are AudioSet clips named in two ways, try --youtube-ids"
+            hint = "" if youtube else "; for AudioSet clips named in two ways, try --youtube-ids"
             raise ValueError(
                 f"none of the {len(clip_ids)} clips is on the list {self.name} "
                 f"(clips like {clip_ids[0]!r}, list like {self.clip_ids[0]!r}){hint}"
@@ -107,27 +99,25 @@ class ClipList:
         return [pair[0] for pair in pairs], [name for n, name in enumerate(self.clip_ids) if n not in found]
 
 
-def read_clip_list(path: str | os.PathLike, column: str | None = None) -> ClipList:
-    """A clip list from a text file with one name a line (`#` starts a comment line) or from a column of a CSV file.
+def read_clip_list(path: str | os.PathLike) -> ClipList:
+    """A clip list from a text file with one name per line (`#` starts a comment line) or from a table.
 
-    A name that occurs several times (a CSV with one row a caption) counts once.
+    Of a table the first of the columns `clip_id`, `file_name`, ... is read. A repeated name (a table with one row per
+    caption) counts once.
 
     Raises:
-        ValueError: if the file holds no name, or the CSV no column of names.
+        ValueError: if the file holds no name, or the table no column of names.
     """
     path = Path(path)
-    if path.suffix.lower() in (".csv", ".tsv"):
-        with open(path, encoding="utf-8-sig", newline="") as handle:
-            reader = csv.DictReader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            columns = list(reader.fieldnames or [])
-            chosen = column or next((name for name in ID_COLUMNS if name in columns), None)
-            if chosen not in columns:
-                expected = repr(column) if column else f"one of {', '.join(ID_COLUMNS)}"
-                raise ValueError(f"{path} has the columns {', '.join(columns)}; expected {expected}")
-            names = [row[chosen] or "" for row in reader]
-    else:
+    if path.suffix.lower() in ("", ".txt", ".lst"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         names = [line for line in lines if not line.lstrip().startswith("#")]
+    else:
+        rows = read_rows(path)
+        column = next((name for name in ID_COLUMNS if name in rows[0]), None)
+        if column is None:
+            raise ValueError(f"{path} has the columns {', '.join(rows[0])}; expected one of {', '.join(ID_COLUMNS)}")
+        names = [str(row[column] or "") for row in rows]
     unique = dict.fromkeys(name.strip() for name in names if name.strip())
     if not unique:
         raise ValueError(f"{path} names no clip")

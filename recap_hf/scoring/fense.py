@@ -1,8 +1,8 @@
 """FENSE and SPIDEr-FL (Zhou et al., "Can audio captions be evaluated with image caption metrics?", ICASSP 2022).
 
-FENSE is the sentence similarity of caption and references, divided by ten where a classifier is more than 90 % sure
-that the caption is not fluent; SPIDEr-FL applies the same penalty to SPIDEr. Both are exact when the similarities and
-probabilities are given; the models that give them are loaded from local folders and nothing is downloaded.
+FENSE is the sentence similarity of caption and references, divided by ten if a classifier is more than 90 % sure that
+the caption is not fluent. SPIDEr-FL applies the same penalty to SPIDEr. Similarities and probabilities come from the
+caller or from models in local folders; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MAX_TOKENS = 64  # of the error detector
 
 
 def penalize(scores: np.ndarray, error_probabilities: np.ndarray) -> np.ndarray:
-    """`scores` (num_clips,), reduced to a tenth where the error probability exceeds 0.9."""
+    """`scores` (num_clips,), divided by ten where the error probability exceeds 0.9."""
     return scores * (1 - PENALTY * (np.asarray(error_probabilities) > ERROR_THRESHOLD))
 
 
@@ -27,16 +27,16 @@ class FenseModels:
     """The two models of FENSE, from local files.
 
     Args:
-        sentence_model: folder of a Sentence-BERT model (the field uses `paraphrase-TinyBERT-L6-v2`).
+        sentence_model: folder of a Sentence-BERT model (usually `paraphrase-TinyBERT-L6-v2`).
         error_detector: the published checkpoint, `echecker_clotho_audiocaps_base.ckpt`.
         error_detector_encoder: folder with configuration and tokenizer of the BERT that the checkpoint names as its
-            `model_type`. Default: that BERT from the local Hub cache.
+            `model_type`; default: that BERT from the local Hub cache.
         device: torch device.
 
     Raises:
         ImportError: if `sentence-transformers` is not installed.
-        OSError: if a file is not there.
-        ValueError: if the checkpoint is of another kind.
+        OSError: if a file does not exist.
+        ValueError: if the checkpoint is no error detector.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class FenseModels:
                 'the sentence model of FENSE needs sentence-transformers: pip install "recap-hf[fense]"'
             ) from error
         if not Path(sentence_model).is_dir():
-            raise FileNotFoundError(f"no Sentence-BERT folder at {sentence_model}; FENSE downloads nothing by itself")
+            raise FileNotFoundError(f"no Sentence-BERT folder at {sentence_model}; nothing is downloaded")
         self.device = device
         self.names = {"sentence_model": Path(sentence_model).name, "error_detector": Path(error_detector).name}
         self.sentence_model = SentenceTransformer(str(sentence_model), device=device, local_files_only=True)
@@ -64,11 +64,11 @@ class FenseModels:
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
         if not checkpoint.is_file():
-            raise FileNotFoundError(f"no error detector at {checkpoint}; FENSE downloads nothing by itself")
+            raise FileNotFoundError(f"no error detector at {checkpoint}; nothing is downloaded")
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if not isinstance(saved, dict) or not {"model_type", "num_classes", "state_dict"} <= saved.keys():
             raise ValueError(
-                f"{checkpoint} is no FENSE error detector: expected the keys model_type, num_classes and state_dict"
+                f"{checkpoint} is no error detector of FENSE: expected the keys model_type, num_classes and state_dict"
             )
         source = str(encoder or saved["model_type"])
         self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
@@ -76,7 +76,7 @@ class FenseModels:
         self.encoder = AutoModel.from_config(config)
         self.head = torch.nn.Linear(config.hidden_size, saved["num_classes"])
         weights = dict(saved["state_dict"])
-        # Old releases of transformers stored the positions as a buffer; new ones compute them.
+        # Old releases of transformers saved the positions; new ones compute them.
         weights.pop("encoder.embeddings.position_ids", None)
         module = torch.nn.ModuleDict({"encoder": self.encoder, "clf": self.head})
         try:

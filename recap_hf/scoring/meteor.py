@@ -18,14 +18,13 @@ _NUM_STATISTICS = 23
 
 
 class MeteorJar:
-    """A running METEOR 1.5 (Denkowski and Lavie, 2014), options as in `pycocoevalcap` (`-l en -norm`).
+    """A METEOR 1.5 process (Denkowski and Lavie, 2014), options as in `pycocoevalcap` (`-l en -norm`).
 
-    It takes seconds to start, since it reads its paraphrases, so one process serves all that is scored.
-    `pycocoevalcap`'s own wrapper is not used: it runs whatever `java` is on the PATH, and waits for ever on its lock
-    when the jar dies.
+    It takes seconds to start, since it reads its paraphrases, so one process scores all captions. `pycocoevalcap`'s
+    own wrapper is not used: it runs the `java` of the PATH, and waits forever on its lock when the jar dies.
 
     Args:
-        java: the Java to run it on.
+        java: the Java to run.
     """
 
     def __init__(self, java: JavaRuntime) -> None:
@@ -33,11 +32,7 @@ class MeteorJar:
         self._process: subprocess.Popen | None = None
 
     def score(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> MetricScores:
-        """METEOR of tokenized captions.
-
-        Raises:
-            RuntimeError: if the jar fails.
-        """
+        """METEOR of tokenized captions. Raises `RuntimeError` if the jar fails."""
         lines = []
         for caption, refs in zip(captions, references, strict=True):
             texts = [text.replace("|||", " ").strip() for text in (*refs, caption)]
@@ -52,13 +47,13 @@ class MeteorJar:
                 f"the METEOR jar failed (Java {self.java.version}, {self.java.path}): {error}"
             ) from error
         statistics = np.array([[float(value) for value in answer.split()] for answer in answers])
-        # The jar takes a caption that matches its reference as a whole for unfragmented: no chunk counts.
+        # The jar counts no chunk for a caption that matches its reference as a whole.
         whole = (statistics[:, 21:23] == statistics[:, 0:2]).all(axis=1) & (statistics[:, 20] == 1)
         statistics[whole, 20] = 0
         return MetricScores(scores[-1], np.array(scores[:-1]), statistics, meteor_from_statistics)
 
     def close(self) -> None:
-        """Ends the process; it starts again when it is needed."""
+        """Ends the process. The next call of `score` starts another."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -92,7 +87,7 @@ class MeteorJar:
 
 
 def meteor_from_statistics(sums: np.ndarray, num_clips: int) -> np.ndarray:
-    """METEOR of (summed) statistics of the jar, shape (..., 23).
+    """METEOR (...) of summed statistics of the jar (..., 23).
 
     The 23 are: words and function words of caption and reference (4); for each of the four matchers the matched
     content and function words of both (16); chunks; matched words of both. Formula: Denkowski and Lavie, 2014.

@@ -1,32 +1,26 @@
-"""BLEU, ROUGE-L and CIDEr-D through `pycocoevalcap`, with what a bootstrap needs to score any resample.
+"""The metrics: `METRICS` is the one place where they are registered.
 
-A corpus score is either the mean of the clips' scores (ROUGE-L, CIDEr-D) or a function of sums over clips (BLEU, and
-METEOR in `meteor.py`). Each metric therefore returns, beside its scores, one row of additive statistics a clip and the
-function from their sums to the corpus score.
+BLEU, ROUGE-L and CIDEr-D are computed by `pycocoevalcap`. A corpus score is the mean of the clips' scores or a function
+of sums over clips (BLEU, METEOR), so each metric returns additive statistics of the clips and the function from their
+sums to the corpus score: a bootstrap can then score any resample.
+
+A new metric is one function and one entry in `METRICS`: commands, tables and cards take name and label from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-BLEU_KEYS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
-# How tables and cards name the scores, in the order of their columns.
-METRIC_LABELS = {
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "meteor": "METEOR",
-    "rouge_l": "ROUGE-L",
-    "cider_d": "CIDEr-D",
-    "spice": "SPICE",
-    "spider": "SPIDEr",
-    "fense": "FENSE",
-    "spider_fl": "SPIDEr-FL",
-}
+from .fense import ERROR_THRESHOLD, penalize
+from .spice import SpiceUnavailable, spice
+
+if TYPE_CHECKING:
+    from .tools import ScoringTools
 
 
 @dataclass(frozen=True)
@@ -35,9 +29,9 @@ class MetricScores:
 
     Attributes:
         corpus: the corpus score.
-        clips: (num_clips,) one score a clip.
+        clips: (num_clips,) one score per clip.
         statistics: (num_clips, size) additive statistics.
-        aggregate: from sums of statistics (..., size) and the number of clips to corpus scores (...).
+        aggregate: maps sums of statistics (..., size) and the number of clips to corpus scores (...).
     """
 
     corpus: float
@@ -49,11 +43,34 @@ class MetricScores:
 def mean_scores(clips: Sequence[float]) -> MetricScores:
     """`MetricScores` of a metric whose corpus score is the mean of its clips' scores."""
     values = np.asarray(clips, dtype=np.float64)
-    return MetricScores(float(values.mean()), values, values[:, None], _mean)
+    return MetricScores(float(values.mean()), values, values[:, None], lambda sums, count: sums[..., 0] / count)
 
 
-def _mean(sums: np.ndarray, num_clips: int) -> np.ndarray:
-    return sums[..., 0] / num_clips
+@dataclass
+class ScoringInput:
+    """What a metric may use.
+
+    Attributes:
+        captions, references: tokenized; one caption and any number of references per clip.
+        texts, reference_texts: the same, not tokenized.
+        tools: external tools and models.
+        given: scores that the caller computed, (num_clips,) each, by key.
+        scores: of the metrics before this one in `METRICS`; None for those that were skipped.
+        sources: may be filled: what computed a score, by key.
+    """
+
+    captions: list[str]
+    references: list[list[str]]
+    texts: list[str]
+    reference_texts: list[list[str]]
+    tools: ScoringTools
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)
+    scores: dict[str, MetricScores | None] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+# From the input to scores by key; a text instead of scores is the reason why they cannot be computed.
+Compute = Callable[[ScoringInput], dict[str, "MetricScores | str"]]
 
 
 def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, MetricScores]:
@@ -71,8 +88,8 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
         rows.append([length, closest, *counts["guess"], *counts["correct"]])
     statistics = np.asarray(rows, dtype=np.float64)
     return {
-        key: MetricScores(float(corpus[n]), np.asarray(clips[n]), statistics, _BleuAggregate(n + 1))
-        for n, key in enumerate(BLEU_KEYS)
+        f"bleu_{n + 1}": MetricScores(float(corpus[n]), np.asarray(clips[n]), statistics, _BleuAggregate(n + 1))
+        for n in range(4)
     }
 
 
@@ -100,10 +117,10 @@ def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Met
 def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> MetricScores:
     """CIDEr-D, as `pycocoevalcap` computes it (clipped, Gaussian length penalty with sigma 6, times 10).
 
-    Its inverse document frequencies come from the references given, so a clip's score depends on the other clips.
+    Document frequencies come from the given references, so the score of a clip depends on the other clips.
 
     Raises:
-        ValueError: for fewer than two clips, where every document frequency is 1 and every score would read 0.
+        ValueError: for fewer than two clips: every document frequency is 1 then, and every score 0.
     """
     if len(captions) < 2:
         raise ValueError("CIDEr-D weighs words by how few clips have them, and needs at least two clips")
@@ -114,3 +131,90 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Met
         {number: list(references[number]) for number in numbers}, {number: [captions[number]] for number in numbers}
     )
     return mean_scores(clips)
+
+
+def _meteor(run: ScoringInput) -> dict[str, MetricScores | str]:
+    return {"meteor": run.tools.meteor.score(run.captions, run.references)}
+
+
+def _cider_d(run: ScoringInput) -> dict[str, MetricScores | str]:
+    try:
+        return {"cider_d": cider_d(run.captions, run.references)}
+    except ValueError as error:
+        return {"cider_d": str(error)}
+
+
+def _spice(run: ScoringInput) -> dict[str, MetricScores | str]:
+    """SPICE, and SPIDEr where CIDEr-D is computed too."""
+    found: dict[str, MetricScores | str] = {}
+    if "spice" in run.given:
+        found["spice"], run.sources["spice"] = mean_scores(run.given["spice"]), "given by the caller"
+    else:
+        try:
+            values = spice(run.captions, run.references, run.tools.runtime, run.tools.spice_models)
+            found["spice"], run.sources["spice"] = mean_scores(values), "SPICE 1.0 with Stanford CoreNLP 3.6.0"
+        except SpiceUnavailable as error:
+            found["spice"] = str(error)
+    if "cider_d" in run.scores:
+        parts = {"cider_d": run.scores["cider_d"], "spice": found["spice"]}
+        found["spider"] = _combined(parts, lambda cider, spice: (cider + spice) / 2)
+    return found
+
+
+def _fense(run: ScoringInput) -> dict[str, MetricScores | str]:
+    """FENSE with its two parts, and SPIDEr-FL where SPIDEr is computed too."""
+    models = run.tools.fense
+    similarities, probabilities = run.given.get("sbert_sim"), run.given.get("error_probability")
+    if similarities is None and models is not None:
+        similarities = models.sentence_similarities(run.texts, run.reference_texts)
+    if probabilities is None and models is not None:
+        probabilities = models.error_probabilities(run.texts)
+    if models is None:
+        run.sources["fense"] = "not computed" if probabilities is None else "parts given by the caller"
+    else:
+        run.sources["fense"] = ", ".join(f"{part} {name}" for part, name in models.names.items())
+    need = "needs the {} of each caption, or the model that gives it"
+    found: dict[str, MetricScores | str] = {
+        "sbert_sim": need.format("sentence similarity") if similarities is None else mean_scores(similarities),
+        "fer": need.format("probability of a fluency error")
+        if probabilities is None
+        else mean_scores(probabilities > ERROR_THRESHOLD),
+    }
+    found["fense"] = _combined(found.copy(), lambda similarity, _: penalize(similarity, probabilities))
+    if "spider" in run.scores:
+        parts = {"spider": run.scores["spider"], "fer": found["fer"]}
+        found["spider_fl"] = _combined(parts, lambda spider, _: penalize(spider, probabilities))
+    return found
+
+
+def _combined(parts: Mapping[str, MetricScores | str | None], function: Callable) -> MetricScores | str:
+    missing = [key for key, score in parts.items() if not isinstance(score, MetricScores)]
+    if missing:
+        return f"needs {' and '.join(missing)}, skipped above"
+    return mean_scores(function(*(score.clips for score in parts.values())))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: how to compute it, and the labels of its scores in tables, by key."""
+
+    compute: Compute
+    labels: dict[str, str]
+
+
+METRICS: dict[str, Metric] = {
+    "bleu": Metric(lambda run: bleu(run.captions, run.references), {f"bleu_{n}": f"BLEU-{n}" for n in (1, 2, 3, 4)}),
+    "meteor": Metric(_meteor, {"meteor": "METEOR"}),
+    "rouge_l": Metric(lambda run: {"rouge_l": rouge_l(run.captions, run.references)}, {"rouge_l": "ROUGE-L"}),
+    "cider_d": Metric(_cider_d, {"cider_d": "CIDEr-D"}),
+    "spice": Metric(_spice, {"spice": "SPICE", "spider": "SPIDEr"}),
+    "fense": Metric(_fense, {"fense": "FENSE", "spider_fl": "SPIDEr-FL"}),
+}
+# In the order of the columns of tables. CLAPScore is computed from recordings: see `recap_hf.evaluation.clap_score`.
+METRIC_LABELS = {key: label for metric in METRICS.values() for key, label in metric.labels.items()}
+METRIC_LABELS["clap_score"] = "CLAPScore"
+
+
+def implementation() -> dict[str, str]:
+    """What computes the metrics of `pycocoevalcap`, for the record of a result."""
+    return {"bleu, meteor, rouge_l, cider_d": f"pycocoevalcap {version('pycocoevalcap')} (METEOR 1.5 jar)"}

@@ -1,7 +1,7 @@
-"""SPICE through the jar of `pycocoevalcap`, where the CoreNLP models that it parses with are present.
+"""SPICE through the jar of `pycocoevalcap`, if the CoreNLP models of its parser are present.
 
-`pycocoevalcap` downloads those models (about 400 MB) the moment its SPICE class is made, writes its caches into
-site-packages and fails on Java 17 and later. Here nothing is downloaded, and newer Javas get the flags they ask for.
+`pycocoevalcap`'s own class downloads those models (about 400 MB), writes its caches into site-packages and fails on
+Java 17 and later. Here nothing is downloaded, and newer versions of Java get the flags that they need.
 """
 
 from __future__ import annotations
@@ -20,19 +20,9 @@ from .java import JavaRuntime
 
 MODEL_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 _MAIN_CLASS = "edu.anu.spice.SpiceScorer"
-# From Java 16 on, the serialisation library of SPICE (FST) may look into these packages only when told so.
-_OPENED_PACKAGES = (
-    "java.lang",
-    "java.lang.reflect",
-    "java.math",
-    "java.net",
-    "java.nio",
-    "java.text",
-    "java.util",
-    "java.util.concurrent",
-    "java.util.concurrent.atomic",
-    "java.time",
-)
+# From Java 16 on, the serialisation library of SPICE (FST) needs access to these packages.
+_OPENED_PACKAGES = ["java." + name for name in "lang lang.reflect math net nio text util time".split()]
+_OPENED_PACKAGES += ["java.util.concurrent", "java.util.concurrent.atomic"]
 
 
 class SpiceUnavailable(RuntimeError):
@@ -43,7 +33,7 @@ def find_spice_models(folder: str | os.PathLike | None = None) -> list[Path]:
     """The two CoreNLP 3.6.0 jars, in `folder` or where `pycocoevalcap` keeps them.
 
     Raises:
-        SpiceUnavailable: naming what is missing and how to get it.
+        SpiceUnavailable: if a jar is missing; the message says how to get it.
     """
     import pycocoevalcap.spice
 
@@ -81,14 +71,13 @@ def spice(
     """(num_clips,) SPICE F-scores (Anderson et al., 2016).
 
     Args:
-        captions: one caption a clip.
-        references: their references.
-        java: the Java to run; 11 is what SPICE is known to work with.
+        captions, references: tokenized; one caption and any number of references per clip.
+        java: the Java to run; SPICE is known to work with 11.
         models: folder of the CoreNLP jars; default: where `pycocoevalcap` keeps them.
-        timeout_s: longest run, in seconds.
+        timeout_s: longest run in seconds.
 
     Raises:
-        SpiceUnavailable: if the models are absent, or the jar fails, runs out of time or leaves a clip without score.
+        SpiceUnavailable: if the models are missing, or the jar fails, times out or leaves out a clip.
     """
     jars = find_spice_models(models)
     clips = [

@@ -1,4 +1,4 @@
-"""What the captions are like, beside how good they are: words, lengths, novelty, and copying from the prompt."""
+"""Properties of the captions beside their scores: vocabulary, lengths, novelty, and copying from the prompt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _words(texts: Iterable[str]) -> set[str]:
 
 
 def novel_share(captions: Sequence[str], training_captions: Iterable[str]) -> float:
-    """Share of captions that say something other than every training caption, case and punctuation aside."""
+    """Share of captions that differ from every training caption, ignoring case and punctuation."""
     known = {normalize_text(text) for text in training_captions}
     return sum(normalize_text(caption) not in known for caption in captions) / len(captions)
 
@@ -41,11 +41,10 @@ def novel_share(captions: Sequence[str], training_captions: Iterable[str]) -> fl
 def novel_words(
     captions: Sequence[str], references: Sequence[Sequence[str]], training_captions: Iterable[str]
 ) -> dict[str, float]:
-    """Words of the references that no training caption has, and the share of them that the captions say.
+    """Words of the references that no training caption has, and their recall: only a datastore can supply them.
 
-    What only a datastore can have taught: `novel_reference_words` counts each word once a clip, and
-    `novel_word_recall` (absent where there are none) is the share of those that the clip's caption has. Case and
-    punctuation aside; any word counts, since function words are in every training set anyway.
+    `novel_reference_words` counts each word once per clip; `novel_word_recall` (absent if there are none) is the share
+    of them in the clip's caption. Case and punctuation are ignored.
     """
     known = _words(normalize_text(text) for text in training_captions)
     wanted = found = 0
@@ -57,14 +56,13 @@ def novel_words(
 
 
 def copying(captions: Sequence[str], retrieved: Sequence[Sequence[str]]) -> dict[str, float]:
-    """How often a caption is a retrieved one, case and punctuation aside: any of them, and the first of them.
+    """Share of captions that equal a retrieved one, and of those that equal the first, ignoring case and punctuation.
 
     An empty caption copies nothing; a clip without retrieved captions counts as not copied.
     """
     any_copied = first_copied = 0
     for caption, found in zip(captions, retrieved, strict=True):
-        folded = normalize_text(caption)
-        folded_found = [normalize_text(text) for text in found]
-        any_copied += bool(folded) and folded in folded_found
-        first_copied += bool(folded) and folded in folded_found[:1]
+        own, others = normalize_text(caption), [normalize_text(text) for text in found]
+        any_copied += bool(own) and own in others
+        first_copied += bool(own) and own in others[:1]
     return {"copied_retrieved": any_copied / len(captions), "copied_first_retrieved": first_copied / len(captions)}

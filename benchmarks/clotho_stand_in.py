@@ -56,8 +56,8 @@ def _write_split(
 ) -> None:
     import soundfile
 
+    from benchmarks.grid_stand_ins import mix
     from benchmarks.sounds import load_mono
-    from recap_hf.evaluation.stand_ins import mix
     from recipes.recap_tiny.grammar import Part, Scene, render
 
     folder = output / split

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
-from .score import add_scoring_arguments, load_table, number_columns, print_remarks, scoring_options
+from recap_cli.score import (
+    add_table_arguments,
+    given_columns,
+    load_table,
+    print_remarks,
+    scoring_options,
+    scoring_tools,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `recap compare`."""
     parser.add_argument("first", metavar="A", help="predictions of the system to compare with")
     parser.add_argument("second", metavar="B", help="predictions of the other system; differences are B minus A")
-    add_scoring_arguments(parser)
+    add_table_arguments(parser)
     bootstrap = parser.add_argument_group("bootstrap")
     bootstrap.add_argument("--resamples", type=int, default=10_000, help="draws of the clips (default 10000)")
     bootstrap.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default 0.95)")
@@ -23,23 +29,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table of differences and writes the JSON."""
+    from recap_hf.files import refuse_input_as_output, write_json
     from recap_hf.scoring import compare_tables
 
+    refuse_input_as_output(args.output, args.first, args.second, args.clip_list, args.training_captions)
     first, _ = load_table(args, args.first)
     second, clip_list_name = load_table(args, args.second)
-    result = compare_tables(
-        first,
-        second,
-        youtube=args.youtube_ids,
-        resamples=args.resamples,
-        confidence=args.confidence,
-        seed=args.seed,
-        numbers=number_columns(args),
-        clip_list_name=clip_list_name,
-        **scoring_options(args),
-    )
-    interval = f"{100 * result.confidence:g}% interval"
-    print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {interval}")
+    with scoring_tools(args) as tools:
+        result = compare_tables(
+            first,
+            second,
+            youtube=args.youtube_ids,
+            resamples=args.resamples,
+            confidence=args.confidence,
+            seed=args.seed,
+            given=given_columns(args),
+            clip_list_name=clip_list_name,
+            pretokenized=args.pretokenized,
+            tools=tools,
+            **scoring_options(args),
+        )
+    print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {100 * result.confidence:g}% interval")
     for key, row in result.metrics.items():
         verdict = "" if row.excludes_zero else "  (includes 0)"
         print(
@@ -53,9 +63,6 @@ def run(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     if args.output:
-        content = {"first": args.first, "second": args.second, **result.to_dict()}
-        with open(args.output, "w", encoding="utf-8") as handle:
-            json.dump(content, handle, indent=1, ensure_ascii=False)
-            handle.write("\n")
+        write_json(args.output, {"first": args.first, "second": args.second, **result.to_dict()})
         print(f"wrote {args.output}", file=sys.stderr)
     return 0

@@ -4,149 +4,123 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
+from recap_cli.numbers import count, positive
 from recap_cli.options import add_caption_options
-from recap_cli.score import add_metric_model_arguments
+from recap_cli.score import add_metric_arguments, scoring_options, scoring_tools
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `recap evaluate`."""
-    _add_model_arguments(parser)
-    _add_data_arguments(parser)
-    add_caption_options(parser)
+    _add_model_arguments(parser.add_argument_group("captioner"))
+    _add_data_arguments(parser.add_argument_group("clips"))
     parser.add_argument(
-        "--output-dir", required=True, metavar="DIR", help="predictions and scores; goes on where it was"
+        "--output-dir", required=True, metavar="DIR", help="predictions and scores; resumed if present"
     )
-    parser.add_argument("--overwrite", action="store_true", help="start afresh in a folder with other predictions")
+    parser.add_argument("--overwrite", action="store_true", help="delete predictions of another run in the folder")
     parser.add_argument(
         "--systems",
         nargs="+",
         metavar="NAME",
-        help="recap, no_retrieval, random_captions, audio_hidden, audio_only, first_retrieved (default: all)",
+        help="recap, no_captions, random_captions, no_audio, audio_only, first_retrieved (default: all)",
     )
-    scoring = parser.add_argument_group("scoring")
-    scoring.add_argument("--no-scores", action="store_true", help="caption only")
-    scoring.add_argument("--metrics", nargs="+", metavar="METRIC", help="bleu, meteor, rouge_l, cider_d, spice, fense")
-    scoring.add_argument("--training-captions", metavar="FILE", help="to report the share of novel captions")
-    scoring.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap (default 2000)")
-    add_metric_model_arguments(scoring)
-    scoring.add_argument("--clap-score-model", metavar="NAME", help="CLAPScore by this CLAP, not the captioner's own")
-    scoring.set_defaults(pretokenized=False)
+    parser.add_argument("--no-scores", action="store_true", help="caption only")
+    parser.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap (default 2000)")
+    add_metric_arguments(parser)
+    parser.add_argument("--clap-score-model", metavar="NAME", help="CLAPScore by this CLAP, not the captioner's own")
+    add_caption_options(parser)
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("captioner")
+def _add_model_arguments(model: argparse._ArgumentGroup) -> None:
     model.add_argument("--model", metavar="NAME", help="checkpoint folder or Hub id (default: the embedded one)")
     model.add_argument("--datastore", metavar="NAME", help="folder, Hub id or file of captions, or none")
     model.add_argument("--exclude-references", action="store_true", help="never retrieve a text equal to a reference")
-    model.add_argument("--batch-size", type=int, default=16, help="clips captioned together (default 16)")
-    model.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
+    model.add_argument("--batch-size", type=positive, default=16, help="clips captioned together (default 16)")
+    model.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
     model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     model.add_argument("--seed", type=int, default=0, help="of random captions and bootstraps (default 0)")
 
 
-def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("clips")
+def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
     data.add_argument("--dataset", required=True, help="clotho, audiocaps, recap, wavcaps, audiofolder or a Hub id")
     data.add_argument("--data-dir", metavar="DIR", help="folder of the dataset")
-    data.add_argument("--audio-dir", metavar="DIR", help="folder of the audio, where it is apart from the captions")
+    data.add_argument("--audio-dir", metavar="DIR", help="folder of the audio, if it is not that of the captions")
     data.add_argument("--columns", nargs="+", metavar="OURS=THEIRS", help="columns under other names")
     data.add_argument("--split", default="test", help="default: test")
-    data.add_argument("--allow-missing", action="store_true", help="go on without clips that have no recording")
-    data.add_argument("--clip-list", metavar="FILE", help="only the clips named in this text or CSV file")
+    data.add_argument("--allow-missing", action="store_true", help="leave out clips without a recording")
+    data.add_argument("--clip-list", metavar="FILE", help="only the clips that this text or CSV file names")
     data.add_argument("--youtube-ids", action="store_true", help="compare clip names by YouTube id alone")
-    data.add_argument("--max-clips", type=int, default=0, metavar="N", help="only the first N clips")
+    data.add_argument("--max-clips", type=count, default=0, metavar="N", help="only the first N clips")
 
 
 def run(args: argparse.Namespace) -> int:
     """Captions, scores, prints the tables."""
-    from recap_cli.score import scoring_options
-    from recap_hf.evaluation import caption_clips, load_captioner, load_test_clips, result_tables, score_folder
-    from recap_hf.evaluation.run import report_progress
+    from recap_hf.evaluation import (
+        Systems,
+        caption_clips,
+        load_captioner,
+        load_test_clips,
+        result_tables,
+        score_folder,
+    )
+    from recap_hf.evaluation.runner import report_progress
+    from recap_hf.files import write_text
     from recap_hf.modeling.options_recap import CaptionOptions
 
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}; expected at least 1")
-    # What would fail after hours of captioning fails before.
+    # Whatever would fail after hours of captioning fails now.
     scoring = None if args.no_scores else scoring_options(args)
-    if scoring:
-        _check_scoring(scoring)
-    clips = load_test_clips(
-        args.dataset,
-        args.data_dir,
-        split=args.split,
-        audio_dir=args.audio_dir,
-        columns=_columns(args.columns),
-        allow_missing=args.allow_missing,
-        clip_list=args.clip_list,
-        youtube_ids=args.youtube_ids,
-        max_clips=args.max_clips,
-    )
-    options = CaptionOptions.from_args(args)
-    captioner = load_captioner(
-        args.model,
-        args.datastore,
-        device=args.device,
-        dtype=args.dtype,
-        k=options.k,
-        generation={name: value for name, value in options.to_dict().items() if name != "k"},
-        seed=args.seed,
-        exclude_references=args.exclude_references,
-    )
-    scorer = _load_clap_scorer(args, captioner) if scoring else None
-    folder = caption_clips(
-        captioner,
-        clips,
-        args.output_dir,
-        systems=args.systems,
-        batch_size=args.batch_size,
-        overwrite=args.overwrite,
-        names={"model": args.model or "embedded default", "datastore": args.datastore or "the checkpoint's"},
-        progress=report_progress,
-    )
-    if scoring is None:
-        print(f"wrote {folder.path}", file=sys.stderr)
-        return 0
-    extra = _clap_scores(scorer, clips, folder, args.batch_size) if scorer else None
-    result = score_folder(
-        folder, clips.name, resamples=args.resamples, seed=args.seed, notes=clips.notes, extra_scores=extra, **scoring
-    )
-    tables = result_tables(result)
-    print(tables, end="")
-    (folder.path / "tables.md").write_text(tables, encoding="utf-8")
+    with scoring_tools(args) as tools:
+        if scoring:
+            tools.check()
+        selection = ("split", "audio_dir", "allow_missing", "clip_list", "youtube_ids", "max_clips")
+        chosen = {name: getattr(args, name) for name in selection}
+        clips = load_test_clips(args.dataset, args.data_dir, columns=_columns(args.columns), **chosen)
+        options = CaptionOptions.from_args(args)
+        captioner = load_captioner(args.model, args.datastore, args.device, args.dtype, options)
+        clap_score = _clap_scorer(args, captioner) if scoring else None
+        folder = caption_clips(
+            Systems(captioner, args.seed, args.exclude_references),
+            clips,
+            args.output_dir,
+            names=args.systems,
+            batch_size=args.batch_size,
+            overwrite=args.overwrite,
+            sources={"model": args.model or "embedded default", "datastore": args.datastore or "the checkpoint's"},
+            progress=report_progress,
+        )
+        if scoring:
+            notes = clips.notes + ([f"CLAPScore by {args.clap_score_model}"] if clap_score else [])
+            given = clap_score(clips, folder) if clap_score else None
+            draws = {"resamples": args.resamples, "seed": args.seed}
+            result = score_folder(folder, clips.name, **draws, notes=notes, tools=tools, given=given, **scoring)
+            tables = result_tables(result)
+            print(tables, end="")
+            write_text(folder.path / "tables.md", tables)
     print(f"wrote {folder.path}", file=sys.stderr)
     return 0
 
 
-def _load_clap_scorer(args: argparse.Namespace, captioner):
+def _clap_scorer(args: argparse.Namespace, captioner: Any) -> Any:
+    """From clips and predictions to CLAPScore by system, or None."""
     if not args.clap_score_model:
         return None
-    from recap_hf.evaluation.clap_score import ClapScorer
+    from recap_hf.evaluation.clap_score import ClapScorer, clap_scores
+    from recap_hf.scoring import read_predictions
 
     scorer = ClapScorer(args.clap_score_model, args.device)
     scorer.refuse_own(captioner)
-    return scorer
 
+    def score(clips: Any, folder: Any) -> dict[str, dict[str, Any]]:
+        captions = {name: read_predictions(folder.predictions_file(name)).predictions for name in folder.systems}
+        scores = clap_scores(scorer, clips, captions, args.batch_size)
+        return {name: {"clap_score": values} for name, values in scores.items()}
 
-def _clap_scores(scorer, clips, folder, batch_size: int) -> dict:
-    from recap_hf.evaluation.clap_score import clap_scores
-    from recap_hf.scoring import read_predictions
-
-    captions = {name: read_predictions(folder.predictions_file(name)).predictions for name in folder.systems}
-    return {name: {"clap_score": values} for name, values in clap_scores(scorer, clips, captions, batch_size).items()}
-
-
-def _check_scoring(options: dict) -> None:
-    from recap_hf.scoring.java import find_java, require_pycocoevalcap
-
-    require_pycocoevalcap()
-    find_java(options["java"])
+    return score
 
 
 def _columns(pairs: list[str] | None) -> dict[str, str] | None:
-    if not pairs:
-        return None
-    wrong = next((pair for pair in pairs if "=" not in pair), None)
-    if wrong is not None:
-        raise ValueError(f"--columns takes pairs such as caption=text; got {wrong!r}")
-    return dict(pair.split("=", 1) for pair in pairs)
+    wrong = [pair for pair in pairs or () if "=" not in pair]
+    if wrong:
+        raise ValueError(f"--columns takes pairs such as caption=text; got {wrong[0]!r}")
+    return dict(pair.split("=", 1) for pair in pairs) if pairs else None

@@ -9,9 +9,11 @@ import sys
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `recap grid`."""
     parser.add_argument("config", metavar="FILE.yaml", nargs="?", help="the grid; --print-example shows the paper's")
-    parser.add_argument("--output-dir", metavar="DIR", help="models, datastores, runs and tables; what is there stays")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
-    parser.add_argument("--tables-only", action="store_true", help="print the tables of what is there, run nothing")
+    parser.add_argument("--output-dir", metavar="DIR", help="models, datastores, runs and tables; resumed if present")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done")
+    parser.add_argument(
+        "--tables-only", action="store_true", help="print the tables of the finished runs, run nothing"
+    )
     parser.add_argument("--print-example", action="store_true", help="print the paper's grid as YAML and stop")
 
 
@@ -33,11 +35,8 @@ def run(args: argparse.Namespace) -> int:
         print(grid.plan())
         return 0
     if not args.tables_only:
-        from recap_hf.scoring.java import find_java, require_pycocoevalcap
-
-        # What would fail after a night of training fails before.
-        require_pycocoevalcap()
-        find_java(grid.config.scoring.get("java"))
+        # Whatever would fail after hours of training fails now.
+        grid.scoring_tools().check()
         grid.train_all()
         grid.evaluate_all()
     print(GridResults(grid).write(), end="")

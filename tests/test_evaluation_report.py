@@ -15,7 +15,8 @@ import soundfile
 from browser_parts import assert_there_is_something_to_see, look_at, needs_browser
 
 from recap_cli import main
-from recap_hf.evaluation import EvaluationFolder, Prediction, score_folder
+from recap_hf import CaptionResult
+from recap_hf.evaluation import EvaluationFolder, score_folder
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("pycocoevalcap", "matplotlib")),
@@ -29,7 +30,7 @@ CAPTIONS = ("a dog barks", "rain falls on a roof", SCRIPT, "a violin plays", "a 
 def folder(tmp_path_factory):
     """A finished run of two systems on six clips, one with markup in its captions."""
     path = tmp_path_factory.mktemp("run")
-    captioner = {"num_retrieved": 1, "generation": {"num_beams": 3}, "datastore": {"captions": 6}}
+    captioner = {"options": {"k": 1, "num_beams": 3}, "datastore": {"captions": 6}}
     names = {"model": "a model", "datastore": "a datastore"}
     run = EvaluationFolder(
         path, {"num_clips": 6, "captioner": captioner, "names": names}, ["recap", "first_retrieved"], 6
@@ -41,9 +42,9 @@ def folder(tmp_path_factory):
         [[text, text + " today"] for text in CAPTIONS],
         {
             "recap": [
-                Prediction(text, 0.5, [hit]) for text, hit in zip((*CAPTIONS[:4], *rotated[4:]), hits, strict=True)
+                CaptionResult(text, 0.5, [hit]) for text, hit in zip((*CAPTIONS[:4], *rotated[4:]), hits, strict=True)
             ],
-            "first_retrieved": [Prediction(text, 0.5, [hit]) for text, hit in zip(rotated, hits, strict=True)],
+            "first_retrieved": [CaptionResult(text, 0.5, [hit]) for text, hit in zip(rotated, hits, strict=True)],
         },
     )
     score_folder(run, "six clips", resamples=100, metrics=("bleu", "rouge_l", "cider_d"), pretokenized=True)
@@ -119,6 +120,13 @@ def test_page_is_the_same_every_time(folder, page):
     again = folder / "again.html"
     assert main(["report", str(folder), "--output", str(again), "--audio-dir", str(folder), "--clips", "3"]) == 0
     assert again.read_text(encoding="utf-8") == page
+
+
+def test_a_file_of_the_run_is_no_output(folder, capsys):
+    before = (folder / "scores.json").read_bytes()
+    assert main(["report", str(folder), "--output", str(folder / "scores.json")]) == 1
+    assert "--output names the input file" in capsys.readouterr().err
+    assert (folder / "scores.json").read_bytes() == before
 
 
 def test_folder_without_scores_is_refused(tmp_path, capsys):

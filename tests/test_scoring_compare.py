@@ -9,7 +9,7 @@ import pytest
 
 from recap_cli import main
 from recap_hf.scoring import bootstrap_intervals, compare_tables, paired_bootstrap, score_captions
-from recap_hf.scoring.metrics import MetricScores, mean_scores
+from recap_hf.scoring.metrics import METRIC_LABELS, METRICS, Metric, MetricScores, mean_scores
 from recap_hf.scoring.tables import PredictionTable
 
 pytest.importorskip("pycocoevalcap", reason='needs pycocoevalcap: pip install "recap-hf[eval]"')
@@ -41,6 +41,9 @@ def test_constant_and_absent_differences():
     assert set(rows) == {"same", "shifted"}
     assert (rows["same"].low, rows["same"].high) == (0, 0) and not rows["same"].excludes_zero
     assert (rows["shifted"].low, rows["shifted"].high) == pytest.approx((0.25, 0.25))
+    # A difference within rounding is none.
+    rounded = paired_bootstrap(scores, {"same": mean_scores(values + 1e-11)}, resamples=200)["same"]
+    assert rounded.low > 0 and not rounded.excludes_zero
 
 
 def test_bootstrap_rescores_bleu_instead_of_averaging_it():
@@ -128,3 +131,19 @@ def test_command_compares(two_files, tmp_path, capsys):
     assert all(row["low"] > 0 and row["excludes_zero"] for row in content["metrics"].values())
     assert main(["compare", good, good, *metrics]) == 0
     assert "+0.0000  [+0.0000, +0.0000]  (includes 0)" in capsys.readouterr().out
+
+
+def test_a_metric_is_added_in_one_place(monkeypatch, two_files, capsys):
+    """An entry in the table of metrics is computed, bootstrapped and printed."""
+
+    def exact(run):
+        equal = [text in refs for text, refs in zip(run.captions, run.references, strict=True)]
+        return {"exact": mean_scores(equal)}
+
+    monkeypatch.setitem(METRICS, "exact", Metric(exact, {"exact": "Exact match"}))
+    assert "exact" not in METRIC_LABELS
+    good, bad, _ = two_files
+    assert main(["compare", bad, good, "--metrics", "exact", "--pretokenized", "--resamples", "200"]) == 0
+    assert "exact        0.0000   1.0000   +1.0000  [+1.0000, +1.0000]" in capsys.readouterr().out
+    assert main(["score", good, "--metrics", "exact", "--pretokenized"]) == 0
+    assert capsys.readouterr().out.startswith("exact      1.0000")

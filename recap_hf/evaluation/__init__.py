@@ -1,22 +1,20 @@
-"""Evaluation of a captioner beside its baselines, resumable, with intervals and the clip list in every result."""
+"""Evaluation of a captioner and its baselines: resumable, with intervals and the clip list in every result."""
 
 from __future__ import annotations
 
-from .captioner import SYSTEMS, Captioner, Prediction, describe_captioner, load_captioner
-from .data import load_test_clips
+from .clips import EvaluationClips, load_test_clips
 from .folder import EvaluationFolder
-from .run import EvaluationClips, EvaluationResult, caption_clips, score_folder
-from .text_tables import markdown_table, result_tables
+from .runner import EvaluationResult, caption_clips, score_folder
+from .systems import SYSTEMS, Systems, load_captioner
+from .tables import markdown_table, result_tables
 
 __all__ = [
     "SYSTEMS",
-    "Captioner",
     "EvaluationClips",
     "EvaluationFolder",
     "EvaluationResult",
-    "Prediction",
+    "Systems",
     "caption_clips",
-    "describe_captioner",
     "load_captioner",
     "load_test_clips",
     "markdown_table",

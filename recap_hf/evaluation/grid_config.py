@@ -7,20 +7,22 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from recap_hf.modeling.options_recap import CaptionOptions
+
 from .published import TEST_SETS, TRAINING_SETS
 
-LARGE = "large"
+LARGE, ESTIMATED = "large", "estimated"
+MAIN_ROW, LARGE_ROW = "w/ DS", "w/ DSlarge"
 PREFIX, AUDIO_TO_AUDIO = "prefix", "audio_to_audio"
-# The neighbours of the paper that fit this house: settings of their training, and names of their rows.
-NEIGHBOURS: dict[str, dict[str, Any]] = {
+# Methods that the paper compares with: settings of their training, and names of their rows.
+RELATED_METHODS: dict[str, dict[str, Any]] = {
     PREFIX: {"conditioning": "prefix", "num_retrieved": 0},
     AUDIO_TO_AUDIO: {"datastore": ["training-audio"]},
 }
-NEIGHBOUR_LABELS = {
+RELATED_LABELS = {
     PREFIX: "prefix on CLAP (after Kim et al. [6])",
     AUDIO_TO_AUDIO: "audio-to-audio on CLAP (after Koizumi et al. [7])",
 }
-ESTIMATED = "estimated"
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,11 @@ class Run:
     Args:
         training_set, seed: of the captioner.
         test_set: domain that it captions.
-        datastore: composition that it retrieves from; empty: nothing.
+        datastore: domains whose training captions it retrieves from, or `("large",)`; empty: no retrieval.
         k: captions in the prompt.
-        neighbour: a key of `NEIGHBOURS`, or empty for RECAP.
-        share: of the datastore's captions, drawn at random, smaller shares inside larger ones.
-        index: kind of the search index; empty: as the datastore has it.
+        method: a key of `RELATED_METHODS`, or empty for RECAP.
+        share: of the datastore's captions, drawn at random; smaller shares are part of larger ones.
+        index: kind of the search index; empty: that of the datastore.
     """
 
     training_set: tuple[str, ...]
@@ -42,24 +44,24 @@ class Run:
     test_set: str
     datastore: tuple[str, ...]
     k: int
-    neighbour: str = ""
+    method: str = ""
     share: float = 1.0
     index: str = ""
 
     @property
     def model(self) -> str:
         """Name of its captioner."""
-        return f"{'+'.join(self.training_set)}-seed{self.seed}" + (f"-{self.neighbour}" if self.neighbour else "")
+        return f"{'+'.join(self.training_set)}-seed{self.seed}" + (f"-{self.method}" if self.method else "")
 
     @property
     def folder(self) -> str:
-        """Its place below the grid's folder."""
+        """Its path below the grid's folder."""
         variant = (f"-share{self.share:g}" if self.share < 1 else "") + (f"-{self.index}" if self.index else "")
         return f"runs/{self.test_set}/{self.model}/{'+'.join(self.datastore) or 'none'}-k{self.k}{variant}"
 
     @property
-    def varies_the_store(self) -> bool:
-        """Whether it is a point on the axis of sizes or of indexes, and no row of the paper's tables."""
+    def varies_datastore(self) -> bool:
+        """Whether it belongs to the table of datastore sizes and indexes, and not to the paper's tables."""
         return self.share < 1 or bool(self.index)
 
 
@@ -68,14 +70,12 @@ class Domain:
     """A dataset with a training and a test split.
 
     Args:
-        name: as in the tables; `clotho` and `audiocaps` bring the published rows with them.
+        name: as in the tables; `clotho` and `audiocaps` add the published rows.
         dataset, data_dir, audio_dir, columns, allow_missing: see `recap_hf.data.load_captions`.
         split: the split that is captioned.
-        clip_list: file with the names of the clips to keep.
-        youtube_ids: compare names by YouTube id alone.
-        max_clips: only the first so many test clips; 0: all.
-        events: CSV file with `clip_id` and `events`, the number of events in each test clip, or "estimated": counted
-            from the words of the references.
+        clip_list, youtube_ids, max_clips: see `load_test_clips`.
+        events: table with `clip_id` and `events`, the number of events in each test clip, or "estimated": counted from
+            the words of the references.
     """
 
     name: str
@@ -103,18 +103,18 @@ class GridConfig:
     Args:
         domains: by name.
         training_sets: lists of names of domains; default: each alone, and all together.
-        models: "a" or "a+b" (a training set), "a:prefix" (its neighbour) -> checkpoint folders, one a seed, instead of
-            training.
-        large: `files` of captions for the large datastore, besides all training captions; None: no large datastore.
+        models: "a" or "a+b" (a training set), "a:prefix" (a related method on it) -> checkpoint folders, one per seed,
+            instead of training.
+        large: `files` of captions for the large datastore, beside all training captions; None: no large datastore.
         seeds: of the trainings.
-        k: captions in the prompt, at evaluation; the first is the table's.
-        neighbours: by name (`prefix`, `audio_to_audio`), settings of their training beside `training`; a list of names
-            for none. Each is trained and evaluated as one more captioner.
-        shares: of the large datastore (of DS where there is none) to retrieve from, between 0 and 1.
+        k: captions in the prompt; the first is that of the tables.
+        related_methods: by name (`prefix`, `audio_to_audio`), settings of their training beside `training`; a list of
+            names for none. Each is trained and evaluated as one more captioner.
+        shares: of the large datastore (of DS if there is none) to retrieve from, between 0 and 1.
         indexes: kinds of search index to try on it, see `recap datastore build --index`.
         training: settings of `recap train`.
-        evaluation: `batch_size`, `num_beams`, `max_new_tokens`, `device`, `dtype`.
-        scoring: options of `score_captions`.
+        evaluation: `batch_size`, `device`, `dtype`, `exclude_references` and caption options but k.
+        scoring: `metrics`, `java`, `spice_models`, and the models of FENSE.
         clap_note: what the CLAP was trained on.
         resamples: draws of the bootstraps.
     """
@@ -125,7 +125,7 @@ class GridConfig:
     large: dict[str, Any] | None = None
     seeds: tuple[int, ...] = (42,)
     k: tuple[int, ...] = (4,)
-    neighbours: dict[str, dict[str, Any]] = field(default_factory=dict)
+    related_methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     shares: tuple[float, ...] = ()
     indexes: tuple[str, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
@@ -134,12 +134,15 @@ class GridConfig:
     clap_note: str = ""
     resamples: int = 2000
 
+    @property
+    def caption_options(self) -> CaptionOptions:
+        """The caption options in `evaluation`."""
+        return CaptionOptions.from_dict({key: self.evaluation[key] for key in _OPTIONS if key in self.evaluation})
+
     def datastores(self, training_set: Sequence[str]) -> list[tuple[str, ...]]:
-        """Compositions to retrieve from: the training set, each domain, and the large one."""
+        """Datastores to retrieve from: the training set's, each domain's, and the large one."""
         compositions = [tuple(training_set), *((name,) for name in self.domains)]
-        if self.large is not None:
-            compositions.append((LARGE,))
-        return list(dict.fromkeys(compositions))
+        return list(dict.fromkeys(compositions + ([(LARGE,)] if self.large is not None else [])))
 
     def training_title(self, training_set: Sequence[str]) -> str:
         """Name of a training set as in the paper's first column."""
@@ -147,36 +150,41 @@ class GridConfig:
         return TRAINING_SETS.get(key) or " & ".join(self.domains[name].title for name in training_set)
 
     def run_label(self, run: Run) -> str:
-        """Name of a run's row, after its datastore and what else tells it from others."""
-        if run.neighbour == PREFIX:
-            return NEIGHBOUR_LABELS[PREFIX]
+        """Name of a run's row, by its datastore and what else distinguishes it."""
+        if run.method == PREFIX:
+            return RELATED_LABELS[PREFIX]
         label = self.datastore_label(run.datastore, run.training_set, run.test_set)
-        if run.neighbour:
-            label = f"{NEIGHBOUR_LABELS[run.neighbour]} {label}"
+        if run.method:
+            label = f"{RELATED_LABELS[run.method]} {label}"
         if run.share < 1:
             label += f", {run.share:.3g} of it"
         return f"{label}, index {run.index}" if run.index else label
 
     def datastore_label(self, composition: Sequence[str], training_set: Sequence[str], test_set: str) -> str:
-        """Name of a row after its datastore: as in the paper, DS holds captions of the test set's training split."""
+        """Name of a row by its datastore: as in the paper, DS holds captions of the test set's training split."""
         if tuple(composition) == (LARGE,):
-            return "w/ DSlarge"
+            return LARGE_ROW
         if tuple(composition) == tuple(training_set) and test_set in composition:
-            return "w/ DS"
+            return MAIN_ROW
         if tuple(composition) == (test_set,):
-            return "w/ DS" if test_set not in training_set else f"w/ DS of {self.domains[test_set].title} alone"
+            return MAIN_ROW if test_set not in training_set else f"w/ DS of {self.domains[test_set].title} alone"
         return "w/ DS of " + self.training_title(composition)
 
 
-_EVALUATION_KEYS = ("batch_size", "num_beams", "max_new_tokens", "device", "dtype", "exclude_references")
-_SCORING_KEYS = ("metrics", "java", "spice_models", "sentence_model", "error_detector", "error_detector_encoder")
+# k is an axis of the grid.
+_OPTIONS = [name for name in CaptionOptions.names() if name != "k"]
+_KEYS = {
+    "evaluation": ("batch_size", "device", "dtype", "exclude_references", *_OPTIONS),
+    "scoring": ("metrics", "java", "spice_models", "sentence_model", "error_detector", "error_detector_encoder"),
+    "large": ("files",),
+}
 
 
 def read_grid(path: str | Path) -> GridConfig:
     """A grid from its YAML file.
 
     Raises:
-        ValueError: naming the key that is unknown, missing or of the wrong kind.
+        ValueError: naming the key that is unknown, missing or has a wrong value.
     """
     import yaml
 
@@ -191,34 +199,35 @@ def make_grid(content: Any, where: str = "the grid") -> GridConfig:
     """A grid from plain values; see `read_grid`."""
     if not isinstance(content, Mapping) or not isinstance(content.get("domains"), Mapping):
         raise ValueError(f"{where}: expected a mapping with the key 'domains'")
-    known = {item.name for item in fields(GridConfig)}
-    _refuse_unknown(content, known, where)
-    domains = {name: _domain(name, values, where) for name, values in content["domains"].items()}
+    if "neighbours" in content:
+        raise ValueError(f"{where}: the key 'neighbours' is now called 'related_methods'")
+    _refuse_unknown(content, {item.name for item in fields(GridConfig)}, where)
     values = {key: value for key, value in content.items() if value is not None}
+    domains = {name: _domain(name, domain, where) for name, domain in values["domains"].items()}
     sets = values.get("training_sets") or [[name] for name in domains] + ([list(domains)] if len(domains) > 1 else [])
-    training_sets = tuple((names,) if isinstance(names, str) else tuple(names) for names in sets)
-    for names in training_sets:
+    values |= {"domains": domains, "training_sets": tuple((s,) if isinstance(s, str) else tuple(s) for s in sets)}
+    for names in values["training_sets"]:
         unknown = [name for name in names if name not in domains]
         if unknown:
             raise ValueError(f"{where}: training set {list(names)} names {unknown[0]!r}, which is no domain")
-    for key, allowed in (("evaluation", _EVALUATION_KEYS), ("scoring", _SCORING_KEYS), ("large", ("files",))):
-        _refuse_unknown(values.get(key) or {}, set(allowed), f"{where}, {key}")
-    seeds, k = _whole_numbers(values, "seeds", where), _whole_numbers(values, "k", where)
-    lists = {name: value for name, value in (("seeds", seeds), ("k", k)) if value}
-    lists |= {"shares": _shares(values, where), "indexes": tuple(map(str, values.get("indexes", [])))}
-    models = {
-        name: [paths] if isinstance(paths, str) else list(paths) for name, paths in values.get("models", {}).items()
-    }
-    rest = {
-        key: values[key]
-        for key in ("large", "training", "evaluation", "scoring", "clap_note", "resamples")
-        if key in values
-    }
-    neighbours = _neighbours(values.get("neighbours", {}), where)
-    grid = GridConfig(
-        domains=domains, training_sets=training_sets, models=models, neighbours=neighbours, **lists, **rest
-    )
-    return _check_models(grid, where)
+    for key, known in _KEYS.items():
+        _refuse_unknown(values.get(key) or {}, set(known), f"{where}, {key}")
+    for key in ("seeds", "k"):
+        values[key] = _numbers(values, key, "whole numbers", lambda n: isinstance(n, int) and n >= 0, where)
+    between = "numbers between 0 and 1"
+    values["shares"] = _numbers(values, "shares", between, lambda n: isinstance(n, (int, float)) and 0 < n < 1, where)
+    values["shares"] = tuple(sorted(values["shares"]))
+    values["indexes"] = tuple(map(str, values.get("indexes", ())))
+    methods = values.get("related_methods", {})
+    methods = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
+    _refuse_unknown(methods, set(RELATED_METHODS), f"{where}, related_methods")
+    values["related_methods"] = {name: dict(settings or {}) for name, settings in methods.items()}
+    models = values.get("models", {}).items()
+    values["models"] = {name: [paths] if isinstance(paths, str) else list(paths) for name, paths in models}
+    grid = GridConfig(**{key: value for key, value in values.items() if value != ()})
+    _check_models(grid, where)
+    grid.caption_options  # noqa: B018 (the options check themselves)
+    return grid
 
 
 def _domain(name: str, values: Any, where: str) -> Domain:
@@ -236,30 +245,17 @@ def _refuse_unknown(values: Mapping[str, Any], known: set[str], where: str) -> N
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
 
 
-def _whole_numbers(values: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
+def _numbers(values: Mapping[str, Any], key: str, kind: str, fits: Any, where: str) -> tuple:
     numbers = values.get(key, [])
     numbers = [numbers] if isinstance(numbers, int) else numbers
-    if not isinstance(numbers, list) or not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise ValueError(f"{where}: {key} must be a list of whole numbers, got {numbers!r}")
+    if not isinstance(numbers, list) or not all(map(fits, numbers)):
+        raise ValueError(f"{where}: {key} must be a list of {kind}, got {numbers!r}")
     return tuple(numbers)
 
 
-def _shares(values: Mapping[str, Any], where: str) -> tuple[float, ...]:
-    shares = values.get("shares", [])
-    if not isinstance(shares, list) or not all(isinstance(share, (int, float)) and 0 < share < 1 for share in shares):
-        raise ValueError(f"{where}: shares must be a list of numbers between 0 and 1, got {shares!r}")
-    return tuple(sorted(map(float, shares)))
-
-
-def _neighbours(values: Any, where: str) -> dict[str, dict[str, Any]]:
-    values = values if isinstance(values, Mapping) else dict.fromkeys(values, None)
-    _refuse_unknown(values, set(NEIGHBOURS), f"{where}, neighbours")
-    return {name: dict(settings or {}) for name, settings in values.items()}
-
-
-def _check_models(grid: GridConfig, where: str) -> GridConfig:
+def _check_models(grid: GridConfig, where: str) -> None:
     names = {"+".join(training_set) for training_set in grid.training_sets}
-    names |= {f"{name}:{neighbour}" for name in names for neighbour in grid.neighbours}
+    names |= {f"{name}:{method}" for name in names for method in grid.related_methods}
     for name, paths in grid.models.items():
         if name not in names:
             raise ValueError(
@@ -267,4 +263,3 @@ def _check_models(grid: GridConfig, where: str) -> GridConfig:
             )
         if len(paths) != len(grid.seeds):
             raise ValueError(f"{where}: {len(paths)} models for {name!r}, but {len(grid.seeds)} seeds")
-    return grid

@@ -1,105 +1,182 @@
-"""The tables and claims of a grid, from the runs that are there."""
+"""The tables and claims of a grid, from its finished runs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .claims import Claim, ClipScores, difference_claim, gain_claim
-from .events import estimate_events, read_events
+from recap_hf.files import write_json, write_text
+from recap_hf.scoring import METRIC_LABELS, Difference, paired_bootstrap
+from recap_hf.scoring.bootstrap import ROUNDING, gain_difference
+from recap_hf.scoring.metrics import mean_scores
+
+from .clips import estimate_events, read_events
 from .folder import RUN_FILE, SCORES_FILE, EvaluationFolder
 from .grid import Grid
-from .grid_config import AUDIO_TO_AUDIO, ESTIMATED, LARGE, NEIGHBOUR_LABELS, PREFIX, Run
+from .grid_config import AUDIO_TO_AUDIO, ESTIMATED, LARGE, LARGE_ROW, MAIN_ROW, PREFIX, RELATED_LABELS, Run
 from .paper_tables import OurRow, PaperTable, paper_table
 from .published import TEST_SETS
-from .text_tables import COLUMNS, markdown_table
+from .systems import MAIN_SYSTEM
+from .tables import markdown_table
 
-RESULT_FILE, SETTINGS_FILE = "grid.json", "settings.md"
-EVENTS_HEADER = ("Training set", "Test set", "Method", "Metric", "One event", "Two events", "Three or more")
-STORE_HEADER = ("Training set", "Test set", "Datastore", "Captions", "Index", "Metric", "Score", "Interval")
-NOVEL_HEADER = ("Training set", "Test set", "Method", "Words in the references", "Recall")
+RESULT_FILE, TABLE3_FILE = "grid.json", "settings.md"
+# Tables beside those of the paper: title and columns, after training set and test set.
+ANALYSES = {
+    "events": ("Scores by number of events", ("Method", "Metric", "One event", "Two events", "Three or more")),
+    "novel_words": ("Words that no training caption has", ("Method", "Words in the references", "Recall")),
+    "stores": ("Datastore size and index", ("Datastore", "Captions", "Index", "Metric", "Score", "Interval")),
+}
 _BASELINE_CLAIMS = {
-    "no_retrieval": "retrieved captions in the prompt help",
+    "no_captions": "retrieved captions in the prompt help",
     "random_captions": "it matters which captions",
-    "audio_hidden": "hearing the audio helps",
+    "no_audio": "the audio helps",
     "first_retrieved": "the captioner beats its first retrieved caption",
 }
-_NEIGHBOUR_CLAIMS = {
-    NEIGHBOUR_LABELS[PREFIX]: "the captioner beats a tuned prefix",
-    f"{NEIGHBOUR_LABELS[AUDIO_TO_AUDIO]} w/ DS": "captions of similar text beat captions of similar audio",
+_RELATED_CLAIMS = {
+    RELATED_LABELS[PREFIX]: "the captioner beats a tuned prefix",
+    f"{RELATED_LABELS[AUDIO_TO_AUDIO]} {MAIN_ROW}": "captions of similar text beat captions of similar audio",
 }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: a system of some runs, one run per seed, at the k of the tables (a prefix has none)."""
+
+    training_set: tuple[str, ...]
+    test_set: str
+    label: str
+    system: str
+    runs: tuple[Run, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the row: its label, after the system for a baseline."""
+        return self.label if self.system == MAIN_SYSTEM else f"{self.system} ({self.label})"
+
+
+def verdict(difference: Difference) -> str:
+    """What the interval says about the claim that `second` is better than `first`."""
+    if not difference.excludes_zero:
+        return "open"
+    return "supported" if difference.low > ROUNDING else "refuted"
+
+
+def difference_of(first: np.ndarray, second: np.ndarray, resamples: int) -> Difference:
+    """Mean of `second` minus `first`, (num_clips,) each, with its paired bootstrap interval over the clips."""
+    return paired_bootstrap({"": mean_scores(first)}, {"": mean_scores(second)}, resamples)[""]
 
 
 class GridResults:
-    """Reads the runs of a grid."""
+    """Reads the finished runs of a grid."""
 
     def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-        self.config = grid.config
+        self.grid, self.config = grid, grid.config
+        self.scored = [run for run in grid.runs() if grid.is_scored(run)]
+        self._scores: dict[Run, dict[str, Any]] = {}
 
-    def scored(self) -> list[Run]:
-        """The runs that are there."""
-        return [run for run in self.grid.runs() if self.grid.is_scored(run)]
+    def scores(self, run: Run) -> dict[str, Any]:
+        """The scores of a run: the content of its `scores.json`."""
+        if run not in self._scores:
+            path = self.grid.path / run.folder / SCORES_FILE
+            self._scores[run] = json.loads(path.read_text(encoding="utf-8"))
+        return self._scores[run]
 
-    def _scores(self, run: Run) -> dict[str, Any]:
-        return json.loads((self.grid.path / run.folder / SCORES_FILE).read_text(encoding="utf-8"))
+    def rows(self, training_set: tuple[str, ...], test_set: str) -> list[Row]:
+        """The rows of the tables, all systems of each label."""
+        runs_of: dict[str, list[Run]] = {}
+        for run in self.scored:
+            of_the_table = run.k in (0, self.config.k[0]) and not run.varies_datastore
+            if (run.training_set, run.test_set) == (training_set, test_set) and of_the_table:
+                runs_of.setdefault(self.grid.label(run), []).append(run)
+        return [
+            Row(training_set, test_set, label, system, tuple(runs))
+            for label, runs in runs_of.items()
+            for system in self.scores(runs[0])["systems"]
+        ]
 
-    def clip_scores(self, runs: list[Run], system: str, metric: str) -> ClipScores:
-        """Per-clip scores of one row, averaged over its seeds."""
+    def all_rows(self) -> Iterator[Row]:
+        """The rows of all training and test sets; baselines only of the main row."""
+        for training_set in self.config.training_sets:
+            for test_set in self.config.domains:
+                for row in self.rows(training_set, test_set):
+                    if row.system == MAIN_SYSTEM or row.label == MAIN_ROW:
+                        yield row
+
+    def clip_scores(self, row: Row, metric: str) -> tuple[tuple[str, ...], np.ndarray]:
+        """Names of the clips and scores of a row, (num_clips,), the mean over its seeds."""
         columns, names = [], ()
-        for run in runs:
-            path = EvaluationFolder.scores_path(self.grid.path / run.folder, system)
+        for run in row.runs:
+            path = EvaluationFolder.scores_path(self.grid.path / run.folder, row.system)
             clips = json.loads(path.read_text(encoding="utf-8"))["clips"]
             names = tuple(clip["clip_id"] for clip in clips)
             columns.append([clip[metric] for clip in clips])
-        return ClipScores(names, np.mean(columns, axis=0))
+        return names, np.mean(columns, axis=0)
+
+    def metric(self, run: Run) -> str:
+        """The metric of the claims: SPIDEr as in the paper, or CIDEr-D if SPICE was skipped."""
+        corpus = self.scores(run)["systems"][MAIN_SYSTEM]["corpus"]
+        metric = next((key for key in ("spider", "cider_d") if corpus.get(key) is not None), None)
+        if metric is None:
+            raise ValueError(f"{run.folder} has neither SPIDEr nor CIDEr-D, on which the claims are judged")
+        return metric
+
+    def titles(self, training_set: tuple[str, ...], test_set: str) -> list[str]:
+        """Names for people of a training set and a test set."""
+        return [self.config.training_title(training_set), self.config.domains[test_set].title]
+
+    def events(self, test_set: str, clip_ids: Sequence[str]) -> np.ndarray | None:
+        """Number of events of each clip, from the domain's file or estimated; None if the domain has neither."""
+        source = self.config.domains[test_set].events
+        if source is None or source != ESTIMATED:
+            return source and read_events(source, clip_ids)
+        references = self.references(test_set)
+        return np.array([estimate_events(references[clip_id]) for clip_id in clip_ids])
+
+    def references(self, test_set: str) -> dict[str, list[str]]:
+        """References of a domain's test clips, by clip."""
+        clips = self.grid.clips(test_set)
+        return dict(zip(clips.clip_ids, clips.references, strict=True))
+
+    # ---------------------------------------------------------------- tables
 
     def tables(self) -> list[PaperTable]:
-        """One table a test set, in the layout of the paper, from the runs that are there."""
+        """One table per test set, in the layout of the paper."""
         tables = []
         for test_set in self.config.domains:
-            runs = [run for run in self.scored() if run.test_set == test_set and not run.varies_the_store]
-            if not runs:
-                continue
-            rows = [row for training_set in self.config.training_sets for row in self._rows(training_set, runs)]
-            tables.append(paper_table(test_set, rows, notes=self._notes(runs), with_published=test_set in TEST_SETS))
+            runs = [run for run in self.scored if run.test_set == test_set and not run.varies_datastore]
+            if runs:
+                rows = [
+                    row for training_set in self.config.training_sets for row in self._our_rows(training_set, runs)
+                ]
+                notes = self._notes(runs)
+                tables.append(paper_table(test_set, rows, notes=notes, with_published=test_set in TEST_SETS))
         return tables
 
-    def _rows(self, training_set: tuple[str, ...], runs: list[Run]) -> list[OurRow]:
-        rows = []
+    def _our_rows(self, training_set: tuple[str, ...], runs: list[Run]) -> Iterator[OurRow]:
         groups: dict[tuple[str, int], list[Run]] = {}
         for run in runs:
             if run.training_set == training_set:
                 groups.setdefault((self.grid.label(run), run.k), []).append(run)
+        training = self.config.training
+        clap = str(training.get("clap") or training.get("model") or "of the checkpoint")
+        clap = Path(clap).name if Path(clap).exists() else clap
         for (label, k), members in groups.items():
             label += f", k = {k}" if k not in (0, self.config.k[0]) else ""
-            contents = [self._scores(run) for run in members]
+            contents = [self.scores(run) for run in members]
+            clips = contents[0]["clip_list"]["num_clips"]
             for system in contents[0]["systems"]:
-                name = label if system == "recap" else f"{system} ({label})"
-                rows.append(
-                    OurRow(
-                        self.config.training_title(training_set),
-                        name,
-                        [content["systems"][system]["corpus"] for content in contents],
-                        contents[0]["clip_list"]["num_clips"],
-                        self._clap_name(),
-                    )
-                )
-        return rows
-
-    def _clap_name(self) -> str:
-        """The CLAP checkpoint as the table names it: its Hub id, or the last part of a path."""
-        training = self.config.training
-        name = str(training.get("clap") or training.get("model") or "of the checkpoint")
-        return Path(name).name if Path(name).exists() else name
+                name = Row(training_set, "", label, system, ()).name
+                corpora = [content["systems"][system]["corpus"] for content in contents]
+                yield OurRow(self.config.training_title(training_set), name, corpora, clips, clap)
 
     def _notes(self, runs: list[Run]) -> list[str]:
-        first = self._scores(runs[0])
+        first = self.scores(runs[0])
         clips = first["clip_list"]
         notes = [f"Our rows: {clips['num_clips']} clips of the list {clips['name']} (sha256 {clips['sha256'][:12]})."]
         if self.config.clap_note:
@@ -107,225 +184,166 @@ class GridResults:
         notes += [f"{key} skipped: {reason}" for key, reason in first["skipped"].items()]
         labels_of: dict[str, set[str]] = {}
         for run in runs:
-            for note in self._scores(run)["notes"]:
+            for note in self.scores(run)["notes"]:
                 labels_of.setdefault(note, set()).add(self.grid.label(run))
         everywhere = {self.grid.label(run) for run in runs}
         for note, labels in labels_of.items():
             notes.append(note if labels == everywhere else f"{', '.join(sorted(labels))}: {note}")
-        if any(run.neighbour for run in runs):
+        if any(run.method for run in runs):
             notes.append(
-                "The neighbours are reimplementations of the idea on the same CLAP and language model, trained by the "
-                "same command on the same data; they are not the published systems."
+                "The related methods are reimplementations of the idea on the same CLAP and language model, trained "
+                "by the same command on the same data; they are not the published systems."
             )
         sources = self._large_sources()
         return [*notes, f"DSlarge: {sources}."] if sources else notes
 
     def _large_sources(self) -> str:
-        """Counts by source and licence of the large datastore, where it is built."""
-        path = self.grid.path / "datastores" / LARGE / "captions.jsonl"
-        if not path.is_file():
+        """Counts by source and licence of the large datastore, if it is built."""
+        from recap_hf import CaptionDatastore
+
+        folder = self.grid.path / "datastores" / LARGE
+        if not (folder / "datastore.json").is_file():
             return ""
-        counts: dict[tuple[str, str], int] = {}
-        with open(path, encoding="utf-8") as handle:
-            for line in handle:
-                record = json.loads(line)
-                key = record.get("source") or "unnamed source", record.get("licence") or "licence not stated"
-                counts[key] = counts.get(key, 0) + 1
+        records = CaptionDatastore.from_pretrained(folder).records
+        counts = Counter(
+            (record.get("source") or "unnamed source", record.get("licence") or "licence not stated")
+            for record in records
+        )
         return "; ".join(f"{count:,} captions of {source} ({licence})" for (source, licence), count in counts.items())
 
-    def claims(self) -> list[Claim]:
-        """The paper's claims, and whether the captioner beats its dull baselines, on every pair of rows there is."""
-        claims = []
-        for training_set in self.config.training_sets:
-            for test_set in self.config.domains:
-                claims += self._claims_of(training_set, test_set)
-        return claims
+    def analysis(self, name: str) -> list[list[str]]:
+        """The rows of one of `ANALYSES`."""
+        if name == "stores":
+            return [self._store_cells(run) for run in self.scored if self._shows_store(run)]
+        cells_of = self._event_cells if name == "events" else self._novel_cells
+        rows = [(row, cells_of(row)) for row in self.all_rows()]
+        return [[*self.titles(row.training_set, row.test_set), row.name, *cells] for row, cells in rows if cells]
 
-    def _claims_of(self, training_set: tuple[str, ...], test_set: str) -> Iterator[Claim]:
-        rows = self.rows_by_label(training_set, test_set)
-        main = rows.get("w/ DS")
-        if not main:
+    def _event_cells(self, row: Row) -> list[str]:
+        metric = self.metric(row.runs[0])
+        clip_ids, values = self.clip_scores(row, metric)
+        events = self.events(row.test_set, clip_ids)
+        if events is None:
+            return []
+        groups = [values[events == 1], values[events == 2], values[events > 2]]
+        cells = [f"{group.mean():.3f} ({len(group)} clips)" if len(group) else "-" for group in groups]
+        return [METRIC_LABELS[metric], *cells]
+
+    def _novel_cells(self, row: Row) -> list[str]:
+        statistics = [self.scores(run)["systems"][row.system]["statistics"] for run in row.runs]
+        recalls = [entry.get("novel_word_recall") for entry in statistics]
+        return [] if None in recalls else [str(statistics[0]["novel_reference_words"]), f"{np.mean(recalls):.3f}"]
+
+    def _shows_store(self, run: Run) -> bool:
+        if not (self.config.shares or self.config.indexes) or run.method or run.k != self.config.k[0]:
+            return False
+        return run.varies_datastore or run.datastore == self.grid.varied_datastore(run)
+
+    def _store_cells(self, run: Run) -> list[str]:
+        metric, scores = self.metric(run), self.scores(run)["systems"][MAIN_SYSTEM]
+        settings = json.loads((self.grid.path / run.folder / RUN_FILE).read_text(encoding="utf-8"))
+        store = settings["captioner"]["datastore"]
+        low, high = scores["intervals"][metric]
+        label = self.config.datastore_label(run.datastore, run.training_set, run.test_set)
+        cells = [str(store["captions"]), store["index"], METRIC_LABELS[metric], f"{scores['corpus'][metric]:.4f}"]
+        return [*self.titles(run.training_set, run.test_set), label, *cells, f"[{low:.4f}, {high:.4f}]"]
+
+    # ---------------------------------------------------------------- claims
+
+    def claims(self) -> list[dict[str, Any]]:
+        """The paper's claims, and whether the captioner beats its baselines, on every pair of rows.
+
+        Each has `claim`, `setting`, `metric`, `difference`, `low`, `high` (95 % interval over the clips), `verdict`.
+        """
+        sets = [(names, test_set) for names in self.config.training_sets for test_set in self.config.domains]
+        return [claim for names, test_set in sets for claim in self._claims_of(names, test_set)]
+
+    def _claims_of(self, training_set: tuple[str, ...], test_set: str) -> Iterator[dict[str, Any]]:
+        rows = {(row.label, row.system): row for row in self.rows(training_set, test_set)}
+        main = rows.get((MAIN_ROW, MAIN_SYSTEM))
+        if main is None:
             return
-        metric = self.metric(main[0])
-        place = (
-            f"trained on {self.config.training_title(training_set)}, tested on {self.config.domains[test_set].title}"
-        )
-        best = self.clip_scores(main, "recap", metric)
+        metric, resamples = self.metric(main.runs[0]), self.config.resamples
+        place = "trained on {}, tested on {}".format(*self.titles(training_set, test_set))
+        clip_ids, best = self.clip_scores(main, metric)
 
-        def better(claim: str, runs: list[Run], system: str, name: str) -> Claim:
-            other = self.clip_scores(runs, system, metric)
-            return difference_claim(claim, f"{place}: w/ DS minus {name}", metric, other, best, self.config.resamples)
+        def claim(text: str, what: str, difference: Difference) -> dict[str, Any]:
+            numbers = {"difference": difference.difference, "low": difference.low, "high": difference.high}
+            return {
+                "claim": text,
+                "setting": f"{place}: {what}",
+                "metric": metric,
+                **numbers,
+                "verdict": verdict(difference),
+            }
+
+        def better(text: str, name: str, row: Row) -> dict[str, Any]:
+            other = self._same_clips(row, metric, clip_ids)
+            return claim(text, f"{MAIN_ROW} minus {name}", difference_of(other, best, resamples))
 
         if test_set not in training_set:
-            for label, runs in rows.items():
-                if label not in ("w/ DS", "w/ DSlarge") and not runs[0].neighbour:
-                    yield better("an in-domain datastore beats an out-of-domain one", runs, "recap", label)
-        if "w/ DSlarge" in rows:
-            large = self.clip_scores(rows["w/ DSlarge"], "recap", metric)
-            setting = f"{place}: w/ DSlarge minus w/ DS"
-            claim = "a large datastore improves on it"
-            yield difference_claim(claim, setting, metric, best, large, self.config.resamples)
-        for system, claim in _BASELINE_CLAIMS.items():
-            yield better(claim, main, system, system)
-        for label, claim in _NEIGHBOUR_CLAIMS.items():
-            if label in rows:
-                yield better(claim, rows[label], "recap", label)
-        events = self.events(test_set, best.clip_ids)
+            for (label, system), row in rows.items():
+                if system == MAIN_SYSTEM and label not in (MAIN_ROW, LARGE_ROW) and not row.runs[0].method:
+                    yield better("an in-domain datastore beats an out-of-domain one", label, row)
+        if (LARGE_ROW, MAIN_SYSTEM) in rows:
+            large = self._same_clips(rows[LARGE_ROW, MAIN_SYSTEM], metric, clip_ids)
+            difference = difference_of(best, large, resamples)
+            yield claim("a large datastore improves on it", f"{LARGE_ROW} minus {MAIN_ROW}", difference)
+        for system, text in _BASELINE_CLAIMS.items():
+            yield better(text, system, rows[MAIN_ROW, system])
+        for label, text in _RELATED_CLAIMS.items():
+            if (label, MAIN_SYSTEM) in rows:
+                yield better(text, label, rows[label, MAIN_SYSTEM])
+        events = self.events(test_set, clip_ids)
         if events is not None and len(set(events > 1)) == 2:
-            yield gain_claim(
-                "retrieval helps clips of several events more",
-                f"{place}: gain of w/ DS over no_retrieval, several events minus one",
-                metric,
-                self.clip_scores(main, "no_retrieval", metric),
-                best,
-                events > 1,
-                self.config.resamples,
+            gains = best - self._same_clips(rows[MAIN_ROW, "no_captions"], metric, clip_ids)
+            what = f"gain of {MAIN_ROW} over no_captions, several events minus one"
+            yield claim(
+                "retrieval helps clips of several events more", what, gain_difference(gains, events > 1, resamples)
             )
 
-    def rows_by_label(self, training_set: tuple[str, ...], test_set: str) -> dict[str, list[Run]]:
-        """The finished runs of each row, one a seed, at the table's k (a prefix has none)."""
-        rows: dict[str, list[Run]] = {}
-        for run in self.scored():
-            of_the_table = run.k in (0, self.config.k[0]) and not run.varies_the_store
-            if (run.training_set, run.test_set) == (training_set, test_set) and of_the_table:
-                rows.setdefault(self.grid.label(run), []).append(run)
-        return rows
+    def _same_clips(self, row: Row, metric: str, clip_ids: tuple[str, ...]) -> np.ndarray:
+        names, values = self.clip_scores(row, metric)
+        if names != clip_ids:
+            raise ValueError(f"{row.runs[0].folder} is about other clips than the main row of its table")
+        return values
 
-    def metric(self, run: Run) -> str:
-        """The metric of the claims: SPIDEr as in the paper, CIDEr-D where SPICE was skipped."""
-        corpus = self._scores(run)["systems"]["recap"]["corpus"]
-        metric = next((key for key in ("spider", "cider_d") if corpus.get(key) is not None), None)
-        if metric is None:
-            raise ValueError(f"{run.folder} has neither SPIDEr nor CIDEr-D, on which the claims are judged")
-        return metric
-
-    def events(self, test_set: str, clip_ids: tuple[str, ...]) -> np.ndarray | None:
-        """Number of events of each clip, from the domain's file or estimated; None where the domain has neither."""
-        source = self.config.domains[test_set].events
-        if source is None:
-            return None
-        if source != ESTIMATED:
-            return read_events(source, clip_ids)
-        clips = self.grid.clips(test_set)
-        references = dict(zip(clips.clip_ids, clips.references, strict=True))
-        return np.array([estimate_events(references[clip_id]) for clip_id in clip_ids])
-
-    def compositional(self) -> list[list[str]]:
-        """Rows of the table of scores by number of events."""
-        rows = []
-        for training_set in self.config.training_sets:
-            for test_set in self.config.domains:
-                by_label = self.rows_by_label(training_set, test_set)
-                for label, runs in by_label.items():
-                    metric = self.metric(runs[0])
-                    systems = list(self._scores(runs[0])["systems"]) if label == "w/ DS" else ["recap"]
-                    for system in systems:
-                        scores = self.clip_scores(runs, system, metric)
-                        events = self.events(test_set, scores.clip_ids)
-                        if events is None:
-                            continue
-                        groups = (events == 1, events == 2, events > 2)
-                        cells = [_mean_of(scores.values[group]) for group in groups]
-                        place = [self.config.training_title(training_set), self.config.domains[test_set].title]
-                        name = label if system == "recap" else f"{system} ({label})"
-                        rows.append([*place, name, COLUMNS[metric], *cells])
-        return rows
-
-    def stores(self) -> list[list[str]]:
-        """Rows of the table of datastore sizes and kinds of index, with the whole datastore searched exactly."""
-        rows = []
-        for run in self.scored():
-            if not (self.config.shares or self.config.indexes) or run.neighbour or run.k != self.config.k[0]:
-                continue
-            if not run.varies_the_store and run.datastore != self._varied_store(run):
-                continue
-            metric, scores = self.metric(run), self._scores(run)
-            settings = json.loads((self.grid.path / run.folder / RUN_FILE).read_text(encoding="utf-8"))
-            store = settings["captioner"]["datastore"]
-            low, high = scores["systems"]["recap"]["intervals"][metric]
-            place = [self.config.training_title(run.training_set), self.config.domains[run.test_set].title]
-            value = scores["systems"]["recap"]["corpus"][metric]
-            cells = [
-                str(store["captions"]),
-                store["index"],
-                COLUMNS[metric],
-                f"{value:.4f}",
-                f"[{low:.4f}, {high:.4f}]",
-            ]
-            rows.append([*place, self.config.datastore_label(run.datastore, run.training_set, run.test_set), *cells])
-        return rows
-
-    def _varied_store(self, run: Run) -> tuple[str, ...]:
-        return run.datastore if self.config.large is None and self.grid.is_main(run) else (LARGE,)
-
-    def novel_words(self) -> list[list[str]]:
-        """Rows of the table of words that the training captions lack: how many, and how many each row says."""
-        rows = []
-        for training_set in self.config.training_sets:
-            for test_set in self.config.domains:
-                for label, runs in self.rows_by_label(training_set, test_set).items():
-                    contents = [self._scores(run)["systems"] for run in runs]
-                    for system in contents[0] if label == "w/ DS" else ["recap"]:
-                        statistics = [content[system]["statistics"] for content in contents]
-                        recalls = [entry.get("novel_word_recall") for entry in statistics]
-                        if None not in recalls:
-                            name = label if system == "recap" else f"{system} ({label})"
-                            count = str(statistics[0]["novel_reference_words"])
-                            place = [self.config.training_title(training_set), self.config.domains[test_set].title]
-                            rows.append([*place, name, count, f"{np.mean(recalls):.3f}"])
-        return rows
+    # ---------------------------------------------------------------- output
 
     def write(self) -> str:
         """Writes `tables.md`, `settings.md` and `grid.json`; returns the text of the first."""
-        from .settings import four_settings, settings_markdown
+        from .table3 import four_settings, settings_markdown
 
         tables, claims = self.tables(), self.claims()
-        analyses = {
-            "events": ("Scores by number of events", EVENTS_HEADER, self.compositional()),
-            "novel_words": ("Words that no training caption has", NOVEL_HEADER, self.novel_words()),
-            "stores": ("Datastore size and index", STORE_HEADER, self.stores()),
-        }
-        text = "\n".join(table.to_markdown() for table in tables) + "\n" + claims_markdown(claims)
-        for title, header, rows in analyses.values():
-            if rows:
-                text += f"\n### {title}\n\n{markdown_table(header, rows)}"
+        parts = [table.to_markdown() for table in tables] + [claims_markdown(claims)]
+        analyses = {}
+        for key, (title, columns) in ANALYSES.items():
+            header, rows = ("Training set", "Test set", *columns), self.analysis(key)
+            analyses[key] = {"title": title, "header": header, "rows": rows}
+            parts += [f"### {title}\n\n{markdown_table(header, rows)}"] if rows else []
         settings = four_settings(self)
         page = settings_markdown(settings)
-        (self.grid.path / SETTINGS_FILE).write_text(page, encoding="utf-8")
-        text += f"\n{page}" if settings else ""
-        (self.grid.path / "tables.md").write_text(text, encoding="utf-8")
-        content = {
-            "tables": [asdict(table) for table in tables],
-            **{
-                key: {"title": title, "header": header, "rows": rows}
-                for key, (title, header, rows) in analyses.items()
-            },
-            "settings": settings,
-            "claims": [{**asdict(claim), "verdict": claim.verdict} for claim in claims],
-            "runs": [{**asdict(run), "folder": run.folder, "label": self.grid.label(run)} for run in self.scored()],
-        }
-        (self.grid.path / RESULT_FILE).write_text(
-            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_text(self.grid.path / TABLE3_FILE, page)
+        text = "\n".join([*parts, page] if settings else parts)
+        write_text(self.grid.path / "tables.md", text)
+        runs = [{**asdict(run), "folder": run.folder, "label": self.grid.label(run)} for run in self.scored]
+        content = {"tables": [asdict(table) for table in tables], **analyses, "settings": settings, "claims": claims}
+        write_json(self.grid.path / RESULT_FILE, {**content, "runs": runs})
         return text
 
 
-def _mean_of(values: np.ndarray) -> str:
-    return f"{values.mean():.3f} ({len(values)} clips)" if len(values) else "-"
-
-
-def claims_markdown(claims: list[Claim]) -> str:
+def claims_markdown(claims: Sequence[dict[str, Any]]) -> str:
     """The table of claims."""
     rows = [
         [
-            claim.claim,
-            claim.setting,
-            COLUMNS[claim.metric],
-            f"{claim.difference:+.4f}",
-            f"[{claim.low:+.4f}, {claim.high:+.4f}]",
-            claim.verdict,
+            claim["claim"],
+            claim["setting"],
+            METRIC_LABELS[claim["metric"]],
+            f"{claim['difference']:+.4f}",
+            f"[{claim['low']:+.4f}, {claim['high']:+.4f}]",
+            claim["verdict"],
         ]
         for claim in claims
     ]
-    title = "### Claims\n\nDifferences over clips, averaged over seeds, with 95% bootstrap intervals.\n"
+    title = "### Claims\n\nDifferences over clips, means over seeds, with 95% bootstrap intervals.\n"
     return f"{title}\n{markdown_table(['Claim', 'Setting', 'Metric', 'Difference', 'Interval', 'Verdict'], rows)}"

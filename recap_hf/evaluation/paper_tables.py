@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from recap_hf.scoring import METRIC_LABELS
+
 from .published import FOOTNOTES, METRIC_KEYS, TEST_SETS, TRAINING_SETS, PublishedRow, published_rows
-from .text_tables import COLUMNS, markdown_table
+from .tables import markdown_table
 
 _HEADER = (
     "Training set",
     "Method",
-    *(COLUMNS[key] for key in METRIC_KEYS),
+    *(METRIC_LABELS[key] for key in METRIC_KEYS),
     "(CIDEr + SPICE) / 2 [a]",
     "Clips",
     "Seeds",
@@ -58,7 +60,7 @@ class OurRow:
 
 @dataclass
 class PaperTable:
-    """A table ready to print: header, rows of cells, notes beneath; `ours` tells the rows that are ours."""
+    """A table ready to print: header, rows of cells, notes below; `ours` marks our rows."""
 
     title: str
     header: tuple[str, ...]
@@ -85,8 +87,8 @@ def paper_table(
         test_set: `clotho` (Table 1) or `audiocaps` (Table 2); any other name with `with_published=False`.
         ours: our rows; each block of a training set ends with its own.
         title: default: as in the paper.
-        notes: printed beneath: clip list, CLAP's training data, sources of the large datastore.
-        with_published: whether the published rows belong into the table.
+        notes: printed below: clip list, CLAP's training data, sources of the large datastore.
+        with_published: whether to add the published rows.
     """
     published = [row for row in published_rows() if row.test_set == test_set] if with_published else []
     if with_published and not published:
@@ -119,7 +121,7 @@ def _applies(mark: str, published: Sequence[PublishedRow]) -> bool:
 def _published_cells(row: PublishedRow) -> list[str]:
     cells = [row.printed[key] + (" [b]" if key == "spice" and row.misprinted_spice else "") for key in METRIC_KEYS]
     parts = row.spider_from_parts
-    # The halves of thousandths are shown: rounding them away would hide small deviations.
+    # With four decimals: halves of thousandths would hide small deviations.
     return [row.label, *cells, "-" if parts is None else f"{parts:.4f}", "?", "?", "?" if row.datastore else "-"]
 
 

@@ -1,4 +1,4 @@
-"""Plots of an evaluation as SVG text, to stand inside a page."""
+"""Plots of an evaluation as SVG text, to be embedded in a page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, label: str) -> str:
-    """The figure as an `<svg>` element with a label for those who do not see it; the same bytes every time."""
+    """The figure as an `<svg>` element with a label for screen readers; the same bytes every time."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -71,7 +71,7 @@ def scatter(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) 
 
 
 def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, log: bool = False) -> str:
-    """Named series of points, joined; `log` for an axis of sizes."""
+    """Named series of points, joined; `log`: a logarithmic axis."""
     figure, axes = _figure(7, 3.4)
     for name, points in series.items():
         ordered = sorted(points)
@@ -80,15 +80,11 @@ def lines(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_l
         axes.set_xscale("log")
     else:
         axes.set_xticks(sorted({x for points in series.values() for x, _ in points}))
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    # Above the plot, where no point can lie under it.
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-    return _svg(figure, f"{y_label} against {x_label}")
+    return _with_legend(figure, axes, x_label, y_label, "against")
 
 
 def categories(series: Mapping[str, Sequence[tuple[str, float]]], x_label: str, y_label: str) -> str:
-    """Named series of points over names, in the order in which these come."""
+    """Named series of points over names, in the given order."""
     figure, axes = _figure(7, 3.4)
     names = list(dict.fromkeys(name for points in series.values() for name, _ in points))
     for number, (label, points) in enumerate(series.items()):
@@ -98,8 +94,12 @@ def categories(series: Mapping[str, Sequence[tuple[str, float]]], x_label: str, 
     axes.set_xticks(range(len(names)), names)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.grid(axis="y", alpha=0.3)
+    return _with_legend(figure, axes, x_label, y_label, "by")
+
+
+def _with_legend(figure: Any, axes: Any, x_label: str, y_label: str, joint: str) -> str:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    # Above the plot, where no point can lie under it.
+    # Above the plot, where it hides no point.
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-    return _svg(figure, f"{y_label} by {x_label}")
+    return _svg(figure, f"{y_label} {joint} {x_label}")

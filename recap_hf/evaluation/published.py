@@ -1,4 +1,4 @@
-"""The published rows of the paper's Tables 1 and 2, as printed, with what a reader has to know about them."""
+"""The published rows of the paper's Tables 1 and 2, as printed, with remarks on them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class PublishedRow:
         return self.printed["spice"] in _MISPRINTED_SPICE
 
     def value(self, key: str) -> float | None:
-        """The value of a metric, SPICE with its two misprints mended; None where the paper has none."""
+        """The value of a metric, SPICE with its two misprints corrected; None where the paper has none."""
         text = self.printed[key]
         if key == "spice" and text in _MISPRINTED_SPICE:
             return _MISPRINTED_SPICE[text]

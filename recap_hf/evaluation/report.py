@@ -7,44 +7,36 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from recap_hf.files import write_text
+from recap_hf.scoring import METRIC_LABELS
+
 from . import plots
-from .captioner import SYSTEMS
 from .folder import RUN_FILE, SCORES_FILE, EvaluationFolder
+from .grid_config import MAIN_ROW
 from .grid_report import grid_section
-from .text_tables import COLUMNS
 
-# The metric that ranks the clips: SPIDEr as in the paper, what comes nearest where SPICE was skipped.
+# The metric that ranks the clips: SPIDEr as in the paper, or the first of these that was computed.
 _MAIN_METRICS = ("spider", "cider_d", "rouge_l", "bleu_4", "meteor", "fense")
-_PLAYER_RATE = 32_000  # Hz: enough for what one wants to hear, and a small page
+_PLAYER_RATE = 32_000  # Hz: good enough to listen to, and a small page
 
+# From a clip's name to its recording (whatever `load_audio` takes), or None.
 Audio = Callable[[str], Any]
 
 
-@dataclass
-class ClipCard:
-    """One clip as the page shows it."""
-
-    clip_id: str
-    score: float
-    captions: dict[str, str]
-    references: list[str]
-    retrieved: list[dict[str, Any]]
-    player: str | None
-
-
-def evaluation_section(folder: Path, audio: Audio | None = None, num_clips: int = 8, title: str | None = None) -> dict:
-    """What the page says about one evaluation.
+def evaluation_section(
+    folder: Path, audio: Audio | None = None, num_clips: int = 8, title: str | None = None
+) -> dict[str, Any]:
+    """Content of the page about one evaluation.
 
     Args:
         folder: what `recap evaluate` wrote.
-        audio: from a clip's name to its recording (anything that `load_audio` takes), or None.
-        num_clips: best clips and worst clips to show.
+        audio: finds the recordings; None: no players.
+        num_clips: number of best and of worst clips to show.
         title: default: name of the clip list.
 
     Raises:
@@ -52,32 +44,36 @@ def evaluation_section(folder: Path, audio: Audio | None = None, num_clips: int 
     """
     if not (folder / SCORES_FILE).is_file():
         raise FileNotFoundError(f"{folder} has no {SCORES_FILE}: run `recap evaluate` there first")
-    scores = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
-    settings = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    systems = list(scores["systems"])
-    lead = systems[0]
-    metric = _main_metric(scores["systems"][lead]["corpus"])
+    scores = _read_json(folder / SCORES_FILE)
+    systems = scores["systems"]
+    lead = next(iter(systems))
+    metric = _main_metric(systems[lead]["corpus"])
     per_clip = {name: _read_json(EvaluationFolder.scores_path(folder, name))["clips"] for name in systems}
     rows = [json.loads(line) for line in (folder / f"{lead}.jsonl").read_text(encoding="utf-8").split("\n") if line]
     values = [clip[metric] for clip in per_clip[lead]]
     order = np.argsort(values, kind="stable")
     best, worst = order[::-1][:num_clips], order[: min(num_clips, max(0, len(order) - num_clips))]
+
+    def card(number: int) -> dict[str, Any]:
+        row = {key: rows[number][key] for key in ("clip_id", "references", "retrieved")}
+        captions = {name: clips[number]["prediction"] for name, clips in per_clip.items()}
+        player = _player(audio(row["clip_id"])) if audio else None
+        return {**row, "score": values[number], "captions": captions, "player": player}
+
+    copied = ("clip_list", "implementation", "skipped", "notes")
     return {
+        **{key: scores[key] for key in copied},
         "title": title or scores["clip_list"]["name"],
-        "metric": COLUMNS[metric],
-        "table": _score_table(scores),
-        "differences": _difference_table(scores),
-        "systems": {name: SYSTEMS[name] for name in systems},
-        "clip_list": scores["clip_list"],
-        "implementation": scores["implementation"],
-        "skipped": scores["skipped"],
-        "notes": scores["notes"],
-        "settings": settings,
-        "statistics": scores["systems"][lead]["statistics"],
-        "plots": _plots(scores, metric, values, rows),
+        "metric": METRIC_LABELS[metric],
+        "table": _score_table(systems),
+        "differences": _difference_table(scores["recap_minus"]),
+        "systems": {name: entry["description"] for name, entry in systems.items()},
+        "settings": _read_json(folder / RUN_FILE),
+        "statistics": systems[lead]["statistics"],
+        "plots": _plots(systems, metric, values, rows),
         "sources": _sources(rows, values),
-        "best": [_card(number, per_clip, rows, metric, lead, audio) for number in best],
-        "worst": [_card(number, per_clip, rows, metric, lead, audio) for number in worst],
+        "best": [card(number) for number in best],
+        "worst": [card(number) for number in worst],
     }
 
 
@@ -89,33 +85,27 @@ def _main_metric(corpus: dict[str, float | None]) -> str:
     return next(key for key in (*_MAIN_METRICS, *corpus) if corpus.get(key) is not None)
 
 
-def _score_table(scores: dict[str, Any]) -> dict[str, Any]:
-    systems = scores["systems"]
-    keys = [key for key in COLUMNS if any(entry["corpus"].get(key) is not None for entry in systems.values())]
+def _score_table(systems: dict[str, Any]) -> dict[str, Any]:
+    keys = [key for key in METRIC_LABELS if any(entry["corpus"].get(key) is not None for entry in systems.values())]
     rows = []
     for name, entry in systems.items():
         cells = []
         for key in keys:
-            value, interval = entry["corpus"].get(key), entry["intervals"].get(key)
-            cells.append({"value": value, "low": interval[0], "high": interval[1]} if interval else {"value": None})
+            low, high = entry["intervals"].get(key) or (None, None)
+            cells.append({"value": entry["corpus"].get(key), "low": low, "high": high})
         rows.append({"name": name, "cells": cells})
-    return {"columns": [COLUMNS[key] for key in keys], "rows": rows}
+    return {"columns": [METRIC_LABELS[key] for key in keys], "rows": rows}
 
 
-def _difference_table(scores: dict[str, Any]) -> dict[str, Any] | None:
-    differences = scores["recap_minus"]
-    if not differences:
-        return None
-    keys = [key for key in COLUMNS if any(key in row for row in differences.values())]
+def _difference_table(differences: dict[str, Any]) -> dict[str, Any] | None:
+    keys = [key for key in METRIC_LABELS if any(key in row for row in differences.values())]
     rows = [{"name": name, "cells": [row.get(key) for key in keys]} for name, row in differences.items()]
-    return {"columns": [COLUMNS[key] for key in keys], "rows": rows}
+    return {"columns": [METRIC_LABELS[key] for key in keys], "rows": rows} if rows else None
 
 
-def _plots(scores: dict[str, Any], metric: str, values: list[float], rows: list[dict]) -> list[str]:
-    label = COLUMNS[metric]
-    intervals = {
-        name: (entry["corpus"][metric], *entry["intervals"][metric]) for name, entry in scores["systems"].items()
-    }
+def _plots(systems: dict[str, Any], metric: str, values: list[float], rows: list[dict]) -> list[str]:
+    label = METRIC_LABELS[metric]
+    intervals = {name: (entry["corpus"][metric], *entry["intervals"][metric]) for name, entry in systems.items()}
     drawn = [plots.interval_plot(intervals, label), plots.histogram(values, label)]
     similar = [
         (row["retrieved"][0]["score"], value) for row, value in zip(rows, values, strict=True) if row["retrieved"]
@@ -127,7 +117,7 @@ def _plots(scores: dict[str, Any], metric: str, values: list[float], rows: list[
 
 
 def _sources(rows: list[dict], values: list[float]) -> list[dict[str, Any]]:
-    """By source of the first retrieved caption: how many clips, and their mean score."""
+    """By source of the first retrieved caption: number of clips, and their mean score."""
     groups: dict[str, list[float]] = defaultdict(list)
     for row, value in zip(rows, values, strict=True):
         first = row["retrieved"][0] if row["retrieved"] else {}
@@ -138,20 +128,8 @@ def _sources(rows: list[dict], values: list[float]) -> list[dict[str, Any]]:
     ]
 
 
-def _card(number: int, per_clip: dict, rows: list[dict], metric: str, lead: str, audio: Audio | None) -> ClipCard:
-    row = rows[number]
-    return ClipCard(
-        clip_id=row["clip_id"],
-        score=per_clip[lead][number][metric],
-        captions={name: clips[number]["prediction"] for name, clips in per_clip.items()},
-        references=row["references"],
-        retrieved=row["retrieved"],
-        player=_player(audio(row["clip_id"])) if audio else None,
-    )
-
-
 def _player(source: Any) -> str | None:
-    """The recording as a data URI that every browser plays (MP3), or None where it is not at hand."""
+    """The recording as a data URI that every browser plays (MP3), or None if it was not found."""
     if source is None:
         return None
     import soundfile
@@ -169,7 +147,7 @@ def write_report(
     folder: str | Path,
     output: str | Path,
     *,
-    audio: Audio | None = None,
+    audio_dir: str | Path | None = None,
     num_clips: int = 8,
     title: str = "Evaluation of a RECAP captioner",
 ) -> Path:
@@ -177,68 +155,54 @@ def write_report(
 
     Args:
         folder: what `recap evaluate` or `recap grid` wrote.
-        output: the HTML file; nothing else is needed to read it.
-        audio: from a clip's name to its recording, or None for a page without players.
-        num_clips: best clips and worst clips to show of each evaluation.
+        output: the HTML file; it needs no other file.
+        audio_dir: folder of the recordings, for players. If it has a folder for each test set of a grid, clips are
+            found in their own: two datasets may have recordings of the same name.
+        num_clips: number of best and of worst clips to show of each evaluation.
         title: of the page.
 
     Raises:
-        FileNotFoundError: if the folder holds neither.
+        FileNotFoundError: if the folder holds neither, or there is no `audio_dir`.
     """
     from jinja2 import Environment, PackageLoader
 
-    folder = Path(folder)
+    folder, audio_of = Path(folder), _audio_finder(audio_dir)
 
     def player(test_set: str, clip_id: str) -> str | None:
-        return _player(_audio_of(audio, test_set)(clip_id)) if audio else None
+        audio = audio_of(test_set)
+        return _player(audio(clip_id)) if audio else None
 
     grid = grid_section(folder, _main_metric, player)
-    if grid is None:
-        sections = [evaluation_section(folder, audio, num_clips)]
-    else:
-        shown: dict[str, dict] = {}
-        for run in _read_json(folder / "grid.json")["runs"]:
-            if run["label"] == "w/ DS" and run["test_set"] not in shown:
-                trained = " + ".join(run["training_set"])
-                name = f"{run['test_set']}: trained on {trained}, seed {run['seed']}, k = {run['k']}"
-                own = _audio_of(audio, run["test_set"])
-                shown[run["test_set"]] = evaluation_section(folder / run["folder"], own, num_clips, name)
-        sections = list(shown.values())
+    sections = [evaluation_section(folder, audio_of(""), num_clips)] if grid is None else []
+    shown: dict[str, dict[str, Any]] = {}
+    for run in grid["runs"] if grid else ():
+        if run["label"] == MAIN_ROW:
+            shown.setdefault(run["test_set"], run)
+    for test_set, run in shown.items():
+        name = f"{test_set}: trained on {' + '.join(run['training_set'])}, seed {run['seed']}, k = {run['k']}"
+        sections.append(evaluation_section(folder / run["folder"], audio_of(test_set), num_clips, name))
     environment = Environment(
         loader=PackageLoader("recap_hf.evaluation", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.j2").render(title=title, grid=grid, sections=sections)
-    output = Path(output)
-    output.write_text(page, encoding="utf-8")
-    return output
+    return write_text(output, page)
 
 
-class AudioFolder:
-    """Finds the recordings of clips by their names below a folder.
+def _audio_finder(folder: str | Path | None) -> Callable[[str], Audio | None]:
+    """From a test set to what finds its recordings by their names."""
+    from recap_hf.data.files import AudioIndex
 
-    Args:
-        folder: of the recordings. Where it has a folder for each test set, clips are looked for in their own: two
-            datasets may give two recordings one name.
-    """
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(f"no folder {folder} (--audio-dir)")
+    found: dict[Path, Audio] = {}
 
-    def __init__(self, folder: str | Path) -> None:
-        from recap_hf.data.files import AudioIndex
+    def audio_of(test_set: str) -> Audio | None:
+        if folder is None:
+            return None
+        own = Path(folder, test_set)
+        own = own if own.is_dir() else Path(folder)
+        if own not in found:
+            found[own] = AudioIndex(own).find
+        return found[own]
 
-        self.folder = Path(folder)
-        self._find = AudioIndex(self.folder).find
-        self._within: dict[str, AudioFolder] = {}
-
-    def __call__(self, clip_id: str) -> str | None:
-        return self._find(clip_id)
-
-    def within(self, test_set: str) -> AudioFolder:
-        """The folder of a test set, or all of it."""
-        if not (self.folder / test_set).is_dir():
-            return self
-        if test_set not in self._within:
-            self._within[test_set] = AudioFolder(self.folder / test_set)
-        return self._within[test_set]
-
-
-def _audio_of(audio: Audio | None, test_set: str) -> Audio | None:
-    return audio.within(test_set) if isinstance(audio, AudioFolder) else audio
+    return audio_of

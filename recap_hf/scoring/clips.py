@@ -59,7 +59,11 @@ def match_clips(first: Sequence[str], second: Sequence[str], youtube: bool = Fal
             raise ValueError(f"the clip {repeated[0]!r} is named twice")
     pairs: list[tuple[int, int]] = []
     rest = dict(enumerate(first)), dict(enumerate(second))
-    for key_of in (str, lambda name: clip_stem(name, youtube), lambda name: normalize_clip_id(clip_stem(name, youtube))):
+    for key_of in (
+        str,
+        lambda name: clip_stem(name, youtube),
+        lambda name: normalize_clip_id(clip_stem(name, youtube)),
+    ):
         own, other = (_unambiguous(names, key_of) for names in rest)
         found = [(number, other[key]) for key, number in own.items() if key in other]
         for one, two in found:

@@ -1,6 +1,6 @@
 """The metrics: `METRICS` is the one place where they are registered.
 
-BLEU, ROUGE-L and CIDEr-D are computed by `pycocoevalcap`. A corpus score is the mean of the clips' scores or a function
+BLEU, ROUGE-L and CIDEr-D are computed by `pycocoevalcap`. A corpus score is a mean over the clips or a function
 of sums over clips (BLEU, METEOR), so each metric returns additive statistics of the clips and the function from their
 sums to the corpus score: a bootstrap can then score any resample.
 

@@ -21,8 +21,8 @@ from .java import JavaRuntime
 MODEL_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 _MAIN_CLASS = "edu.anu.spice.SpiceScorer"
 # From Java 16 on, the serialisation library of SPICE (FST) needs access to these packages.
-_OPENED_PACKAGES = ["java." + name for name in "lang lang.reflect math net nio text util time".split()]
-_OPENED_PACKAGES += ["java.util.concurrent", "java.util.concurrent.atomic"]
+_OPENED_PACKAGES = ["lang", "lang.reflect", "math", "net", "nio", "text", "time"]
+_OPENED_PACKAGES += ["util", "util.concurrent", "util.concurrent.atomic"]
 
 
 class SpiceUnavailable(RuntimeError):
@@ -54,7 +54,7 @@ def spice_command(java: JavaRuntime, jars: Sequence[Path], source: Path, target:
 
     home = Path(pycocoevalcap.spice.__file__).parent
     classpath = os.pathsep.join([str(home / "spice-1.0.jar"), str(home / "lib" / "*"), *map(str, jars)])
-    opened = [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in _OPENED_PACKAGES]
+    opened = [f"--add-opens=java.base/java.{package}=ALL-UNNAMED" for package in _OPENED_PACKAGES]
     flags = opened if java.major >= 16 else []
     return java.command(
         *flags, "-Xmx8G", "-cp", classpath, _MAIN_CLASS, str(source), "-out", str(target), "-subset", "-silent"

@@ -105,13 +105,13 @@ def _find_columns(given: Columns, names: list[str], path: str | os.PathLike) -> 
             )
         return found
 
+    for name in (given.prediction, *(given.references or ()), given.clip_id, given.retrieved, *given.numbers):
+        if name is not None and name not in names:
+            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(repr, names))}")
     prediction = given.prediction or usual(PREDICTION_COLUMNS, "--prediction-column", "predictions")
     references = list(given.references or [usual(REFERENCE_COLUMNS, "--references-column", "references")])
     if not given.references and references == ["caption_1"]:
         references = [name for name in names if name.startswith("caption_")]
-    for name in (prediction, *references, given.clip_id, given.retrieved, *given.numbers):
-        if name is not None and name not in names:
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(repr, names))}")
     clip_id = given.clip_id or next((name for name in ID_COLUMNS if name in names and name not in references), None)
     retrieved = given.retrieved or ("retrieved" if "retrieved" in names else None)
     return Columns(prediction, references, clip_id, retrieved, given.numbers)
@@ -216,7 +216,9 @@ def read_training_captions(path: str | os.PathLike) -> list[str]:
         names = names or [name for name in rows[0] if name.startswith("caption_")]
         if not names:
             raise ValueError(f"{path} has the columns {', '.join(map(repr, rows[0]))}; expected caption or captions")
-        captions = [text for row in rows for name in names for text in parse_references(row[name], f"{path}, {name!r}")]
+        captions = [
+            text for row in rows for name in names for text in parse_references(row[name], f"{path}, {name!r}")
+        ]
     captions = [text.strip() for text in captions if text.strip()]
     if not captions:
         raise ValueError(f"{path} holds no caption")

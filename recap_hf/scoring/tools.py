@@ -48,7 +48,7 @@ class ScoringTools:
         return self._meteor
 
     def check(self) -> None:
-        """Raises what scoring would raise if Java or `pycocoevalcap` is missing: a check before hours of captioning."""
+        """Raises what scoring would raise if Java or `pycocoevalcap` is missing, before hours of captioning."""
         require_pycocoevalcap()
         _ = self.runtime
 
@@ -82,7 +82,7 @@ def squeeze(text: str) -> str:
 
 
 def ptb_tokenize(captions: Sequence[str], java: JavaRuntime) -> list[str]:
-    """Captions as the COCO caption evaluation tokenizes them: PTB tokens, lower case, no punctuation, joined by blanks.
+    """Captions as the COCO caption evaluation tokenizes them: PTB tokens, lower case, no punctuation.
 
     The jar, its options and the list of punctuation are `pycocoevalcap`'s. Its Python wrapper is not used: it runs the
     `java` of the PATH, writes into site-packages, and assigns later captions to the wrong clips when one holds a line

@@ -1,8 +1,8 @@
-"""Two small domains with different events, made from a folder of single sounds: the paper's grid without its data.
+"""Two small domains with different events, from a folder of single sounds: the paper's grid without its data.
 
-`python -m recap_hf.evaluation.stand_ins SOUNDS OUT` writes two datasets in the `audiofolder` layout, each with single
-sounds and with mixtures of two, captions from the grammar of `recap-tiny`, the number of events of each clip, and a
-`grid.yaml` for `recap grid`.
+Usage: `python -m benchmarks.grid_stand_ins SOUNDS OUT`. Writes two datasets in the `audiofolder` layout with single
+sounds and mixtures of two, captions from a grammar, the number of events of each clip, and a `grid.yaml` for
+`recap grid`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import soundfile
+import yaml
+
+from benchmarks.sounds import load_mono, read_metadata
+from recipes.recap_tiny.grammar import Part, Scene, render
 
 DOMAINS = {
     "outdoors": ("dog_bark", "rain", "sea_waves", "helicopter", "chainsaw", "rooster", "fire_crackling"),
@@ -51,8 +56,6 @@ def make_stand_ins(sounds: str | Path, output: str | Path, recipe: Recipe | None
     Raises:
         FileNotFoundError, ValueError: if `sounds` is no such folder, or a domain has no sound in a split.
     """
-    from recap_hf.tiny.sounds import read_metadata
-
     recipe = recipe or Recipe()
     output = Path(output)
     rows = read_metadata(sounds)
@@ -80,8 +83,6 @@ class _DomainWriter:
         self._events: list[list[str]] = []
 
     def write_split(self, split: str, rows: list[dict[str, str]]) -> None:
-        from recap_hf.tiny.sounds import load_mono
-
         for row in rows:
             name = f"{split}-{Path(row['file_name']).stem}"
             self._add(name, split, load_mono(self.sounds / row["file_name"]), [row], "overlap")
@@ -97,10 +98,6 @@ class _DomainWriter:
         return [first, others[self.generator.integers(len(others))]]
 
     def _add(self, name: str, split: str, waveform: np.ndarray, rows: Sequence[dict[str, str]], relation: str) -> None:
-        import soundfile
-
-        from recap_hf.tiny.grammar import Part, Scene, render
-
         soundfile.write(self.folder / f"{name}.flac", waveform.clip(-1, 1), _RATE, subtype="PCM_16")
         scene = Scene(tuple(Part(row["event"]) for row in rows), relation)
         captions = [render(scene, self.generator).text for _ in range(self.recipe.captions)]
@@ -128,7 +125,7 @@ def mix(first: np.ndarray, second: np.ndarray, relation: str) -> np.ndarray:
         first, second = _level(first[:half]), _level(second[:half])
         return np.concatenate([first, np.zeros(_RATE // 2), second])
     length = min(limit, max(len(first), len(second)))
-    # A short sound is heard again and again, as CLAP's feature extractor repeats short clips.
+    # A short sound is repeated, as CLAP's feature extractor repeats short clips.
     return 0.5 * (_level(np.resize(first, length)) + _level(np.resize(second, length)))
 
 
@@ -147,8 +144,6 @@ def _write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
 
 
 def _grid_yaml(output: Path) -> str:
-    import yaml
-
     domains = {
         name: {
             "dataset": "audiofolder",
@@ -162,20 +157,20 @@ def _grid_yaml(output: Path) -> str:
         "large": {"files": []},
         "seeds": [42],
         "k": [4, 1, 2, 8],
-        # A prefix starts from nothing: the step that suits cross-attention is too small for it.
-        "neighbours": {"prefix": {"learning_rate": 1e-3}, "audio_to_audio": {}},
+        # A prefix is trained from scratch and needs a larger learning rate than cross-attention.
+        "related_methods": {"prefix": {"learning_rate": 1e-3}, "audio_to_audio": {}},
         "shares": [0.03, 0.1, 0.3],
         "indexes": ["ivf_flat", "ivf_pq", "hnsw"],
         "training": {"num_train_epochs": 4, "batch_size": 16, "learning_rate": 3e-4, "device": "cpu"},
         "evaluation": {"batch_size": 16, "device": "cpu"},
     }
-    note = "# `training` starts from the bases of recap-tiny; give it a model, or clap and decoder, for others.\n"
+    note = "# `training` starts from the embedded default; give it a model, or clap and decoder, for others.\n"
     return note + yaml.safe_dump(grid, sort_keys=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the stand-ins."""
-    parser = argparse.ArgumentParser(prog="python -m recap_hf.evaluation.stand_ins", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.grid_stand_ins", description=__doc__)
     parser.add_argument("sounds", help="folder of single sounds with metadata.csv")
     parser.add_argument("output", help="folder to write")
     parser.add_argument(

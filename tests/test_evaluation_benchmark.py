@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from benchmarks.grid_stand_ins import DOMAINS, Recipe, main, make_stand_ins, mix
 from recap_hf.evaluation.grid_config import read_grid
-from recap_hf.evaluation.stand_ins import DOMAINS, Recipe, main, make_stand_ins, mix
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,245 @@
+"""The captioner under evaluation and its baselines, all from one encoding of each batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from recap_hf.modeling.audio_recap import SILENCE_CAPTION, is_silent
+from recap_hf.modeling.captioning_recap import Captioner, CaptionResult, load_pretrained
+from recap_hf.modeling.options_recap import DECODING, NO_RERANKING, RERANKING, CaptionOptions
+from recap_hf.modeling.retrieval_recap import normalize_clip_id, normalize_text
+
+MAIN_SYSTEM = "recap"
+# Name: description, printed under every table.
+SYSTEMS: dict[str, str] = {
+    MAIN_SYSTEM: "the captioner: retrieved captions in the prompt, with audio",
+    "no_captions": "no caption in the prompt, with audio",
+    "random_captions": "captions drawn at random from the datastore in the prompt, with audio",
+    "no_audio": "retrieved captions in the prompt, the encoder's states all zero",
+    "audio_only": "no prompt: the decoder starts from its end-of-text token, with audio",
+    "first_retrieved": "the first retrieved caption, nothing generated",
+}
+NEED_DATASTORE = ("random_captions", "first_retrieved")
+_EARLIER_NAMES = {"no_retrieval": "no_captions", "audio_hidden": "no_audio"}
+
+
+class EncodingCache:
+    """Encoded batches of clips, for several evaluations of the same recordings with the same CLAP.
+
+    Args:
+        limit: bytes of hidden states to keep; batches beyond it are encoded each time.
+    """
+
+    def __init__(self, limit: int = 2 << 30) -> None:
+        self.limit = limit
+        self._used = 0
+        self._kept: dict[tuple[str, str], Any] = {}
+
+    def encode(self, clap: str, waveforms: Sequence[np.ndarray], make: Callable[[], Any]) -> Any:
+        """The encoding of a batch, from `make` the first time; `clap` identifies the encoder."""
+        digest = hashlib.blake2b(digest_size=16)
+        for waveform in waveforms:
+            digest.update(len(waveform).to_bytes(8, "little") + np.ascontiguousarray(waveform).tobytes())
+        key = clap, digest.hexdigest()
+        if key not in self._kept:
+            encoding = make()
+            size = encoding.last_hidden_state.nbytes
+            if self._used + size > self.limit:
+                return encoding
+            self._kept[key] = encoding
+            self._used += size
+        return self._kept[key]
+
+
+class Systems:
+    """A captioner and its baselines.
+
+    Args:
+        captioner: the captioner; the baselines vary its encoding, its retrieved captions or its prompt.
+        seed: of the random captions.
+        exclude_references: never retrieve a caption that equals a reference of the clip.
+        encodings: encoded batches that several captioners with one CLAP share; None keeps none.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        seed: int = 0,
+        exclude_references: bool = False,
+        encodings: EncodingCache | None = None,
+    ) -> None:
+        self.captioner, self.seed, self.exclude_references = captioner, seed, exclude_references
+        self.encodings = encodings
+        self._clap = _hash_weights(captioner.model.clap) if encodings else ""
+        options = captioner.options.to_dict()
+        kept = {name: value for name, value in options.items() if name not in CaptionOptions.names(RERANKING)}
+        # Without audio there is nothing to rerank by.
+        without_reranking = CaptionOptions(**kept, rerank=NO_RERANKING)
+        self._without_audio = Captioner(
+            captioner.model, captioner.processor, options=without_reranking, generate_kwargs=captioner.generate_kwargs
+        )
+        self.retrieval = captioner.processor.retrieval_options.merged_with(captioner.options)
+
+    def check(self, systems: Sequence[str] | None) -> list[str]:
+        """The systems to run: those that are named, or all that are possible with this captioner.
+
+        Raises:
+            ValueError: if one is unknown, or needs a datastore and there is none.
+        """
+        has_datastore = self.captioner.datastore is not None
+        if systems is None:
+            return [name for name in SYSTEMS if has_datastore or name not in NEED_DATASTORE]
+        for name in systems:
+            if name in _EARLIER_NAMES:
+                raise ValueError(f"the system {name} is now called {_EARLIER_NAMES[name]}")
+            if name not in SYSTEMS:
+                raise ValueError(f"unknown system {name!r}: expected some of {', '.join(SYSTEMS)}")
+            if name in NEED_DATASTORE and not has_datastore:
+                raise ValueError(f"the system {name} needs a datastore, and the captioner has none (--datastore)")
+        return list(dict.fromkeys(systems))
+
+    def caption(
+        self,
+        waveforms: Sequence[np.ndarray],
+        clip_ids: Sequence[str],
+        references: Sequence[Sequence[str]],
+        systems: Sequence[str],
+    ) -> dict[str, list[CaptionResult]]:
+        """Captions of one batch by each system.
+
+        Args:
+            waveforms: mono, at the captioner's sampling rate. A silent one is captioned as silence by every system.
+            clip_ids: captions of these clips in the datastore are left out, each for its own clip.
+            references: used only with `exclude_references`.
+            systems: some of `SYSTEMS`.
+        """
+        results = {name: [CaptionResult(SILENCE_CAPTION, 1.0, []) for _ in waveforms] for name in systems}
+        rows = [row for row, waveform in enumerate(waveforms) if not is_silent(waveform)]
+        if not rows:
+            return results
+        sounding, ids = [waveforms[row] for row in rows], [clip_ids[row] for row in rows]
+        encoding = self._encode(sounding)
+        retrieved = self.captioner.processor.retrieve(
+            encoding.audio_embeds,
+            exclude_clip_ids=ids,
+            exclude_texts=[references[row] for row in rows] if self.exclude_references else None,
+            datastore=self.captioner.datastore,
+            options=self.captioner.options,
+        )
+        for name in systems:
+            found = self._caption_as(name, encoding, retrieved, ids)
+            for row, result in zip(rows, found, strict=True):
+                results[name][row] = result
+        return results
+
+    def _caption_as(
+        self, name: str, encoding: Any, retrieved: list[list[dict[str, Any]]], clip_ids: list[str]
+    ) -> list[CaptionResult]:
+        nothing: list[list[dict[str, Any]]] = [[] for _ in clip_ids]
+        if name == "first_retrieved":
+            return [CaptionResult(*_first(hits), hits) for hits in retrieved]
+        if name == "random_captions":
+            retrieved = [self._random_captions(clip_id) for clip_id in clip_ids]
+        if name == "no_audio":
+            return self._without_audio.generate(_zeroed(encoding), retrieved)
+        if name == "audio_only":
+            model = self.captioner.model
+            start = torch.full((len(clip_ids), 1), model.config.eos_token_id, device=model.device)
+            prompts = {"decoder_input_ids": start, "decoder_attention_mask": torch.ones_like(start)}
+            return self.captioner.decode(encoding, prompts, nothing)
+        return self.captioner.generate(encoding, nothing if name == "no_captions" else retrieved)
+
+    def _encode(self, waveforms: list[np.ndarray]) -> Any:
+        if self.encodings is None:
+            return self.captioner.encode(waveforms)
+        return self.encodings.encode(self._clap, waveforms, lambda: self.captioner.encode(waveforms))
+
+    def _random_captions(self, clip_id: str) -> list[dict[str, Any]]:
+        """k different captions of other clips, the same for a clip in every run with this seed."""
+        datastore, k = self.captioner.datastore, self.retrieval.k
+        digest = hashlib.sha256(f"{self.seed}:{clip_id}".encode()).digest()
+        generator = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+        own = normalize_clip_id(clip_id)
+        drawn: dict[str, dict[str, Any]] = {}
+        # More than k rows are drawn, since own captions and repeated texts do not count.
+        for row in generator.choice(len(datastore), size=min(len(datastore), 20 * k), replace=False):
+            record = datastore.records[int(row)]
+            if record.get("clip_id") is None or normalize_clip_id(record["clip_id"]) != own:
+                drawn.setdefault(normalize_text(record["caption"]), {**record, "row": int(row)})
+            if len(drawn) == k:
+                break
+        return list(drawn.values())
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the captions, as plain JSON values: options, and hashes of the weights and the datastore."""
+        captioner, datastore = self.captioner, self.captioner.datastore
+        config = captioner.generation_config()
+        # Every option: where none is given, the choice of the checkpoint.
+        options = {name: getattr(self.retrieval, name) for name in CaptionOptions.names()}
+        for name in CaptionOptions.names(DECODING, RERANKING):
+            options[name] = getattr(config, name, None) if options[name] is None else options[name]
+        return {
+            "weights_sha256": _hash_weights(captioner.model),
+            "dtype": str(captioner.model.dtype).removeprefix("torch."),
+            "options": options,
+            "prompt_template": captioner.processor.prompt_template,
+            "seed": self.seed,
+            "exclude_references": self.exclude_references,
+            "conditioning": captioner.model.config.conditioning,
+            "datastore": None
+            if datastore is None
+            else {
+                "captions": len(datastore),
+                "keys": datastore.keys,
+                "index": (datastore.index or {"kind": "exact"})["kind"],
+                "sha256": _hash_texts(datastore.captions),
+            },
+        }
+
+
+def _first(hits: list[dict[str, Any]]) -> tuple[str, float]:
+    return (hits[0]["caption"], hits[0]["score"]) if hits else ("", 0.0)
+
+
+def _zeroed(encoding: Any) -> Any:
+    """`encoding` with hidden states of zero, as training without audio uses them."""
+    return type(encoding)(**{**encoding, "last_hidden_state": torch.zeros_like(encoding.last_hidden_state)})
+
+
+def load_captioner(
+    model: str | None = None,
+    datastore: Any = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    options: CaptionOptions | None = None,
+) -> Captioner:
+    """A captioner from a checkpoint, as [`Captioner.from_pretrained`]; `datastore="none"` is one without a datastore.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: if checkpoint and datastore do not belong together.
+    """
+    loaded, processor = load_pretrained(model, device, dtype)
+    if datastore == "none":
+        processor.datastore = datastore = None
+    return Captioner(loaded, processor, datastore, options)
+
+
+def _hash_weights(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _hash_texts(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", errors="replace") + b"\n")
+    return digest.hexdigest()

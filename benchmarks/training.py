@@ -29,10 +29,10 @@ from recap_hf.training.collator import (
     Batch,
     CaptionCollator,
     PromptedCaptions,
-    PromptedClip,
     PromptOptions,
-    tokenize_targets,
+    with_targets,
 )
+from recap_hf.training.data import Clip
 from recap_hf.training.loss import CaptionLoss, fuse_activations
 from recap_hf.training.neighbours import Neighbours
 from recap_hf.training.plans import Row, plan_epoch
@@ -361,8 +361,8 @@ def make_examples(clips: list[tuple[str, list[str]]], processor: Any, options: B
     for clip in range(len(clips)):
         drawn = rng.choice(len(captions), size=options.k + 16, replace=False)
         rows[clip] = drawn[owner[drawn] != clip][: options.k]
-    targets = iter(tokenize_targets(captions, processor, LONGEST_CAPTION))
-    made = [PromptedClip(str(n), name, texts, [next(targets) for _ in texts]) for n, (name, texts) in enumerate(clips)]
+    made = [Clip(name, texts, key=str(number)) for number, (name, texts) in enumerate(clips)]
+    made = with_targets(made, processor, LONGEST_CAPTION)
     return PromptedCaptions(
         made, RandomFeatures(), processor, [Neighbours(rows, captions)], PromptOptions(options.k, seed=options.seed)
     )

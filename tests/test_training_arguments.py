@@ -88,6 +88,7 @@ def test_every_field_is_a_key_and_flags_win(tmp_path: Path, suffix: str):
         ("batch_size: many", "batch_size: expected a whole number, got 'many'"),
         ("batch_size: 1.5", "batch_size: expected a whole number, got 1.5"),
         ("train_decoder: 1", "train_decoder: expected true or false, got 1"),
+        ("model: [a]", "model: expected text, got ['a']"),
         ("mixed_precision: int8", "mixed_precision: expected one of 'no', 'bf16', 'fp16', got 'int8'"),
         ("- a list", "expected names and values"),
         ("a: [", "does not parse"),

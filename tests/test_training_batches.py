@@ -14,10 +14,10 @@ from recap_hf.training.collator import (
     Batch,
     CaptionCollator,
     PromptedCaptions,
-    PromptedClip,
     PromptOptions,
-    tokenize_targets,
+    with_targets,
 )
+from recap_hf.training.data import Clip
 from recap_hf.training.loss import CaptionLoss, branched_mask, fuse_activations
 from recap_hf.training.neighbours import Neighbours
 from recap_hf.training.plans import Row, plan_epoch, plan_validation, split_rows
@@ -35,10 +35,8 @@ class Features:
 @pytest.fixture(scope="module")
 def parts():
     model, processor = make_captioner()
-    clips = []
-    for number in range(6):
-        captions = captions_of(number)
-        clips.append(PromptedClip(str(number), f"clip {number}", captions, tokenize_targets(captions, processor, 60)))
+    clips = [Clip(f"clip {number}", captions_of(number), key=str(number)) for number in range(6)]
+    clips = with_targets(clips, processor, 60)
     store_captions = [text for number in range(6) for text in captions_of(number, 2)]
     rows = np.array([[(2 * clip + 5 * place + 2) % 12 for place in range(8)] for clip in range(6)], dtype=np.int32)
     return model.eval(), processor, clips, Neighbours(rows, store_captions)

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .data import Clip
 from .features import FeatureStore
 from .neighbours import Neighbours
 from .plans import DRAW, Row
 from .task import Key
-
-
-@dataclass
-class PromptedClip:
-    """A clip in training: its id, the key of its features, its captions as texts and as target tokens (end token
-    last)."""
-
-    key: str
-    clip_id: str
-    captions: list[str]
-    targets: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -38,9 +28,6 @@ class PromptOptions:
         audio_dropout: share of rows whose audio is hidden.
         prompt_dropout: share of rows that get no captions in their prompt.
         seed: of the draws.
-
-    Raises:
-        ValueError: a share is not between 0 and 1.
     """
 
     k: int
@@ -50,19 +37,18 @@ class PromptOptions:
     prompt_dropout: float = 0.0
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        for name in ("audio_dropout", "prompt_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a share between 0 and 1, got {getattr(self, name)}")
 
+def with_targets(clips: Sequence[Clip], processor: Any, max_caption_tokens: int) -> list[Clip]:
+    """The clips with target tokens of their captions: the processor's prefix, the caption, the end token.
 
-def tokenize_targets(captions: Sequence[str], processor: Any, max_caption_tokens: int) -> list[list[int]]:
-    """Target tokens of captions, as `processor.build_training_inputs` makes them: prefix, caption, end token."""
-    if not captions:
-        return []
-    texts = [processor.target_prefix + " ".join(caption.split()) for caption in captions]
-    tokens = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [[*ids[:max_caption_tokens], processor.tokenizer.eos_token_id] for ids in tokens]
+    The same as those of `processor.build_training_inputs`, and tokenized all at once.
+    """
+    texts = [processor.target_prefix + " ".join(caption.split()) for clip in clips for caption in clip.captions]
+    tokens = iter(processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    end = processor.tokenizer.eos_token_id
+    return [
+        replace(clip, targets=[[*next(tokens)[:max_caption_tokens], end] for _ in clip.captions]) for clip in clips
+    ]
 
 
 @dataclass
@@ -95,7 +81,7 @@ class PromptedCaptions(Dataset):
 
     def __init__(
         self,
-        clips: Sequence[PromptedClip],
+        clips: Sequence[Clip],
         features: FeatureStore | None,
         processor: Any,
         neighbours: Sequence[Neighbours],
@@ -188,12 +174,10 @@ class Batch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
         """The batch on `device`, hidden states in `dtype`."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        if self.hidden is not None:
-            moved["hidden"] = moved["hidden"].to(dtype)
-        return Batch(**values | moved)
+        hidden = {} if self.hidden is None else {"hidden": moved["hidden"].to(dtype)}
+        return replace(self, **moved | hidden)
 
 
 @dataclass(frozen=True)

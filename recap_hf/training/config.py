@@ -6,17 +6,17 @@
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
+from recap_hf.data import NAMED_DATASETS
+
 if TYPE_CHECKING:
-    from .encoding import EncodingOptions
     from .task import Task
 
-DATASETS_IN_FOLDERS = ("clotho", "audiocaps", "recap", "wavcaps", "audiofolder")
 # The order of the groups in the help.
 _GROUPS = ("data", "model", "retrieval", "prompts", "optimisation", "validation", "running")
 
@@ -56,7 +56,6 @@ Config = TypeVar("Config", bound="TrainingConfig")
 class TrainingConfig:
     """Data, optimisation, validation and running: the settings of every kind of training."""
 
-    # Data
     dataset: list[str] = option(
         "data", [], "clotho, audiocaps, recap, wavcaps, audiofolder or a Hub id; give several to join them"
     )
@@ -64,29 +63,20 @@ class TrainingConfig:
     columns: list[str] = option("data", [], "OURS=THEIRS: columns of the dataset under other names")
     train_split: str = option("data", "train", "split to train on")
     validation_split: str = option("data", "validation", "split to validate on, or 'none'")
-    validation_share: float = option(
-        "data", 0.0, "share of the training clips to validate on, if the dataset has no validation split", check=SHARE
-    )
-    max_train_clips: int = option("data", 0, "use only this number of training clips (0: all)", check=NOT_NEGATIVE)
-    max_validation_clips: int = option("data", 0, "validate on only this number of clips (0: all)", check=NOT_NEGATIVE)
+    validation_share: float = option("data", 0.0, "share of the training clips to validate on instead", check=SHARE)
+    max_train_clips: int = option("data", 0, "training clips to use (0: all)", check=NOT_NEGATIVE)
+    max_validation_clips: int = option("data", 0, "validation clips to use (0: all)", check=NOT_NEGATIVE)
 
-    # Optimisation
     learning_rate: float = option("optimisation", 5e-5, "peak learning rate", check=POSITIVE)
     batch_size: int = option(
         "optimisation", 32, "captions in a step of all processes", alias=["train_batch_size"], check=AT_LEAST_1
     )
     per_device_train_batch_size: int = option(
-        "optimisation",
-        0,
-        "captions in one pass of one process (0: from --batch-size); the batch size is this times the number of "
-        "processes and of passes",
-        check=NOT_NEGATIVE,
+        "optimisation", 0, "captions in a pass of one process, instead of --batch-size (0)", check=NOT_NEGATIVE
     )
     gradient_accumulation_steps: int = option("optimisation", 1, "passes of each process in a step", check=AT_LEAST_1)
     num_train_epochs: float = option("optimisation", 100.0, "passes over the data")
-    max_steps: int = option(
-        "optimisation", -1, "stop after this number of steps (-1: by epochs)", alias=["max_train_steps"]
-    )
+    max_steps: int = option("optimisation", -1, "number of steps (-1: by epochs)", alias=["max_train_steps"])
     lr_scheduler_type: str = option("optimisation", "linear", "schedule of the learning rate, a name of transformers")
     warmup_steps: int = option(
         "optimisation", 0, "steps of linear warm-up", alias=["num_warmup_steps"], check=NOT_NEGATIVE
@@ -96,23 +86,17 @@ class TrainingConfig:
     adam_beta2: float = option("optimisation", 0.999, "second decay rate of Adam")
     adam_epsilon: float = option("optimisation", 1e-8, "epsilon of Adam")
     max_grad_norm: float = option("optimisation", 1.0, "clip the norm of the gradient (0: no clipping)")
-    dropout: float = option(
-        "optimisation", 0.0, "dropout in the trained parts; keyed by seed and step, so runs repeat", check=SHARE
-    )
+    dropout: float = option("optimisation", 0.0, "dropout in the trained parts; keyed by seed and step", check=SHARE)
     seed: int = option("optimisation", 42, "seed of initialisation, order and draws")
 
-    # Validation
     eval_batch_size: int = option(
         "validation", 32, "captions in a validation batch", alias=["per_device_eval_batch_size"], check=AT_LEAST_1
     )
     metric_for_best_model: str = option(
         "validation", "loss", "metric that selects the best checkpoint and stops the run", choices=["loss"]
     )
-    early_stopping_patience: int = option(
-        "validation", 0, "stop after this number of validations without gain (0: never)"
-    )
+    early_stopping_patience: int = option("validation", 0, "validations without gain before the run stops (0: never)")
 
-    # Running
     output_dir: str = option("running", "", "folder for the trained model and its checkpoints", free=True)
     resume: bool = option("running", False, "continue from the last checkpoint in OUTPUT_DIR", free=True)
     resume_from_checkpoint: str = option("running", "", "continue from this checkpoint, or 'latest'", free=True)
@@ -120,7 +104,7 @@ class TrainingConfig:
     save_steps: int = option(
         "running",
         0,
-        "steps between two checkpoints within an epoch (0: only one at the end of each epoch)",
+        "steps between two checkpoints within an epoch (0: none; there is one after each epoch)",
         alias=["checkpointing_steps"],
         check=NOT_NEGATIVE,
         free=True,
@@ -142,9 +126,7 @@ class TrainingConfig:
         "running", None, "no, bf16 or fp16 (default: as launched)", choices=["no", "bf16", "fp16"]
     )
     device: str = option("running", "", "'cpu' does not use a GPU (default: as Accelerate finds)", choices=["", "cpu"])
-    report_to: list[str] = option(
-        "running", [], "trackers: tensorboard, wandb, ..., 'all'; 'none' for none", free=True
-    )
+    report_to: list[str] = option("running", [], "trackers: tensorboard, wandb, ..., 'all' or 'none'", free=True)
 
     def validate(self: Config) -> Config:
         """Self, if the settings fit each other.
@@ -162,7 +144,7 @@ class TrainingConfig:
         if not self.output_dir:
             raise ValueError("no --output-dir given: the folder for the trained model")
         if not self.dataset and self.needs_dataset:
-            raise ValueError(f"no --dataset given: one of {', '.join(DATASETS_IN_FOLDERS)}, or a Hub id")
+            raise ValueError(f"no --dataset given: one of {', '.join(NAMED_DATASETS)}, or a Hub id")
         return self
 
     def check(self) -> None:
@@ -197,16 +179,13 @@ class TrainingConfig:
         Raises:
             ValueError: if the number of folders does not match the number of datasets.
         """
-        local = [name for name in self.dataset if name in DATASETS_IN_FOLDERS]
+        local = [name for name in self.dataset if name in NAMED_DATASETS]
         audio_dirs = getattr(self, "audio_dir", [])
-        for flag, folders in (("--data-dir", self.data_dir), ("--audio-dir", audio_dirs)):
-            if len(folders) > len(local) or (flag == "--data-dir" and len(folders) < len(local)):
+        for flag, folders, least in (("--data-dir", self.data_dir, len(local)), ("--audio-dir", audio_dirs, 0)):
+            if not least <= len(folders) <= len(local):
                 raise ValueError(f"{len(local)} datasets in folders ({', '.join(local)}), but {len(folders)} {flag}")
-        data_dirs, audio_dirs = iter(self.data_dir), iter(audio_dirs)
-        return [
-            (name, next(data_dirs), next(audio_dirs, None)) if name in DATASETS_IN_FOLDERS else (name, None, None)
-            for name in self.dataset
-        ]
+        folders = iter(itertools.zip_longest(self.data_dir, audio_dirs))
+        return [(name, *(next(folders) if name in NAMED_DATASETS else (None, None))) for name in self.dataset]
 
     def global_batch_size(self, processes: int) -> int:
         """Captions (or clips) in a step of all processes."""
@@ -230,14 +209,6 @@ class AudioTrainingConfig(TrainingConfig):
         """Folder of the encoded audio."""
         return Path(self.feature_cache or Path(self.output_dir) / "features")
 
-    def encoding_options(self, device: Any) -> EncodingOptions:
-        """How recordings are read and encoded."""
-        from .encoding import EncodingOptions
-
-        return EncodingOptions(
-            self.cache_folder(), self.encode_batch_size, self.workers(device), self.min_clip_seconds
-        )
-
 
 def require(holds: bool, name: str, value: Any, expected: str) -> None:
     """Raises a `ValueError` that names the flag, unless `holds`."""
@@ -246,13 +217,10 @@ def require(holds: bool, name: str, value: Any, expected: str) -> None:
 
 
 def changed_settings(old: Mapping[str, Any], new: Config) -> list[str]:
-    """Settings that differ between a checkpoint's run and this one and change what is computed, as text."""
-    compared = [item.name for item in fields(new) if not item.metadata.get("free")]
-    return [
-        f"{name} {old.get(name)!r} -> {getattr(new, name)!r}"
-        for name in compared
-        if old.get(name) != getattr(new, name)
-    ]
+    """Settings of a checkpoint's run that are others now and change what is computed, as text."""
+    names = [item.name for item in fields(new) if not item.metadata.get("free")]
+    pairs = {name: (old.get(name), getattr(new, name)) for name in names}
+    return [f"{name} {before!r} -> {now!r}" for name, (before, now) in pairs.items() if before != now]
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, kind: type[TrainingConfig]) -> None:
@@ -272,18 +240,22 @@ def _names(item: Field) -> list[str]:
     return [item.name, *item.metadata.get("alias", [])]
 
 
+def _plain(hint: Any) -> type:
+    """The type of a field, without the None of an optional one."""
+    return next((part for part in get_args(hint) if part is not type(None)), hint)
+
+
 def _argparse_kind(item: Field, hint: Any) -> dict[str, Any]:
     default = item.default_factory() if item.default_factory is not MISSING else item.default
     shown = "" if default in (None, "", []) else f" (default: {default})"
-    help_text = (item.metadata["help"] + shown).replace("%", "%%")
-    if hint is bool or hint == (bool | None):
-        return {"action": argparse.BooleanOptionalAction, "help": help_text}
+    help_text = {"help": (item.metadata["help"] + shown).replace("%", "%%")}
     if hint == list[str]:
         action = {"nargs": "+", "action": "extend"} if item.name == "columns" else {"action": "append"}
-        return {**action, "metavar": "VALUE", "help": help_text}
-    kind = next((part for part in get_args(hint) if part is not type(None)), hint)
-    choices = item.metadata.get("choices")
-    return {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper(), "help": help_text}
+        return {**action, "metavar": "VALUE", **help_text}
+    kind, choices = _plain(hint), item.metadata.get("choices")
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, **help_text}
+    return {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper(), **help_text}
 
 
 def load_config(given: argparse.Namespace | Mapping[str, Any], kind: type[Config]) -> Config:
@@ -294,10 +266,9 @@ def load_config(given: argparse.Namespace | Mapping[str, Any], kind: type[Config
     """
     given = dict(given if isinstance(given, Mapping) else vars(given))
     recipe = given.pop("config", None)
-    known = {item.name for item in fields(kind)}
     values = read_recipe(recipe, kind) if recipe else {}
-    values.update({name: value for name, value in given.items() if name in known})
-    return kind(**values).validate()
+    known = {item.name for item in fields(kind)}
+    return kind(**values | {name: value for name, value in given.items() if name in known}).validate()
 
 
 def read_recipe(path: str | Path, kind: type[TrainingConfig]) -> dict[str, Any]:
@@ -308,10 +279,10 @@ def read_recipe(path: str | Path, kind: type[TrainingConfig]) -> dict[str, Any]:
     """
     import yaml
 
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        raw = json.loads(text) if Path(path).suffix.lower() == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        # JSON is YAML.
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} does not parse: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected names and values ('learning_rate: 5e-5'), found {type(raw).__name__}")
@@ -322,30 +293,30 @@ def read_recipe(path: str | Path, kind: type[TrainingConfig]) -> dict[str, Any]:
         item = known.get(str(key).replace("-", "_"))
         if item is None:
             raise ValueError(f"{path}: unknown setting {key!r}; known: {', '.join(sorted(known))}")
-        values[item.name] = _converted(value, hints[item.name], f"{path}: {key}", item.metadata.get("choices"))
+        values[item.name] = _converted(value, item, hints[item.name], f"{path}: {key}")
     return values
 
 
-def _converted(value: Any, hint: Any, where: str, choices: list | None) -> Any:
-    if type(None) in get_args(hint):
-        if value is None:
-            return None
-        hint = next(part for part in get_args(hint) if part is not type(None))
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _converted(value: Any, item: Field, hint: Any, where: str) -> Any:
+    """A value of a recipe in the kind of its field."""
+    choices = item.metadata.get("choices", [])
     if hint == list[str]:
-        return [str(item) for item in (value if isinstance(value, list) else [value])]
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"{where}: expected true or false, got {value!r}")
-        return value
-    if hint in (int, float):
-        # YAML reads 5e-5 as a string: it wants 5.0e-5.
-        try:
-            number = float(value) if not isinstance(value, bool) else None
-        except (TypeError, ValueError):
-            number = None
-        if number is None or (hint is int and number != int(number)):
-            raise ValueError(f"{where}: expected {'a whole number' if hint is int else 'a number'}, got {value!r}")
-        return hint(number)
-    if choices and value not in choices:
+        return [str(one) for one in (value if isinstance(value, list) else [value])]
+    if value is None and type(None) in get_args(hint):
+        return None
+    # YAML reads `no` as false and 5e-5 as text.
+    value = "no" if value is False and "no" in choices else value
+    kind = _plain(hint)
+    try:
+        converted = kind(float(value)) if kind in (int, float) else kind(value)
+        wrong = isinstance(value, bool) != (kind is bool) or isinstance(value, (list, dict))
+        if wrong or (kind is int and converted != float(value)):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: expected {_KINDS[kind]}, got {value!r}") from None
+    if choices and converted not in choices:
         raise ValueError(f"{where}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-    return str(value) if value is not None else ""
+    return converted

@@ -28,6 +28,7 @@ class Clip:
         captions: the texts.
         source, licence: of the dataset.
         key: of its encoded audio; empty for text alone.
+        targets: token ids of each caption, as far as they are known.
     """
 
     clip_id: str
@@ -35,6 +36,7 @@ class Clip:
     source: str = ""
     licence: str | None = None
     key: str = ""
+    targets: list[list[int]] = field(default_factory=list)
 
     def records(self) -> list[dict[str, Any]]:
         """Records for a datastore, one per caption."""
@@ -156,8 +158,10 @@ def load_encoded(
     from accelerate import PartialState
 
     clips, summary = {}, DataSummary()
+    options = {"batch_windows": config.encode_batch_size, "workers": config.workers(PartialState().device)}
+    options["min_seconds"] = config.min_clip_seconds
     for split, data in splits.items():
-        encoded = store_features(data.dataset, encoder, config.encoding_options(PartialState().device))
+        encoded = store_features(data.dataset, encoder, config.cache_folder(), **options)
         clips[split] = clips_of(data, encoded.keys)
         if not clips[split]:
             raise ValueError(f"no clip of the {split} split could be encoded: {encoded.problems[0].detail}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,37 +18,6 @@ from recap_hf.data.schema import Problem
 from .features import CLIPS_PER_SHARD, ContentIndex, FeatureStore, content_key, encoder_identity
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class EncodedDataset:
-    """Which stored features belong to which clip.
-
-    `keys` has one entry per row of the dataset, None if the audio cannot be encoded; `problems` says why.
-    """
-
-    store: FeatureStore
-    keys: list[str | None]
-    problems: list[Problem] = field(default_factory=list)
-    encoded: int = 0
-    reused: int = 0
-
-
-@dataclass(frozen=True)
-class EncodingOptions:
-    """Where and how to encode.
-
-    Args:
-        cache: folder of the feature stores.
-        batch_windows: 10-second windows in a pass of the encoder.
-        workers: processes that read, decode and resample recordings; 0: none beside this one.
-        min_seconds: shorter recordings are refused.
-    """
-
-    cache: str | Path
-    batch_windows: int = 16
-    workers: int = 0
-    min_seconds: float = 0.01
 
 
 class Encoder(Protocol):
@@ -95,52 +64,74 @@ def mel_windows(feature_extractor: Any, waveforms: list[np.ndarray], device: Any
     return feature_extractor(waveforms, sampling_rate=rate, return_tensors="pt", device=device)
 
 
-def store_features(dataset: Any, encoder: Encoder, options: EncodingOptions) -> EncodedDataset:
-    """Features of every clip of `dataset` (columns `clip_id`, `audio`); only what is not stored yet is computed.
+@dataclass
+class EncodedDataset:
+    """Which stored features belong to which clip.
+
+    `keys` has one entry per row of the dataset, None if the audio cannot be encoded; `problems` says why.
+    """
+
+    store: FeatureStore
+    keys: list[str | None]
+    problems: list[Problem] = field(default_factory=list)
+    encoded: int = 0
+    reused: int = 0
+
+
+def store_features(
+    dataset: Any,
+    encoder: Encoder,
+    cache: str | Path,
+    *,
+    batch_windows: int = 16,
+    workers: int = 0,
+    min_seconds: float = 0.01,
+) -> EncodedDataset:
+    """Features of every clip of a dataset; only what is not stored yet is computed.
 
     Every process of a distributed run calls this; each does its share of the shards.
+
+    Args:
+        dataset: has the columns `clip_id` and `audio`.
+        encoder: makes the features.
+        cache: folder of the feature stores.
+        batch_windows: 10-second windows in a pass of the encoder.
+        workers: processes that read, decode and resample recordings; 0: this one does.
+        min_seconds: shorter recordings are refused.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     started, state = time.monotonic(), PartialState()
-    store = FeatureStore(options.cache, encoder.identity)
-    if not len(store) and store.other_encoders():
-        logger.warning(
-            "The feature cache %s holds features of other encoders or settings (%s), none of this one (%s): encoding "
-            "again. The old ones may be deleted",
-            options.cache, ", ".join(store.other_encoders()), store.fingerprint,
-        )  # fmt: skip
+    store = FeatureStore(cache, encoder.identity)
     keys, failed = _content_keys(dataset, store.folder.parent)
     rows = {key: row for row, key in reversed(list(enumerate(keys))) if key is not None}
+    # Which clips share a shard depends on the clips alone: a resumed run writes the same numbers.
     wanted = sorted(rows)
-    missing = [key for key in wanted if key not in store]
+    shards = [wanted[start : start + CLIPS_PER_SHARD] for start in range(0, len(wanted), CLIPS_PER_SHARD)]
+    shards = [pending for shard in shards if (pending := [key for key in shard if key not in store])]
+    missing = [key for shard in shards for key in shard]
     state.wait_for_everyone()
     if state.is_main_process:
         store.remove_leftovers()
     state.wait_for_everyone()
-    # Which clips share a shard depends on the clips alone: a resumed run writes the same numbers.
-    shards = [wanted[start : start + CLIPS_PER_SHARD] for start in range(0, len(wanted), CLIPS_PER_SHARD)]
-    shards = [pending for shard in shards if (pending := [key for key in shard if key not in store])]
-    broken = _encode(shards[state.process_index :: state.num_processes], rows, dataset, encoder, store, options)
+    own = shards[state.process_index :: state.num_processes]
+    rate, audio = encoder.feature_extractor.sampling_rate, dataset["audio"]
+    recordings = _Recordings([(key, rows[key]) for shard in own for key in shard], audio, rate, min_seconds)
+    broken = _encode(own, recordings, encoder, store, batch_windows, workers)
     state.wait_for_everyone()
     reasons = dict(gather_object(list(broken.items())))
     failed |= {row: reasons[key] for row, key in enumerate(keys) if key in reasons}
     store.refresh()
     clip_ids = dataset["clip_id"][:]
     problems = [Problem(clip_ids[row], "unreadable", failed[row]) for row in sorted(failed)]
-    result = EncodedDataset(
-        store,
-        [None if row in failed else key for row, key in enumerate(keys)],
-        problems,
-        encoded=sum(key in store for key in missing),
-        reused=len(wanted) - len(missing),
-    )
+    encoded, reused = len(missing) - len(reasons), len(wanted) - len(missing)
     logger.info(
         "Features: %d clips read from the cache, %d encoded, %d failed, %.1f s",
-        result.reused, result.encoded, len(problems), time.monotonic() - started,
+        reused, encoded, len(problems), time.monotonic() - started,
     )  # fmt: skip
-    return result
+    keys = [None if row in failed else key for row, key in enumerate(keys)]
+    return EncodedDataset(store, keys, problems, encoded, reused)
 
 
 def _content_keys(dataset: Any, folder: Path) -> tuple[list[str | None], dict[int, str]]:
@@ -169,52 +160,47 @@ def _content_keys(dataset: Any, folder: Path) -> tuple[list[str | None], dict[in
 
 
 class _Recordings(Dataset):
-    """Waveforms of clips, read by the workers of a `DataLoader`: (key, waveform, None) or (key, None, problem)."""
+    """Waveforms of clips: (key, waveform, None) or (key, None, reason)."""
 
-    def __init__(self, keys: Sequence[str], rows: dict[str, int], audio: Any, rate: int, min_seconds: float) -> None:
-        self._keys, self._rows, self._audio = keys, rows, audio
-        self._rate, self._min_seconds = rate, min_seconds
+    def __init__(self, rows: list[tuple[str, int]], audio: Any, rate: int, min_seconds: float) -> None:
+        self._rows, self._audio, self._rate, self._min_seconds = rows, audio, rate, min_seconds
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._rows)
 
     def __getitem__(self, number: int) -> tuple[str, np.ndarray | None, str | None]:
-        key = self._keys[number]
+        key, row = self._rows[number]
         try:
-            return key, read_clip(self._audio[self._rows[key]], self._rate, self._min_seconds), None
+            return key, read_clip(self._audio[row], self._rate, self._min_seconds), None
         except (ValueError, OSError, ImportError) as error:
             return key, None, str(error)
 
 
 def _encode(
     shards: list[list[str]],
-    rows: dict[str, int],
-    dataset: Any,
+    recordings: _Recordings,
     encoder: Encoder,
     store: FeatureStore,
-    options: EncodingOptions,
+    batch_windows: int,
+    workers: int,
 ) -> dict[str, str]:
     """Encode and write the shards; key -> reason for the clips that do not decode."""
     broken: dict[str, str] = {}
-    extractor = encoder.feature_extractor
-    keys = [key for shard in shards for key in shard]
-    recordings = _Recordings(keys, rows, dataset["audio"], extractor.sampling_rate, options.min_seconds)
-    loaded = iter(
-        DataLoader(recordings, batch_size=None, num_workers=options.workers if keys else 0, collate_fn=_as_is)
-    )
+    workers = workers if len(recordings) else 0
+    loaded = iter(DataLoader(recordings, batch_size=None, num_workers=workers, collate_fn=_as_is))
     done = 0
     for shard in shards:
-        stored, hidden, embeds = [], [], []
+        keys, hidden, embeds = [], [], []
         clips = (next(loaded) for _ in shard)
-        for batch in _batches(clips, extractor, options.batch_windows, broken):
-            for (key, _), (states, queries) in zip(batch, encoder.encode([w for _, w in batch]), strict=True):
-                stored.append(key)
+        for batch in _batches(clips, encoder.feature_extractor, batch_windows, broken):
+            keys += [key for key, _ in batch]
+            for states, queries in encoder.encode([waveform for _, waveform in batch]):
                 hidden.append(states)
                 embeds.append(queries)
-        if stored:
-            store.add_shard(stored, hidden, embeds)
+        if keys:
+            store.add_shard(keys, hidden, embeds)
         done += len(shard)
-        logger.info("Encoding audio: %d of %d clips", done, len(keys))
+        logger.info("Encoding audio: %d of %d clips", done, len(recordings))
     return broken
 
 
@@ -227,9 +213,9 @@ def _batches(
     clips: Iterable[tuple], feature_extractor: Any, batch_windows: int, broken: dict[str, str]
 ) -> Iterator[list[tuple[str, np.ndarray]]]:
     batch, windows = [], 0
-    for key, waveform, problem in clips:
-        if problem is not None:
-            broken[key] = problem
+    for key, waveform, reason in clips:
+        if waveform is None:
+            broken[key] = reason
             continue
         batch.append((key, waveform))
         windows += len(feature_extractor.window_starts(len(waveform)))
@@ -249,8 +235,8 @@ def read_clip(audio: dict[str, Any], sampling_rate: int, min_seconds: float) -> 
     from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
 
     waveform, rate = load_audio(audio)
-    seconds = waveform.shape[-1] / rate
-    if seconds < min_seconds:
+    samples = waveform.shape[-1]
+    if samples / rate < min_seconds:
         name = audio.get("path") or "<bytes>"
-        raise ValueError(f"{name}: {waveform.shape[-1]} samples ({seconds * 1000:.3g} ms) are too short to be a clip")
+        raise ValueError(f"{name}: {samples} samples ({samples / rate * 1000:.3g} ms) are too short to be a clip")
     return resample(to_mono(waveform), rate, sampling_rate)

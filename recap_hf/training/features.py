@@ -10,27 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 CLIPS_PER_SHARD = 256
 _READ_BLOCK = 1 << 20
-
-
-@dataclass(frozen=True)
-class StoredClip:
-    """Where a clip's windows are stored."""
-
-    shard: str
-    start: int
-    windows: int
 
 
 class FeatureStore:
@@ -42,24 +35,25 @@ class FeatureStore:
     """
 
     def __init__(self, folder: str | Path, encoder: dict[str, Any]) -> None:
-        self.encoder = encoder
-        self.fingerprint = fingerprint_of(encoder)
+        described = json.dumps(encoder, sort_keys=True).encode()
+        self.fingerprint = hashlib.blake2b(described, digest_size=8).hexdigest()
         self.folder = Path(folder) / self.fingerprint
         self.folder.mkdir(parents=True, exist_ok=True)
         description = self.folder / "encoder.json"
         if not description.exists():
             write_atomically(description, json.dumps(encoder, indent=2, sort_keys=True).encode())
-        self._clips: dict[str, StoredClip] = {}
+        # Shard, first window and number of windows of each clip; embeddings of each shard.
+        self._clips: dict[str, tuple[str, int, int]] = {}
         self._embeds: dict[str, np.ndarray] = {}
         self.refresh()
-
-    def other_encoders(self) -> list[str]:
-        """Fingerprints of other encoders with features in the same cache."""
-        return sorted(
-            path.parent.name
-            for path in self.folder.parent.glob("*/encoder.json")
-            if path.parent.name != self.fingerprint
-        )
+        others = sorted(path.parent.name for path in self.folder.parent.glob("*/encoder.json"))
+        if not self._clips and others != [self.fingerprint]:
+            others.remove(self.fingerprint)
+            logger.warning(
+                "The feature cache %s holds features of other encoders or settings (%s), none of this one (%s): "
+                "encoding again. The old ones may be deleted",
+                folder, ", ".join(others), self.fingerprint,
+            )  # fmt: skip
 
     def refresh(self) -> None:
         """Read the list of shards that are on disk now."""
@@ -70,7 +64,7 @@ class FeatureStore:
             contents = json.loads(path.read_text(encoding="utf-8"))
             start = 0
             for key, windows in zip(contents["keys"], contents["windows"], strict=True):
-                self._clips[key] = StoredClip(name, start, windows)
+                self._clips[key] = (name, start, windows)
                 start += windows
             self._embeds[name] = np.load(self.folder / f"{name}.embeds.npy", allow_pickle=False)
             if len(self._embeds[name]) != start:
@@ -84,20 +78,16 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._clips)
 
-    def windows(self, key: str) -> int:
-        """Number of windows of a clip."""
-        return self._clips[key].windows
-
     def hidden_states(self, key: str) -> np.ndarray:
         """fp16 array of shape `(windows * positions, d)`, a view of the file on disk."""
-        clip = self._clips[key]
-        block = _memory_map(self.folder / f"{clip.shard}.hidden.npy")[clip.start : clip.start + clip.windows]
+        shard, start, windows = self._clips[key]
+        block = _memory_map(self.folder / f"{shard}.hidden.npy")[start : start + windows]
         return block.reshape(-1, block.shape[-1])
 
     def audio_embeds(self, key: str) -> np.ndarray:
         """float32 array of shape `(windows, projection_dim)`, rows of unit length."""
-        clip = self._clips[key]
-        return self._embeds[clip.shard][clip.start : clip.start + clip.windows]
+        shard, start, windows = self._clips[key]
+        return self._embeds[shard][start : start + windows]
 
     def add_shard(self, keys: list[str], hidden: list[np.ndarray], embeds: list[np.ndarray]) -> None:
         """Write a shard.
@@ -152,17 +142,9 @@ def encoder_identity(model: Any, feature_extractor: Any) -> dict[str, Any]:
 
 def mel_identity(feature_extractor: Any) -> dict[str, Any]:
     """All that a mel spectrogram depends on: the settings of the feature extractor."""
-    settings = {
-        name: value
-        for name, value in feature_extractor.to_dict().items()
-        if isinstance(value, (int, float, str, bool)) and not name.startswith("_")
-    }
-    return {"format_version": FORMAT_VERSION, "features": settings}
-
-
-def fingerprint_of(encoder: dict[str, Any]) -> str:
-    """Short name of an encoder's identity."""
-    return hashlib.blake2b(json.dumps(encoder, sort_keys=True).encode(), digest_size=8).hexdigest()
+    values = feature_extractor.to_dict().items()
+    plain = {name: value for name, value in values if isinstance(value, (int, float, str)) and name[0] != "_"}
+    return {"format_version": FORMAT_VERSION, "features": plain}
 
 
 def content_key(audio: dict[str, Any]) -> str:

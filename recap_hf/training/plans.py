@@ -7,9 +7,11 @@ another number of processes, has the same steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
+
+from .data import Clip
 
 # Batches are cut from sorted runs of this number of batches: little padding, and still a random order.
 _BATCHES_PER_RUN = 50
@@ -24,14 +26,8 @@ class Row(NamedTuple):
     captions: tuple[int, ...]
 
 
-class Targets(Protocol):
-    """A clip with the target tokens of each of its captions."""
-
-    targets: list[list[int]]
-
-
 def plan_epoch(
-    clips: Sequence[Targets],
+    clips: Sequence[Clip],
     lengths: Sequence[int],
     batch_size: int,
     seed: int,
@@ -43,7 +39,7 @@ def plan_epoch(
     """The steps of one epoch: every caption once, `batch_size` captions in a step (the last may have fewer).
 
     Args:
-        clips: the training clips.
+        clips: the training clips, with targets.
         lengths: for each clip, any measure of its prompt's length.
         batch_size: captions in a step.
         seed, epoch: the order is a function of them.
@@ -69,7 +65,7 @@ def plan_epoch(
     return [batches[position] for position in rng.permutation(len(batches))]
 
 
-def plan_validation(clips: Sequence[Targets], lengths: Sequence[int], batch_size: int) -> list[list[Row]]:
+def plan_validation(clips: Sequence[Clip], lengths: Sequence[int], batch_size: int) -> list[list[Row]]:
     """Every caption once, the captions of a clip behind one prompt, similar lengths together; no randomness."""
     rows = [Row(clip, tuple(range(len(item.targets)))) for clip, item in enumerate(clips)]
     return _cut(sorted(rows, key=lambda row: (lengths[row.clip], row.clip)), batch_size)

@@ -7,17 +7,17 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..collator import PromptedCaptions, PromptedClip, PromptOptions, tokenize_targets
+from ..collator import PromptedCaptions, with_targets
 from ..data import Clip, DataSummary, load_encoded, load_splits
 from ..encoding import AudioTower
 from ..features import FeatureStore
-from ..neighbours import Neighbours, Query, find_neighbours
+from ..neighbours import Query, find_neighbours
 
 if TYPE_CHECKING:
     from .captioner import CaptionerTrainingConfig
@@ -26,30 +26,6 @@ logger = logging.getLogger(__name__)
 
 # Names of `--datastore`: the training captions, found by their text or by the audio of their clips.
 TRAINING, TRAINING_BY_AUDIO = "training", "training-audio"
-
-
-@dataclass
-class HeldOut:
-    """Events that no training caption names, and the validation clips that name one.
-
-    Args:
-        examples: those clips; their prompts come from all captions, events included.
-        expressions: event -> compiled expression.
-    """
-
-    examples: PromptedCaptions
-    expressions: dict[str, re.Pattern]
-
-    def scores(self, captions: Sequence[str]) -> dict[str, float]:
-        """Precision, recall and F1 of naming the events, for one caption per clip."""
-        right = named = wanted = 0
-        for caption, clip in zip(captions, self.examples.clips, strict=True):
-            events = set.union(*(_named(text, self.expressions) for text in clip.captions))
-            found = _named(caption, self.expressions)
-            right, named, wanted = right + len(found & events), named + len(found), wanted + len(events)
-        f1 = 2 * right / (named + wanted) if right else 0.0
-        precision, recall = right / max(1, named), right / max(1, wanted)
-        return {"held_out_precision": precision, "held_out_recall": recall, "held_out_f1": f1}
 
 
 @dataclass
@@ -74,114 +50,99 @@ def build_corpus(config: CaptionerTrainingConfig, model: Any, processor: Any) ->
     """Load, encode and search everything; what is in the caches is not computed again."""
     from accelerate import PartialState
 
+    from recap_hf import open_datastore
+
     with PartialState().main_process_first():
         splits = load_splits(config)
     clips, store, summary = load_encoded(config, AudioTower(model, processor), splits)
-    train, records = clips["train"], [record for clip in clips["train"] for record in clip.records()]
     expressions = _read_expressions(config.held_out_events)
-    kept = records
-    if expressions:
-        train = _without_events(train, expressions)
-        kept = [record for record in records if not _named(record["caption"], expressions)]
-        logger.info("Held-out events: %d of %d training captions are left out", len(records) - len(kept), len(records))
-    # Keyed by the audio of their clips, if a datastore is to be.
-    keys = {clip.clip_id: clip.key for clip in clips["train"]}
-    sources = _Datastores(config, model, processor, store, keys)
-    datastores = [sources.open(name, kept) for name in config.datastore] if config.num_retrieved else []
+    train = _without_events(clips["train"], expressions) if expressions else clips["train"]
+    cache, fingerprint = config.cache_folder(), model.embed_fingerprint(processor)
 
-    def examples(own: Sequence[Clip], searched: Sequence[Any], options: PromptOptions) -> PromptedCaptions:
-        prompted = _prompted(own, processor, config.max_caption_tokens)
-        tables = [sources.search(datastore, prompted, options.draw_from or options.k) for datastore in searched]
-        return PromptedCaptions(prompted, store, processor, tables, options)
+    def of_training(own: Sequence[Clip]) -> Any:
+        if TRAINING_BY_AUDIO in config.datastore:
+            return _store_by_audio(own, store, fingerprint)
+        return _store_by_text(own, model, processor, fingerprint, cache)
 
-    plain = PromptOptions(config.num_retrieved)
-    drawn = PromptOptions(
-        config.num_retrieved, config.draw_from, config.shuffle_prompt, config.audio_dropout, seed=config.seed
-    )
-    corpus = Corpus(examples(train, datastores, drawn), None, None, datastores[0] if datastores else None, summary)
+    def examples(split: str, own: Sequence[Clip], searched: Sequence[Any]) -> PromptedCaptions:
+        options = config.prompt_options(split, audio_dropout=config.audio_dropout)
+        queries = [Query(store.audio_embeds(clip.key), clip.clip_id, tuple(clip.captions)) for clip in own]
+        top = options.draw_from or options.k
+        tables = [find_neighbours(datastore, queries, top, cache) for datastore in searched]
+        return PromptedCaptions(
+            with_targets(own, processor, config.max_caption_tokens), store, processor, tables, options
+        )
+
+    datastores = []
+    for name in config.datastore if config.num_retrieved else []:
+        if name in (TRAINING, TRAINING_BY_AUDIO):
+            datastores.append(of_training(train))
+        else:
+            datastores.append(open_datastore(name, model, processor))
+            datastores[-1].check_encoder(fingerprint)
+    corpus = Corpus(examples("train", train, datastores), None, None, datastores[0] if datastores else None, summary)
     if "validation" in clips:
-        corpus.validation = examples(clips["validation"], datastores, plain)
+        corpus.validation = examples("validation", clips["validation"], datastores)
         if expressions:
-            named = [clip for clip in clips["validation"] if any(_named(text, expressions) for text in clip.captions)]
+            named = [clip for clip in clips["validation"] if _events(clip.captions, expressions)]
             if not named:
                 raise ValueError("--held-out-events: no validation clip's references name one of the events")
-            everything = [sources.of_training(records)] if plain.k else []
-            corpus.held_out = HeldOut(examples(named, everything, plain), expressions)
+            everything = [of_training(clips["train"])] if config.num_retrieved else []
+            corpus.held_out = HeldOut(examples("validation", named, everything), expressions)
     return corpus
 
 
-def _prompted(clips: Sequence[Clip], processor: Any, max_caption_tokens: int) -> list[PromptedClip]:
-    flat = [text for clip in clips for text in clip.captions]
-    targets = iter(tokenize_targets(flat, processor, max_caption_tokens))
-    return [
-        PromptedClip(clip.key, clip.clip_id, clip.captions, [next(targets) for _ in clip.captions]) for clip in clips
-    ]
+def _store_by_text(clips: Sequence[Clip], model: Any, processor: Any, fingerprint: np.ndarray, cache: Path) -> Any:
+    """A datastore of the clips' captions, embedded once for all processes and later runs."""
+    from accelerate import PartialState
+
+    from recap_hf import CaptionDatastore
+
+    records, state = [record for clip in clips for record in clip.records()], PartialState()
+    digest = hashlib.blake2b(np.round(fingerprint, 4).astype(np.float32).tobytes(), digest_size=8)
+    digest.update(json.dumps(records, sort_keys=True).encode())
+    folder = cache / f"datastore-{digest.hexdigest()}"
+    if state.is_main_process and not (folder / "datastore.json").is_file():
+        logger.info("Embedding %d captions for the datastore", len(records))
+        CaptionDatastore.from_captions(records, model, processor).save_pretrained(folder)
+    state.wait_for_everyone()
+    return CaptionDatastore.from_pretrained(folder)
 
 
-class _Datastores:
-    """Opens, makes and searches the datastores of a run.
+def _store_by_audio(clips: Sequence[Clip], store: FeatureStore, fingerprint: np.ndarray) -> Any:
+    """A datastore of the clips' captions, found by the audio of their clips."""
+    from recap_hf import CaptionDatastore
+    from recap_hf.modeling.audio_keys_recap import clip_keys
+
+    records = [record for clip in clips for record in clip.records()]
+    keys = [clip_keys(store.audio_embeds(clip.key)[None])[0] for clip in clips for _ in clip.captions]
+    return CaptionDatastore.from_embeddings(records, np.stack(keys), fingerprint, keys="audio")
+
+
+# ------------------------------------------------------------- held-out events
+
+
+@dataclass
+class HeldOut:
+    """Events that no training caption names, and the validation clips that name one.
 
     Args:
-        config, model, processor: of the run.
-        store: encoded audio.
-        keys: clip id -> key of a training clip's audio in it.
+        examples: those clips; their prompts come from all captions, events included.
+        expressions: event -> compiled expression.
     """
 
-    def __init__(
-        self,
-        config: CaptionerTrainingConfig,
-        model: Any,
-        processor: Any,
-        store: FeatureStore,
-        keys: dict[str, str],
-    ) -> None:
-        self.model, self.processor, self.store, self.keys = model, processor, store, keys
-        self.cache, self.by_audio = config.cache_folder(), TRAINING_BY_AUDIO in config.datastore
+    examples: PromptedCaptions
+    expressions: dict[str, re.Pattern]
 
-    def open(self, name: str, records: list[dict[str, Any]]) -> Any:
-        """The datastore of that name; `training` and `training-audio` hold `records`."""
-        from recap_hf import open_datastore
-
-        if name in (TRAINING, TRAINING_BY_AUDIO):
-            return self.of_training(records)
-        datastore = open_datastore(name, self.model, self.processor)
-        datastore.check_encoder(self.model.embed_fingerprint(self.processor))
-        return datastore
-
-    def of_training(self, records: list[dict[str, Any]]) -> Any:
-        """A datastore of training captions, found as `--datastore` says."""
-        from recap_hf import CaptionDatastore
-
-        if not self.by_audio:
-            return self._of_texts(records)
-        from recap_hf.modeling.audio_keys_recap import clip_keys
-
-        clip_ids = {record["clip_id"] for record in records}
-        keys = {clip_id: clip_keys(self.store.audio_embeds(self.keys[clip_id])[None])[0] for clip_id in clip_ids}
-        embeddings = np.stack([keys[record["clip_id"]] for record in records])
-        fingerprint = self.model.embed_fingerprint(self.processor)
-        return CaptionDatastore.from_embeddings(records, embeddings, fingerprint, keys="audio")
-
-    def _of_texts(self, records: list[dict[str, Any]]) -> Any:
-        """A datastore of captions by their text embeddings, made once for all processes and later runs."""
-        from accelerate import PartialState
-
-        from recap_hf import CaptionDatastore
-
-        fingerprint = np.round(self.model.embed_fingerprint(self.processor), 4).astype(np.float32)
-        digest = hashlib.blake2b(fingerprint.tobytes(), digest_size=8)
-        digest.update(json.dumps(records, sort_keys=True).encode())
-        folder, state = self.cache / f"datastore-{digest.hexdigest()}", PartialState()
-        if state.is_main_process and not (folder / "datastore.json").is_file():
-            logger.info("Embedding %d captions for the datastore", len(records))
-            CaptionDatastore.from_captions(records, self.model, self.processor).save_pretrained(folder)
-        state.wait_for_everyone()
-        return CaptionDatastore.from_pretrained(folder)
-
-    def search(self, datastore: Any, clips: Sequence[PromptedClip], top: int) -> Neighbours:
-        """The captions nearest to each clip, without its own."""
-        queries = [Query(self.store.audio_embeds(clip.key), clip.clip_id, tuple(clip.captions)) for clip in clips]
-        return find_neighbours(datastore, queries, top, self.cache)
+    def scores(self, captions: Sequence[str]) -> dict[str, float]:
+        """Precision, recall and F1 of naming the events, for one caption per clip."""
+        right = named = wanted = 0
+        for caption, clip in zip(captions, self.examples.clips, strict=True):
+            found, events = _events([caption], self.expressions), _events(clip.captions, self.expressions)
+            right, named, wanted = right + len(found & events), named + len(found), wanted + len(events)
+        scores = {"precision": right / max(1, named), "recall": right / max(1, wanted)}
+        scores["f1"] = 2 * right / max(1, named + wanted)
+        return {f"held_out_{name}": value for name, value in scores.items()}
 
 
 def _read_expressions(path: str) -> dict[str, re.Pattern]:
@@ -197,16 +158,15 @@ def _read_expressions(path: str) -> dict[str, re.Pattern]:
         raise ValueError(f"--held-out-events {path}: {error}") from error
 
 
-def _named(caption: str, expressions: dict[str, re.Pattern]) -> set[str]:
-    return {event for event, expression in expressions.items() if expression.search(caption)}
+def _events(captions: Sequence[str], expressions: dict[str, re.Pattern]) -> set[str]:
+    """The events that one of the captions names."""
+    return {event for event, expression in expressions.items() if any(map(expression.search, captions))}
 
 
 def _without_events(clips: Sequence[Clip], expressions: dict[str, re.Pattern]) -> list[Clip]:
-    kept = []
-    for clip in clips:
-        captions = [text for text in clip.captions if not _named(text, expressions)]
-        if captions:
-            kept.append(Clip(clip.clip_id, captions, clip.source, clip.licence, clip.key))
-    if not kept:
+    kept = [replace(c, captions=[t for t in c.captions if not _events([t], expressions)]) for c in clips]
+    before, after = (sum(len(clip.captions) for clip in own) for own in (clips, kept))
+    logger.info("Held-out events: %d of %d training captions are left out", before - after, before)
+    if not after:
         raise ValueError("--held-out-events leaves no training caption")
-    return kept
+    return [clip for clip in kept if clip.captions]

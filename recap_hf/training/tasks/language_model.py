@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from recap_hf.modeling.prompt_recap import PAPER_PROMPT
 
-from ..collator import PromptedCaptions, PromptedClip, PromptOptions, tokenize_targets
+from ..collator import PromptedCaptions, with_targets
 from ..config import AT_LEAST_1, NOT_NEGATIVE, SHARE, TrainingConfig, option, other_default, require
 from ..data import Clip, DataSummary, clips_of, divide, load_splits
 from ..loss import CaptionLoss, checkpoint_activations, fuse_activations
@@ -89,50 +90,32 @@ class LanguageModelTrainingConfig(PromptConfig):
         model, tokenizer = self._start(splits["train"], accelerator)
         room = model.config.n_positions - self.max_caption_tokens - 1
         # Only for its prompts.
-        processor = RecapProcessor(
-            RecapFeatureExtractor(),
-            tokenizer,
-            tokenizer,
-            num_retrieved_captions=self.num_retrieved,
-            max_prompt_tokens=room,
-        )
-        tables = _nearest_captions(self, splits, model, processor)
-        drawn = PromptOptions(
-            self.num_retrieved,
-            self.draw_from,
-            self.shuffle_prompt,
-            prompt_dropout=self.prompt_dropout,
-            seed=self.seed,
-        )
-        options = {"train": drawn, "validation": PromptOptions(self.num_retrieved)}
-        examples = {
-            split: PromptedCaptions(
-                _one_by_one(texts.clips, processor, self.max_caption_tokens),
-                None,
-                processor,
-                tables[split],
-                options[split],
-            )
-            for split, texts in splits.items()
-        }
+        processor = RecapProcessor(RecapFeatureExtractor(), tokenizer, tokenizer, max_prompt_tokens=room)
+        tables, examples = _nearest_captions(self, splits, model, processor), {}
+        for split, clips in splits.items():
+            # Every caption has its own prompt.
+            single = [replace(clip, captions=[text]) for clip in clips for text in clip.captions]
+            targets = with_targets(single, processor, self.max_caption_tokens)
+            options = self.prompt_options(split, prompt_dropout=self.prompt_dropout)
+            examples[split] = PromptedCaptions(targets, None, processor, tables[split], options)
         set_dropout(model, self.dropout)
         fuse_activations(model)
         if self.gradient_checkpointing:
             checkpoint_activations(model)
         model.to(accelerator.device)
-        loss, train = CaptionLoss(model), examples["train"]
-        return LanguageModelTask(
-            self, accelerator, model, loss, train, examples.get("validation"), summary, self.prompt_weight
-        )
+        data = (examples["train"], examples.get("validation"), summary)
+        return LanguageModelTask(self, accelerator, model, CaptionLoss(model), *data, self.prompt_weight)
 
-    def _start(self, texts: Texts, accelerator: Any) -> tuple[Any, Any]:
+    def _start(self, clips: list[Clip], accelerator: Any) -> tuple[Any, Any]:
         """The GPT-2 to train and its tokenizer."""
         from transformers import GPT2Config, GPT2LMHeadModel
 
         torch.manual_seed(self.seed)
         if self.decoder:
             return load_gpt2(self.decoder)
-        corpus = (PAPER_PROMPT.build([text]) + PAPER_PROMPT.target_prefix + text for text in texts.captions)
+        corpus = (
+            PAPER_PROMPT.build([text]) + PAPER_PROMPT.target_prefix + text for clip in clips for text in clip.captions
+        )
         folder = Path(self.output_dir) / "tokenizer"
         tokenizer = train_tokenizer(corpus, "gpt2", self.vocab_size, self.max_positions, folder, accelerator)
         tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
@@ -168,104 +151,99 @@ def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-@dataclass
-class Texts:
-    """The captions of a split.
-
-    Args:
-        clips: they belong to.
-        embeddings: of the captions, clip by clip, of shape `(captions, P)`; None if there are none yet.
-    """
-
-    clips: list[Clip]
-    embeddings: np.ndarray | None = None
-
-    @property
-    def captions(self) -> list[str]:
-        """The captions, clip by clip."""
-        return [text for clip in self.clips for text in clip.captions]
-
-
-def _load_texts(config: LanguageModelTrainingConfig) -> tuple[dict[str, Texts], DataSummary]:
+def _load_texts(config: LanguageModelTrainingConfig) -> tuple[dict[str, list[Clip]], DataSummary]:
     splits, summary = {}, DataSummary()
     for split, data in load_splits(config).items():
-        splits[split] = Texts(clips_of(data))
-        summary.add(split, splits[split].clips, data.problems)
+        splits[split] = clips_of(data)
+        summary.add(split, splits[split], data.problems)
     return splits, summary
 
 
-def _texts_of_datastore(config: LanguageModelTrainingConfig) -> tuple[dict[str, Texts], DataSummary]:
+def _texts_of_datastore(config: LanguageModelTrainingConfig) -> tuple[dict[str, list[Clip]], DataSummary]:
     """The captions of a datastore or caption file as the corpus, divided by clip."""
     from recap_hf import CaptionDatastore, read_captions
 
-    path, embeddings = Path(config.datastore), None
-    if path.is_file():
-        records = read_captions(path)
-    else:
-        store = CaptionDatastore.from_pretrained(config.datastore)
-        records, embeddings = store.records, np.asarray(store.embeddings, dtype=np.float32)
-    groups: dict[str, list[int]] = {}
+    path = Path(config.datastore)
+    records = read_captions(path) if path.is_file() else CaptionDatastore.from_pretrained(config.datastore).records
+    clips: dict[str, Clip] = {}
     for number, record in enumerate(records):
         # A caption without a clip is a clip on its own.
-        groups.setdefault(record.get("clip_id") or f"caption-{number}", []).append(number)
-    chosen = {"train": np.arange(len(groups))}
+        clip_id = record.get("clip_id") or f"caption-{number}"
+        empty = Clip(clip_id, [], record.get("source") or path.name, record.get("licence"))
+        clips.setdefault(clip_id, empty).captions.append(record["caption"])
+    chosen = {"train": range(len(clips))}
     if config.validation_split != "none":
         share = config.validation_share or _DEFAULT_VALIDATION_SHARE
-        chosen = dict(zip(("train", "validation"), divide(len(groups), share, config.seed), strict=True))
+        chosen = dict(zip(("train", "validation"), divide(len(clips), share, config.seed), strict=True))
     limits = {"train": config.max_train_clips, "validation": config.max_validation_clips}
-    splits, summary, names = {}, DataSummary(), list(groups)
+    splits, summary, everything = {}, DataSummary(), list(clips.values())
     for split, numbers in chosen.items():
-        own = [(names[number], groups[names[number]]) for number in numbers[: limits[split] or None]]
-        clips = []
-        for clip_id, rows in own:
-            first = records[rows[0]]
-            captions = [records[row]["caption"] for row in rows]
-            clips.append(Clip(clip_id, captions, first.get("source") or path.name, first.get("licence")))
-        rows = [row for _, rows in own for row in rows]
-        splits[split] = Texts(clips, None if embeddings is None else embeddings[rows])
-        summary.add(split, clips)
+        splits[split] = [everything[number] for number in numbers[: limits[split] or None]]
+        summary.add(split, splits[split])
     return splits, summary
 
 
-def _one_by_one(clips: Sequence[Clip], processor: Any, max_caption_tokens: int) -> list[PromptedClip]:
-    """Every caption as a clip on its own: each has its own prompt."""
-    pairs = [(clip.clip_id, text) for clip in clips for text in clip.captions]
-    targets = tokenize_targets([text for _, text in pairs], processor, max_caption_tokens)
-    return [
-        PromptedClip("", clip_id, [text], [target]) for (clip_id, text), target in zip(pairs, targets, strict=True)
-    ]
-
-
 def _nearest_captions(
-    config: LanguageModelTrainingConfig, splits: dict[str, Texts], model: Any, processor: Any
+    config: LanguageModelTrainingConfig, splits: dict[str, list[Clip]], model: Any, processor: Any
 ) -> dict[str, list[Neighbours]]:
-    """For each caption the captions that its prompt may hold, by split."""
+    """For each caption of a split the captions that its prompt may hold: one table, or none without retrieval."""
     if not config.num_retrieved:
         return {split: [] for split in splits}
     if not config.datastore and not config.clap:
-        return {split: [_same_clip(texts)] for split, texts in splits.items()}
-    captioner = _embedding_captioner(config.clap, model, processor.tokenizer) if config.clap else None
-    store = _open_store(config, splits["train"], captioner)
+        return {split: [_same_clip(clips)] for split, clips in splits.items()}
+    store, embed = _open_store(config, splits["train"], model, processor)
+    cache, top = Path(config.output_dir) / "neighbours", config.draw_from or config.num_retrieved
     tables = {}
-    for split, texts in splits.items():
-        embeddings = texts.embeddings
-        if embeddings is None:
-            embeddings = captioner[0].embed_captions(texts.captions, captioner[1])
-        owners = [clip for clip in texts.clips for _ in clip.captions]
+    for split, clips in splits.items():
+        embeddings = iter(embed([text for clip in clips for text in clip.captions]))
         queries = [
-            Query(embedding[None], clip.clip_id, tuple(clip.captions))
-            for embedding, clip in zip(np.asarray(embeddings, dtype=np.float32), owners, strict=True)
+            Query(next(embeddings)[None], clip.clip_id, tuple(clip.captions)) for clip in clips for _ in clip.captions
         ]
-        cache, top = Path(config.output_dir) / "neighbours", config.draw_from or config.num_retrieved
         tables[split] = [find_neighbours(store, queries, top, cache)]
     return tables
 
 
-def _same_clip(texts: Texts) -> Neighbours:
+def _open_store(
+    config: LanguageModelTrainingConfig, train: list[Clip], model: Any, processor: Any
+) -> tuple[Any, Callable[[list[str]], np.ndarray]]:
+    """The datastore to search, of the settings or of the training captions, and what embeds captions for it."""
+    from recap_hf import CaptionDatastore, RecapForConditionalGeneration, RecapProcessor, open_datastore
+
+    if not config.clap:
+        if Path(config.datastore).is_file():
+            raise ValueError(f"--datastore {config.datastore} holds captions without embeddings: give --clap, too")
+        store = CaptionDatastore.from_pretrained(config.datastore)
+        return store, partial(_stored_embeddings, config.datastore, store)
+    clap, clap_tokenizer, extractor = load_clap(config.clap)
+    captioner = RecapForConditionalGeneration.from_clap_gpt2_pretrained(clap, model)
+    parts = (captioner.config, processor.tokenizer, clap_tokenizer)
+    embedder = captioner, RecapProcessor.from_config(*parts, feature_extractor=extractor)
+    if config.datastore:
+        store = open_datastore(config.datastore, *embedder)
+        store.check_encoder(captioner.embed_fingerprint(embedder[1]))
+    else:
+        records = [record for clip in train for record in clip.records()]
+        logger.info("Embedding %d captions", len(records))
+        store = CaptionDatastore.from_captions(records, *embedder)
+    return store, partial(captioner.embed_captions, processor=embedder[1])
+
+
+def _stored_embeddings(name: str, store: Any, captions: list[str]) -> np.ndarray:
+    rows = {caption: row for row, caption in enumerate(store.captions)}
+    missing = next((caption for caption in captions if caption not in rows), None)
+    if missing is not None:
+        raise ValueError(
+            f"--datastore {name} holds no embedding of {missing!r}: captions from elsewhere need a text tower. Give "
+            "--clap, the model that embedded it"
+        )
+    return np.asarray(store.embeddings, dtype=np.float32)[[rows[caption] for caption in captions]]
+
+
+def _same_clip(clips: list[Clip]) -> Neighbours:
     """The other captions of each caption's clip, from the next one on, so that no caption is always the first."""
+    captions = [text for clip in clips for text in clip.captions]
     rows: list[list[int]] = []
-    captions = texts.captions
-    for clip in texts.clips:
+    for clip in clips:
         numbers = list(range(len(rows), len(rows) + len(clip.captions)))
         for place, number in enumerate(numbers):
             others = numbers[place + 1 :] + numbers[:place]
@@ -275,41 +253,9 @@ def _same_clip(texts: Texts) -> Neighbours:
         logger.warning(
             "%d of %d captions are the only ones of their clip, and their prompts empty: with --clap or --datastore "
             "prompts hold the nearest captions",
-            alone,
-            len(rows),
-        )
+            alone, len(rows),
+        )  # fmt: skip
     table = np.full((len(rows), max(1, *map(len, rows))), -1, dtype=np.int32)
     for number, row in enumerate(rows):
         table[number, : len(row)] = row
     return Neighbours(table, captions)
-
-
-def _embedding_captioner(clap: str, model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """Model and processor that embed captions."""
-    from recap_hf import RecapForConditionalGeneration, RecapProcessor
-
-    clap_model, clap_tokenizer, extractor = load_clap(clap)
-    captioner = RecapForConditionalGeneration.from_clap_gpt2_pretrained(clap_model, model)
-    return captioner, RecapProcessor.from_config(
-        captioner.config, tokenizer, clap_tokenizer, feature_extractor=extractor
-    )
-
-
-def _open_store(config: LanguageModelTrainingConfig, train: Texts, captioner: tuple[Any, Any] | None) -> Any:
-    """The datastore to search: that of the settings, or one of the training captions."""
-    from recap_hf import CaptionDatastore, open_datastore
-
-    if config.datastore and captioner is None:
-        if train.embeddings is None:
-            raise ValueError(
-                f"--datastore {config.datastore} is searched by embeddings of captions, which need a text tower: give "
-                "--clap, the model that embedded it"
-            )
-        return CaptionDatastore.from_pretrained(config.datastore)
-    if config.datastore:
-        store = open_datastore(config.datastore, *captioner)
-        store.check_encoder(captioner[0].embed_fingerprint(captioner[1]))
-        return store
-    records = [record for clip in train.clips for record in clip.records()]
-    logger.info("Embedding %d captions", len(records))
-    return CaptionDatastore.from_captions(records, *captioner)

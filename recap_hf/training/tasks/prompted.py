@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..collator import CaptionCollator, PromptedCaptions
+from ..collator import CaptionCollator, PromptedCaptions, PromptOptions
 from ..config import AT_LEAST_1, NOT_NEGATIVE, TrainingConfig, option, require
 from ..data import DataSummary
 from ..loss import CaptionLoss
@@ -41,6 +41,12 @@ class PromptConfig(TrainingConfig):
         super().check()
         expected = f"0, or at least --num-retrieved ({self.num_retrieved})"
         require(not 0 < self.draw_from < self.num_retrieved, "draw_from", self.draw_from, expected)
+
+    def prompt_options(self, split: str, **dropout: float) -> PromptOptions:
+        """How the prompts of a split are made; nothing is random in validation."""
+        if split != "train":
+            return PromptOptions(self.num_retrieved)
+        return PromptOptions(self.num_retrieved, self.draw_from, self.shuffle_prompt, seed=self.seed, **dropout)
 
 
 class PromptedTask(Task):

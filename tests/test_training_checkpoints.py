@@ -95,7 +95,7 @@ def test_weights_of_another_model_are_refused():
     model = torch.nn.Linear(2, 3)
     load_weights(model, {"bias": torch.ones(3)})
     assert torch.equal(model.bias, torch.ones(3))
-    with pytest.raises(ValueError, match=re.escape("bias has the shape (2,), the model's (3,)")):
+    with pytest.raises(ValueError, match=re.escape("weights do not fit the model")):
         load_weights(model, {"bias": torch.ones(2)})
     with pytest.raises(ValueError, match="weights that this model does not have: scale"):
         load_weights(model, {"scale": torch.ones(2)})

@@ -93,11 +93,6 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _read(path: Path, parts: tuple[str, ...]) -> dict[str, Any]:
@@ -121,15 +116,9 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> No
     Raises:
         ValueError: if they are not those of this model.
     """
-    parameters = dict(model.named_parameters())
-    unknown = sorted(set(weights) - set(parameters))
+    try:
+        unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint's weights do not fit the model: {error}") from error
     if unknown:
         raise ValueError(f"the checkpoint holds weights that this model does not have: {', '.join(unknown[:5])}")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            if tensor.shape != parameters[name].shape:
-                raise ValueError(
-                    f"the checkpoint's {name} has the shape {tuple(tensor.shape)}, "
-                    f"the model's {tuple(parameters[name].shape)}"
-                )
-            parameters[name].copy_(tensor)

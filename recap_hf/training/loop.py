@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,8 @@ class TrainingLoop:
         progress = self.progress
         started = time.monotonic() - progress.seconds
         if progress.step == 0:
-            self._evaluate_untrained()
+            self._evaluate()
         self.task.module.train()
-        self._since = time.monotonic()
         while progress.step < self.total_steps and not progress.stopped_early:
             for _ in self._steps():
                 progress.seconds = time.monotonic() - started
@@ -109,7 +109,7 @@ class TrainingLoop:
 
     def _steps(self) -> Iterator[None]:
         """The rest of an epoch, step by step."""
-        progress = self.progress
+        progress, self._since = self.progress, time.monotonic()
         self.sampler.set_epoch(progress.epoch, progress.step_in_epoch)
         batches = iter(self.loader)
         for parts in self.sampler.steps:
@@ -153,12 +153,12 @@ class TrainingLoop:
         now = time.monotonic()
         speed = counts["size"] / max(1e-9, now - self._since)
         rate = self.scheduler.get_last_lr()[0]
-        left = (self.total_steps - progress.step) * (now - self._since) / max(1, counts["steps"])
+        left = timedelta(seconds=int((self.total_steps - progress.step) * (now - self._since) / counts["steps"]))
         epoch = progress.epoch + progress.step_in_epoch / self.task.steps_per_epoch
         progress.losses.append({"step": progress.step, "epoch": epoch, "loss": loss, "learning_rate": rate})
         logger.info(
             "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  %.1f %s/s  %s left",
-            progress.step, self.total_steps, epoch, loss, rate, speed, unit, clock(left),
+            progress.step, self.total_steps, epoch, loss, rate, speed, unit, left,
         )  # fmt: skip
         figures = {"train/loss": loss, "train/learning_rate": rate, f"train/{unit}_per_s": speed}
         self.accelerator.log(figures, step=progress.step)
@@ -170,34 +170,30 @@ class TrainingLoop:
         """Sum of the losses since the last log line, of all processes."""
         return float(self.accelerator.reduce(self._loss.clone(), reduction="sum"))
 
-    def _evaluate_untrained(self) -> None:
-        """Metrics to compare with; they are never the best."""
-        figures = self.task.validate(before_training=True)
-        if figures:
-            self.progress.evaluations.append({"step": 0, "epoch": 0, **figures})
-            logger.info("validation before training: %s", _shown(figures))
-
     def _evaluate(self) -> None:
         config, progress, metric = self.config, self.progress, self.config.metric_for_best_model
-        figures = self.task.validate()
+        # The metrics from before the training are to compare with, and never the best.
+        untrained = progress.step == 0
+        figures = self.task.validate(before_training=untrained)
+        self.task.module.train()
         if not figures:
             return
-        self.task.module.train()
         progress.evaluations.append({"step": progress.step, "epoch": progress.epoch, **figures})
-        value, best = figures[metric], progress.best_value
-        gained = best is None or (value < best if metric in self.task.lower_is_better else value > best)
+        best, gained = progress.best_value, False
+        if not untrained:
+            value = figures[metric]
+            gained = best is None or (value < best if metric in self.task.lower_is_better else value > best)
+            progress.without_gain = 0 if gained else progress.without_gain + 1
+            progress.stopped_early = 0 < config.early_stopping_patience <= progress.without_gain
         if gained:
-            progress.best_value, progress.best_step, progress.without_gain = value, progress.step, 0
+            progress.best_value, progress.best_step = value, progress.step
             if self.accelerator.is_main_process:
                 self.checkpoints.save_best(self._weights(), {"step": progress.step, **figures})
-        else:
-            progress.without_gain += 1
-            progress.stopped_early = 0 < config.early_stopping_patience <= progress.without_gain
-        logger.info("validation after step %d: %s%s", progress.step, _shown(figures), "  (best)" if gained else "")
+        shown = "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
+        logger.info("validation after step %d: %s%s", progress.step, shown, "  (best)" if gained else "")
         if progress.stopped_early:
             logger.info("Stopping: no gain in %d validations", progress.without_gain)
         self.accelerator.log({f"validation/{name}": figure for name, figure in figures.items()}, step=progress.step)
-        self._since = time.monotonic()
 
     # ----------------------------------------------------------- checkpoints
 
@@ -272,14 +268,3 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig, devic
         eps=config.adam_epsilon,
         fused=torch.device(device).type in ("cpu", "cuda"),
     )
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03` or `02:03`."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
-
-
-def _shown(figures: dict[str, float]) -> str:
-    return "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())

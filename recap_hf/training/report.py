@@ -50,7 +50,7 @@ def _report(loop: TrainingLoop, prepared_s: float) -> dict[str, Any]:
 
     config, task, progress, accelerator = loop.config, loop.task, loop.progress, loop.accelerator
     problems = [{"split": split, **asdict(problem)} for split, problem in task.data.problems]
-    best = next((entry for entry in progress.evaluations if entry["step"] == progress.best_step), None)
+    best = {"metric": config.metric_for_best_model, "value": progress.best_value, "step": progress.best_step}
     return {
         "settings": asdict(config),
         "data": {"splits": task.data.counts, "sources": task.data.sources},
@@ -60,8 +60,8 @@ def _report(loop: TrainingLoop, prepared_s: float) -> dict[str, Any]:
         "steps": progress.step,
         "steps_per_epoch": task.steps_per_epoch,
         "stopped_early": progress.stopped_early,
-        "best": {"metric": config.metric_for_best_model, "value": progress.best_value, "step": progress.best_step},
-        "best_evaluation": best,
+        "best": best,
+        "best_evaluation": next((one for one in progress.evaluations if one["step"] == progress.best_step), None),
         "losses": progress.losses,
         "evaluations": progress.evaluations,
         "seconds": {"preparing": round(prepared_s, 1), "training": round(progress.seconds, 1)},
@@ -73,12 +73,7 @@ def _report(loop: TrainingLoop, prepared_s: float) -> dict[str, Any]:
             "mixed_precision": accelerator.mixed_precision,
             "processor": platform.processor() or platform.machine(),
         },
-        "versions": {
-            "recap_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {"recap_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
@@ -93,15 +88,10 @@ def draw_losses(progress: Progress, path: Path, loss_name: str) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for label, entries, style in (
-        ("training", progress.losses, {"color": "#9aa5b1", "linewidth": 1}),
-        ("validation", progress.evaluations, {"color": "#b3412e", "marker": "o", "markersize": 3}),
-    ):
-        if entries:
-            axes.plot([e["step"] for e in entries], [e["loss"] for e in entries], label=label, **style)
+    for label, entries, marker in (("training", progress.losses, ""), ("validation", progress.evaluations, ".")):
+        axes.plot([one["step"] for one in entries], [one["loss"] for one in entries], marker=marker, label=label)
     if progress.evaluations:
-        axes.axvline(progress.best_step, color="#b3412e", linewidth=0.6, linestyle=":", label="best")
+        axes.axvline(progress.best_step, linestyle=":", color="black", linewidth=0.6, label="best")
     axes.set(xlabel="step", ylabel=loss_name)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

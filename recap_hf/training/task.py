@@ -78,10 +78,8 @@ class Task(ABC):
     examples: Dataset
     collator: Callable[[list[Any]], Any]
 
-    @property
-    @abstractmethod
-    def steps_per_epoch(self) -> int:
-        """Steps in an epoch."""
+    # Steps in an epoch.
+    steps_per_epoch: int
 
     @abstractmethod
     def plan(self, epoch: int) -> list[Sequence[Any]]:
@@ -91,17 +89,17 @@ class Task(ABC):
     def split(self, step: Sequence[Any], parts: int) -> list[Sequence[Any]]:
         """The examples of a step divided into `parts` passes."""
 
-    @abstractmethod
     def size(self, step: Sequence[Any]) -> int:
         """Captions (or clips, see `unit`) in a step."""
+        return len(step)
 
     @abstractmethod
     def backward(self, step: Step) -> tuple[torch.Tensor, float]:
         """Add the gradient of the step's loss to the parameters.
 
         Returns:
-            This process's part of the sum of losses (a tensor, detached), and what the loss of all processes is to be
-            divided by (the same on every process).
+            This process's part of the sum of losses (detached), and the divisor that makes a mean of the sum over all
+            processes (the same on every process).
         """
 
     @abstractmethod
@@ -109,7 +107,7 @@ class Task(ABC):
         """Metrics of the validation data, the same on every process; empty without such data.
 
         Args:
-            before_training: only what is worth comparing with.
+            before_training: whether they are only to compare with; the costly ones may be left out.
         """
 
     @abstractmethod
@@ -117,11 +115,11 @@ class Task(ABC):
         """Write the trained model to `folder`."""
 
     def report(self) -> dict[str, Any]:
-        """What the run's report says beside what every task has."""
+        """Additions to the report of the run."""
         return {"kind": self.kind}
 
     def finish(self, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-        """What is left to do with the saved model, on the main process; returns additions to the report."""
+        """Anything to do after the model was saved, on the main process; returns additions to the written report."""
         return {}
 
 

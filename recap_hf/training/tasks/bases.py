@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..config import TrainingConfig, option, other_default
+
 if TYPE_CHECKING:
     from transformers import ClapConfig, ClapModel, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
+
+
+@dataclass
+class BaseTrainingConfig(TrainingConfig):
+    """Settings that both bases have in common."""
+
+    vocab_size: int = option(
+        "model",
+        4096,
+        "from scratch: tokens of the tokenizer, trained on the captions",
+        check=(lambda value: value >= 300, "at least 300 (256 bytes and special tokens)"),
+    )
+    weight_decay: float = other_default(TrainingConfig, "weight_decay", 0.01)
+    adam_beta2: float = other_default(TrainingConfig, "adam_beta2", 0.98)
+    warmup_steps: int = other_default(TrainingConfig, "warmup_steps", 100)
+    lr_scheduler_type: str = other_default(TrainingConfig, "lr_scheduler_type", "cosine")
+
+
 _SPECIAL = {"gpt2": ["<|endoftext|>"], "clap": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}
 
 

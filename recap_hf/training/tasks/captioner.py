@@ -35,8 +35,7 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
     conditioning: str = option(
         "model",
         "",
-        "how the decoder is conditioned on audio: cross_attention (RECAP) or prefix (after Kim et al.; default: the "
-        "checkpoint's, or cross_attention)",
+        "cross_attention (RECAP) or prefix (after Kim et al.; default: the checkpoint's, or cross_attention)",
         choices=["", "cross_attention", "prefix"],
     )
     prefix_length: int = option("model", 10, "embeddings of a new prefix", check=AT_LEAST_1)
@@ -44,14 +43,11 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
     audio_position_embedding: str = option(
         "model",
         "",
-        "sinusoidal adds the time of each encoder state, for captions that tell the order; none is the paper's "
-        "(default: the checkpoint's, or none)",
+        "sinusoidal adds the time to encoder states, for captions that tell the order (default: the checkpoint's)",
         choices=["", "none", "sinusoidal"],
     )
     keep_cross_attention: bool | None = option(
-        "model",
-        None,
-        "continue with the checkpoint's cross-attention or prefix (default: with --model yes, from the bases no)",
+        "model", None, "continue with the checkpoint's cross-attention or prefix (default: with --model)"
     )
     train_decoder: bool = option("model", False, "train the language model too, not only the cross-attention")
     attn_implementation: str = option(
@@ -76,9 +72,7 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
         "validation", 0, "validation clips to caption and score each time (0: none)", check=NOT_NEGATIVE
     )
     held_out_events: str = option(
-        "validation",
-        "",
-        "JSON {event: expression}: leave these events out of training and score them in validation",
+        "validation", "", "JSON {event: expression}: events to leave out of training and score in validation"
     )
     push_to_hub: bool = option("running", False, "push the result to the Hub", free=True)
     hub_model_id: str = option("running", "", "repository of the model (default: the name of OUTPUT_DIR)", free=True)

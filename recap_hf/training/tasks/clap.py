@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import AT_LEAST_1, NOT_NEGATIVE, AudioTrainingConfig, option, other_default, require
+from ..config import AT_LEAST_1, NOT_NEGATIVE, AudioTrainingConfig, option, other_default
 from ..data import DataSummary, load_encoded, load_splits
 from ..task import Step, Task
-from .bases import load_clap, new_clap_config, set_dropout, train_tokenizer
+from .bases import BaseTrainingConfig, load_clap, new_clap_config, set_dropout, train_tokenizer
 from .clap_data import ORDER, Mels, PairCollator, PairedClips, Variation, paired_clips, positives
 from .contrastive import Towers, contrastive_loss, fix_input_statistics, gather_rows, retrieval_metrics
 
@@ -23,14 +23,13 @@ _CLIPS_FOR_STATISTICS = 512
 
 
 @dataclass
-class ClapTrainingConfig(AudioTrainingConfig):
+class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
     """Every setting of a CLAP's training, from scratch or from an existing one."""
 
     clap: str = option(
         "model",
         "",
-        "CLAP checkpoint to fine-tune, or RECAP checkpoint whose CLAP to fine-tune ('embedded': the default's); "
-        "without it, training starts from scratch",
+        "CLAP or RECAP checkpoint to fine-tune the CLAP of ('embedded': the default's); without it, from scratch",
     )
     size: str = option(
         "model",
@@ -39,7 +38,6 @@ class ClapTrainingConfig(AudioTrainingConfig):
         choices=["tiny", "small", "base"],
     )
     clap_config: str = option("model", "", "from scratch: JSON of a ClapConfig, instead of --size")
-    vocab_size: int = option("model", 4096, "from scratch: tokens of the tokenizer, trained on the captions")
     freeze: str = option(
         "model", "none", "tower that is not trained: none, audio or text", choices=["none", "audio", "text"]
     )
@@ -54,33 +52,16 @@ class ClapTrainingConfig(AudioTrainingConfig):
 
     learning_rate: float = other_default(AudioTrainingConfig, "learning_rate", 1e-4)
     batch_size: int = other_default(
-        AudioTrainingConfig,
-        "batch_size",
-        64,
-        help="clips in a step of all processes; each is compared with the captions of all",
+        AudioTrainingConfig, "batch_size", 64, help="clips in a step of all processes, compared with one another"
     )
     num_train_epochs: float = other_default(AudioTrainingConfig, "num_train_epochs", 30.0)
-    weight_decay: float = other_default(AudioTrainingConfig, "weight_decay", 0.01)
-    adam_beta2: float = other_default(AudioTrainingConfig, "adam_beta2", 0.98)
-    warmup_steps: int = other_default(AudioTrainingConfig, "warmup_steps", 100)
-    lr_scheduler_type: str = other_default(AudioTrainingConfig, "lr_scheduler_type", "cosine")
-    max_logit_scale: float = option(
-        "optimisation",
-        100.0,
-        "the similarities are multiplied by at most this",
-        check=(lambda value: value > 1, "more than 1"),
-    )
+    max_logit_scale: float = option("optimisation", 100.0, "bound of the factor of the similarities", check=AT_LEAST_1)
     metric_for_best_model: str = other_default(
-        AudioTrainingConfig,
-        "metric_for_best_model",
-        "map10",
-        help="metric that selects the best checkpoint and stops the run: map10 (mean of both directions) or loss",
-        choices=["map10", "loss"],
+        AudioTrainingConfig, "metric_for_best_model", "map10", choices=["map10", "loss"]
     )
 
     def check(self) -> None:
         super().check()
-        require(self.vocab_size >= 300, "vocab_size", self.vocab_size, "at least 300 (256 bytes and special tokens)")
         if self.clap and self.clap_config:
             raise ValueError("give either --clap (to fine-tune it), or --clap-config (to start from scratch)")
 
@@ -101,14 +82,8 @@ class ClapTrainingConfig(AudioTrainingConfig):
             fix_input_statistics(clap, torch.from_numpy(mels))
         set_dropout(clap, self.dropout)
         clap.to(accelerator.device)
-        variation = Variation(
-            self.captions_per_clip,
-            self.random_crop,
-            self.random_gain_db,
-            self.mask_frames,
-            self.mask_bins,
-            self.seed,
-        )
+        varied = (self.captions_per_clip, self.random_crop, self.random_gain_db, self.mask_frames, self.mask_bins)
+        variation = Variation(*varied, self.seed)
         examples = PairedClips(paired["train"], store, variation)
         saved = (clap, tokenizer, _stock_extractor(extractor))
         return ClapTask(self, accelerator, saved, examples, plain.get("validation"), summary)
@@ -172,10 +147,7 @@ class ClapTask(Task):
             raise ValueError(
                 f"{self.batch_size} clips in a step are too few for {passes} passes: each needs at least two"
             )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.examples.clips) // self.batch_size
+        self.steps_per_epoch = len(examples.clips) // self.batch_size
 
     def plan(self, epoch: int) -> list[list[int]]:
         """Every step is full; the clips that remain are left to other epochs."""
@@ -184,9 +156,6 @@ class ClapTask(Task):
 
     def split(self, step: Sequence[int], parts: int) -> list[list[int]]:
         return [part.tolist() for part in np.array_split(step, parts)]
-
-    def size(self, step: Sequence[int]) -> int:
-        return len(step)
 
     def backward(self, step: Step) -> tuple[torch.Tensor, float]:
         """The loss of all clips against all captions of the step; its gradient goes back pass by pass.

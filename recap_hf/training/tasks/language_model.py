@@ -20,7 +20,7 @@ from ..config import AT_LEAST_1, NOT_NEGATIVE, SHARE, TrainingConfig, option, ot
 from ..data import Clip, DataSummary, clips_of, divide, load_splits
 from ..loss import CaptionLoss, checkpoint_activations, fuse_activations
 from ..neighbours import Neighbours, Query, find_neighbours
-from .bases import load_clap, load_gpt2, set_dropout, train_tokenizer
+from .bases import BaseTrainingConfig, load_clap, load_gpt2, set_dropout, train_tokenizer
 from .prompted import PromptConfig, PromptedTask
 
 logger = logging.getLogger(__name__)
@@ -29,20 +29,18 @@ _DEFAULT_VALIDATION_SHARE = 0.05
 
 
 @dataclass
-class LanguageModelTrainingConfig(PromptConfig):
+class LanguageModelTrainingConfig(BaseTrainingConfig, PromptConfig):
     """Every setting of a GPT-2's training, from scratch or from an existing one."""
 
     decoder: str = option(
         "model",
         "",
-        "GPT-2 checkpoint to continue from, or RECAP checkpoint whose GPT-2 to continue from ('embedded': the "
-        "default's); without it, training starts from scratch",
+        "GPT-2 or RECAP checkpoint to continue the GPT-2 of ('embedded': the default's); without it, from scratch",
     )
     num_layers: int = option("model", 4, "from scratch: layers", check=AT_LEAST_1)
     width: int = option("model", 192, "from scratch: width of the hidden states", check=AT_LEAST_1)
     num_heads: int = option("model", 4, "from scratch: heads", check=AT_LEAST_1)
     max_positions: int = option("model", 512, "from scratch: longest text in tokens")
-    vocab_size: int = option("model", 4096, "from scratch: tokens of the tokenizer, trained on the captions")
 
     datastore: str = option(
         "prompts",
@@ -63,10 +61,6 @@ class LanguageModelTrainingConfig(PromptConfig):
 
     learning_rate: float = other_default(TrainingConfig, "learning_rate", 5e-4)
     num_train_epochs: float = other_default(TrainingConfig, "num_train_epochs", 10.0)
-    weight_decay: float = other_default(TrainingConfig, "weight_decay", 0.01)
-    adam_beta2: float = other_default(TrainingConfig, "adam_beta2", 0.98)
-    warmup_steps: int = other_default(TrainingConfig, "warmup_steps", 100)
-    lr_scheduler_type: str = other_default(TrainingConfig, "lr_scheduler_type", "cosine")
     metric_for_best_model: str = other_default(
         TrainingConfig, "metric_for_best_model", "perplexity", choices=["perplexity"]
     )
@@ -80,7 +74,6 @@ class LanguageModelTrainingConfig(PromptConfig):
         require(self.width % self.num_heads == 0, "width", self.width, f"a multiple of --num-heads ({self.num_heads})")
         smallest = 2 * self.max_caption_tokens
         require(self.max_positions >= smallest, "max_positions", self.max_positions, f"at least {smallest}")
-        require(self.vocab_size >= 300, "vocab_size", self.vocab_size, "at least 300 (256 bytes and special tokens)")
 
     def build_task(self, accelerator: Any) -> LanguageModelTask:
         from recap_hf import RecapFeatureExtractor, RecapProcessor

@@ -83,10 +83,7 @@ class PromptedTask(Task):
         self.collator, self._validation_collator = CaptionCollator(pad, prompt_weight), CaptionCollator(pad)
         self._dtype = loss.decoder.dtype
         self._lengths = examples.prompt_lengths()
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(sum(len(clip.captions) for clip in self.examples.clips) / self.batch_size)
+        self.steps_per_epoch = math.ceil(sum(len(clip.captions) for clip in examples.clips) / self.batch_size)
 
     def plan(self, epoch: int) -> list[list[Row]]:
         config, clips = self.config, self.examples.clips

@@ -1,4 +1,4 @@
-"""AudioCaps: CSVs of captions by YouTube id, and whatever audio its user could still get."""
+"""AudioCaps: CSVs of captions by YouTube id, and the audio that could still be downloaded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 from .clip_ids import parse_youtube_name
 from .files import AudioIndex, first_existing, read_table
-from .options import LoadOptions
-from .schema import CaptionData, ClipRecord, Problem, build_caption_data, require_columns
+from .schema import CaptionData, ClipRecord, LoadOptions, build_caption_data, require_columns
 
 PUBLISHED_SPLITS = {"train": "train", "validation": "val", "test": "test"}
 LICENCE = "MIT"
@@ -31,20 +30,13 @@ def load_audiocaps(options: LoadOptions) -> CaptionData:
     if options.needs_audio:
         root = Path(options.audio_dir) if options.audio_dir else table_name.parent
         index = YouTubeIndex(AudioIndex(root).paths())
-    records, problems = [], []
+    records = []
     for row in table:
-        path = index.find(row["youtube_id"], float(row["start_time"] or 0)) if index else None
-        if index and path is None:
-            detail = f"no audio of YouTube id {row['youtube_id']} from {row['start_time']} s"
-            problems.append(Problem(row["youtube_id"], "missing", detail))
-            continue
-        records.append(ClipRecord(row["youtube_id"], path, [row["caption"]], options.split, "audiocaps", LICENCE))
-    return build_caption_data(records, unique(problems))
-
-
-def unique(problems: Iterable[Problem]) -> list[Problem]:
-    """Each problem once: a clip with five captions is missing once."""
-    return list(dict.fromkeys(problems))
+        name, start = row["youtube_id"], row["start_time"]
+        path = index.find(name, float(start or 0)) if index else None
+        missing = f"no audio of YouTube id {name} from {start} s" if index and not path else None
+        records.append(ClipRecord(name, path, [row["caption"]], options.split, "audiocaps", LICENCE, missing))
+    return build_caption_data(records)
 
 
 class YouTubeIndex:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .files import read_table
-from .options import LoadOptions
-from .schema import SPLITS, CaptionData, ClipRecord, Problem, build_caption_data, canonical_split, require_columns
+from .schema import SPLITS, CaptionData, ClipRecord, LoadOptions, build_caption_data, canonical_split, require_columns
 
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "metadata.tsv")
 _EXPECTED = {
@@ -36,20 +35,24 @@ def load_audiofolder(options: LoadOptions) -> CaptionData:
             f"column, or put the clips in {options.data_dir}/{options.split}/ with a metadata file of their own"
         )
     root = Path(options.audio_dir) if options.audio_dir else table_name.parent
-    records, problems = [], []
+    records = []
     for row in table:
         if split_is_column and row.get("split") and canonical_split(row["split"]) != options.split:
             continue
         path = str(root / row["file_name"])
-        clip_id = row.get("clip_id") or row["file_name"]
-        if options.needs_audio and not Path(path).is_file():
-            problems.append(Problem(clip_id, "missing", f"no audio file {path}"))
-            continue
-        audio = path if options.needs_audio else None
-        source = row.get("source") or Path(options.data_dir).resolve().name
-        licence = row.get("licence") or row.get("license")
-        records.append(ClipRecord(clip_id, audio, captions_of(row, caption_columns), options.split, source, licence))
-    return build_caption_data(records, problems)
+        missing = f"no audio file {path}" if options.needs_audio and not Path(path).is_file() else None
+        records.append(
+            ClipRecord(
+                row.get("clip_id") or row["file_name"],
+                path if options.needs_audio else None,
+                captions_of(row, caption_columns),
+                options.split,
+                row.get("source") or Path(options.data_dir).resolve().name,
+                row.get("licence") or row.get("license"),
+                missing,
+            )
+        )
+    return build_caption_data(records)
 
 
 def find_caption_columns(names: list[str]) -> list[str]:

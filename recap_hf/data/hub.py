@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from .audiofolder import captions_of, find_caption_columns
 from .files import rename_mapped
-from .options import LoadOptions
-from .schema import SPLITS, CaptionData, ClipRecord, Problem, build_caption_data, require_columns
+from .schema import SPLITS, CaptionData, ClipRecord, LoadOptions, build_caption_data, require_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,18 +45,16 @@ def from_dataset(table: Dataset, options: LoadOptions, source: str) -> CaptionDa
         table = table.cast_column("audio", Audio(decode=False))
     else:
         table = table.select_columns([name for name in table.column_names if name != "audio"])
-    records, problems = [], []
+    records = []
     for number, row in enumerate(table):
         audio = row.get("audio")
         clip_id = row.get("clip_id") or (audio or {}).get("path") or f"{source}-{number}"
         clip_id = Path(str(clip_id)).name
-        if options.needs_audio and not _has_audio(audio):
-            problems.append(Problem(clip_id, "missing", f"{source}: row {number} has no audio"))
-            continue
+        missing = f"{source}: row {number} has no audio" if options.needs_audio and not _has_audio(audio) else None
         licence = row.get("licence") or row.get("license")
-        captions = captions_of(row, caption_columns)
-        records.append(ClipRecord(clip_id, audio, captions, options.split, str(row.get("source") or source), licence))
-    return build_caption_data(records, problems)
+        captions, named = captions_of(row, caption_columns), str(row.get("source") or source)
+        records.append(ClipRecord(clip_id, audio, captions, options.split, named, licence, missing))
+    return build_caption_data(records)
 
 
 def _has_audio(audio: dict | None) -> bool:

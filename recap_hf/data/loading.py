@@ -6,12 +6,24 @@ import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .options import LoadOptions
-from .schema import CaptionData, Problem, canonical_split
+from .audiocaps import load_audiocaps
+from .audiofolder import load_audiofolder
+from .clotho import load_clotho
+from .hub import load_hub_dataset
+from .recap_csv import load_recap
+from .schema import CaptionData, LoadOptions, Problem, canonical_split
+from .wavcaps import load_wavcaps
 
 logger = logging.getLogger(__name__)
 
-NAMED_DATASETS = ("clotho", "audiocaps", "recap", "wavcaps", "audiofolder")
+_LOADERS = {
+    "clotho": load_clotho,
+    "audiocaps": load_audiocaps,
+    "recap": load_recap,
+    "wavcaps": load_wavcaps,
+    "audiofolder": load_audiofolder,
+}
+NAMED_DATASETS = tuple(_LOADERS)
 
 
 def load_captions(
@@ -28,11 +40,11 @@ def load_captions(
 
     Args:
         name: `clotho`, `audiocaps`, `recap`, `wavcaps`, `audiofolder`, or a Hub dataset (`user/name[:config]`).
-        data_dir: where the dataset lies; needed for the five named ones.
-        split: `train`, `validation` or `test`, or the dataset's own word for it.
-        audio_dir: folder with the audio where it is apart from the captions.
+        data_dir: folder of the dataset; needed for the five named ones.
+        split: `train`, `validation` or `test`, or the dataset's own name for it.
+        audio_dir: folder with the audio, if it is not with the captions.
         columns: our column name -> the dataset's.
-        allow_missing: go on without the clips that have no audio file; they are listed in `problems`.
+        allow_missing: continue without the clips that have no audio file; they are listed in `problems`.
         needs_audio: False reads the captions alone.
 
     Raises:
@@ -40,14 +52,9 @@ def load_captions(
         FileNotFoundError: for files that are not there, or missing clips without `allow_missing`.
     """
     options = LoadOptions(data_dir, canonical_split(split), audio_dir, columns, needs_audio)
-    if name in NAMED_DATASETS:
-        if data_dir is None:
-            raise ValueError(f"dataset {name!r} lies in a folder of yours: give it by --data-dir")
-        data = _named_loader(name)(options)
-    else:
-        from .hub import load_hub_dataset
-
-        data = load_hub_dataset(name, options)
+    if name in NAMED_DATASETS and data_dir is None:
+        raise ValueError(f"dataset {name!r} is read from a folder: give it with --data-dir")
+    data = _LOADERS[name](options) if name in NAMED_DATASETS else load_hub_dataset(name, options)
     refuse_missing(data.problems, len(data.dataset), name, allow_missing)
     if not len(data.dataset):
         raise ValueError(
@@ -79,20 +86,6 @@ def refuse_missing(problems: list[Problem], clips: int, name: str, allow_missing
             "To go on without them, give --allow-missing"
         )
     logger.warning("dataset %r: going on without %d clips that have no audio file (%s)", name, len(missing), shown)
-
-
-def _named_loader(name: str):
-    if name == "clotho":
-        from .clotho import load_clotho as loader
-    elif name == "audiocaps":
-        from .audiocaps import load_audiocaps as loader
-    elif name == "recap":
-        from .recap_csv import load_recap as loader
-    elif name == "wavcaps":
-        from .wavcaps import load_wavcaps as loader
-    else:
-        from .audiofolder import load_audiofolder as loader
-    return loader
 
 
 def _summary(problems: list[Problem]) -> str:

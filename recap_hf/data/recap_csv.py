@@ -5,10 +5,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from .audiocaps import YouTubeIndex, unique
+from .audiocaps import YouTubeIndex
 from .files import AudioIndex, first_existing, read_table
-from .options import LoadOptions
-from .schema import CaptionData, ClipRecord, Problem, build_caption_data, require_columns
+from .schema import CaptionData, ClipRecord, LoadOptions, build_caption_data, require_columns
 
 PUBLISHED_SPLITS = {"train": "train", "validation": "dev", "test": "test"}
 _EXPECTED = {"file_name": "name of the audio file", "caption": "the caption"}
@@ -27,15 +26,13 @@ def load_recap(options: LoadOptions) -> CaptionData:
         audio = AudioIndex(Path(options.audio_dir) if options.audio_dir else table_name.parent)
         youtube = YouTubeIndex(audio.paths())
     domain = "audiocaps" if "audiocaps" in table_name.name.lower() else "clotho"
-    records, problems = [], []
+    records = []
     for row in table:
         name = row["file_name"]
         path = (audio.find(name) or youtube.find(Path(name).stem, 0.0)) if audio else None
-        if audio and path is None:
-            problems.append(Problem(name, "missing", f"no audio file {name}"))
-            continue
-        records.append(ClipRecord(name, path, [row["caption"]], options.split, f"recap-{domain}", None))
-    return build_caption_data(records, unique(problems))
+        missing = f"no audio file {name}" if audio and not path else None
+        records.append(ClipRecord(name, path, [row["caption"]], options.split, f"recap-{domain}", None, missing))
+    return build_caption_data(records)
 
 
 def find_table(options: LoadOptions) -> Path:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,9 +35,32 @@ class Problem:
     detail: str
 
 
+@dataclass(frozen=True)
+class LoadOptions:
+    """What every loader is given.
+
+    Args:
+        data_dir: folder with the caption files as published, or one caption file.
+        split: `train`, `validation` or `test`.
+        audio_dir: folder with the audio, if it is not with the captions.
+        columns: our column name -> the dataset's.
+        needs_audio: False reads captions alone (for datastores and language models).
+    """
+
+    data_dir: str | Path | None = None
+    split: str = "train"
+    audio_dir: str | Path | None = None
+    columns: Mapping[str, str] | None = None
+    needs_audio: bool = True
+
+
 @dataclass
 class ClipRecord:
-    """One clip on its way into the table; `audio` is a path, `{"path", "bytes"}`, or None for text-only use."""
+    """One clip before it is a row of the table.
+
+    `audio` is a path, `{"path", "bytes"}`, or None for text-only use; `missing` says why there is no audio, if there
+    should be some.
+    """
 
     clip_id: str
     audio: str | dict | None
@@ -44,6 +68,7 @@ class ClipRecord:
     split: str
     source: str
     licence: str | None = None
+    missing: str | None = None
 
 
 @dataclass
@@ -85,34 +110,32 @@ def features() -> Features:
     )
 
 
-def build_caption_data(records: Iterable[ClipRecord], problems: Iterable[Problem] = ()) -> CaptionData:
-    """Table of the records: clips of one id and source are merged, empty captions are dropped and named."""
+def build_caption_data(records: Iterable[ClipRecord]) -> CaptionData:
+    """Table of the records: clips of one id and source are merged; empty captions, and clips without the audio that
+    they need, are left out and named."""
     from datasets import Dataset, Features, Value
 
-    problems = list(problems)
+    # A clip with five captions is missing once: dictionaries have each problem once.
+    missing: dict[Problem, None] = {}
+    empty: list[Problem] = []
     merged: dict[tuple[str, str], ClipRecord] = {}
     for record in records:
-        kept = []
-        for caption in record.captions:
-            text = (caption or "").strip()
-            if text:
-                kept.append(text)
-            else:
-                problems.append(Problem(record.clip_id, "empty-caption", f"{record.clip_id}: an empty caption"))
-        if not kept:
+        if record.missing:
+            missing[Problem(record.clip_id, "missing", record.missing)] = None
             continue
-        known = merged.get((record.source, record.clip_id))
-        if known is None:
-            record.captions = kept
-            merged[(record.source, record.clip_id)] = record
-        else:
-            known.captions.extend(kept)
+        texts = [(caption or "").strip() for caption in record.captions]
+        problem = Problem(record.clip_id, "empty-caption", f"{record.clip_id}: an empty caption")
+        empty += [problem] * texts.count("")
+        kept = list(filter(None, texts))
+        if kept:
+            key = (record.source, record.clip_id)
+            merged.setdefault(key, replace(record, captions=[])).captions.extend(kept)
     columns = {name: [getattr(record, name) for record in merged.values()] for name in COLUMNS}
     columns["audio"] = [_undecoded(audio) for audio in columns["audio"]]
     # `Audio` refuses to encode even a path without torchcodec; casting the plain struct to it asks for no codec.
     stored = Features(features() | {"audio": {"bytes": Value("binary"), "path": Value("string")}})
     table = Dataset.from_dict(columns, features=stored).cast(features())
-    return CaptionData(table, problems)
+    return CaptionData(table, [*missing, *empty])
 
 
 def _undecoded(audio: str | dict | None) -> dict | None:
@@ -124,7 +147,7 @@ def _undecoded(audio: str | dict | None) -> dict | None:
 
 
 def require_columns(found: Sequence[str], expected: Mapping[str, str], where: str) -> None:
-    """Stop with a lesson where columns are missing.
+    """Raise an error that says what to map, if columns are missing.
 
     Args:
         found: the columns that the table has, after mapping.

@@ -262,7 +262,7 @@ def _read_named(name: str, folder: str | None, options: SourceOptions) -> Iterat
         for text in given.pop("captions"):
             yield {"caption": text, **given}
     if name == "recap" and options.captions != "published":
-        from recap_hf.data.options import LoadOptions
+        from recap_hf.data import LoadOptions
         from recap_hf.data.recap_csv import find_table
 
         table = find_table(LoadOptions(folder, canonical_split(split), needs_audio=False))

@@ -41,17 +41,10 @@ def load_audiofolder(options: LoadOptions) -> CaptionData:
             continue
         path = str(root / row["file_name"])
         missing = f"no audio file {path}" if options.needs_audio and not Path(path).is_file() else None
-        records.append(
-            ClipRecord(
-                row.get("clip_id") or row["file_name"],
-                path if options.needs_audio else None,
-                captions_of(row, caption_columns),
-                options.split,
-                row.get("source") or Path(options.data_dir).resolve().name,
-                row.get("licence") or row.get("license"),
-                missing,
-            )
-        )
+        origin = (row.get("source") or Path(options.data_dir).resolve().name, row.get("licence") or row.get("license"))
+        clip_id, audio = row.get("clip_id") or row["file_name"], path if options.needs_audio else None
+        captions = captions_of(row, caption_columns)
+        records.append(ClipRecord(clip_id, audio, captions, options.split, *origin, missing))
     return build_caption_data(records)
 
 

@@ -17,19 +17,13 @@ _YOUTUBE_NAME = re.compile(
 
 
 def parse_youtube_name(stem: str) -> list[tuple[str, float | None]]:
-    """Readings of an audio file's stem as (YouTube id, start in seconds or milliseconds, None when absent).
+    """Every (YouTube id, start in seconds or milliseconds, or None) that an audio file's stem may mean.
 
-    A stem can be read in two ways (`Y` may belong to the id), so every reading is returned and the caller keeps
-    the one that its captions name.
+    There may be two, as a first `Y` may belong to the id.
     """
-    readings = []
-    candidates = [stem] + ([stem[1:]] if stem[:1] == "Y" else [])
-    for candidate in candidates:
-        match = _YOUTUBE_NAME.fullmatch(candidate)
-        if match:
-            start = match["start"]
-            readings.append((match["id"], float(start) if start is not None else None))
-    return readings
+    candidates = [stem, stem[1:]] if stem[:1] == "Y" else [stem]
+    matches = filter(None, map(_YOUTUBE_NAME.fullmatch, candidates))
+    return [(match["id"], None if match["start"] is None else float(match["start"])) for match in matches]
 
 
 __all__ = ["normalize_clip_id", "normalize_text", "parse_youtube_name"]

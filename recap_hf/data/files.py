@@ -31,7 +31,7 @@ def read_table(path: Path, field: str | None = None, mapping: Mapping[str, str] 
         mapping: our column name -> the file's.
 
     Raises:
-        FileNotFoundError: where there is no such file.
+        FileNotFoundError: if there is no such file.
         ValueError: for an unknown kind of file, or one that does not parse.
     """
     from datasets import load_dataset
@@ -40,37 +40,32 @@ def read_table(path: Path, field: str | None = None, mapping: Mapping[str, str] 
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     suffix = path.suffix.lower()
+    kinds = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    if suffix not in kinds:
+        raise ValueError(f"{path}: expected a .csv, .tsv, .json, .jsonl or .parquet file")
+    options = _csv_options(path) if kinds[suffix] == "csv" else {}
+    options |= {"field": field} if field else {}
     try:
-        if suffix in (".csv", ".tsv"):
-            table = load_dataset("csv", data_files=str(path), split="train", **_csv_options(path))
-        elif suffix in (".json", ".jsonl"):
-            options = {"field": field} if field else {}
-            table = load_dataset("json", data_files=str(path), split="train", **options)
-        elif suffix == ".parquet":
-            table = load_dataset("parquet", data_files=str(path), split="train")
-        else:
-            raise ValueError(f"{path}: expected a .csv, .tsv, .json, .jsonl or .parquet file")
+        table = load_dataset(kinds[suffix], data_files=str(path), split="train", **options)
     except DatasetGenerationError as error:
         raise ValueError(f"{path} does not read as {suffix[1:].upper()}: {error.__cause__ or error}") from error
     return rename_mapped(table, mapping, str(path))
 
 
 def rename_mapped(table: Dataset, mapping: Mapping[str, str] | None, where: str) -> Dataset:
-    """Columns under our names; a column of theirs that already bears the wanted name gives way.
+    """Columns under our names; another column with the wanted name is removed.
 
     Raises:
-        ValueError: where the mapping names a column that the table does not have.
+        ValueError: if the mapping names a column that the table does not have.
     """
     for ours, theirs in (mapping or {}).items():
         if theirs not in table.column_names:
             raise ValueError(
                 f"{where} has the columns {listed(table.column_names)}; the mapping {ours}={theirs} names none of them"
             )
-        if ours == theirs:
-            continue
-        if ours in table.column_names:
-            table = table.remove_columns(ours)
-        table = table.rename_column(theirs, ours)
+        if ours != theirs:
+            others = table.remove_columns(ours) if ours in table.column_names else table
+            table = others.rename_column(theirs, ours)
     return table
 
 
@@ -105,7 +100,6 @@ class AudioIndex:
     """
 
     def __init__(self, *folders: Path) -> None:
-        self.folders = folders
         self._by_name: dict[str, str] = {}
         self._by_id: dict[str, list[str]] = defaultdict(list)
         for folder in folders:
@@ -115,11 +109,8 @@ class AudioIndex:
                 self._by_name.setdefault(os.path.relpath(path, folder).replace(os.sep, "/"), path)
                 self._by_id[normalize_clip_id(name)].append(path)
 
-    def __len__(self) -> int:
-        return sum(len(paths) for paths in self._by_id.values())
-
     def find(self, name: str) -> str | None:
-        """Path of the file called `name`; another extension or spelling is accepted where only one file fits."""
+        """Path of the file called `name`; another extension or spelling is accepted if only one file fits."""
         exact = self._by_name.get(name) or self._by_name.get(name.rsplit("/", 1)[-1])
         if exact:
             return exact

@@ -29,9 +29,9 @@ def load_hub_dataset(name: str, options: LoadOptions) -> CaptionData:
 
 
 def from_dataset(table: Dataset, options: LoadOptions, source: str) -> CaptionData:
-    """A `datasets.Dataset` in memory as caption data: undecoded audio stays where it is (path or bytes).
+    """A `datasets.Dataset` in memory as caption data: undecoded audio is not decoded (path or bytes).
 
-    Columns read where present: `clip_id`, `source`, `licence` or `license`; without `clip_id`, the audio's file
+    Optional columns: `clip_id`, `source`, `licence` or `license`; without `clip_id`, the audio's file
     name is the id, and without that the row number.
     """
     from datasets import Audio

@@ -1,4 +1,4 @@
-"""The CSVs that the authors of RECAP published: a row per caption, the clip's weakly labelled captions on each."""
+"""The CSVs that the authors of RECAP published: a row per caption, with the weakly labelled captions of its clip."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find_table(options: LoadOptions) -> Path:
     """The CSV of a split: the file that `data_dir` is, or the one in that folder.
 
     Raises:
-        ValueError: where several fit. FileNotFoundError: where none does.
+        ValueError: if several fit. FileNotFoundError: if none does.
     """
     folder = Path(options.data_dir)
     if folder.is_file():
@@ -56,18 +56,18 @@ def parse_abstract_captions(cell: str) -> list[str]:
     """Weakly labelled captions from a cell such as `"[['A', 'B'], ['C']]"`: flat, in order, each once.
 
     Raises:
-        ValueError: where the cell is not a Python list of lists of strings.
+        ValueError: if the cell is not a Python list of lists of strings.
     """
     try:
         nested = ast.literal_eval(cell) if cell.strip() else []
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"abstract_captions: expected a list of lists of captions, found {cell[:80]!r}") from error
-    flat: dict[str, None] = {}
-    pending = list(nested) if isinstance(nested, (list, tuple)) else [nested]
+    flat: list[str] = []
+    pending = [nested]
     while pending:
         item = pending.pop(0)
         if isinstance(item, (list, tuple)):
-            pending = list(item) + pending
+            pending = [*item, *pending]
         elif isinstance(item, str) and item.strip():
-            flat[item.strip()] = None
-    return list(flat)
+            flat.append(item.strip())
+    return list(dict.fromkeys(flat))

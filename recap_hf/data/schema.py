@@ -5,7 +5,6 @@ A row is a clip: `clip_id`, `audio` (undecoded: path or bytes), `captions` (a li
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,12 +76,6 @@ class CaptionData:
 
     dataset: Dataset
     problems: list[Problem] = field(default_factory=list)
-
-    def counts(self) -> dict[str, int]:
-        """Clips, captions and one count per kind of problem."""
-        counts = {"clips": len(self.dataset), "captions": sum(len(c) for c in self.dataset["captions"])}
-        counts.update(sorted(Counter(problem.kind for problem in self.problems).items()))
-        return counts
 
 
 def canonical_split(name: str) -> str:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             tools=tools,
             **scoring_options(args),
         )
-    print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {100 * result.confidence:g}% interval")
+    print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {100 * args.confidence:g}% interval")
     for key, row in result.metrics.items():
         verdict = "" if row.excludes_zero else "  (includes 0)"
         print(
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     print_remarks(result.skipped, list(dict.fromkeys(first.notes + second.notes + result.notes)))
     print(
         f"{result.num_clips} clips in both (list {result.clip_list_sha256[:12]}), {result.only_in_first} only in A, "
-        f"{result.only_in_second} only in B; {result.resamples} resamples",
+        f"{result.only_in_second} only in B; {args.resamples} resamples",
         file=sys.stderr,
     )
     if args.output:

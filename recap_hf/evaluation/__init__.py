@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .clips import EvaluationClips, load_test_clips
 from .folder import EvaluationFolder
-from .runner import EvaluationResult, caption_clips, score_folder
+from .runner import caption_clips, score_folder
 from .systems import SYSTEMS, Systems, load_captioner
 from .tables import markdown_table, result_tables
 
@@ -12,7 +12,6 @@ __all__ = [
     "SYSTEMS",
     "EvaluationClips",
     "EvaluationFolder",
-    "EvaluationResult",
     "Systems",
     "caption_clips",
     "load_captioner",

@@ -75,6 +75,12 @@ class EvaluationFolder:
         """The file of a system's scores per clip, in an evaluation's folder."""
         return Path(folder) / f"{system}.scores.json"
 
+    @staticmethod
+    def read_predictions(folder: str | os.PathLike, system: str) -> list[dict[str, Any]]:
+        """The rows of a finished run: `clip_id`, `prediction`, `score`, `retrieved`, `references`."""
+        text = Path(folder, f"{system}.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]
+
     def append(
         self,
         clip_ids: Sequence[str],

@@ -87,13 +87,15 @@ class GridResults:
             self._scores[run] = json.loads(path.read_text(encoding="utf-8"))
         return self._scores[run]
 
-    def rows(self, training_set: tuple[str, ...], test_set: str) -> list[Row]:
-        """The rows of the tables, all systems of each label."""
+    def rows(self, training_set: tuple[str, ...], test_set: str, every_k: bool = False) -> list[Row]:
+        """The rows of the tables, all systems of each label; `every_k`: also those at other k than the first."""
         runs_of: dict[str, list[Run]] = {}
         for run in self.scored:
-            of_the_table = run.k in (0, self.config.k[0]) and not run.varies_datastore
-            if (run.training_set, run.test_set) == (training_set, test_set) and of_the_table:
-                runs_of.setdefault(self.grid.label(run), []).append(run)
+            other_k = run.k not in (0, self.config.k[0])
+            if (run.training_set, run.test_set) != (training_set, test_set) or run.varies_datastore:
+                continue
+            if every_k or not other_k:
+                runs_of.setdefault(self.grid.label(run) + (f", k = {run.k}" if other_k else ""), []).append(run)
         return [
             Row(training_set, test_set, label, system, tuple(runs))
             for label, runs in runs_of.items()
@@ -151,29 +153,22 @@ class GridResults:
         for test_set in self.config.domains:
             runs = [run for run in self.scored if run.test_set == test_set and not run.varies_datastore]
             if runs:
-                rows = [
-                    row for training_set in self.config.training_sets for row in self._our_rows(training_set, runs)
-                ]
-                notes = self._notes(runs)
-                tables.append(paper_table(test_set, rows, notes=notes, with_published=test_set in TEST_SETS))
+                rows = [row for sets in self.config.training_sets for row in self.rows(sets, test_set, every_k=True)]
+                ours, notes = list(map(self._our_row, rows)), self._notes(runs)
+                tables.append(paper_table(test_set, ours, notes=notes, with_published=test_set in TEST_SETS))
         return tables
 
-    def _our_rows(self, training_set: tuple[str, ...], runs: list[Run]) -> Iterator[OurRow]:
-        groups: dict[tuple[str, int], list[Run]] = {}
-        for run in runs:
-            if run.training_set == training_set:
-                groups.setdefault((self.grid.label(run), run.k), []).append(run)
+    def _our_row(self, row: Row) -> OurRow:
         training = self.config.training
         clap = str(training.get("clap") or training.get("model") or "of the checkpoint")
-        clap = Path(clap).name if Path(clap).exists() else clap
-        for (label, k), members in groups.items():
-            label += f", k = {k}" if k not in (0, self.config.k[0]) else ""
-            contents = [self.scores(run) for run in members]
-            clips = contents[0]["clip_list"]["num_clips"]
-            for system in contents[0]["systems"]:
-                name = Row(training_set, "", label, system, ()).name
-                corpora = [content["systems"][system]["corpus"] for content in contents]
-                yield OurRow(self.config.training_title(training_set), name, corpora, clips, clap)
+        contents = [self.scores(run) for run in row.runs]
+        return OurRow(
+            self.config.training_title(row.training_set),
+            row.name,
+            [content["systems"][row.system]["corpus"] for content in contents],
+            contents[0]["clip_list"]["num_clips"],
+            Path(clap).name if Path(clap).exists() else clap,
+        )
 
     def _notes(self, runs: list[Run]) -> list[str]:
         first = self.scores(runs[0])
@@ -182,12 +177,9 @@ class GridResults:
         if self.config.clap_note:
             notes.append(f"CLAP: {self.config.clap_note}.")
         notes += [f"{key} skipped: {reason}" for key, reason in first["skipped"].items()]
-        labels_of: dict[str, set[str]] = {}
-        for run in runs:
-            for note in self.scores(run)["notes"]:
-                labels_of.setdefault(note, set()).add(self.grid.label(run))
         everywhere = {self.grid.label(run) for run in runs}
-        for note, labels in labels_of.items():
+        for note in dict.fromkeys(note for run in runs for note in self.scores(run)["notes"]):
+            labels = {self.grid.label(run) for run in runs if note in self.scores(run)["notes"]}
             notes.append(note if labels == everywhere else f"{', '.join(sorted(labels))}: {note}")
         if any(run.method for run in runs):
             notes.append(

@@ -19,6 +19,7 @@ from . import plots
 from .folder import RUN_FILE, SCORES_FILE, EvaluationFolder
 from .grid_config import MAIN_ROW
 from .grid_report import grid_section
+from .tables import scored_keys
 
 # The metric that ranks the clips: SPIDEr as in the paper, or the first of these that was computed.
 _MAIN_METRICS = ("spider", "cider_d", "rouge_l", "bleu_4", "meteor", "fense")
@@ -49,7 +50,7 @@ def evaluation_section(
     lead = next(iter(systems))
     metric = _main_metric(systems[lead]["corpus"])
     per_clip = {name: _read_json(EvaluationFolder.scores_path(folder, name))["clips"] for name in systems}
-    rows = [json.loads(line) for line in (folder / f"{lead}.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    rows = EvaluationFolder.read_predictions(folder, lead)
     values = [clip[metric] for clip in per_clip[lead]]
     order = np.argsort(values, kind="stable")
     best, worst = order[::-1][:num_clips], order[: min(num_clips, max(0, len(order) - num_clips))]
@@ -60,14 +61,11 @@ def evaluation_section(
         player = _player(audio(row["clip_id"])) if audio else None
         return {**row, "score": values[number], "captions": captions, "player": player}
 
-    copied = ("clip_list", "implementation", "skipped", "notes")
     return {
-        **{key: scores[key] for key in copied},
+        **scores,
         "title": title or scores["clip_list"]["name"],
         "metric": METRIC_LABELS[metric],
-        "table": _score_table(systems),
-        "differences": _difference_table(scores["recap_minus"]),
-        "systems": {name: entry["description"] for name, entry in systems.items()},
+        "columns": {key: METRIC_LABELS[key] for key in scored_keys(scores)},
         "settings": _read_json(folder / RUN_FILE),
         "statistics": systems[lead]["statistics"],
         "plots": _plots(systems, metric, values, rows),
@@ -83,24 +81,6 @@ def _read_json(path: Path) -> Any:
 
 def _main_metric(corpus: dict[str, float | None]) -> str:
     return next(key for key in (*_MAIN_METRICS, *corpus) if corpus.get(key) is not None)
-
-
-def _score_table(systems: dict[str, Any]) -> dict[str, Any]:
-    keys = [key for key in METRIC_LABELS if any(entry["corpus"].get(key) is not None for entry in systems.values())]
-    rows = []
-    for name, entry in systems.items():
-        cells = []
-        for key in keys:
-            low, high = entry["intervals"].get(key) or (None, None)
-            cells.append({"value": entry["corpus"].get(key), "low": low, "high": high})
-        rows.append({"name": name, "cells": cells})
-    return {"columns": [METRIC_LABELS[key] for key in keys], "rows": rows}
-
-
-def _difference_table(differences: dict[str, Any]) -> dict[str, Any] | None:
-    keys = [key for key in METRIC_LABELS if any(key in row for row in differences.values())]
-    rows = [{"name": name, "cells": [row.get(key) for key in keys]} for name, row in differences.items()]
-    return {"columns": [METRIC_LABELS[key] for key in keys], "rows": rows} if rows else None
 
 
 def _plots(systems: dict[str, Any], metric: str, values: list[float], rows: list[dict]) -> list[str]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from recap_hf.files import write_json
 from recap_hf.modeling.retrieval_recap import normalize_text
 from recap_hf.scoring import (
-    CaptionScores,
-    Difference,
     ScoringTools,
     bootstrap_intervals,
     clip_list_hash,
@@ -72,53 +70,6 @@ def caption_clips(
     return folder
 
 
-@dataclass
-class EvaluationResult:
-    """Scores of every system of a run on the same clips.
-
-    Attributes:
-        scores: by system.
-        intervals: percentile bootstrap interval of each corpus score, by system and metric.
-        differences: `recap` minus each other system, by system and metric.
-        clips_name: name of the list of clips.
-        confidence: of the intervals.
-        notes: remarks for readers of the figures.
-    """
-
-    scores: dict[str, CaptionScores]
-    intervals: dict[str, dict[str, tuple[float, float]]]
-    differences: dict[str, dict[str, Difference]]
-    clips_name: str
-    confidence: float
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain Python, ready for JSON; scores per clip are in the systems' own files."""
-        first = next(iter(self.scores.values()))
-        systems = {
-            name: {
-                "description": SYSTEMS.get(name, ""),
-                "corpus": scores.corpus,
-                "intervals": {key: list(interval) for key, interval in self.intervals[name].items()},
-                "statistics": scores.statistics,
-            }
-            for name, scores in self.scores.items()
-        }
-        differences = {
-            name: {key: {**asdict(row), "excludes_zero": row.excludes_zero} for key, row in rows.items()}
-            for name, rows in self.differences.items()
-        }
-        return {
-            "clip_list": {**first.clip_list, "name": self.clips_name},
-            "implementation": first.implementation,
-            "skipped": first.skipped,
-            "confidence": self.confidence,
-            "notes": self.notes,
-            "systems": systems,
-            "recap_minus": differences,
-        }
-
-
 def score_folder(
     folder: EvaluationFolder,
     clips_name: str,
@@ -130,7 +81,7 @@ def score_folder(
     tools: ScoringTools | None = None,
     given: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     **options: Any,
-) -> EvaluationResult:
+) -> dict[str, Any]:
     """Scores every system of a finished run and writes `scores.json` and `<system>.scores.json`.
 
     Args:
@@ -141,6 +92,10 @@ def score_folder(
         tools: of `score_captions`; shared where several folders are scored.
         given: `given` of `score_captions` by system.
         **options: of `score_captions`.
+
+    Returns:
+        The content of `scores.json`: `clip_list`, `implementation`, `skipped`, `confidence`, `notes`, `systems` (by
+        name `description`, `corpus`, `intervals` by metric, `statistics`) and `recap_minus` (by name and metric).
     """
     tables = {name: read_predictions(folder.predictions_file(name)) for name in folder.systems}
     scores = {}
@@ -166,25 +121,48 @@ def score_folder(
         notes = [*notes, *_leaked_references(tables[MAIN_SYSTEM].references, tables[MAIN_SYSTEM].retrieved)]
     draws = (resamples, confidence, seed)
     metrics = {name: result.metrics for name, result in scores.items()}
-    intervals = {name: bootstrap_intervals(metrics[name], *draws) for name in scores}
-    others = [name for name in scores if name != MAIN_SYSTEM and MAIN_SYSTEM in scores]
-    differences = {name: paired_bootstrap(metrics[name], metrics[MAIN_SYSTEM], *draws) for name in others}
-    result = EvaluationResult(scores, intervals, differences, clips_name, confidence, list(notes))
-    write_json(folder.path / SCORES_FILE, result.to_dict())
-    return result
+    systems = {
+        name: {
+            "description": SYSTEMS.get(name, ""),
+            "corpus": result.corpus,
+            "intervals": {key: list(pair) for key, pair in bootstrap_intervals(result.metrics, *draws).items()},
+            "statistics": result.statistics,
+        }
+        for name, result in scores.items()
+    }
+    differences = {
+        name: {
+            key: {**asdict(row), "excludes_zero": row.excludes_zero}
+            for key, row in paired_bootstrap(metrics[name], metrics[MAIN_SYSTEM], *draws).items()
+        }
+        for name in scores
+        if name != MAIN_SYSTEM and MAIN_SYSTEM in scores
+    }
+    first = next(iter(scores.values()))
+    content = {
+        "clip_list": first.clip_list,
+        "implementation": first.implementation,
+        "skipped": first.skipped,
+        "confidence": confidence,
+        "notes": list(notes),
+        "systems": systems,
+        "recap_minus": differences,
+    }
+    write_json(folder.path / SCORES_FILE, content)
+    return content
 
 
 def _leaked_references(references: list[list[str]], retrieved: list[list[str]]) -> list[str]:
-    def normalized(texts: list[str]) -> set[str]:
-        return {normalize_text(text) for text in texts}
-
-    leaked = sum(bool(normalized(refs) & normalized(hits)) for refs, hits in zip(references, retrieved, strict=True))
-    if not leaked:
-        return []
-    return [
+    pairs = [
+        map(set, (map(normalize_text, refs), map(normalize_text, hits)))
+        for refs, hits in zip(references, retrieved, strict=True)
+    ]
+    leaked = sum(bool(refs & hits) for refs, hits in pairs)
+    note = (
         f"{leaked} of {len(references)} clips retrieved a caption with the words of one of their own references, from "
         "another clip (--exclude-references leaves such captions out)"
-    ]
+    )
+    return [note] if leaked else []
 
 
 def report_progress(done: int, total: int) -> None:

@@ -6,7 +6,6 @@ chosen by hand: the clips with the largest, the middle and the smallest gain ove
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from recap_hf.modeling.retrieval_recap import normalize_text
 from recap_hf.scoring import METRIC_LABELS
 
+from .folder import EvaluationFolder
 from .grid_config import AUDIO_TO_AUDIO, MAIN_ROW, PREFIX, RELATED_LABELS
 from .systems import MAIN_SYSTEM
 from .tables import markdown_table
@@ -114,10 +114,10 @@ def _examples(
     rival = _PREFIX if _PREFIX in rows else others[0]
     gain = values[main] - values[rival]
     ordered = chosen[np.argsort(-gain[chosen], kind="stable")]
-    predictions = {}
-    for name, row in rows.items():
-        path = results.grid.path / row.runs[0].folder / f"{row.system}.jsonl"
-        predictions[name] = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    predictions = {
+        name: EvaluationFolder.read_predictions(results.grid.path / row.runs[0].folder, row.system)
+        for name, row in rows.items()
+    }
     picked: dict[int, str] = {}
     for which, number in (("largest", ordered[0]), ("middle", ordered[len(ordered) // 2]), ("smallest", ordered[-1])):
         picked.setdefault(int(number), which)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .bootstrap import Difference, paired_bootstrap
@@ -21,19 +21,16 @@ class Comparison:
     clip_list_sha256: str
     only_in_first: int
     only_in_second: int
-    resamples: int
-    confidence: float
-    seed: int
-    skipped: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    implementation: dict[str, str] = field(default_factory=dict)
+    bootstrap: dict[str, Any]
+    skipped: dict[str, str]
+    notes: list[str]
+    implementation: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain Python, ready for JSON."""
         content = asdict(self)
-        for key, difference in self.metrics.items():
-            content["metrics"][key]["excludes_zero"] = difference.excludes_zero
-        return content
+        metrics = {key: {**asdict(row), "excludes_zero": row.excludes_zero} for key, row in self.metrics.items()}
+        return {**content, **content.pop("bootstrap"), "metrics": metrics}
 
 
 def intersect(
@@ -42,7 +39,7 @@ def intersect(
     """Both tables on the clips that both have, in the order of the first, with the first one's references.
 
     Returns:
-        The two tables, and notes on what was left out or differed.
+        The two tables, and a note if references differed.
 
     Raises:
         ValueError: if no clip is in both, a table names one twice, or one has no names and the references differ.
@@ -58,15 +55,13 @@ def intersect(
     if not pairs:
         raise ValueError(
             f"the two files share no clip (the first has names like {first.clip_ids[0]!r}, the second like "
-            f"{second.clip_ids[0]!r})" + ("" if youtube else "; for AudioSet clips, try --youtube-ids")
+            f"{second.clip_ids[0]!r}); for AudioSet clips, try --youtube-ids"
         )
     one, two = (table.select([pair[n] for pair in pairs]) for n, table in enumerate((first, second)))
     differing = sum(sorted(a) != sorted(b) for a, b in zip(one.references, two.references, strict=True))
-    if not differing:
-        return one, two, []
     two.references = one.references
     note = f"the references of {differing} of {len(one)} clips differ between the files; the first file's serve both"
-    return one, two, [note]
+    return one, two, [note] if differing else []
 
 
 def compare_tables(
@@ -96,19 +91,18 @@ def compare_tables(
     results = []
     for table in (one, two):
         values = {name: table.numbers[column] for name, column in (given or {}).items()}
-        results.append(
-            score_captions(table.predictions, table.references, clip_ids=one.clip_ids, given=values, **options)
-        )
+        found = score_captions(table.predictions, table.references, clip_ids=one.clip_ids, given=values, **options)
+        results.append(found)
+        notes += found.notes
+    bootstrap = {"resamples": resamples, "confidence": confidence, "seed": seed}
     return Comparison(
-        metrics=paired_bootstrap(results[0].metrics, results[1].metrics, resamples, confidence, seed),
+        metrics=paired_bootstrap(results[0].metrics, results[1].metrics, **bootstrap),
         num_clips=len(one),
         clip_list_sha256=results[0].clip_list["sha256"],
         only_in_first=len(first) - len(one),
         only_in_second=len(second) - len(two),
-        resamples=resamples,
-        confidence=confidence,
-        seed=seed,
+        bootstrap=bootstrap,
         skipped={**results[0].skipped, **results[1].skipped},
-        notes=notes + results[0].notes + results[1].notes,
+        notes=notes,
         implementation=results[0].implementation,
     )

@@ -33,14 +33,16 @@ class MeteorJar:
 
     def score(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> MetricScores:
         """METEOR of tokenized captions. Raises `RuntimeError` if the jar fails."""
-        lines = []
-        for caption, refs in zip(captions, references, strict=True):
-            texts = [text.replace("|||", " ").strip() for text in (*refs, caption)]
-            lines.append(" ||| ".join(["SCORE", *texts]))
+        answers = []
         try:
-            answers = [self._ask(line) for line in lines]
+            for caption, refs in zip(captions, references, strict=True):
+                texts = [text.replace("|||", " ").strip() for text in (*refs, caption)]
+                self._tell(" ||| ".join(["SCORE", *texts]))
+                answers.append(self._process.stdout.readline().decode().strip())
+                if len(answers[-1].split()) != _NUM_STATISTICS:
+                    raise ValueError(f"it answered {answers[-1]!r} to {caption[:200]!r}")
             self._tell(" ||| ".join(["EVAL", *answers]))
-            scores = [float(self._process.stdout.readline()) for _ in range(len(lines) + 1)]
+            scores = [float(self._process.stdout.readline()) for _ in range(len(answers) + 1)]
         except (ValueError, OSError) as error:
             self.close()
             raise RuntimeError(
@@ -77,13 +79,6 @@ class MeteorJar:
             self._start()
         self._process.stdin.write(line.encode("utf-8", errors="replace") + b"\n")
         self._process.stdin.flush()
-
-    def _ask(self, line: str) -> str:
-        self._tell(line)
-        answer = self._process.stdout.readline().decode().strip()
-        if len(answer.split()) != _NUM_STATISTICS:
-            raise ValueError(f"it answered {answer!r} to {line[:200]!r}")
-        return answer
 
 
 def meteor_from_statistics(sums: np.ndarray, num_clips: int) -> np.ndarray:

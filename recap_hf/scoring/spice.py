@@ -19,7 +19,6 @@ import numpy as np
 from .java import JavaRuntime
 
 MODEL_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-_MAIN_CLASS = "edu.anu.spice.SpiceScorer"
 # From Java 16 on, the serialisation library of SPICE (FST) needs access to these packages.
 _OPENED_PACKAGES = ["lang", "lang.reflect", "math", "net", "nio", "text", "time"]
 _OPENED_PACKAGES += ["util", "util.concurrent", "util.concurrent.atomic"]
@@ -55,10 +54,9 @@ def spice_command(java: JavaRuntime, jars: Sequence[Path], source: Path, target:
     home = Path(pycocoevalcap.spice.__file__).parent
     classpath = os.pathsep.join([str(home / "spice-1.0.jar"), str(home / "lib" / "*"), *map(str, jars)])
     opened = [f"--add-opens=java.base/java.{package}=ALL-UNNAMED" for package in _OPENED_PACKAGES]
-    flags = opened if java.major >= 16 else []
-    return java.command(
-        *flags, "-Xmx8G", "-cp", classpath, _MAIN_CLASS, str(source), "-out", str(target), "-subset", "-silent"
-    )
+    memory = [*(opened if java.major >= 16 else []), "-Xmx8G"]
+    arguments = ["edu.anu.spice.SpiceScorer", str(source), "-out", str(target), "-subset", "-silent"]
+    return java.command(*memory, "-cp", classpath, *arguments)
 
 
 def spice(
@@ -68,10 +66,10 @@ def spice(
     models: str | os.PathLike | None = None,
     timeout_s: float = 3600.0,
 ) -> np.ndarray:
-    """(num_clips,) SPICE F-scores (Anderson et al., 2016).
+    """(num_clips,) SPICE F-scores (Anderson et al., 2016) of tokenized captions.
 
     Args:
-        captions, references: tokenized; one caption and any number of references per clip.
+        captions, references: one caption and any number of references per clip.
         java: the Java to run; SPICE is known to work with 11.
         models: folder of the CoreNLP jars; default: where `pycocoevalcap` keeps them.
         timeout_s: longest run in seconds.
@@ -80,32 +78,22 @@ def spice(
         SpiceUnavailable: if the models are missing, or the jar fails, times out or leaves out a clip.
     """
     jars = find_spice_models(models)
-    clips = [
-        {"image_id": number, "test": caption, "refs": list(refs)}
-        for number, (caption, refs) in enumerate(zip(captions, references, strict=True))
-    ]
+    pairs = enumerate(zip(captions, references, strict=True))
+    clips = [{"image_id": number, "test": caption, "refs": list(refs)} for number, (caption, refs) in pairs]
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "captions.json"), Path(folder, "scores.json")
         source.write_text(json.dumps(clips), encoding="utf-8")
+        command = spice_command(java, jars, source, target)
         try:
             done = subprocess.run(
-                spice_command(java, jars, source, target),
-                cwd=folder,
-                env=java.environment,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=timeout_s,
-                check=False,
+                command, cwd=folder, env=java.environment, capture_output=True, timeout=timeout_s, check=False
             )
         except subprocess.TimeoutExpired as error:
             raise SpiceUnavailable(f"its jar was still running after {timeout_s:g} s") from error
         if done.returncode or not target.is_file():
-            reason = next((line for line in done.stderr.splitlines() if "Exception" in line or "Error" in line), "")
-            raise SpiceUnavailable(
-                f"its jar failed on Java {java.version} (exit status {done.returncode}): "
-                f"{reason or done.stderr.strip()[-300:]}"
-            )
+            said = done.stderr.decode(errors="replace").strip()
+            reason = next((line for line in said.splitlines() if "Exception" in line or "Error" in line), said[-300:])
+            raise SpiceUnavailable(f"its jar failed on Java {java.version} (exit status {done.returncode}): {reason}")
         return read_spice_output(target, len(captions))
 
 

@@ -32,27 +32,24 @@ def _words(texts: Iterable[str]) -> set[str]:
     return {word for text in texts for word in text.split()}
 
 
-def novel_share(captions: Sequence[str], training_captions: Iterable[str]) -> float:
-    """Share of captions that differ from every training caption, ignoring case and punctuation."""
-    known = {normalize_text(text) for text in training_captions}
-    return sum(normalize_text(caption) not in known for caption in captions) / len(captions)
-
-
-def novel_words(
+def novelty(
     captions: Sequence[str], references: Sequence[Sequence[str]], training_captions: Iterable[str]
 ) -> dict[str, float]:
-    """Words of the references that no training caption has, and their recall: only a datastore can supply them.
+    """What differs from the training captions, ignoring case and punctuation.
 
-    `novel_reference_words` counts each word once per clip; `novel_word_recall` (absent if there are none) is the share
-    of them in the clip's caption. Case and punctuation are ignored.
+    `novel_captions` is the share of captions that equal no training caption. `novel_reference_words` counts the words
+    of the references that no training caption has, once per clip; `novel_word_recall` (absent if there are none) is
+    the share of them in the clip's caption: only a datastore can supply them.
     """
-    known = _words(normalize_text(text) for text in training_captions)
-    wanted = found = 0
-    for caption, refs in zip(captions, references, strict=True):
-        new = _words(normalize_text(text) for text in refs) - known
-        wanted += len(new)
-        found += len(new & set(normalize_text(caption).split()))
-    return {"novel_reference_words": wanted, **({"novel_word_recall": found / wanted} if wanted else {})}
+    texts = {normalize_text(text) for text in training_captions}
+    known, normalized = _words(texts), [normalize_text(caption) for caption in captions]
+    statistics: dict[str, float] = {"novel_captions": sum(text not in texts for text in normalized) / len(captions)}
+    novel = [_words(normalize_text(text) for text in refs) - known for refs in references]
+    found = sum(len(words & set(text.split())) for words, text in zip(novel, normalized, strict=True))
+    statistics["novel_reference_words"] = sum(map(len, novel))
+    if statistics["novel_reference_words"]:
+        statistics["novel_word_recall"] = found / statistics["novel_reference_words"]
+    return statistics
 
 
 def copying(captions: Sequence[str], retrieved: Sequence[Sequence[str]]) -> dict[str, float]:

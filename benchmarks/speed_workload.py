@@ -12,13 +12,12 @@ import torch
 from transformers import ClapConfig, ClapFeatureExtractor, GenerationMixin, GPT2Config
 
 from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
-from recap_hf.modeling.captions_recap import read_captions
 from recap_hf.modeling.configuration_recap import RecapConfig
 from recap_hf.modeling.generation_recap import RecapEncoderOutput
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.processing_recap import RecapProcessor
 from recap_hf.modeling.readings_recap import NO_READINGS, reading_options
-from recap_hf.modeling.retrieval_recap import CaptionDatastore
+from recap_hf.modeling.retrieval_recap import CaptionDatastore, read_captions
 
 CLIP_SECONDS = 10.0
 # About as long as Clotho's: with four of them and GPT-2's tokens a prompt has some 90.

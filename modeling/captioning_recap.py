@@ -20,11 +20,11 @@ import torch
 from transformers import GenerationConfig
 
 from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
-from .captions_recap import open_datastore
 from .generation_recap import RecapEncoderOutput
 from .modeling_recap import RecapForConditionalGeneration
 from .options_recap import NO_RERANKING, RERANKING, CaptionOptions
 from .processing_recap import RecapProcessor
+from .retrieval_recap import open_datastore
 
 try:
     from recap_hf.assets import default_model_path

@@ -1,8 +1,8 @@
-"""The files of a caption datastore: a manifest, and segments of captions and embeddings that never change.
+"""The files of a caption datastore: format, reading and writing.
 
-A folder holds `datastore.json` (the manifest) and, for every segment, captions (JSON lines) and embeddings (NumPy).
-An edit writes new files under names that tell their content, then replaces the manifest at once: a reader sees the
-datastore before the edit or after it. Removed captions stay in their segment and are listed in a file of tombstones.
+A folder holds `datastore.json` (the manifest), captions (JSON lines), embeddings (NumPy) and perhaps an index. A file
+is named by its content and never changes. A writer puts new files beside the old ones and then replaces the manifest
+at once, so a reader opens the datastore before the edit or after it; a reader that has the old files open keeps them.
 All names in the manifest are plain file names, all files are checked against their checksums, nothing is unpickled.
 """
 
@@ -10,35 +10,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from operator import eq
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-FORMAT_VERSION = 2
+from .index_recap import open_index
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 3
 MANIFEST_NAME = "datastore.json"
-CAPTIONS_NAME = "captions.jsonl"
-EMBEDDINGS_NAME = "embeddings.npy"
+LOCK_NAME = "datastore.lock"
 EMBEDDING_TYPES = ("float32", "float16", "int8")
-FILE_KINDS = {"captions": "jsonl", "embeddings": "npy", "deleted": "npy", "index": "faiss"}
-_MAX_TRIES = 100
 # What the embeddings of a datastore are of: its captions, or the recordings that they describe.
 TEXT_KEYS, AUDIO_KEYS = KEYS = ("text", "audio")
-
-
-def check_keys(keys: Any) -> str:
-    """`keys`, if it is "text" or "audio"; a `ValueError` otherwise."""
-    if keys not in KEYS:
-        raise ValueError(f"The keys of a datastore are 'text' or 'audio', got {keys!r}.")
-    return keys
+BLOCK_ROWS = 1 << 14
+# Plain names and `deleted` are of earlier formats.
+_SUFFIXES = {"captions": "jsonl", "embeddings": "npy", "deleted": "npy", "index": "(faiss|bin|npy)"}
+_FILE_NAMES = {kind: re.compile(rf"{kind}(-[0-9a-f]{{16}})?\.{suffix}") for kind, suffix in _SUFFIXES.items()}
+_LEFTOVER = re.compile(r"(captions|embeddings|deleted|index)-[0-9a-f]{16}\.\w+|\.[a-z]+\.\d+\.tmp")
+_MAX_TRIES = 100
 
 
 def encode_int8(vectors: np.ndarray) -> np.ndarray:
     """Unit vectors as int8: the largest value of each row becomes 127. No scale is stored, since the length is known:
-    [`decode_int8`] gives unit vectors again, at a cosine above 0.999 to what they were."""
+    [`decode_int8`] gives unit vectors again, at a cosine above 0.999 to the original."""
     vectors = np.asarray(vectors, dtype=np.float32)
     return np.round(vectors * (127 / np.abs(vectors).max(axis=-1, keepdims=True))).astype(np.int8)
 
@@ -50,7 +55,7 @@ def decode_int8(codes: np.ndarray) -> np.ndarray:
 
 
 class Int8Embeddings:
-    """Embeddings that are stored as int8, read as unit vectors in float32; `dtype` is that of the file.
+    """Embeddings that are stored as int8 and read as unit vectors in float32; `dtype` is that of the file.
 
     Args:
         codes (`np.ndarray` of shape `(rows, dimension)`): int8, may be memory-mapped.
@@ -61,13 +66,12 @@ class Int8Embeddings:
     def __init__(self, codes: np.ndarray) -> None:
         self.codes = codes
         self.shape, self.dtype, self.nbytes = codes.shape, codes.dtype, codes.nbytes
-        self._codes = np.asarray(codes)
 
     def __len__(self) -> int:
-        return len(self._codes)
+        return len(self.codes)
 
     def __getitem__(self, row: Any) -> np.ndarray:
-        return decode_int8(self._codes[row])
+        return decode_int8(self.codes[row])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         found = self[:]
@@ -75,33 +79,47 @@ class Int8Embeddings:
 
 
 class CaptionRecords(Sequence):
-    """The records of a file of JSON lines, read when they are asked for: opening a million of them costs nothing.
+    """The records of JSON lines, parsed when they are asked for: opening a million of them costs nothing.
 
     Args:
-        path: the file, which must not change.
-        count: how many lines it has.
-
-    Raises:
-        `ValueError`: if the file has another number of lines; on access, if a line is no record with a caption.
+        data: the lines, as bytes or a memory map.
+        bounds (`np.ndarray` of shape `(rows, 2)`): first byte of each line and the byte after it.
+        path: the file, for messages and for pickling; `None` for lines in memory.
     """
 
-    def __init__(self, path: Path, count: int) -> None:
-        self.path = str(path)
-        contents = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-        self._ends = _line_ends(contents)
-        # Slices of it cost a tenth of those of the array.
-        self._bytes = memoryview(np.asarray(contents))
-        if len(self._ends) != count or (count and self._ends[-1] != len(contents)):
-            raise ValueError(f"{path}: has {len(self._ends)} lines, expected {count} captions.")
+    def __init__(self, data: Any, bounds: np.ndarray, path: str | None) -> None:
+        # Slices of a memoryview cost a tenth of those of an array.
+        self._bytes, self._bounds, self.path = memoryview(data), bounds, path
+
+    @classmethod
+    def open(cls, path: Path, count: int) -> CaptionRecords:
+        """Maps a file of `count` lines; a `ValueError` if it has another number of lines."""
+        data = np.asarray(np.memmap(path, dtype=np.uint8, mode="r")) if path.stat().st_size else np.empty(0, np.uint8)
+        # In blocks: the mask of a large file is not held as a whole.
+        step = 1 << 24
+        ends = [np.flatnonzero(data[at : at + step] == 10) + at + 1 for at in range(0, len(data), step)]
+        ends = np.concatenate([[0], *ends]).astype(np.int64)
+        if len(ends) != count + 1 or ends[-1] != len(data):
+            raise ValueError(f"{path}: has {len(ends) - 1} lines, expected {count} captions.")
+        return cls(data, np.stack([ends[:-1], ends[1:]], axis=1), str(path))
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._bounds)
+
+    def line(self, row: int) -> bytes:
+        """The bytes of a row's line."""
+        start, end = self._bounds[row]
+        return self._bytes[start:end].tobytes()
+
+    def lines(self, rows: Iterable[int] | None = None) -> Iterator[bytes]:
+        """The lines of some rows, by default of all."""
+        return map(self.line, range(len(self)) if rows is None else rows)
 
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return [self[each] for each in range(*row.indices(len(self)))]
         row = range(len(self))[row]
-        line = self._bytes[self._ends[row - 1] if row else 0 : self._ends[row]].tobytes()
+        line = self.line(row)
         try:
             record = json.loads(line.decode("utf-8"))
         except ValueError as error:
@@ -111,127 +129,35 @@ class CaptionRecords(Sequence):
         return record
 
     def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(_same, self, other))
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     __hash__ = None
 
+    def __deepcopy__(self, memo: Any) -> CaptionRecords:
+        # They never change.
+        return self
 
-class LiveRows(Sequence):
-    """Sequences after one another as one, without the rows that are removed.
-
-    Args:
-        parts: sequences of records, or arrays of embeddings of one width and type.
-        live (`np.ndarray` of shape `(num_live,)`, *optional*): positions over all parts that are left, ascending.
-    """
-
-    def __init__(self, parts: Sequence[Any], live: np.ndarray | None = None) -> None:
-        self.parts = list(parts)
-        self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
-        self.live = live
-
-    def __len__(self) -> int:
-        return int(self.starts[-1]) if self.live is None else len(self.live)
-
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [self[each] for each in range(*row.indices(len(self)))]
-        row = range(len(self))[row]
-        position = row if self.live is None else int(self.live[row])
-        part = int(np.searchsorted(self.starts, position, side="right")) - 1
-        return self.parts[part][position - int(self.starts[part])]
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(map(_same, self, other))
-
-    __hash__ = None
-
-
-class LiveEmbeddings(LiveRows):
-    """The embeddings of several segments, or with removed rows, used like one array of shape `(rows, dimension)`."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self), self.parts[0].shape[1]
-
-    @property
-    def ndim(self) -> int:
-        return 2
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.parts[0].dtype
-
-    def __getitem__(self, row: Any) -> np.ndarray:
-        if isinstance(row, slice):
-            row = np.arange(*row.indices(len(self)))
-        elif isinstance(row, (int, np.integer)):
-            return super().__getitem__(int(row))
-        rows = np.asarray(row)
-        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        if rows.size and (rows.min() < -len(self) or rows.max() >= len(self)):
-            raise IndexError(f"row out of range: the datastore has {len(self)} rows")
-        rows = np.where(rows < 0, rows + len(self), rows).astype(np.int64)
-        return self.at(rows if self.live is None else self.live[rows])
-
-    def at(self, positions: np.ndarray) -> np.ndarray:
-        """Embeddings at positions over all parts, removed rows counted."""
-        dtype = np.float32 if self.dtype == np.int8 else self.dtype
-        found = np.empty((len(positions), self.shape[1]), dtype=dtype)
-        owners = np.searchsorted(self.starts, positions, side="right") - 1
-        for part in np.unique(owners):
-            chosen = owners == part
-            found[chosen] = self.parts[part][positions[chosen] - self.starts[part]]
-        return found
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        found = self[:]
-        return found if dtype is None else found.astype(dtype, copy=False)
-
-
-@dataclass
-class OpenedFiles:
-    """A datastore's files, opened and checked.
-
-    Args:
-        folder: where they lie.
-        manifest: what `datastore.json` says, in the words of the newest format.
-        records: one per caption that is not removed.
-        embeddings: one row per record: an array, or [`LiveEmbeddings`] where there are several segments.
-        live: positions over all segments that are left, or `None` where nothing is removed.
-        index: the search index, where there is one and it was asked for.
-    """
-
-    folder: Path
-    manifest: dict[str, Any]
-    records: Sequence[dict[str, Any]]
-    embeddings: Any
-    live: np.ndarray | None
-    index: Any = None
-
-
-def _same(one: Any, other: Any) -> bool:
-    return one == other
-
-
-def _line_ends(data: np.ndarray) -> np.ndarray:
-    """Where the lines end, each just behind its newline; in blocks, so that a large file is not held as a mask."""
-    step = 1 << 24
-    ends = [np.flatnonzero(data[start : start + step] == 10) + start + 1 for start in range(0, len(data), step)]
-    return np.concatenate(ends) if ends else np.empty(0, np.int64)
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.path is None:
+            return CaptionRecords, (self._bytes.tobytes(), self._bounds, None)
+        return CaptionRecords.open, (Path(self.path).absolute(), len(self))
 
 
 # ------------------------------------------------------------------ reading
 
 
-def open_files(
-    folder: Path, verify: bool = True, open_index: Callable[[Path, dict[str, Any]], Any] | None = None
-) -> OpenedFiles:
-    """Opens the datastore in a folder; where a writer replaces it meanwhile, the newer one is opened.
+Opened = tuple[CaptionRecords, Any, Any, dict[str, Any]]
+
+
+def open_files(folder: Path, verify: bool = True) -> Opened:
+    """Opens the datastore in a folder. Where a writer replaces it meanwhile, the newer one is opened.
 
     Args:
         folder: holds a `datastore.json`.
         verify: compare every file with its checksum.
-        open_index: opens the index, given the folder and the manifest.
+
+    Returns:
+        Records, embeddings of shape `(rows, dimension)`, the index or `None`, and the contents of the manifest.
 
     Raises:
         `OSError`: if a file is missing. `ValueError`: if one is damaged, tampered with or of a newer format.
@@ -239,46 +165,71 @@ def open_files(
     for _ in range(_MAX_TRIES):
         text = _read_manifest_text(folder)
         try:
-            opened = _open_once(folder, text, verify)
-            opened.index = None if open_index is None else open_index(folder, opened.manifest)
-            return opened
+            return _open_once(folder, text, verify)
         except FileNotFoundError:
-            # The file was there when the manifest was written, so either a writer has moved on, or it is lost.
+            # The file was there when the manifest was written: a writer has replaced it, or it is lost.
             if _read_manifest_text(folder) == text:
                 raise
     raise OSError(f"{folder}: the datastore was replaced {_MAX_TRIES} times while it was being opened. Try again.")
 
 
-def _open_once(folder: Path, text: str, verify: bool) -> OpenedFiles:
+def _open_once(folder: Path, text: str, verify: bool) -> Opened:
     path = folder / MANIFEST_NAME
     manifest = parse_manifest(path, text)
     for name, expected in manifest["files"].items():
         check_file(folder / name, expected, verify)
-    records, embeddings, deleted = [], [], []
-    dtype = np.dtype(manifest["dtype"])
-    for segment in manifest["segments"]:
-        expected = (segment["num_captions"], manifest["dimension"])
-        array = load_array(folder / segment["embeddings"])
-        try:
-            records.append(CaptionRecords(folder / segment["captions"], expected[0]))
-        except ValueError as error:
-            raise ValueError(f"{path}: announces {expected[0]} captions, but {error}") from error
-        if array.shape != expected or array.dtype != dtype:
-            raise ValueError(
-                f"{path}: announces {expected[0]} captions of dimension {expected[1]} in {dtype}, but there are "
-                f"embeddings of shape {array.shape} in {array.dtype}."
-            )
-        embeddings.append(Int8Embeddings(array) if dtype == np.int8 else array)
-        deleted.append(_load_deleted(folder, segment))
-    live = _live(deleted, [len(part) for part in records])
-    num_live = len(live) if live is not None else sum(map(len, records))
-    if num_live != manifest["num_captions"]:
-        raise ValueError(f"{path}: announces {manifest['num_captions']} captions, but there are {num_live}.")
     if manifest["checksum"] is not None and manifest["checksum"] != manifest_checksum(json.loads(text)):
         raise ValueError(f"{path}: the checksum differs, the description was changed or damaged after it was written.")
-    if len(records) == 1 and live is None:
-        return OpenedFiles(folder, manifest, records[0], embeddings[0], None)
-    return OpenedFiles(folder, manifest, LiveRows(records, live), LiveEmbeddings(embeddings, live), live)
+    segments = manifest.pop("segments", None)
+    if segments is None:
+        records, embeddings = _open_pair(path, manifest, manifest, manifest["num_captions"])
+    else:
+        records, embeddings = _join_segments(path, manifest, segments)
+    embeddings = Int8Embeddings(embeddings) if embeddings.dtype == np.int8 else embeddings
+    return records, embeddings, open_index(folder, manifest), manifest
+
+
+def _open_pair(path: Path, manifest: Mapping[str, Any], names: Any, count: int) -> tuple[Any, np.ndarray]:
+    """Records and embeddings, `count` of each, in the files that `names` gives."""
+    array, shape = load_array(path.parent / names["embeddings"]), (count, manifest["dimension"])
+    try:
+        records = CaptionRecords.open(path.parent / names["captions"], count)
+    except ValueError as error:
+        raise ValueError(f"{path}: announces {count} captions, but {error}") from error
+    if array.shape != shape or array.dtype != np.dtype(manifest["dtype"]):
+        raise ValueError(
+            f"{path}: announces {count} captions of dimension {shape[1]} in {manifest['dtype']}, but there are "
+            f"embeddings of shape {array.shape} in {array.dtype}."
+        )
+    return records, array
+
+
+def _join_segments(path: Path, manifest: dict[str, Any], segments: Sequence[Any]) -> tuple[Any, np.ndarray]:
+    """Records and embeddings of format 2, which kept them in segments and listed removed rows. Several segments, or
+    one with removed rows, are copied into memory; its index is left out, since it counts removed rows."""
+    parts = [_open_pair(path, manifest, segment, segment["num_captions"]) for segment in segments]
+    kept = [np.ones(len(records), dtype=bool) for records, _ in parts]
+    for segment, mask in zip(segments, kept, strict=True):
+        if segment["deleted"] is not None:
+            name = path.parent / segment["deleted"]
+            rows = np.asarray(load_array(name))
+            fits = rows.ndim == 1 and rows.dtype == np.int64 and len(rows) > 0 and (np.diff(rows) > 0).all()
+            if not fits or rows[0] < 0 or rows[-1] >= len(mask):
+                raise ValueError(f"{name}: expected ascending rows below {len(mask)} in int64.")
+            mask[rows] = False
+    if sum(mask.sum() for mask in kept) != manifest["num_captions"]:
+        raise ValueError(
+            f"{path}: announces {manifest['num_captions']} captions, but there are {sum(mask.sum() for mask in kept)}."
+        )
+    if len(parts) == 1 and kept[0].all():
+        manifest |= {kind: segments[0][kind] for kind in ("captions", "embeddings")}
+        return parts[0]
+    logger.warning("%s: of an earlier format, it is read into memory. `recap datastore index` rewrites it.", path)
+    manifest["index"] = None
+    lines = [records.line(row) for (records, _), mask in zip(parts, kept, strict=True) for row in np.flatnonzero(mask)]
+    ends = np.cumsum([0, *map(len, lines)])
+    records = CaptionRecords(b"".join(lines), np.stack([ends[:-1], ends[1:]], axis=1), None)
+    return records, np.concatenate([array[mask] for (_, array), mask in zip(parts, kept, strict=True)])
 
 
 def read_reference(path: Path) -> dict[str, str] | None:
@@ -298,48 +249,29 @@ def read_reference(path: Path) -> dict[str, str] | None:
         ) from error
 
 
+def open_embeddings(path: Path) -> Any:
+    """The embeddings in a file, memory-mapped; those of int8 are read as unit vectors in float32."""
+    array = load_array(path)
+    return Int8Embeddings(array) if array.dtype == np.int8 else array
+
+
 def load_array(path: Path) -> np.ndarray:
     """A memory-mapped NumPy file, or a `ValueError`: pickled objects are refused."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise
     except (ValueError, OSError, EOFError, SyntaxError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise ValueError(f"{path}: not a NumPy array ({error}).") from error
-
-
-def _load_deleted(folder: Path, segment: Mapping[str, Any]) -> np.ndarray:
-    if segment["deleted"] is None:
-        return np.empty(0, np.int64)
-    path = folder / segment["deleted"]
-    rows = np.asarray(load_array(path))
-    limit = segment["num_captions"]
-    fits = rows.ndim == 1 and rows.dtype == np.int64 and len(rows) > 0 and (np.diff(rows) > 0).all()
-    if not fits or rows[0] < 0 or rows[-1] >= limit:
-        raise ValueError(f"{path}: expected ascending rows below {limit} in int64.")
-    return rows
-
-
-def _live(deleted: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray | None:
-    if not any(len(rows) for rows in deleted):
-        return None
-    kept = np.ones(sum(sizes), dtype=bool)
-    start = 0
-    for rows, size in zip(deleted, sizes, strict=True):
-        kept[start + rows] = False
-        start += size
-    return np.flatnonzero(kept)
 
 
 def check_file(path: Path, expected: Mapping[str, Any], verify: bool = True) -> None:
     """Refuses a file that is missing, or has another size or, with `verify`, another checksum than expected."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing, the datastore is incomplete.")
-    if path.stat().st_size != expected["bytes"]:
-        raise ValueError(
-            f"{path}: has {path.stat().st_size} bytes, expected {expected['bytes']}: truncated or not of this "
-            "datastore."
-        )
+    size, whole = path.stat().st_size, expected["bytes"]
+    if size != whole:
+        raise ValueError(f"{path}: has {size} bytes, expected {whole}: truncated or not of this datastore.")
     if verify and sha256(path) != expected["sha256"]:
         raise ValueError(f"{path}: the checksum differs, the file was changed or damaged after it was written.")
 
@@ -367,13 +299,13 @@ def _read_manifest_text(folder: Path) -> str:
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
-    """Hash over all that a manifest says but the hash itself."""
+    """Hash over all contents of a manifest but the hash itself."""
     contents = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(contents, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
 def parse_manifest(path: Path, text: str) -> dict[str, Any]:
-    """What a manifest says, its types and names checked, version 1 in the words of version 2.
+    """The contents of a manifest, its types and names checked. Formats 1 and 2 keep their `segments`.
 
     Raises:
         `ValueError`: naming `path` and what is wrong.
@@ -387,10 +319,13 @@ def parse_manifest(path: Path, text: str) -> dict[str, Any]:
                 "Update it: pip install -U recap-hf"
             )
         if version == 1:
-            manifest = _from_version_1(manifest)
+            pair = {"captions": "captions.jsonl", "embeddings": "embeddings.npy", "deleted": None}
+            segments = [{**pair, "num_captions": manifest["num_captions"]}]
+            manifest = {**manifest, "dtype": "float32", "segments": segments, "checksum": None}
         defaults = {"index": None, "report": None, "generation": 0, "keys": TEXT_KEYS}
         manifest = {**defaults, **manifest, "checksum": manifest["checksum"]}
-        check_keys(manifest["keys"])
+        if manifest["keys"] not in KEYS:
+            raise ValueError(f"{path}: the keys of a datastore are 'text' or 'audio', got {manifest['keys']!r}.")
         manifest["num_captions"], manifest["dimension"] = int(manifest["num_captions"]), int(manifest["dimension"])
         if manifest["dtype"] not in EMBEDDING_TYPES or manifest["dimension"] < 1:
             raise ValueError(f"{path}: expected embeddings in {' or '.join(EMBEDDING_TYPES)} of a positive dimension.")
@@ -404,18 +339,21 @@ def parse_manifest(path: Path, text: str) -> dict[str, Any]:
 
 
 def _check_names(path: Path, manifest: dict[str, Any]) -> None:
-    """Every file that is used is listed with its checksum, and lies in this very folder."""
-    if not manifest["segments"]:
-        raise ValueError(f"{path}: the datastore has no segment.")
-    used = []
-    for segment in manifest["segments"]:
-        segment["num_captions"] = int(segment["num_captions"])
-        used += [(kind, segment[kind]) for kind in ("captions", "embeddings", "deleted")]
+    """Every file that is used is listed with its checksum, and is in the folder of the manifest."""
+    if manifest["format_version"] < 3:
+        if not manifest["segments"]:
+            raise ValueError(f"{path}: the datastore has no segment.")
+        used = [(kind, each[kind]) for each in manifest["segments"] for kind in ("captions", "embeddings", "deleted")]
+        for segment in manifest["segments"]:
+            segment["num_captions"] = int(segment["num_captions"])
+    else:
+        manifest.pop("segments", None)
+        used = [(kind, manifest[kind]) for kind in ("captions", "embeddings")]
     if manifest["index"] is not None:
         used.append(("index", manifest["index"]["file"]))
     used = [(kind, name) for kind, name in used if name is not None]
     for kind, name in used:
-        if not isinstance(name, str) or not re.fullmatch(rf"{kind}(-[0-9a-f]{{16}})?\.{FILE_KINDS[kind]}", name):
+        if not isinstance(name, str) or not _FILE_NAMES[kind].fullmatch(name):
             raise ValueError(f"{path}: {name!r} cannot be the name of a datastore's {kind}.")
     if {name for _, name in used} != set(manifest["files"]):
         raise ValueError(f"{path}: the files that are used and those that have a checksum differ.")
@@ -425,14 +363,159 @@ def _check_names(path: Path, manifest: dict[str, Any]) -> None:
     }
 
 
-def _from_version_1(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    segment = {
-        "captions": CAPTIONS_NAME,
-        "embeddings": EMBEDDINGS_NAME,
-        "num_captions": manifest["num_captions"],
-        "deleted": None,
-    }
-    return {**manifest, "dtype": "float32", "segments": [segment], "checksum": None}
+# ------------------------------------------------------------------ writing
 
 
-__all__ = ["CaptionRecords", "LiveEmbeddings", "LiveRows", "OpenedFiles", "open_files", "read_reference"]
+@contextmanager
+def locked(folder: Path, timeout_s: float = 0.0) -> Iterator[None]:
+    """Holds the lock of a datastore's one writer; the system releases it when a process dies.
+
+    Raises:
+        `OSError`: if another process is writing.
+    """
+    lock = FileLock(folder / LOCK_NAME)
+    try:
+        lock.acquire(timeout=timeout_s)
+    except Timeout as error:
+        raise OSError(f"{folder}: another process is writing this datastore. Try again when it is done.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def temporary(folder: Path, kind: str) -> Path:
+    """A name for an unfinished file; what a killed writer leaves under it, the next one deletes."""
+    return folder / f".{kind}.{os.getpid()}.tmp"
+
+
+def write_new(
+    folder: Path, records: Iterable[Any], blocks: Iterable[np.ndarray], shape: tuple[int, int], dtype: str
+) -> dict[str, Path]:
+    """Writes captions and embeddings beside those of a datastore, for [`publish`].
+
+    Args:
+        folder: of the datastore.
+        records: mappings, or lines of JSON as bytes, which are copied.
+        blocks: of embeddings, in any number of rows.
+        shape: of all embeddings together.
+        dtype: "float32", "float16" or "int8".
+    """
+    new = {kind: temporary(folder, kind) for kind in ("captions", "embeddings")}
+    write_captions(new["captions"], records)
+    with open(new["embeddings"], "wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            encoded = encode_int8(block) if dtype == "int8" and block.dtype != np.int8 else block
+            file.write(np.ascontiguousarray(encoded, dtype=dtype).tobytes())
+    return new
+
+
+def write_captions(path: Path, records: Iterable[Any]) -> None:
+    """Writes records as JSON lines; lines that are bytes already are copied."""
+    records = records.lines() if isinstance(records, CaptionRecords) else records
+    with open(path, "wb") as file:
+        for record in records:
+            file.write(record if isinstance(record, bytes) else _record_line(record))
+
+
+def _record_line(record: Mapping[str, Any]) -> bytes:
+    """A record as a line of JSON. JSON knows no NaN and no infinity: they are missing values."""
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_without_nan(dict(record)), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8") + b"\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def array_blocks(array: Any, dtype: str | None = None, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Some or all rows of an array in blocks, in the type in which it is stored if that is `dtype`."""
+    raw = getattr(array, "codes", array)
+    array = raw if dtype is None or raw.dtype == dtype else array
+    for start in range(0, len(array) if rows is None else len(rows), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
+        yield np.asarray(array[part if rows is None else rows[part]])
+
+
+def publish(folder: Path, contents: Mapping[str, Any], new: Mapping[str, Path], index: Any = None) -> None:
+    """Makes a new generation of a datastore visible, at once, and deletes the files that it does not use.
+
+    Args:
+        folder: of the datastore; the caller holds its lock.
+        contents: of the manifest: `num_captions`, `dimension`, `keys`, `dtype`, `fingerprint`, `report`, and for what
+            is not new, `captions`, `embeddings`, `index` and `files` as they were.
+        new: finished files in `folder`: "captions", "embeddings", both or neither.
+        index ([`StoredIndex`], *optional*): is written and replaces the old one.
+    """
+    manifest = {"index": None, "report": None, **contents, "format_version": FORMAT_VERSION}
+    before, generation = _previous(folder)
+    files: dict[str, Any] = {}
+    for kind, path in new.items():
+        manifest[kind] = _place(path, folder, kind, _SUFFIXES[kind], files)
+    if index is not None:
+        path = temporary(folder, "index")
+        index.write(path)
+        name = _place(path, folder, "index", index.suffix, files)
+        manifest["index"] = {"file": name, "backend": index.backend, **index.description, "num_rows": index.num_rows}
+    used = [manifest["captions"], manifest["embeddings"]]
+    if manifest["index"] is not None:
+        used.append(manifest["index"]["file"])
+    manifest["files"] = {name: files.get(name) or contents["files"][name] for name in used}
+    manifest["generation"] = generation + 1
+    manifest["checksum"] = manifest_checksum(json.loads(json.dumps(manifest)))
+    path = temporary(folder, "datastore")
+    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _flush(path)
+    os.replace(path, folder / MANIFEST_NAME)
+    _flush(folder)
+    for name in before | {each.name for each in folder.iterdir() if _LEFTOVER.fullmatch(each.name)}:
+        # A file that a reader has open cannot be deleted everywhere (Windows): the next writer tries again.
+        with suppress(PermissionError):
+            if name not in used:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _place(path: Path, folder: Path, kind: str, suffix: str, files: dict[str, Any]) -> str:
+    """Gives a finished file a name of its content, so that none replaces another, and lists it in `files`."""
+    digest = sha256(path)
+    name = f"{kind}-{digest[:16]}.{suffix}"
+    files[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    _flush(path)
+    os.replace(path, folder / name)
+    return name
+
+
+def _previous(folder: Path) -> tuple[set[str], int]:
+    """Files and generation of the datastore that a folder holds already."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        names, generation = set(manifest.get("files", ())), int(manifest.get("generation", 0))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return set(), 0
+    # Whatever a damaged manifest lists: only files of a datastore are deleted.
+    return {name for name in names if any(known.fullmatch(name) for known in _FILE_NAMES.values())}, generation
+
+
+def _flush(path: Path) -> None:
+    """To the disk, so that a power cut does not leave a manifest without its files."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        # Folders cannot be opened everywhere (Windows); there the system orders the writes itself.
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "open_files", "publish", "read_reference"]

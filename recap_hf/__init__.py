@@ -8,7 +8,6 @@ from recap_hf.audio.stream import AudioStream
 from recap_hf.audio.timeline import TimelineSettings, TimelineSummary, caption_timeline
 from recap_hf.modeling.audio_recap import load_audio
 from recap_hf.modeling.captioning_recap import Captioner, CaptionResult
-from recap_hf.modeling.captions_recap import open_datastore, read_captions
 from recap_hf.modeling.configuration_recap import RecapConfig
 from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
 from recap_hf.modeling.generation_recap import RecapEncoderOutput
@@ -17,7 +16,7 @@ from recap_hf.modeling.options_recap import CaptionOptions
 from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
 from recap_hf.modeling.processing_recap import RecapProcessor
 from recap_hf.modeling.prompt_recap import PROMPT_PRESETS, PromptTemplate
-from recap_hf.modeling.retrieval_recap import CaptionDatastore
+from recap_hf.modeling.retrieval_recap import CaptionDatastore, open_datastore, read_captions
 from recap_hf.registration import register
 from recap_hf.version import __version__
 

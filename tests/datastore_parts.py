@@ -52,7 +52,7 @@ def numbered(first: int, last: int, **extra) -> list[dict]:
 
 
 def save_store(folder, records, embedder=None) -> None:
-    """A datastore of records in a folder, as version 2 is written at first."""
+    """A datastore of records in a folder, as `save_pretrained` writes it."""
     embedder = embedder or WordEmbedder()
     embeddings = embedder.embed([record["caption"] for record in records])
     CaptionDatastore.from_embeddings(records, embeddings, embedder.fingerprint).save_pretrained(folder)

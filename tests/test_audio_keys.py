@@ -12,8 +12,15 @@ from training_parts import make_captioner, write_clotho
 
 from recap_cli import main
 from recap_hf import CaptionDatastore, RecapForConditionalGeneration, RecapProcessor
-from recap_hf.datastore import CaptionEmbedder, add_captions, merge_datastores, reembed_datastore, verify_datastore
-from recap_hf.modeling.audio_keys_recap import clip_keys
+from recap_hf.datastore import (
+    CaptionEmbedder,
+    add_captions,
+    clip_keys,
+    datastore_from_clips,
+    merge_datastores,
+    reembed_datastore,
+    verify_datastore,
+)
 from recap_hf.training.run import train
 from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
 
@@ -60,7 +67,7 @@ def test_key_of_a_clip_is_the_mean_of_its_windows():
 
 
 def test_similar_audio_is_found(tiny_model, tiny_processor):
-    store = CaptionDatastore.from_clips(made_clips(), tiny_model, tiny_processor, batch_size=2)
+    store = datastore_from_clips(made_clips(), tiny_model, tiny_processor, batch_size=2)
     assert store.keys == "audio" and len(store) == 6
     # The captions of a clip have one key, which is what the audio tower makes of the clip.
     inputs = tiny_processor(audio=[synthetic_clip(2.0, 2)], sampling_rate=48_000, return_tensors="pt")
@@ -82,7 +89,7 @@ def test_similar_audio_is_found(tiny_model, tiny_processor):
 def test_captioner_takes_it(tiny_model, tiny_processor):
     from recap_hf import AudioCaptioningPipeline
 
-    store = CaptionDatastore.from_clips(made_clips(), tiny_model, tiny_processor)
+    store = datastore_from_clips(made_clips(), tiny_model, tiny_processor)
     pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor, datastore=store)
     result = pipe({"raw": synthetic_clip(2.0, 0), "sampling_rate": 48_000})
     assert result["retrieved"][0]["caption"] == "a tone glides" and len(result["retrieved"]) == 3
@@ -91,7 +98,7 @@ def test_captioner_takes_it(tiny_model, tiny_processor):
 @pytest.mark.parametrize("clip", [{"captions": ["a"]}, {"audio": (np.zeros(9), 48_000), "captions": []}])
 def test_clips_need_audio_and_captions(tiny_model, tiny_processor, clip):
     with pytest.raises(ValueError, match="Clip 0 needs 'audio' and 'captions', got the keys"):
-        CaptionDatastore.from_clips([clip], tiny_model, tiny_processor)
+        datastore_from_clips([clip], tiny_model, tiny_processor)
 
 
 def test_other_keys_are_refused():
@@ -120,7 +127,7 @@ def test_command_and_constructor_agree(built, start):
     processor = RecapProcessor.from_pretrained(start / "model")
     files = sorted((start / "clotho" / "development").glob("*.wav"))
     clips = [{"audio": str(path), "captions": ["x"], "clip_id": path.name} for path in files]
-    by_hand = CaptionDatastore.from_clips(clips, model, processor)
+    by_hand = datastore_from_clips(clips, model, processor)
     keys = {record["clip_id"]: key for record, key in zip(by_hand.records, by_hand.embeddings, strict=True)}
     store = CaptionDatastore.from_pretrained(built)
     for record, key in zip(store.records, store.embeddings, strict=True):

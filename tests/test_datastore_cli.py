@@ -112,7 +112,7 @@ def test_a_merge_replaces_no_datastore(recap, checkpoint):
     store = checkpoint / "datastore"
     twice = checkpoint / "twice"
     assert recap("merge", store, store, "--output", twice).out == "added: 8\n"
-    assert "holds a datastore already" in recap("merge", store, store, "--output", twice, status=1).err
+    assert "is not empty" in recap("merge", store, store, "--output", twice, status=1).err
     assert "captions: 16" in recap("info", twice, "--queries", "0").out
     assert "--text is empty" in recap("search", store, "--text", " ", "--model", checkpoint, status=1).err
 

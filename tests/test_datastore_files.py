@@ -1,10 +1,11 @@
-"""Forty ways to break a datastore: each is refused with a reason, and none is opened."""
+"""Ways to break a datastore, forty or more: each is refused with a reason. Earlier formats are read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,17 +15,15 @@ from recap_hf import CaptionDatastore
 from recap_hf.datastore import Selection, add_captions, index_datastore, remove_captions, verify_datastore
 from recap_hf.modeling.datastore_files_recap import manifest_checksum
 
+EARLIER = Path(__file__).parent / "datastores"
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A datastore with all sorts of files: two segments, tombstones, an index."""
+    """A datastore with all sorts of files."""
     folder = tmp_path_factory.mktemp("whole") / "store"
     save_store(folder, numbered(0, 300))
     index_datastore(folder, "ivf_flat", recall=0.5)
-    add_captions(folder, numbered(300, 320), WordEmbedder())
-    remove_captions(folder, Selection(rows=[3, 4, 310]))
-    save_store(folder.parent / "other", numbered(500, 800))
-    index_datastore(folder.parent / "other", "ivf_flat", recall=0.5)
     save_store(folder.parent / "wide", numbered(0, 300), WordEmbedder(dimension=24))
     index_datastore(folder.parent / "wide", "ivf_flat", recall=0.5)
     return folder
@@ -48,9 +47,7 @@ def write(folder, manifest, seal=True):
 
 def name_of(folder, kind):
     manifest = read(folder)
-    if kind == "index":
-        return manifest["index"]["file"]
-    return next(segment[kind] for segment in manifest["segments"] if segment[kind])
+    return manifest["index"]["file"] if kind == "index" else manifest[kind]
 
 
 def flip_bit(folder, name, place):
@@ -89,13 +86,13 @@ def rename_file(folder, kind, new):
         manifest["files"][new] = manifest["files"].pop(old)
         if kind == "index":
             manifest["index"]["file"] = new
-        for segment in manifest["segments"]:
-            segment[kind] = new if segment.get(kind) == old else segment.get(kind)
+        else:
+            manifest[kind] = new
 
     change(folder, trick)
 
 
-KINDS = ("captions", "embeddings", "deleted", "index")
+KINDS = ("captions", "embeddings", "index")
 CASES = {
     **{
         f"bit flip in {kind} at {place:.0%}": (
@@ -124,7 +121,9 @@ CASES = {
         for kind, new in (
             ("captions", "../captions.jsonl"),
             ("embeddings", "/etc/passwd"),
-            ("deleted", "sub/deleted.npy"),
+            ("embeddings", "sub/embeddings.npy"),
+            ("index", "index-0123456789abcdef.pkl"),
+            ("captions", ""),
             ("index", "..\\index.faiss"),
             ("captions", "captions-0123456789abcdef.pkl"),
         )
@@ -145,13 +144,13 @@ CASES = {
         lambda f: change(f, lambda m: m.update(generation=7), seal=False),
         "description was changed",
     ),
-    "newer format": (lambda f: change(f, lambda m: m.update(format_version=3)), "format version 3"),
-    "no segments": (lambda f: change(f, lambda m: m.update(segments=[])), "no segment"),
+    "newer format": (lambda f: change(f, lambda m: m.update(format_version=4)), "format version 4"),
+    "no captions": (lambda f: change(f, lambda m: m.pop("captions")), "not the description"),
+    "unknown keys": (lambda f: change(f, lambda m: m.update(keys="image")), "'text' or 'audio'"),
     "unlisted file": (lambda f: change(f, lambda m: m["files"].popitem()), "have a checksum differ"),
-    "wrong count": (lambda f: change(f, lambda m: m.update(num_captions=318)), "announces 318 captions"),
+    "wrong count": (lambda f: change(f, lambda m: m.update(num_captions=298)), "announces 298 captions"),
     "wrong dimension": (lambda f: change(f, lambda m: m.update(dimension=24)), "dimension"),
     "wrong type": (lambda f: change(f, lambda m: m.update(dtype="object")), "expected embeddings in"),
-    "segments swapped": (lambda f: change(f, lambda m: m["segments"].reverse()), "announces|expected 300"),
     "captions of another datastore": (
         lambda f: replace_sealed(f, "captions", b'{"caption": "x"}\n' * 299),
         "has 299 lines, expected 300",
@@ -170,8 +169,6 @@ CASES = {
         lambda f: replace_sealed(f, "embeddings", array_bytes(np.zeros((300, 16)))),
         "in float64",
     ),
-    "tombstones out of range": (lambda f: replace_sealed(f, "deleted", array_bytes(np.array([3, 300]))), "below 300"),
-    "tombstones repeated": (lambda f: replace_sealed(f, "deleted", array_bytes(np.array([3, 3]))), "ascending"),
     "index of another dimension": (
         lambda f: replace_sealed(f, "index", (f.parent / "w" / name_of(f.parent / "w", "index")).read_bytes()),
         "of another datastore",
@@ -210,3 +207,65 @@ def test_verify_reads_what_opening_does_not(store, whole):
     lines = [json.dumps({"caption": f"another {number}"}) + "\n" for number in range(300)]
     replace_sealed(store, "captions", "".join(lines).encode())
     assert "do not belong together" in verify_datastore(store, WordEmbedder())[0]
+
+
+SEGMENTS = [*(f"sound {n}" for n in range(40) if n not in (3, 4)), *(f"sound {n}" for n in range(40, 46) if n != 41)]
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """Datastores that the releases before format 3 wrote: an index over one segment, two segments with removed rows
+    and an index over the first, and embeddings in int8."""
+    shutil.copytree(EARLIER, tmp_path / "earlier")
+    return tmp_path / "earlier"
+
+
+@pytest.mark.parametrize(
+    ("name", "captions", "tolerance"),
+    [
+        ("segments", SEGMENTS, 1e-6),
+        ("indexed", [f"sound {n}" for n in range(40)], 1e-6),
+        ("int8", [f"sound {n}" for n in range(20)], 0.02),
+    ],
+)
+def test_earlier_formats_are_read_saved_and_edited(earlier, tmp_path, name, captions, tolerance):
+    folder = earlier / name
+    assert verify_datastore(folder, WordEmbedder()) == []
+    store = CaptionDatastore.from_pretrained(folder)
+    assert store.captions == captions
+    expected = WordEmbedder()._vectors(captions)
+    np.testing.assert_allclose(np.asarray(store.embeddings), expected, atol=tolerance)
+    assert (store.index is None) == (name != "indexed")
+    queries = expected[[2, 10, -1]]
+    found = store.search(queries, 3)
+    assert [hits[0]["caption"] for hits in found] == [captions[2], captions[10], captions[-1]]
+    store.save_pretrained(tmp_path / "saved")
+    again = CaptionDatastore.from_pretrained(tmp_path / "saved")
+    assert (again.search(queries, 3), again.captions) == (found, captions)
+    assert again.manifest["format_version"] == 3
+    # The first edit writes the new format, and nothing of the old one stays.
+    add_captions(folder, numbered(90, 92), WordEmbedder())
+    assert remove_captions(folder, Selection(texts=["sound 91"])) == 1
+    assert CaptionDatastore.from_pretrained(folder).captions == [*captions, "sound 90"]
+    assert {path.name for path in folder.iterdir()} == {"datastore.json", "datastore.lock", *read(folder)["files"]}
+
+
+def test_an_earlier_format_is_indexed_anew(earlier):
+    for name, rows in (("segments", 43), ("indexed", 40)):
+        assert index_datastore(earlier / name, "ivf_flat", 0.5)["kind"].startswith("IVF")
+        store = CaptionDatastore.from_pretrained(earlier / name)
+        assert (len(store), store.search_index.num_rows, store.manifest["format_version"]) == (rows, rows, 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([3, 40], "below 40"), ([3, 3], "ascending"), ([], "ascending"), ([0.5], "ascending")]
+)
+def test_broken_lists_of_removed_rows_are_refused(earlier, rows, message):
+    folder = earlier / "segments"
+    name = read(folder)["segments"][0]["deleted"]
+    data = array_bytes(np.array(rows) if rows else np.empty(0, np.int64))
+    (folder / name).write_bytes(data)
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    change(folder, lambda manifest: manifest["files"].update({name: entry}))
+    with pytest.raises(ValueError, match=message):
+        CaptionDatastore.from_pretrained(folder)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
+from datastore_parts import WordEmbedder, numbered, save_store
 
 from recap_hf import CaptionDatastore
-from recap_hf.datastore import build_index, describe
-from recap_hf.datastore.indexing import Queries, exact_rows, factory_string, tuning_queries, with_audio_gap
+from recap_hf.datastore import add_captions, build_index, describe, index_datastore
+from recap_hf.datastore.indexing import Queries, answer, exact_rows, factory_string, tuning_queries, with_audio_gap
 from recap_hf.datastore.summary import hubness, measure
-from recap_hf.modeling import retrieval_recap
-from recap_hf.modeling.datastore_index_recap import exact_neighbours
+from recap_hf.modeling import index_recap
 
 
 def clustered(rows, dimension=32, clusters=60, seed=0):
@@ -33,15 +36,13 @@ def store(embeddings):
 @pytest.mark.parametrize(
     ("kind", "rows", "dimension", "expected"),
     [
-        ("auto", 20_000, 512, None),
-        ("auto", 50_000, 512, "IVF512,SQ8"),
-        ("auto", 600_000, 512, "IVF2048(PQ128x4fs,RFlat),PQ128x4fs"),
-        ("auto", 600_000, 128, "IVF2048(PQ128x4fs,RFlat),PQ128x4fs"),
-        ("auto", 10_000_000, 512, "IVF4096(PQ128x4fs,RFlat),PQ128x4fs"),
-        ("auto", 100_000_000, 512, "IVF8192(PQ128x4fs,RFlat),PQ128x4fs"),
+        ("ivf_sq8", 50_000, 512, "IVF512,SQ8"),
+        ("ivf_pq", 600_000, 512, "IVF2048(PQ128x4fs,RFlat),PQ128x4fs"),
+        ("ivf_pq", 600_000, 128, "IVF2048(PQ128x4fs,RFlat),PQ128x4fs"),
+        ("ivf_pq", 10_000_000, 512, "IVF4096(PQ128x4fs,RFlat),PQ128x4fs"),
+        ("ivf_pq", 100_000_000, 512, "IVF8192(PQ128x4fs,RFlat),PQ128x4fs"),
         ("ivf_flat", 300, 16, "IVF7,Flat"),
         ("hnsw", 600_000, 512, "HNSW32,SQ8"),
-        ("exact", 600_000, 512, None),
         ("IVF64,SQfp16", 600_000, 512, "IVF64,SQfp16"),
     ],
 )
@@ -92,8 +93,10 @@ def test_an_index_is_saved_and_checked(store, tmp_path, embeddings):
     assert loaded.search(queries) == store.search(queries)
     loaded.save_pretrained(tmp_path / "copy")
     assert CaptionDatastore.from_pretrained(tmp_path / "copy").search(queries) == store.search(queries)
+    assert pickle.loads(pickle.dumps(loaded)).search(queries) == store.search(queries)
+    assert copy.deepcopy(loaded).search(queries) == store.search(queries)
     with pytest.raises(ValueError, match="made of another one"):
-        CaptionDatastore.from_embeddings(["a"], embeddings[:1]).set_index(store._index)
+        CaptionDatastore.from_embeddings(["a"], embeddings[:1]).set_index(store.search_index)
 
 
 def test_without_faiss_the_search_is_exact(store, tmp_path, monkeypatch, caplog):
@@ -101,7 +104,7 @@ def test_without_faiss_the_search_is_exact(store, tmp_path, monkeypatch, caplog)
     expected = store.search(queries)
     store.set_index(build_index(store.embeddings, "ivf_sq8", recall=0.6))
     store.save_pretrained(tmp_path / "store")
-    monkeypatch.setattr(retrieval_recap, "faiss", None)
+    monkeypatch.setattr(index_recap, "faiss", None)
     loaded = CaptionDatastore.from_pretrained(tmp_path / "store")
     assert "needs FAISS" in caplog.text
     assert loaded.index is None
@@ -109,13 +112,15 @@ def test_without_faiss_the_search_is_exact(store, tmp_path, monkeypatch, caplog)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("module", [None, retrieval_recap.faiss])
-def test_exact_neighbours(dtype, module):
+@pytest.mark.parametrize("module", [None, index_recap.faiss])
+def test_exact_search(dtype, module, monkeypatch):
+    monkeypatch.setattr(index_recap, "faiss", module)
     rng = np.random.default_rng(0)
     stored, queries = rng.standard_normal((70_000, 4)).astype(dtype), rng.standard_normal((3, 4)).astype(np.float32)
-    found = exact_neighbours(queries, stored, 5, module)
-    expected = np.argsort(-(queries @ stored.astype(np.float32).T), axis=1)[:, :5]
-    np.testing.assert_array_equal(np.sort(found, axis=1), np.sort(expected, axis=1))
+    rows, scores = index_recap.ExactIndex(stored).search(queries, 5)
+    cosines = queries @ stored.astype(np.float32).T
+    np.testing.assert_array_equal(np.sort(rows, axis=1), np.sort(np.argsort(-cosines, axis=1)[:, :5], axis=1))
+    np.testing.assert_allclose(scores, np.take_along_axis(cosines, rows, axis=1), atol=1e-5)
 
 
 def test_recall_counts_ties():
@@ -123,18 +128,20 @@ def test_recall_counts_ties():
     angles = np.radians([0, 10, 10, 10, 10, 50])
     stored = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     queries = Queries("text", stored[:1], np.array([-1]))
-    assert queries.recall(stored, np.array([[0, 4]]), k=2) == 1.0
-    assert queries.recall(stored, np.array([[0, 5]]), k=2) == 0.5
-    assert queries.recall(stored, np.array([[5, -1]]), k=2) == 0.0
     # A query that was made of row 0 must do without it.
     own = Queries("text", stored[:1], np.array([0]))
-    assert own.recall(stored, np.array([[0, 3, 1]]), k=2) == 1.0
-    assert own.recall(stored, np.array([[0, 3, 5]]), k=2) == 0.5
+    answer([queries, own], stored, 2)
+    assert queries.recall(np.array([[0, 4]]), k=2) == 1.0
+    assert queries.recall(np.array([[0, 5]]), k=2) == 0.5
+    assert queries.recall(np.array([[5, -1]]), k=2) == 0.0
+    assert own.recall(np.array([[0, 3, 1]]), k=2) == 1.0
+    assert own.recall(np.array([[0, 3, 5]]), k=2) == 0.5
 
 
 def test_exact_rows_are_those_of_a_sorted_list(embeddings):
-    found = exact_rows(embeddings[:7], embeddings, 5)
-    np.testing.assert_array_equal(found, np.argsort(-(embeddings[:7] @ embeddings.T), axis=1)[:, :5])
+    rows, scores = exact_rows(embeddings[:7], embeddings, 5)
+    np.testing.assert_array_equal(rows, np.argsort(-(embeddings[:7] @ embeddings.T), axis=1)[:, :5])
+    np.testing.assert_allclose(scores, -np.sort(-(embeddings[:7] @ embeddings.T), axis=1)[:, :5], atol=1e-6)
 
 
 def test_audio_queries_lie_outside_the_cloud(embeddings):
@@ -180,3 +187,54 @@ def test_codes_too_coarse_for_the_embeddings_give_way_to_finer_ones(embeddings, 
     index = build_index(embeddings[:2000], "auto", recall=0.9)
     assert index.description["kind"].endswith("SQ8")
     assert index.description["wanted_kind"] == "auto"
+
+
+class SortedIndex:
+    """A kind of index that another package might bring: all scores of a matrix product, sorted."""
+
+    backend, suffix, kinds, exact = "sorted", "npy", ("sorted",), False
+
+    def __init__(self, embeddings, description):
+        self.embeddings, self.description = np.asarray(embeddings), dict(description)
+
+    num_rows = max_k = property(lambda self: len(self.embeddings))
+    dimension = property(lambda self: self.embeddings.shape[1])
+    num_candidates = 8
+
+    @classmethod
+    def build(cls, embeddings, kind, recall):
+        return cls(embeddings, {"kind": kind})
+
+    @classmethod
+    def read(cls, path, description):
+        return cls(np.load(path), description)
+
+    def write(self, path):
+        with open(path, "wb") as file:
+            np.save(file, self.embeddings)
+
+    def refill(self, embeddings, appended):
+        self.embeddings = np.asarray(embeddings)
+
+    def search(self, queries, k):
+        scores = queries @ self.embeddings.T
+        rows = np.argsort(-scores, axis=1)[:, :k]
+        return rows, np.take_along_axis(scores, rows, axis=1)
+
+
+def test_a_further_kind_is_a_class_and_an_entry(monkeypatch, tmp_path, embeddings, caplog):
+    """By name, so that it is imported when it is needed: built, saved, opened, edited and searched."""
+    save_store(tmp_path / "store", numbered(0, 50))
+    queries = WordEmbedder()._vectors(["sound 7", "sound 51"])
+    with monkeypatch.context() as patch:
+        patch.setitem(index_recap.INDEX_BACKENDS, "sorted", f"{__name__}:SortedIndex")
+        assert index_datastore(tmp_path / "store", "sorted")["kind"] == "sorted"
+        add_captions(tmp_path / "store", numbered(50, 60), WordEmbedder())
+        store = CaptionDatastore.from_pretrained(tmp_path / "store")
+        assert type(store.search_index) is SortedIndex
+        found = store.search(queries, 3)
+        assert [hits[0]["caption"] for hits in found] == ["sound 7", "sound 51"]
+    # Elsewhere the datastore is searched exactly.
+    store = CaptionDatastore.from_pretrained(tmp_path / "store")
+    assert "'sorted'" in caplog.text
+    assert (store.index, store.search(queries, 3)) == (None, found)

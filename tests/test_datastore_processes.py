@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from recap_hf.datastore.processes import in_own_process
-
 pytestmark = pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks at processes as Linux shows them")
 
 _PARENT = """
@@ -47,13 +45,6 @@ def wait_for(condition, seconds):
     while not condition() and time.monotonic() < end:
         time.sleep(0.05)
     return condition()
-
-
-def test_a_function_is_called_in_another_process():
-    assert in_own_process(os.getpid) != os.getpid()
-    assert in_own_process(divmod, 7, 2) == (3, 1)
-    with pytest.raises(ZeroDivisionError):
-        in_own_process(divmod, 7, 0)
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):

@@ -10,6 +10,7 @@ from datastore_parts import WordEmbedder, load_in_worker, numbered, save_store
 
 from recap_hf import CaptionDatastore
 from recap_hf.datastore import (
+    BuildOptions,
     FilterOptions,
     LeakGuard,
     SourceOptions,
@@ -122,7 +123,7 @@ def test_sources_that_cannot_be_read_say_why(tmp_path):
     for name, message in (
         ("absent.csv", "no such file"),
         ("notes.docx", "not from '.docx'"),
-        ("broken.json", "does not read as JSON"),
+        ("broken.json", "not readable as JSON"),
         ("latin.txt", "not UTF-8"),
         (".", "holds neither"),
     ):
@@ -247,7 +248,9 @@ def test_a_build_counts_and_exports(tmp_path):
     assert (tmp_path / "out.txt").read_text().splitlines() == store.captions
     with pytest.raises(FileExistsError, match="--overwrite"):
         build_datastore([tmp_path / "b.txt"], tmp_path / "store", WordEmbedder())
-    build_datastore([tmp_path / "b.txt"], tmp_path / "store", WordEmbedder(), overwrite=True, dtype="float16")
+    build_datastore(
+        [tmp_path / "b.txt"], tmp_path / "store", WordEmbedder(), options=BuildOptions(overwrite=True, dtype="float16")
+    )
     half = CaptionDatastore.from_pretrained(tmp_path / "store")
     assert half.embeddings.dtype == np.float16
     assert half.search(WordEmbedder().embed(["wind"]), k=1)[0][0]["caption"] == "wind"
@@ -276,8 +279,10 @@ def test_a_build_that_was_cut_off_goes_on(tmp_path):
         build_datastore([tmp_path / "many.jsonl"], tmp_path / "store", StoppingEmbedder())
     assert not (tmp_path / "store" / "datastore.json").exists()
     messages, embedder = [], WordEmbedder()
-    store = build_datastore([tmp_path / "many.jsonl"], tmp_path / "store", embedder, progress=messages.append)
-    assert "taking up" in messages[0].lower()
+    store = build_datastore(
+        [tmp_path / "many.jsonl"], tmp_path / "store", embedder, options=BuildOptions(progress=messages.append)
+    )
+    assert "continuing" in messages[0].lower()
     assert embedder.embedded == [record["caption"] for record in records[8192:]]
     assert store.captions == [record["caption"] for record in records]
     np.testing.assert_allclose(store.embeddings[8190:8195], WordEmbedder().embed(store.captions[8190:8195]), atol=1e-6)
@@ -304,9 +309,9 @@ def test_several_processes_embed_the_same(tmp_path):
     (tmp_path / "many.jsonl").write_text("\n".join(map(json.dumps, records)))
     embedder = WordEmbedder()
     with pytest.raises(ValueError, match="each load the encoder"):
-        build_datastore([tmp_path / "many.jsonl"], tmp_path / "store", embedder, processes=2)
+        build_datastore([tmp_path / "many.jsonl"], tmp_path / "store", embedder, options=BuildOptions(processes=2))
     embedder.recipe = load_in_worker
-    store = build_datastore([tmp_path / "many.jsonl"], tmp_path / "store", embedder, processes=2)
+    store = build_datastore([tmp_path / "many.jsonl"], tmp_path / "store", embedder, options=BuildOptions(processes=2))
     assert embedder.embedded == []
     assert store.captions == [record["caption"] for record in records]
     np.testing.assert_allclose(store.embeddings, WordEmbedder().embed(store.captions), atol=1e-6)

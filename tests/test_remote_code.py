@@ -15,8 +15,8 @@ import pytest
 from recap_hf import AudioCaptioningPipeline
 from recap_hf.modeling import configuration_recap
 
-# transformers cannot be imported without huggingface_hub: whoever has the one has the other.
-ALLOWED = {"numpy", "torch", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
+# transformers cannot be imported without huggingface_hub, nor that without filelock.
+ALLOWED = {"numpy", "torch", "transformers", "huggingface_hub", "filelock"} | set(sys.stdlib_module_names)
 
 SCRIPT = """
 import json, sys

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from recap_hf import CaptionDatastore
-from recap_hf.modeling import retrieval_recap
+from recap_hf.modeling import index_recap
 from recap_hf.modeling.retrieval_recap import normalize_clip_id, normalize_text
 
 # Angles in degrees on a circle: the cosine with a query at angle q is cos(a - q).
@@ -24,8 +27,8 @@ def on_circle(*angles):
 @pytest.fixture(params=["faiss", "numpy"])
 def backend(request, monkeypatch):
     if request.param == "numpy":
-        monkeypatch.setattr(retrieval_recap, "faiss", None)
-    elif retrieval_recap.faiss is None:
+        monkeypatch.setattr(index_recap, "faiss", None)
+    elif index_recap.faiss is None:
         pytest.skip("faiss is not installed")
 
 
@@ -80,8 +83,8 @@ def test_own_captions_are_left_out_by_clip_and_by_text(backend):
     assert captions(results)[0] == ["a dog barks", "wind"]
 
 
-def test_windows_take_turns(backend):
-    """Both windows of a clip are heard, however similar one of them is to everything."""
+def test_windows_are_merged_round_robin(backend):
+    """Both windows of a clip retrieve, however similar one of them is to everything."""
     store = CaptionDatastore.from_embeddings(["a", "b", "c", "d", "x", "y"], on_circle(0, 1, 2, 3, 130, 140))
     windows = np.stack([on_circle(0)[0], on_circle(120)[0], np.zeros(2, np.float32)])[None]
     results = store.search(windows, k=4)[0]
@@ -154,6 +157,11 @@ def test_captions_stay_verbatim_through_files(tmp_path, store):
     assert str(tmp_path) not in (tmp_path / "moved" / "datastore.json").read_text()
 
 
+def the_file(folder, kind):
+    (path,) = folder.glob(f"{kind}-*")
+    return path
+
+
 def break_json(folder):
     (folder / "datastore.json").write_text("{")
 
@@ -168,13 +176,13 @@ def edit_manifest(folder, **changes):
 
 
 def tamper_captions(folder):
-    text = (folder / "captions.jsonl").read_text()
-    (folder / "captions.jsonl").write_text(text.replace("north", "morth"))
+    path = the_file(folder, "captions")
+    path.write_text(path.read_text().replace("north", "morth"))
 
 
 def truncate_embeddings(folder):
-    data = (folder / "embeddings.npy").read_bytes()
-    (folder / "embeddings.npy").write_bytes(data[:-8])
+    path = the_file(folder, "embeddings")
+    path.write_bytes(path.read_bytes()[:-8])
 
 
 @pytest.mark.parametrize(
@@ -184,9 +192,10 @@ def truncate_embeddings(folder):
         (newer_format, "format version 99"),
         (tamper_captions, "the checksum differs"),
         (truncate_embeddings, "truncated or not of this datastore"),
-        (lambda folder: edit_manifest(folder, num_captions=6), "announces 6 captions"),
-        (lambda folder: edit_manifest(folder, dimension=3), "announces 5 captions of dimension 3"),
-        (lambda folder: (folder / "embeddings.npy").unlink(), "missing, the datastore is incomplete"),
+        (lambda folder: edit_manifest(folder, num_captions=6), "checksum differs"),
+        (lambda folder: edit_manifest(folder, checksum=None, num_captions=6), "announces 6 captions"),
+        (lambda folder: edit_manifest(folder, checksum=None, dimension=3), "announces 5 captions of dimension 3"),
+        (lambda folder: the_file(folder, "embeddings").unlink(), "missing, the datastore is incomplete"),
         (lambda folder: (folder / "datastore.json").unlink(), "it has no datastore.json"),
     ],
 )
@@ -201,16 +210,63 @@ def test_pickles_are_never_read(tmp_path):
     import hashlib
 
     CaptionDatastore.from_embeddings(list(ANGLES), on_circle(*ANGLES.values())).save_pretrained(tmp_path)
-    path = tmp_path / "embeddings.npy"
+    path = the_file(tmp_path, "embeddings")
     np.save(path, np.array([{"code": 1}], dtype=object), allow_pickle=True)
     manifest = json.loads((tmp_path / "datastore.json").read_text())
-    manifest["files"]["embeddings.npy"] = {
+    manifest["files"][path.name] = {
         "bytes": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
-    (tmp_path / "datastore.json").write_text(json.dumps(manifest))
+    edit_manifest(tmp_path, files=manifest["files"], checksum=None)
     with pytest.raises(ValueError, match="not a NumPy array"):
         CaptionDatastore.from_pretrained(tmp_path)
+
+
+def test_copies_find_the_same(tmp_path, store):
+    """Pickled (a worker process) and deep-copied, from memory and from files, also after those were replaced."""
+    store.save_pretrained(tmp_path)
+    queries = on_circle(10, 100)
+    expected = store.search(queries, k=3)
+    for each in (store, CaptionDatastore.from_pretrained(tmp_path)):
+        assert pickle.loads(pickle.dumps(each)).search(queries, k=3) == expected
+        assert copy.deepcopy(each).search(queries, k=3) == expected
+    loaded = CaptionDatastore.from_pretrained(tmp_path)
+    store.records[0]["caption"] = "changed"
+    CaptionDatastore.from_embeddings(["other"], on_circle(0)).save_pretrained(tmp_path)
+    assert copy.deepcopy(loaded).search(queries, k=3) == expected
+    large = CaptionDatastore.from_embeddings([f"caption {n}" for n in range(999)], on_circle(*range(999)))
+    large.save_pretrained(tmp_path)
+    # Files are opened again, and not copied into the pickle.
+    assert len(pickle.dumps(CaptionDatastore.from_pretrained(tmp_path))) < 3000
+
+
+def test_own_columns_do_not_replace_the_result(backend):
+    records = [{"caption": "rain", "score": 99, "row": -5, "year": 1999}]
+    (hit,) = CaptionDatastore.from_embeddings(records, on_circle(60)).search(on_circle(0))[0]
+    assert hit == {"caption": "rain", "score": pytest.approx(0.5, abs=1e-6), "row": 0, "year": 1999}
+
+
+def test_what_json_does_not_know_is_missing(tmp_path):
+    records = [{"caption": "rain", "year": float("nan"), "levels": [1.0, float("inf")], "more": {"a": float("nan")}}]
+    CaptionDatastore.from_embeddings(records, on_circle(0)).save_pretrained(tmp_path)
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    line = json.loads(the_file(tmp_path, "captions").read_text(), parse_constant=refuse)
+    assert line == {"caption": "rain", "year": None, "levels": [1.0, None], "more": {"a": None}}
+
+
+@pytest.mark.parametrize("diversity", [0.0, 0.5])
+def test_a_thousand_captions_are_found_at_once(backend, diversity):
+    generator = np.random.default_rng(0)
+    store = CaptionDatastore.from_embeddings(
+        [f"caption {n}" for n in range(20_000)], generator.normal(size=(20_000, 64))
+    )
+    started = time.perf_counter()
+    (hits,) = store.search(generator.normal(size=(1, 64)).astype(np.float32), k=1000, diversity=diversity)
+    assert time.perf_counter() - started < 2
+    assert len({hit["row"] for hit in hits}) == 1000
 
 
 def test_the_encoder_is_checked(tiny_model, tiny_processor):

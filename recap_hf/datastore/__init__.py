@@ -1,15 +1,10 @@
 """Caption datastores in their folders: built from any source, edited while they are read, indexed, inspected."""
 
-from __future__ import annotations
-
-from recap_hf.modeling.datastore_milvus_recap import MilvusCaptionDatastore
-
-from .audio_keys import build_audio_datastore
-from .building import build_datastore
+from .audio_keys import build_audio_datastore, clip_keys, datastore_from_clips
+from .building import BuildOptions, build_datastore
 from .editing import (
     Selection,
     add_captions,
-    compact,
     filter_datastore,
     index_datastore,
     merge_datastores,
@@ -20,10 +15,12 @@ from .embedding import CaptionEmbedder
 from .exporting import export_datastore
 from .filters import FilterOptions, LeakGuard, read_blacklist
 from .indexing import build_index
+from .milvus import MilvusCaptionDatastore
 from .sources import SourceOptions, read_source
 from .summary import describe, verify_datastore
 
 __all__ = [
+    "BuildOptions",
     "CaptionEmbedder",
     "FilterOptions",
     "LeakGuard",
@@ -34,7 +31,8 @@ __all__ = [
     "build_audio_datastore",
     "build_datastore",
     "build_index",
-    "compact",
+    "clip_keys",
+    "datastore_from_clips",
     "describe",
     "export_datastore",
     "filter_datastore",

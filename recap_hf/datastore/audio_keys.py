@@ -1,29 +1,99 @@
-"""Building a datastore keyed by audio: captions that are found by the recordings that they describe."""
+"""Datastores keyed by audio: captions that are found by the recordings that they describe.
+
+The system closest to RECAP, Koizumi et al., "Audio Captioning using Pre-Trained Large-Scale Language Model Guided by
+Audio-based Similar Caption Retrieval", 2020 (the paper's [7]), prompts with captions of similar audio where RECAP
+looks for similar text. A datastore keyed by audio is that retrieval on CLAP: the row of a caption holds the embedding
+of its clip.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from recap_hf.data.loading import NAMED_DATASETS
-from recap_hf.modeling.audio_keys_recap import embed_recordings
-from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS, MANIFEST_NAME
-from recap_hf.modeling.datastore_writing_recap import locked
+from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
+from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
-from .building import DTYPES, WORK_NAME, Progress
-from .editing import editing, index_datastore
+from .building import WORK_NAME, BuildOptions, check_output, publish_build
 from .filters import CaptionFilter, FilterOptions
-from .indexing import DEFAULT_RECALL, EXACT_UP_TO
-from .sources import SourceOptions
+from .sources import SourceOptions, clip_records
 
 _CLIPS_AT_ONCE = 256
-_READ_ERRORS = (ValueError, OSError)
+
+
+def clip_keys(audio_embeds: Any) -> np.ndarray:
+    """One key a clip: the mean of its windows' unit embeddings, scaled to unit length.
+
+    Args:
+        audio_embeds (array or tensor of shape `(num_clips, num_windows, dimension)`): zero rows are absent windows.
+
+    Returns:
+        `np.ndarray` of shape `(num_clips, dimension)`, float32.
+    """
+    embeds = audio_embeds.detach().float().cpu().numpy() if hasattr(audio_embeds, "detach") else audio_embeds
+    # Absent windows add nothing, and the length does not matter.
+    total = np.asarray(embeds, dtype=np.float64).sum(axis=1)
+    return (total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+def encode_recordings(recordings: Sequence[Any], model: Any, processor: Any) -> np.ndarray:
+    """Unit vectors of the windows of recordings, float32 of shape `(num_recordings, num_windows, dimension)`.
+
+    Args:
+        recordings: what `load_audio` takes, or pairs of a waveform and its sampling rate.
+        model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): the encoder and its features.
+    """
+    import torch
+
+    rate = processor.feature_extractor.sampling_rate
+    waveforms = []
+    for recording in recordings:
+        waveform, own_rate = recording if isinstance(recording, tuple) else load_audio(recording)
+        waveforms.append(resample(to_mono(np.asarray(waveform)), own_rate, rate))
+    inputs = processor(audio=waveforms, sampling_rate=rate, return_tensors="pt")
+    with torch.inference_mode():
+        return model.encode_audio(**inputs.to(model.device)).audio_embeds.float().cpu().numpy()
+
+
+def datastore_from_clips(
+    clips: Sequence[Mapping[str, Any]], model: Any, processor: Any, batch_size: int = 16
+) -> CaptionDatastore:
+    """A datastore keyed by audio: a search finds the most similar recordings, and gives a caption of each.
+
+    Args:
+        clips: for each clip `audio` (what `load_audio` takes, or a waveform with its rate), `captions`, and where
+            known `clip_id`, `source`, `licence` and other values.
+        model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): the encoder and its features.
+        batch_size: recordings per forward pass.
+
+    Raises:
+        ValueError: if there is no clip, or one without audio or captions.
+    """
+    records: list[dict[str, Any]] = []
+    rows: list[int] = []
+    for number, clip in enumerate(clips):
+        captions = clip.get("captions", clip.get("caption"))
+        captions = [captions] if isinstance(captions, str) else captions
+        if not captions or clip.get("audio") is None:
+            raise ValueError(f"Clip {number} needs 'audio' and 'captions', got the keys {', '.join(map(str, clip))}.")
+        rest = {key: value for key, value in clip.items() if key not in ("audio", "caption", "captions")}
+        # What tells the clip from others: only one of its captions is part of a prompt.
+        rest = {"clip_id": f"clip {number}"} | {key: value for key, value in rest.items() if value is not None}
+        records += [{"caption": caption, **rest} for caption in captions]
+        rows += [number] * len(captions)
+    if not rows:
+        raise ValueError("A datastore keyed by audio needs at least one clip.")
+    audio = [clip["audio"] for clip in clips]
+    batches = (audio[start : start + batch_size] for start in range(0, len(audio), batch_size))
+    keys = np.concatenate([clip_keys(encode_recordings(batch, model, processor)) for batch in batches])
+    return CaptionDatastore(records, keys[rows], model.embed_fingerprint(processor), AUDIO_KEYS)
 
 
 def build_audio_datastore(
@@ -33,70 +103,53 @@ def build_audio_datastore(
     *,
     source_options: SourceOptions | None = None,
     filter_options: FilterOptions | None = None,
-    index: str = "auto",
-    recall: float = DEFAULT_RECALL,
-    dtype: str = "float32",
-    overwrite: bool = False,
+    options: BuildOptions | None = None,
     batch_size: int = 16,
-    progress: Progress = lambda message: None,
 ) -> CaptionDatastore:
     """Builds a datastore keyed by audio from datasets with recordings.
 
-    Recordings are embedded in chunks of 256 clips; a build that was cut off is taken up again by the same call. Those
-    that do not decode are left out and named in the report.
+    Recordings are embedded in chunks of 256 clips; a build that was cut off is continued by the same call. Those that
+    do not decode are left out and named in the report.
 
     Args:
         sources: `NAME:FOLDER` of a dataset as published, or `hub:USER/NAME`; see [`read_source`].
         batch_size: recordings per forward pass.
-        output, embedder, source_options, filter_options, index, recall, dtype, overwrite, progress: see
-            [`build_datastore`].
+        output, embedder, source_options, filter_options, options: see [`build_datastore`].
 
     Raises:
-        FileExistsError: `output` holds a datastore. ValueError: a source has no recordings, or no caption is left.
-        FileNotFoundError: a clip has no recording.
+        FileExistsError: see [`build_datastore`]. FileNotFoundError: a clip has no recording. ValueError: a source has
+            no recordings, or no caption is left.
     """
-    folder = Path(output)
-    if dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if (folder / MANIFEST_NAME).is_file() and not overwrite:
-        raise FileExistsError(f"{folder} holds a datastore already; to replace it, give --overwrite")
-    clips, records, report = _read(sources, source_options, filter_options, embedder, progress)
+    folder, options = Path(output), options or BuildOptions()
+    check_output(folder, options, embedder.fingerprint.shape[1])
+    clips, records, report = _read(sources, source_options or SourceOptions(), filter_options, embedder, options)
     folder.mkdir(parents=True, exist_ok=True)
-    work = folder / WORK_NAME
-    with locked(folder):
-        keys = _embed(clips, embedder, batch_size, work, progress)
-    readable = [record for record in records if record["__clip"] in keys]
+    keys = _embed(clips, embedder, batch_size, folder / WORK_NAME, options)
+    readable = [(record, clip) for record, clip in records if clip in keys]
     report["unreadable_clips"] = [clip["clip_id"] for number, clip in enumerate(clips) if number not in keys]
     if not readable:
         raise ValueError(
             f"None of the {len(clips)} recordings could be read, the first: {report['unreadable_clips'][0]}"
         )
-    embeddings = np.stack([keys[record["__clip"]] for record in readable]).astype(dtype)
-    records = [{key: value for key, value in record.items() if key != "__clip"} for record in readable]
-    CaptionDatastore(records, embeddings, embedder.fingerprint, AUDIO_KEYS).save_pretrained(folder)
-    with editing(folder) as edit:
-        edit.commit(len(records), report=report | {"exact_search": index == "exact"})
-    if index not in ("auto", "exact") or (index == "auto" and len(records) > EXACT_UP_TO):
-        progress("Index: trained and tuned")
-        index_datastore(folder, index, recall)
-    shutil.rmtree(work, ignore_errors=True)
-    return CaptionDatastore.from_pretrained(folder)
+    embeddings = np.stack([keys[clip] for _, clip in readable])
+    return publish_build(
+        folder, [record for record, _ in readable], embeddings, embedder.fingerprint, report, options, AUDIO_KEYS
+    )
 
 
 def _read(
     sources: Sequence[str],
-    source_options: SourceOptions | None,
+    source_options: SourceOptions,
     filter_options: FilterOptions | None,
     embedder: Any,
-    progress: Progress,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """Clips with their audio, records of their captions (`__clip` says of which), and the report of the filter."""
+    options: BuildOptions,
+) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], int]], dict[str, Any]]:
+    """Clips with audio, records of their captions with the clip's number, and the report of the filter."""
     from recap_hf.data import load_captions
 
-    options, filter_options = source_options or SourceOptions(), filter_options or FilterOptions()
-    caption_filter = CaptionFilter(filter_options, embedder.count_tokens)
+    caption_filter = CaptionFilter(filter_options or FilterOptions(), embedder.count_tokens)
     clips: list[dict[str, Any]] = []
-    records: list[dict[str, Any]] = []
+    records: list[tuple[dict[str, Any], int]] = []
     for source in sources:
         kind, _, rest = str(source).partition(":")
         if not rest or kind not in (*NAMED_DATASETS, "hub"):
@@ -104,38 +157,24 @@ def _read(
                 f"{source}: keys of audio need recordings beside the captions: expected {NAMED_DATASETS[0]}:FOLDER, "
                 f"another of {', '.join(NAMED_DATASETS[1:])}, or hub:USER/NAME"
             )
-        progress(f"Reading {source}")
+        options.progress(f"Reading {source}")
         name, folder = (rest, None) if kind == "hub" else (kind, rest)
-        table = load_captions(
-            name, folder, split=options.split or "train", columns=dict(options.columns) or None
-        ).dataset
-        start = len(clips)
-        clips += [dict(row) for row in table]
-        rows = (
-            {"caption": text, **_known(clip, options), "__clip": number}
-            for number, clip in enumerate(clips[start:], start)
-            for text in clip["captions"]
-        )
-        records += caption_filter.filter(rows, Path(rest).name)
+        columns = dict(source_options.columns) or None
+        table = load_captions(name, folder, split=source_options.split or "train", columns=columns).dataset
+        for clip in table:
+            kept = list(caption_filter.filter(clip_records(clip, source_options), Path(rest).name))
+            records += [(record, len(clips)) for record in kept]
+            clips += [dict(clip)] if kept else []
     report = caption_filter.report()
     if not records:
         raise ValueError(f"No caption is left of {report['read']} read: {report['dropped']}")
-    wanted = {record["__clip"] for record in records}
-    order = {number: place for place, number in enumerate(sorted(wanted))}
-    for record in records:
-        record["__clip"] = order[record["__clip"]]
-    return [clips[number] for number in order], records, report
-
-
-def _known(clip: dict[str, Any], options: SourceOptions) -> dict[str, Any]:
-    known = {key: clip[key] for key in ("clip_id", "split", "source", "licence") if clip.get(key) is not None}
-    return known | {key: value for key in ("source", "licence") if (value := getattr(options, key))}
+    return clips, records, report
 
 
 def _embed(
-    clips: list[dict[str, Any]], embedder: Any, batch_size: int, work: Path, progress: Progress
+    clips: list[dict[str, Any]], embedder: Any, batch_size: int, work: Path, options: BuildOptions
 ) -> dict[int, np.ndarray]:
-    """Keys of the clips that can be read, by number; finished chunks lie in `work`."""
+    """Keys of the clips that can be read, by number; finished chunks are kept in `work`."""
     keys: dict[int, np.ndarray] = {}
     for start in range(0, len(clips), _CLIPS_AT_ONCE):
         chunk = clips[start : start + _CLIPS_AT_ONCE]
@@ -145,33 +184,25 @@ def _embed(
         if path.is_file():
             found = np.load(path, allow_pickle=False)
         else:
-            found = _embed_chunk(chunk, embedder, batch_size, progress)
+            found = np.zeros((len(chunk), embedder.fingerprint.shape[1]), dtype=np.float32)
+            for first in range(0, len(chunk), batch_size):
+                rows, recordings = [], []
+                for row, clip in enumerate(chunk[first : first + batch_size], first):
+                    try:
+                        recordings.append(load_audio(clip["audio"]))
+                        rows.append(row)
+                    except (ValueError, OSError) as error:
+                        options.progress(f"left out: {clip['clip_id']}: {error}")
+                if rows:
+                    found[rows] = clip_keys(encode_recordings(recordings, embedder.model, embedder.processor))
             work.mkdir(exist_ok=True)
-            temporary = work / f".{path.name}.tmp"
-            with open(temporary, "wb") as file:
+            with open(path.with_suffix(".tmp"), "wb") as file:
                 np.save(file, found, allow_pickle=False)
-            temporary.replace(path)
-        # A clip that cannot be read has no direction.
+            os.replace(path.with_suffix(".tmp"), path)
+        # The key of a clip that cannot be read is zero.
         keys |= {start + row: key for row, key in enumerate(found) if key.any()}
-        progress(f"Embedded {min(start + _CLIPS_AT_ONCE, len(clips))} of {len(clips)} recordings")
+        options.progress(f"Embedded {min(start + _CLIPS_AT_ONCE, len(clips))} of {len(clips)} recordings")
     return keys
 
 
-def _embed_chunk(chunk: list[dict[str, Any]], embedder: Any, batch_size: int, progress: Progress) -> np.ndarray:
-    from recap_hf.modeling.audio_recap import load_audio
-
-    found = np.zeros((len(chunk), embedder.fingerprint.shape[1]), dtype=np.float32)
-    for start in range(0, len(chunk), batch_size):
-        rows, recordings = [], []
-        for row, clip in enumerate(chunk[start : start + batch_size], start):
-            try:
-                recordings.append(load_audio(clip["audio"]))
-                rows.append(row)
-            except _READ_ERRORS as error:
-                progress(f"left out: {clip['clip_id']}: {error}")
-        if rows:
-            found[rows] = embed_recordings(recordings, embedder.model, embedder.processor)
-    return found
-
-
-__all__ = ["build_audio_datastore"]
+__all__ = ["build_audio_datastore", "clip_keys", "datastore_from_clips"]

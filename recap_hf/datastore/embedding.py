@@ -1,4 +1,4 @@
-"""The encoder of a datastore: a captioner's CLAP text tower, and its audio tower for queries."""
+"""The encoder of a datastore: a captioner's CLAP, its text tower for captions and its audio tower for recordings."""
 
 from __future__ import annotations
 
@@ -63,15 +63,9 @@ class CaptionEmbedder:
 
     def embed_audio(self, path: str | Path) -> np.ndarray:
         """Unit vectors of a recording's windows, float32 of shape `(1, num_windows, dimension)`."""
-        import torch
+        from .audio_keys import encode_recordings
 
-        from recap_hf.modeling.audio_recap import load_audio
-
-        waveform, sampling_rate = load_audio(path)
-        inputs = self.processor(audio=[waveform], sampling_rate=sampling_rate, return_tensors="pt")
-        with torch.inference_mode():
-            encoding = self.model.encode_audio(**inputs.to(self.model.device))
-        return encoding.audio_embeds.float().cpu().numpy()
+        return encode_recordings([path], self.model, self.processor)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """Decoder tokens of each caption."""

@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -146,19 +147,20 @@ class DuplicateCounter:
         self.exact = 0
         self.normalised = 0
         self._exact: set[int] = set()
+        # By hash of the normalized text: a bit for each source that has it.
         self._sources: dict[int, int] = {}
         self._bits: dict[str, int] = {}
 
-    def add(self, caption: str, source: str) -> tuple[bool, bool]:
-        """Counts a caption; whether an equal one, and one equal after folding, was counted before."""
+    def add(self, caption: str, source: str) -> set[str]:
+        """Counts a caption; which choices of `DUPLICATE_CHOICES` call it a duplicate of one counted before."""
         key, folded = _hash(caption), _hash(normalize_text(caption))
-        seen = key in self._exact, folded in self._sources
-        self.exact += seen[0]
-        self.normalised += seen[1]
+        found = ({"exact"} if key in self._exact else set()) | ({"normalised"} if folded in self._sources else set())
+        self.exact += "exact" in found
+        self.normalised += "normalised" in found
         self._exact.add(key)
         bit = self._bits.setdefault(source, 1 << len(self._bits))
         self._sources[folded] = self._sources.get(folded, 0) | bit
-        return seen
+        return found
 
     def report(self) -> dict[str, Any]:
         """`exact` and `normalised` repetitions, `unique` texts, and `shared`: texts by the sources that share them."""
@@ -199,8 +201,9 @@ class CaptionFilter:
             raise ValueError("A limit on decoder tokens needs a tokenizer: give a model, or max_tokens=None")
         self.options = options
         self._count_tokens = count_tokens
-        self._dropped: Counter[str] = Counter()
-        self._inputs: dict[str, dict[str, int]] = {}
+        # By input: captions read, and their hashes.
+        self._inputs: dict[str, tuple[int, set[int]]] = {}
+        # By source: how many were read, kept, and left out for each reason.
         self._sources: dict[str, Counter[str]] = defaultdict(Counter)
         self._licences: Counter[str] = Counter()
         self._duplicates = DuplicateCounter()
@@ -212,26 +215,30 @@ class CaptionFilter:
 
     def filter(self, records: Iterable[dict[str, Any]], name: str = "captions") -> Iterator[dict[str, Any]]:
         """The records of one input that stay, in order."""
-        counts = self._inputs.setdefault(name, {"read": 0, "exact_duplicates": 0})
-        seen: set[int] = set()
-        block: list[dict[str, Any]] = []
-        for record in records:
-            counts["read"] += 1
-            key = _hash(record["caption"])
-            counts["exact_duplicates"] += key in seen
-            seen.add(key)
-            self._sources[str(record.get("source"))]["read"] += 1
-            reason = self._reason(record)
-            if reason is not None:
-                self._drop(record, reason)
-                continue
-            block.append(record)
-            if len(block) == _TOKENIZED_AT_ONCE:
-                yield from self._short_and_new(block)
-                block = []
-        yield from self._short_and_new(block)
+        read, seen = self._inputs.get(name, (0, set()))
+        records = iter(records)
+        while block := list(islice(records, _TOKENIZED_AT_ONCE)):
+            seen |= {_hash(record["caption"]) for record in block}
+            read += len(block)
+            self._inputs[name] = read, seen
+            reasons = [self._reason(record) for record in block]
+            left = [record for record, reason in zip(block, reasons, strict=True) if reason is None]
+            limit = self.options.max_tokens
+            lengths = iter(self._count_tokens([record["caption"] for record in left]) if limit is not None else ())
+            for record, reason in zip(block, reasons, strict=True):
+                if reason is None and limit is not None and next(lengths) > limit:
+                    reason = "too_long"
+                if reason is None:
+                    equal = self._duplicates.add(record["caption"], str(record.get("source")))
+                    reason = "duplicate" if self.options.duplicates in equal else None
+                counts = self._sources[str(record.get("source"))]
+                counts.update(["read", reason or "kept"])
+                if reason is None:
+                    self._licences[str(record.get("licence") or "not stated")] += 1
+                    yield record
 
     def _reason(self, record: Mapping[str, Any]) -> str | None:
+        """Why a record is left out, apart from its length and its duplicates."""
         options = self.options
         if options.check_text and (problem := text_problem(record["caption"])):
             return problem
@@ -247,32 +254,11 @@ class CaptionFilter:
             self._leaks["weak" if record.get("weak") else "published"] += 1
             return "leak_clip"
         clips = options.guard.texts.get(normalize_text(record["caption"]))
-        if clips:
-            self._leaks["text"] += 1
-            self._leaked_clips |= clips
-            return "leak_text" if options.guard_texts else None
-        return None
-
-    def _short_and_new(self, block: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        limit = self.options.max_tokens
-        lengths = self._count_tokens([record["caption"] for record in block]) if limit is not None and block else None
-        for number, record in enumerate(block):
-            if lengths is not None and lengths[number] > limit:
-                self._drop(record, "too_long")
-                continue
-            exact, normalised = self._duplicates.add(record["caption"], str(record.get("source")))
-            if (self.options.duplicates == "exact" and exact) or (
-                self.options.duplicates == "normalised" and normalised
-            ):
-                self._drop(record, "duplicate")
-                continue
-            self._sources[str(record.get("source"))]["kept"] += 1
-            self._licences[str(record.get("licence") or "not stated")] += 1
-            yield record
-
-    def _drop(self, record: Mapping[str, Any], reason: str) -> None:
-        self._dropped[reason] += 1
-        self._sources[str(record.get("source"))][reason] += 1
+        if not clips:
+            return None
+        self._leaks["text"] += 1
+        self._leaked_clips |= clips
+        return "leak_text" if options.guard_texts else None
 
     def report(self) -> dict[str, Any]:
         """What was read, kept and left out, by input, source, licence and reason."""
@@ -286,11 +272,13 @@ class CaptionFilter:
                 "clips_with_identical_text": len(self._leaked_clips),
                 "identical_texts_removed": self.options.guard_texts,
             }
+        total = sum(self._sources.values(), Counter())
+        inputs = self._inputs.items()
         return {
-            "inputs": self._inputs,
-            "read": sum(counts["read"] for counts in self._inputs.values()),
-            "kept": sum(counts["kept"] for counts in self._sources.values()),
-            "dropped": dict(sorted(self._dropped.items())),
+            "inputs": {name: {"read": read, "exact_duplicates": read - len(seen)} for name, (read, seen) in inputs},
+            "read": total["read"],
+            "kept": total["kept"],
+            "dropped": {reason: total[reason] for reason in sorted(total) if reason not in ("read", "kept")},
             "sources": {name: dict(counts) for name, counts in sorted(self._sources.items())},
             "licences": dict(self._licences.most_common()),
             "duplicates": self._duplicates.report(),
@@ -298,13 +286,4 @@ class CaptionFilter:
         }
 
 
-__all__ = [
-    "DEFAULT_MAX_TOKENS",
-    "DUPLICATE_CHOICES",
-    "CaptionFilter",
-    "DuplicateCounter",
-    "FilterOptions",
-    "LeakGuard",
-    "read_blacklist",
-    "text_problem",
-]
+__all__ = ["DEFAULT_MAX_TOKENS", "CaptionFilter", "DuplicateCounter", "FilterOptions", "LeakGuard", "read_blacklist"]

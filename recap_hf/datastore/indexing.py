@@ -1,4 +1,4 @@
-"""Search indexes: which kind for which size, and as much effort as a recall target asks for.
+"""Building search indexes: a kind for each size, and as much effort as a recall target needs.
 
 Effort is tuned on queries of two sorts, and both must reach the target. Text queries are stored captions, searched
 without themselves. Audio lies outside the cloud of captions (the modality gap of contrastive models), which costs an
@@ -7,36 +7,28 @@ inverted-file index recall that text queries do not show: these queries are shif
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import mmap
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from recap_hf.modeling.datastore_index_recap import SearchIndex, exact_neighbours
+from recap_hf.modeling.index_recap import INDEX_BACKENDS, ExactIndex, FaissIndex, StoredIndex, index_class
 
-from .measuring import resident_mb
-
-INDEX_KINDS = ("auto", "exact", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw")
-# Up to here the exact search takes about 2 ms at dimension 512, and an index buys little.
+# Up to here exact search takes about 2 ms at dimension 512, and an index saves little.
 EXACT_UP_TO = 20_000
-# From here inverted lists of product codes, scanned in registers, beat 8-bit scalars.
+# From here inverted lists of product codes, scanned in registers, are faster than 8-bit scalars.
 PQ_FROM = 200_000
 DEFAULT_RECALL = 0.95
 RECALL_AT = 4
-# A result counts as right when its score is at least the k-th exact one less this.
-TIE = 1e-5
 TUNING_QUERIES = 512
+# A result counts as right when its score is at least the k-th exact one less this.
+_TIE = 1e-5
+# So many rows are looked at for ties of the k-th.
+_RANKED = 128
 _MANY_ROWS = 2_000_000
-# Rows read at a time where they lie apart: each maps the 64 KiB around it, so that as many map half a gigabyte.
-_SCATTERED_ROWS = 1 << 13
-_RELEASED_FROM_BYTES = 2 << 30
 _TRAINING_ROWS_PER_LIST = 40
 _TIMED_QUERIES = 64
 _CANDIDATES = (32, 64, 128, 256, 512, 1024)
@@ -46,21 +38,80 @@ _MARGIN = 0.005
 _EFFORT_RANGE = 8
 # The coarse quantiser of a large inverted file compares codes, and this many times the lists asked for exactly.
 _COARSE_REFINED = 2.0
-_GAP = 1.0
-_NOISE = 0.5
-_BLOCK_ROWS = 1 << 15
+_GAP, _NOISE = 1.0, 0.5
+_BLOCK_ROWS = 1 << 17
 
 
-def factory_string(kind: str, num_rows: int, dimension: int) -> str | None:
-    """The string of FAISS's index factory for a kind and size; `None` for the exact search.
+def index_kinds() -> dict[str, type[StoredIndex]]:
+    """Kinds of indexes and the classes that build them."""
+    return {kind: each for each in map(index_class, INDEX_BACKENDS) for kind in each.kinds}
+
+
+def check_index(kind: str, recall: float, dimension: int) -> None:
+    """Refuses what [`build_index`] could not do, before there is anything to index.
+
+    Raises:
+        ValueError: for an unknown kind, or a recall that is no share. ImportError: without FAISS.
+    """
+    if not 0 < recall <= 1:
+        raise ValueError(f"`recall` must be above 0 and at most 1, got {recall}")
+    kinds = index_kinds()
+    if kind in ("auto", "exact") or (kind in kinds and not issubclass(kinds[kind], FaissIndex)):
+        return
+    faiss = _faiss()
+    if kind in kinds:
+        return
+    try:
+        faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{kind!r} is no kind of index for dimension {dimension}: expected auto, exact, {', '.join(kinds)} or a "
+            "FAISS string"
+        ) from error
+
+
+def build_index(embeddings: Any, kind: str = "auto", recall: float = DEFAULT_RECALL) -> StoredIndex | None:
+    """Makes an index that reaches a recall.
 
     Args:
-        kind: one of `INDEX_KINDS`, or a factory string, which is returned as it is.
+        embeddings: unit vectors of shape `(rows, dimension)`; may be memory-mapped.
+        kind: "auto" (by size), "exact", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw", or a factory string of FAISS.
+        recall: tie-aware recall@4 that text and audio queries must both reach.
+
+    Returns:
+        The index with its settings and measurements, `None` for exact search.
+
+    Raises:
+        ValueError: for an unknown kind, or a target that is not above 0 and at most 1. ImportError: without FAISS.
     """
+    check_index(kind, recall, embeddings.shape[1])
+    chosen = kind
     if kind == "auto":
-        kind = "exact" if num_rows <= EXACT_UP_TO else "ivf_sq8" if num_rows < PQ_FROM else "ivf_pq"
-    if kind == "exact":
+        rows = len(embeddings)
+        chosen = "exact" if rows <= EXACT_UP_TO else "ivf_sq8" if rows < PQ_FROM else "ivf_pq"
+    if chosen == "exact":
         return None
+    index = index_kinds().get(chosen, FaissIndex).build(embeddings, chosen, recall)
+    if kind == "auto" and chosen == "ivf_pq" and not index.description.get("reached", True):
+        # Codes too coarse for these embeddings: 8 bits a dimension.
+        index = FaissIndex.build(embeddings, "ivf_sq8", recall)
+    index.description |= {"wanted_kind": kind, "wanted_recall": recall, "trained_rows": len(embeddings)}
+    return index
+
+
+# -------------------------------------------------------------------- FAISS
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("An approximate index needs FAISS: pip install faiss-cpu") from error
+    return faiss
+
+
+def factory_string(kind: str, num_rows: int, dimension: int) -> str:
+    """The string of FAISS's index factory for a kind and size; another string is returned as it is."""
     # About 2 * sqrt(n) lists, as a power of 2, each with enough rows to be learnt from. More than 4,096 of them take
     # longer to learn than they save, up to 16 million rows.
     root = math.sqrt(max(num_rows, 1))
@@ -80,302 +131,71 @@ def factory_string(kind: str, num_rows: int, dimension: int) -> str | None:
     return strings.get(kind, kind)
 
 
-def check_index(kind: str, recall: float, dimension: int) -> None:
-    """Refuses what [`build_index`] could not do, before there is anything to index.
+def build_faiss(embeddings: Any, kind: str, recall: float, seed: int = 0) -> FaissIndex:
+    """Trains an index, fills it, and raises its effort until the recall target holds; see [`build_index`].
 
-    Raises:
-        ValueError: for an unknown kind, or a recall that is no share. ImportError: without FAISS.
+    Its description says whether a pair of effort and candidates `reached` the target.
     """
-    if not 0 < recall <= 1:
-        raise ValueError(f"`recall` must be above 0 and at most 1, got {recall}")
-    if kind in ("auto", "exact"):
-        return
     faiss = _faiss()
-    if kind in INDEX_KINDS:
-        return
-    try:
-        faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{kind!r} is no kind of index for dimension {dimension}: expected {', '.join(INDEX_KINDS)} or a FAISS "
-            "string"
-        ) from error
-
-
-def build_index(
-    embeddings: Any,
-    kind: str = "auto",
-    recall: float = DEFAULT_RECALL,
-    k: int = RECALL_AT,
-    audio_queries: np.ndarray | None = None,
-    seed: int = 0,
-    checkpoint: Path | None = None,
-) -> SearchIndex | None:
-    """Trains an index, fills it, and raises its effort until the recall target holds.
-
-    Args:
-        embeddings: unit vectors of shape `(rows, dimension)`; anything that has a shape and slices.
-        kind: "auto" (by size), "exact", "ivf_flat", "ivf_sq8", "ivf_pq", "hnsw", or a factory string of FAISS.
-        recall: tie-aware recall@k that text and audio queries must both reach.
-        k: of the recall.
-        audio_queries: unit vectors of real recordings; without them the gap is simulated.
-        seed: of the samples.
-        checkpoint: file for the index that is filled and not tuned yet; one that is there is taken up.
-
-    Returns:
-        The index with its settings and measurements, `None` for the exact search.
-
-    Raises:
-        ValueError: for an unknown kind, or a target between the bounds of none.
-        ImportError: without FAISS.
-    """
+    started = time.perf_counter()
     num_rows, dimension = embeddings.shape
-    check_index(kind, recall, dimension)
     string = factory_string(kind, num_rows, dimension)
-    if string is None:
-        return None
-    faiss = _faiss()
-    index, build_s = _filled(embeddings, kind, string, np.random.default_rng(seed), checkpoint)
-    search_index = SearchIndex(index, {"kind": string, "effort": 1, "num_candidates": _CANDIDATES[0]}, faiss)
-    started = time.perf_counter()
-    # At ten million rows the exact answers of all queries would take longer than training.
-    count = TUNING_QUERIES if num_rows <= _MANY_ROWS else TUNING_QUERIES // 2
-    reached = tune(search_index, embeddings, tuning_queries(embeddings, count, seed, audio_queries), recall, k)
-    if not reached and kind == "auto" and string != factory_string("ivf_sq8", num_rows, dimension):
-        # Codes too coarse for these embeddings: 8 bits a dimension.
-        finer = build_index(embeddings, "ivf_sq8", recall, k, audio_queries, seed)
-        finer.description["wanted_kind"] = kind
-        return finer
-    search_index.description |= {
-        "wanted_kind": kind,
-        "wanted_recall": recall,
-        "build_s": round(build_s, 2),
-        "tuning_s": round(time.perf_counter() - started, 2),
-    }
-    return search_index
-
-
-def _filled(
-    embeddings: Any, kind: str, string: str, rng: np.random.Generator, checkpoint: Path | None
-) -> tuple[Any, float]:
-    """The index of a factory string, trained and filled, and the seconds that it took."""
-    faiss = _faiss()
-    if checkpoint is not None and checkpoint.is_file():
-        about = json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
-        return faiss.read_index(str(checkpoint)), about["build_s"]
-    num_rows, dimension = embeddings.shape
-    started = time.perf_counter()
     index = faiss.index_factory(dimension, string, faiss.METRIC_INNER_PRODUCT)
-    index.train(_training_rows(embeddings, getattr(index, "nlist", 256), rng))
+    wanted = max(getattr(index, "nlist", 256) * _TRAINING_ROWS_PER_LIST, 10_000)
+    rows = np.arange(num_rows)
+    if num_rows > wanted:
+        rows = np.sort(np.random.default_rng(seed).choice(num_rows, wanted, replace=False))
+    index.train(np.ascontiguousarray(embeddings[rows], dtype=np.float32))
     coarse = faiss.downcast_index(index.quantizer) if hasattr(index, "quantizer") else None
     if hasattr(coarse, "k_factor"):
         coarse.k_factor = _COARSE_REFINED
-    for start in range(0, num_rows, _BLOCK_ROWS):
-        index.add(np.ascontiguousarray(embeddings[start : start + _BLOCK_ROWS], dtype=np.float32))
-        release(embeddings)
-    build_s = time.perf_counter() - started
-    if checkpoint is not None:
-        about = {"build_s": build_s, "peak_mb": resident_mb()["peak"]}
-        checkpoint.with_suffix(".json").write_text(json.dumps(about), encoding="utf-8")
-        faiss.write_index(index, f"{checkpoint}.tmp")
-        os.replace(f"{checkpoint}.tmp", checkpoint)
-    return index, build_s
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError("An approximate index needs FAISS: pip install faiss-cpu") from error
-    return faiss
-
-
-def _training_rows(embeddings: Any, lists: int, rng: np.random.Generator) -> np.ndarray:
-    wanted = max(lists * _TRAINING_ROWS_PER_LIST, 10_000)
-    if len(embeddings) <= wanted:
-        return np.ascontiguousarray(embeddings[:], dtype=np.float32)
-    rows = np.sort(rng.choice(len(embeddings), wanted, replace=False))
-    found = np.empty((wanted, embeddings.shape[1]), dtype=np.float32)
-    for start in range(0, wanted, _SCATTERED_ROWS):
-        part = rows[start : start + _SCATTERED_ROWS]
-        found[start : start + len(part)] = embeddings[part]
-        release(embeddings)
+    found = FaissIndex(index, {"kind": string, "effort": 1, "num_candidates": _CANDIDATES[0]})
+    found.refill(embeddings, appended=True)
+    filled = time.perf_counter()
+    # At ten million rows the exact answers of all queries would take longer than training.
+    count = TUNING_QUERIES if num_rows <= _MANY_ROWS else TUNING_QUERIES // 2
+    found.description["reached"] = tune(found, embeddings, tuning_queries(embeddings, count, seed), recall)
+    times = {"build_s": filled - started, "tuning_s": time.perf_counter() - filled}
+    found.description |= {name: round(seconds, 2) for name, seconds in times.items()}
     return found
 
 
-def release(embeddings: Any) -> None:
-    """Takes the pages of large memory-mapped embeddings that were read out of this process's memory: reading through
-    ten gigabytes must not hold them. The system keeps them cached while it has room. Those of smaller ones stay: a
-    search would have to map them again, which takes as long as comparing them."""
-    if math.prod(embeddings.shape) * embeddings.dtype.itemsize < _RELEASED_FROM_BYTES:
-        return
-    for part in getattr(embeddings, "parts", [embeddings]):
-        mapped = getattr(getattr(part, "codes", part), "_mmap", None)
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-            # Not every kind of mapping can be advised; then the pages stay.
-            with contextlib.suppress(ValueError, OSError):
-                mapped.madvise(mmap.MADV_DONTNEED)
-
-
-class Queries:
-    """Queries with their exact answers.
-
-    Args:
-        name: "text" or "audio".
-        vectors: unit vectors of shape `(num_queries, dimension)`.
-        own: the row that each query was made of and must not find, -1 for none.
-    """
-
-    def __init__(self, name: str, vectors: np.ndarray, own: np.ndarray) -> None:
-        self.name = name
-        self.vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        self.own = own
-        self._thresholds: dict[int, np.ndarray] = {}
-        # Of each query the rows that were scored, ascending, and their scores.
-        self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def half(self, first: int) -> Queries:
-        """Every second query from the first or the second on, with the thresholds that are known."""
-        part = Queries(self.name, self.vectors[first::2], self.own[first::2])
-        part._thresholds = {k: values[first::2] for k, values in self._thresholds.items()}
-        return part
-
-    def scores(self, embeddings: Any, rows: np.ndarray) -> np.ndarray:
-        """Cosines of the rows found for each query; its own row and padding are -inf."""
-        found = np.full(rows.shape, -np.inf)
-        read = 0
-        for number, each in enumerate(rows):
-            valid = (each >= 0) & (each != self.own[number])
-            read += self._read(embeddings, number, each[valid])
-            if read >= _SCATTERED_ROWS:
-                release(embeddings)
-                read = 0
-            known, scores = self._known[number]
-            found[number, valid] = scores[np.searchsorted(known, each[valid])]
-        release(embeddings)
-        return found
-
-    def _read(self, embeddings: Any, number: int, rows: np.ndarray) -> int:
-        """Scores rows that a query has not found before, and returns how many: with more effort it mostly finds the
-        same again, and each read may be one of the disk."""
-        known, scores = self._known.get(number, (np.empty(0, np.int64), np.empty(0)))
-        new = np.setdiff1d(rows, known)
-        if len(new) or number not in self._known:
-            vectors = np.asarray(embeddings[new], dtype=np.float64)
-            known = np.concatenate([known, new])
-            scores = np.concatenate([scores, vectors @ self.vectors[number].astype(np.float64)])
-            order = np.argsort(known)
-            self._known[number] = known[order], scores[order]
-        return len(new)
-
-    def threshold(self, embeddings: Any, k: int) -> np.ndarray:
-        """The exact k-th best cosine of each query."""
-        if k not in self._thresholds:
-            find_thresholds([self], embeddings, k)
-        return self._thresholds[k]
-
-    def recall(self, embeddings: Any, rows: np.ndarray, k: int) -> float:
-        """Tie-aware recall@k: how many of the best k of `rows` score at least the exact k-th, less 1e-5."""
-        best = -np.sort(-self.scores(embeddings, rows), axis=1)[:, :k]
-        return float((best >= self.threshold(embeddings, k)[:, None] - TIE).sum() / (k * len(rows)))
-
-
-def find_thresholds(queries: Sequence[Queries], embeddings: Any, k: int) -> None:
-    """The exact k-th best cosine of every query, of all sorts in one reading of the embeddings."""
-    rows = exact_rows(np.concatenate([each.vectors for each in queries]), embeddings, min(k + 1, len(embeddings)))
-    ends = np.cumsum([len(each.vectors) for each in queries])
-    for each, own in zip(queries, np.split(rows, ends[:-1]), strict=True):
-        scores = -np.sort(-each.scores(embeddings, own), axis=1)
-        # The own row takes a place of the k + 1 where it is among them.
-        each._thresholds[k] = scores[:, min(k, scores.shape[1]) - 1]
-
-
-def exact_rows(queries: np.ndarray, embeddings: Any, count: int) -> np.ndarray:
-    """Rows of the exact nearest neighbours in arrays and in datastores of several segments."""
-    from recap_hf.modeling import retrieval_recap
-
-    block_rows = 1 << 17
-    found, scores = [], []
-    for start in range(0, len(embeddings), block_rows):
-        block = np.asarray(embeddings[start : start + block_rows], dtype=np.float32)
-        rows = exact_neighbours(queries, block, count, retrieval_recap.faiss)
-        found.append(rows + start)
-        scores.append(np.einsum("qd,qrd->qr", queries, block[rows]))
-        release(embeddings)
-    rows, scores = np.concatenate(found, axis=1), np.concatenate(scores, axis=1)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
-    return np.take_along_axis(rows, order, axis=1)
-
-
-def tuning_queries(
-    embeddings: Any, count: int, seed: int = 0, audio_queries: np.ndarray | None = None
-) -> list[Queries]:
-    """Text queries (stored rows, to be found without themselves) and audio queries (the gap simulated, or real)."""
-    rng = np.random.default_rng([seed, 1])
-    rows = np.sort(rng.choice(len(embeddings), min(count, len(embeddings)), replace=False))
-    text = np.asarray(embeddings[rows], dtype=np.float32)
-    if audio_queries is None:
-        audio, own = with_audio_gap(text, rng), rows
-    else:
-        audio, own = np.asarray(audio_queries, dtype=np.float32), np.full(len(audio_queries), -1)
-    return [Queries("text", text, rows), Queries("audio", audio, own)]
-
-
-def with_audio_gap(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Unit vectors moved like audio embeddings from those of their captions: noise of length 0.5 for each, and one
-    gap of length 1 for all."""
-    dimension = vectors.shape[1]
-    gap = rng.standard_normal(dimension)
-    noise = rng.standard_normal(vectors.shape) / math.sqrt(dimension)
-    moved = vectors + _GAP * gap / np.linalg.norm(gap) + _NOISE * noise
-    return (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
-
-
-def tune(index: SearchIndex, embeddings: Any, queries: Sequence[Queries], recall: float, k: int) -> bool:
+def tune(index: FaissIndex, embeddings: Any, queries: Sequence[Queries], recall: float, k: int = RECALL_AT) -> bool:
     """Sets the fastest pair of effort and candidates at which every sort of query reaches the target, and records
-    what was measured.
-
-    Half of the queries choose the pair, the other half measure its recall.
+    what was measured. Half of the queries choose the pair, the other half measure its recall.
 
     Returns:
         Whether any pair reaches the target.
     """
-    find_thresholds(queries, embeddings, k)
-    chosen = [each.half(0) for each in queries]
-    held_out = [each.half(1) for each in queries]
+    answer(queries, embeddings, k)
+    chosen, held_out = ([each.half(first) for each in queries] for first in (0, 1))
     largest = getattr(index.index, "nlist", 4096)
     best = (math.inf, largest, _CANDIDATES[-1])
     low, high = 0, largest
     # From the most candidates down: fewer need as much effort or more, and are tried while that can still be faster.
     for count in reversed(_CANDIDATES):
-        effort = _least_effort(index, embeddings, chosen, count, min(recall + _MARGIN, 1.0), k, (low, high))
+        effort = _least_effort(index, chosen, count, min(recall + _MARGIN, 1.0), k, (low, high))
         if effort is None:
             break
         low, high = effort - 1, min(largest, _EFFORT_RANGE * effort)
         best = min(best, (_median_s(index, embeddings, chosen[0].vectors, count), effort, count))
-    _, effort, count = best
-    index.set_effort(effort, count)
-    measured = {each.name: each.recall(embeddings, index.search(each.vectors, count), k) for each in held_out}
+    index.set_effort(*best[1:])
+    limit = min(best[2], index.num_rows)
+    measured = {each.name: each.recall(index.search(each.vectors, limit)[0], k) for each in held_out}
     index.description["recall"] = {"k": k, **{name: round(value, 4) for name, value in measured.items()}}
     return best[0] < math.inf
 
 
 def _least_effort(
-    index: SearchIndex,
-    embeddings: Any,
-    queries: Sequence[Queries],
-    count: int,
-    recall: float,
-    k: int,
-    bounds: tuple[int, int],
+    index: FaissIndex, queries: Sequence[Queries], count: int, recall: float, k: int, bounds: tuple[int, int]
 ) -> int | None:
-    """The least effort above the first bound and up to the second that reaches the target with so many candidates, to
-    an eighth; it is left set. `None` where the second does not reach it."""
+    """The least effort above the first bound and up to the second that reaches the target with `count` candidates,
+    to an eighth; it is left set. `None` where the second does not reach it."""
 
     def reaches(effort: int) -> bool:
         index.set_effort(effort, count)
         limit = min(count, index.num_rows)
-        return all(each.recall(embeddings, index.search(each.vectors, limit), k) >= recall for each in queries)
+        return all(each.recall(index.search(each.vectors, limit)[0], k) >= recall for each in queries)
 
     low, largest = bounds
     high = low + 1
@@ -390,30 +210,86 @@ def _least_effort(
     return high
 
 
-def _median_s(index: SearchIndex, embeddings: Any, vectors: np.ndarray, count: int) -> float:
+def _median_s(index: FaissIndex, embeddings: Any, vectors: np.ndarray, count: int) -> float:
     """Seconds that one query takes, its candidates scored again."""
     times = []
-    for number, query in enumerate(vectors[:_TIMED_QUERIES]):
-        if number % 8 == 0:
-            release(embeddings)
+    for query in vectors[:_TIMED_QUERIES]:
         started = time.perf_counter()
-        rows = index.search(query[None], min(count, index.num_rows))[0]
+        rows = index.search(query[None], min(count, index.num_rows))[0][0]
         np.asarray(embeddings[rows[rows >= 0]], dtype=np.float32) @ query
         times.append(time.perf_counter() - started)
     return float(np.median(times))
 
 
-__all__ = [
-    "DEFAULT_RECALL",
-    "EXACT_UP_TO",
-    "INDEX_KINDS",
-    "RECALL_AT",
-    "Queries",
-    "build_index",
-    "check_index",
-    "exact_rows",
-    "factory_string",
-    "find_thresholds",
-    "tuning_queries",
-    "with_audio_gap",
-]
+# ------------------------------------------------------------------- recall
+
+
+@dataclass
+class Queries:
+    """Queries of one sort, and after [`answer`] their exact answers.
+
+    Args:
+        name: "text" or "audio".
+        vectors: unit vectors of shape `(num_queries, dimension)`, float32.
+        own: the row that each query was made of and must not find, -1 for none.
+        right: for each query the rows that score at least its exact k-th, less 1e-5.
+    """
+
+    name: str
+    vectors: np.ndarray
+    own: np.ndarray
+    right: Sequence[np.ndarray] = ()
+
+    def half(self, first: int) -> Queries:
+        """Every second query from the first or the second on."""
+        return Queries(self.name, self.vectors[first::2], self.own[first::2], self.right[first::2])
+
+    def recall(self, found: Sequence[np.ndarray], k: int) -> float:
+        """Tie-aware recall@k of the rows that were found for each query."""
+        pairs = zip(found, self.right, strict=True)
+        return sum(min(k, len(np.intersect1d(rows, right))) for rows, right in pairs) / (k * len(self.vectors))
+
+
+def answer(queries: Sequence[Queries], embeddings: Any, k: int) -> None:
+    """Finds the right rows of every query; all sorts in one reading of the embeddings."""
+    vectors = np.concatenate([each.vectors for each in queries])
+    rows, scores = exact_rows(vectors, embeddings, min(max(k + 1, _RANKED), len(embeddings)))
+    ends = np.cumsum([len(each.vectors) for each in queries])[:-1]
+    for each, own, cosines in zip(queries, np.split(rows, ends), np.split(scores, ends), strict=True):
+        cosines = np.where(own == each.own[:, None], -np.inf, cosines)
+        kth = -np.sort(-cosines, axis=1)[:, min(k, cosines.shape[1]) - 1]
+        each.right = [row[cosine >= least - _TIE] for row, cosine, least in zip(own, cosines, kth, strict=True)]
+
+
+def exact_rows(queries: np.ndarray, embeddings: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scores of the exact nearest neighbours, most similar first; embeddings are read in blocks."""
+    rows, scores = [], []
+    for start in range(0, len(embeddings), _BLOCK_ROWS):
+        block = np.asarray(embeddings[start : start + _BLOCK_ROWS], dtype=np.float32)
+        found = ExactIndex(block).search(queries, min(count, len(block)))
+        rows.append(found[0] + start)
+        scores.append(found[1])
+    rows, scores = np.concatenate(rows, axis=1), np.concatenate(scores, axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
+def tuning_queries(embeddings: Any, count: int, seed: int = 0) -> list[Queries]:
+    """Text queries (stored rows, to be found without themselves) and audio queries (the gap simulated)."""
+    rng = np.random.default_rng([seed, 1])
+    rows = np.sort(rng.choice(len(embeddings), min(count, len(embeddings)), replace=False))
+    text = np.ascontiguousarray(embeddings[rows], dtype=np.float32)
+    return [Queries("text", text, rows), Queries("audio", with_audio_gap(text, rng), rows)]
+
+
+def with_audio_gap(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Unit vectors moved like audio embeddings from those of their captions: noise of length 0.5 for each, and one
+    gap of length 1 for all."""
+    dimension = vectors.shape[1]
+    gap = rng.standard_normal(dimension)
+    noise = rng.standard_normal(vectors.shape) / math.sqrt(dimension)
+    moved = vectors + _GAP * gap / np.linalg.norm(gap) + _NOISE * noise
+    return (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
+
+
+__all__ = ["DEFAULT_RECALL", "EXACT_UP_TO", "build_index", "check_index"]

@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 
 from recap_hf.hub.licences import forbids_commercial_use
-from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS, open_files
+from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS, BLOCK_ROWS
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 from .filters import DuplicateCounter
-from .indexing import RECALL_AT, TUNING_QUERIES, Queries, exact_rows, tuning_queries
-from .milvus_editing import refuse_milvus
+from .indexing import RECALL_AT, TUNING_QUERIES, Queries, answer, exact_rows, tuning_queries
+from .milvus import refuse_milvus
 
 _HUB_RANK = 10
 _NORM_TOLERANCE = {"float32": 1e-3, "float16": 4e-3, "int8": 1e-3}
-_BLOCK_ROWS = 1 << 14
 
 
 def describe(store: CaptionDatastore, queries: int = TUNING_QUERIES, seed: int = 1) -> dict[str, Any]:
@@ -35,33 +34,31 @@ def describe(store: CaptionDatastore, queries: int = TUNING_QUERIES, seed: int =
         `non_commercial`, `index` (kind and settings), `recall`, `latency_ms`, `memory` in bytes, `hubness`,
         `generation`, and the `report` of the build.
     """
-    sources, licences, splits = Counter(), Counter(), Counter()
+    counts: dict[str, Counter[str]] = {key: Counter() for key in ("source", "licence", "split")}
     duplicates = DuplicateCounter()
     weak = clips = 0
     for record in store.records:
-        source = str(record.get("source") or "not stated")
-        duplicates.add(record["caption"], source)
-        sources[source] += 1
-        licences[str(record.get("licence") or "not stated")] += 1
-        splits[str(record.get("split") or "not stated")] += 1
+        for key, counter in counts.items():
+            counter[str(record.get(key) or "not stated")] += 1
+        duplicates.add(record["caption"], str(record.get("source") or "not stated"))
         weak += bool(record.get("weak"))
         clips += record.get("clip_id") is not None
     manifest = store.manifest or {}
+    licences = counts["licence"].items()
     found = {
         "captions": len(store),
         "keys": store.keys,
         "duplicates": duplicates.report(),
         "dimension": store.dimension,
         "dtype": str(store.embeddings.dtype),
-        "sources": dict(sources.most_common()),
-        "licences": dict(licences.most_common()),
-        "non_commercial": sum(count for name, count in licences.items() if forbids_commercial_use(name)),
-        "splits": dict(splits.most_common()),
+        "sources": dict(counts["source"].most_common()),
+        "licences": dict(counts["licence"].most_common()),
+        "non_commercial": sum(count for name, count in licences if forbids_commercial_use(name)),
+        "splits": dict(counts["split"].most_common()),
         "weak": weak,
         "with_clip_id": clips,
         "encoder_known": store.fingerprint is not None,
         "generation": manifest.get("generation"),
-        "segments": len(manifest.get("segments", [None])),
         "index": store.index or {"kind": "exact"},
         "memory": memory(store),
     }
@@ -84,51 +81,39 @@ def measure(store: CaptionDatastore, queries: list[Queries], k: int = RECALL_AT)
     """Tie-aware recall@k, latency of one query at a time, and hubness.
 
     Returns:
-        `recall`: for each sort of query, through the datastore's own search and without its removal of repeated
-        texts; `latency_ms`: median and 95th percentile of `search` with one query; `hubness`: over the 10 nearest of
-        the text queries, skewness of how often a row is among them and the share of queries that have the most
-        frequent one (Radovanovic et al., JMLR 2010).
+        `recall`: for each sort of query, of the rows that the datastore's index proposes; `latency_ms`: median and
+        95th percentile of `search` with one query; `hubness`: over the 10 nearest of the text queries, skewness of
+        how often a row is among them and the share of queries that have the most frequent one (Radovanovic et al.,
+        JMLR 2010).
     """
+    answer(queries, store.embeddings, k)
+    index = store.search_index
+    fetch = min(max(k + 1, index.num_candidates), index.max_k)
     recall, latencies = {"k": k}, []
     for each in queries:
-        rows = [np.asarray(store.candidate_rows(query[None], k + 1)[0]) for query in each.vectors]
-        width = max(len(row) for row in rows)
-        padded = np.full((len(rows), width), -1, dtype=np.int64)
-        for number, row in enumerate(rows):
-            padded[number, : len(row)] = row
-        recall[each.name] = round(each.recall(store.embeddings, padded, k), 4)
-        for query in each.vectors[: min(len(each.vectors), 64)]:
+        recall[each.name] = round(each.recall(index.search(each.vectors, fetch)[0], k), 4)
+        for query in each.vectors[:64]:
             started = time.perf_counter()
             store.search(query[None], k=k)
             latencies.append(1000 * (time.perf_counter() - started))
-    return {
-        "recall": recall,
-        "latency_ms": {
-            "median": round(float(np.median(latencies)), 3),
-            "p95": round(float(np.percentile(latencies, 95)), 3),
-        },
-        "hubness": hubness(store.embeddings, queries[0]),
-    }
+    median, p95 = np.percentile(latencies, [50, 95]).round(3).tolist()
+    latency = {"median": median, "p95": p95}
+    return {"recall": recall, "latency_ms": latency, "hubness": hubness(store.embeddings, queries[0])}
 
 
 def hubness(embeddings: Any, queries: Queries) -> dict[str, Any]:
     """How unevenly the neighbours of the queries are spread over the rows."""
     rank = min(_HUB_RANK + 1, len(embeddings))
-    rows = exact_rows(queries.vectors, embeddings, rank)
-    others = rows[rows != queries.own[:, None]]
-    counts = np.bincount(others, minlength=len(embeddings)).astype(float)
+    rows = exact_rows(queries.vectors, embeddings, rank)[0]
+    counts = np.bincount(rows[rows != queries.own[:, None]], minlength=len(embeddings)).astype(float)
     deviation = counts.std()
     skewness = float((((counts - counts.mean()) / deviation) ** 3).mean()) if deviation else 0.0
-    return {
-        "k": rank - 1,
-        "queries": len(rows),
-        "skewness": round(skewness, 3),
-        "largest_share": round(float(counts.max() / len(rows)), 4),
-    }
+    share = round(float(counts.max() / len(rows)), 4)
+    return {"k": rank - 1, "queries": len(rows), "skewness": round(skewness, 3), "largest_share": share}
 
 
 def verify_datastore(folder: str | Path, embedder: Any = None) -> list[str]:
-    """What is wrong with a datastore: nothing, hopefully. Unlike opening, it reads every record and embedding.
+    """What is wrong with a datastore. Unlike opening, it reads every record and embedding.
 
     Args:
         embedder ([`CaptionEmbedder`], *optional*): the encoder that the datastore should be of; a few captions are
@@ -136,20 +121,19 @@ def verify_datastore(folder: str | Path, embedder: Any = None) -> list[str]:
     """
     try:
         refuse_milvus(folder)
-        opened = open_files(Path(folder))
-        store = CaptionDatastore.from_pretrained(folder)
+        store = CaptionDatastore.open_folder(folder)
     except (OSError, ValueError) as error:
         return [str(error)]
     problems = []
-    for row in range(len(opened.records)):
+    for row in range(len(store)):
         try:
-            if not opened.records[row]["caption"].strip():
+            if not store.records[row]["caption"].strip():
                 problems.append(f"row {row}: the caption is empty")
         except ValueError as error:
             problems.append(str(error))
-    tolerance = _NORM_TOLERANCE[opened.manifest["dtype"]]
-    for start in range(0, len(store), _BLOCK_ROWS):
-        norms = np.linalg.norm(np.asarray(store.embeddings[start : start + _BLOCK_ROWS], dtype=np.float64), axis=1)
+    tolerance = _NORM_TOLERANCE[store.manifest["dtype"]]
+    for start in range(0, len(store), BLOCK_ROWS):
+        norms = np.linalg.norm(np.asarray(store.embeddings[start : start + BLOCK_ROWS], dtype=np.float64), axis=1)
         wrong = np.flatnonzero(~(np.abs(norms - 1) <= tolerance))
         problems += [f"row {start + row}: the embedding has the length {norms[row]:.4f}, expected 1" for row in wrong]
     if embedder is not None and not problems:
@@ -175,4 +159,4 @@ def _encoder_problems(store: CaptionDatastore, embedder: Any) -> list[str]:
     ]
 
 
-__all__ = ["describe", "hubness", "measure", "memory", "verify_datastore"]
+__all__ = ["describe", "verify_datastore"]

@@ -223,9 +223,11 @@ class Grid:
         self.log(f"building {folder}")
         names = self.config.domains if composition == (LARGE,) else composition
         if by_audio:
+            from recap_hf.datastore import datastore_from_clips
+
             clips = [row for name in names for row in self._training_table(name, needs_audio=True)]
             clips = [{key: value for key, value in row.items() if key != "split"} for row in clips]
-            store = CaptionDatastore.from_clips(clips, captioner.model, captioner.processor)
+            store = datastore_from_clips(clips, captioner.model, captioner.processor)
         else:
             records = [record for name in names for record in self.training_captions(name)]
             records += self._further_captions() if composition == (LARGE,) else []

@@ -77,9 +77,9 @@ def prepare_checkpoint(
 
 
 def drop_removed(datastore: CaptionDatastore, folder: Path) -> None:
-    """Writes the datastore of a folder again if captions were removed from it: an edit only marks them, and what was
-    removed, for its licence perhaps, must not be pushed."""
-    if any(segment["deleted"] for segment in datastore.manifest["segments"]):
+    """Writes a datastore of an earlier format again: its files hold captions that were removed, for their licence
+    perhaps, and those must not be pushed."""
+    if "captions" not in datastore.manifest:
         datastore.save_pretrained(folder)
 
 

@@ -112,7 +112,7 @@ def _store_by_text(clips: Sequence[Clip], model: Any, processor: Any, fingerprin
 def _store_by_audio(clips: Sequence[Clip], store: FeatureStore, fingerprint: np.ndarray) -> Any:
     """A datastore of the clips' captions, found by the audio of their clips."""
     from recap_hf import CaptionDatastore
-    from recap_hf.modeling.audio_keys_recap import clip_keys
+    from recap_hf.datastore import clip_keys
 
     records = [record for clip in clips for record in clip.records()]
     keys = [clip_keys(store.audio_embeds(clip.key)[None])[0] for clip in clips for _ in clip.captions]

@@ -1,7 +1,7 @@
 """How fast and how right a large datastore is searched, beside the exact search of FAISS, in one run.
 
-    python -m recap_hf.datastore.benchmark CAPTIONS... --rows 600000 --dimension 512 --work DIR
-    python -m recap_hf.datastore.benchmark CAPTIONS... --growth --sizes 10000 100000 1000000 10000000 --work DIR
+    python -m benchmarks.datastore_search CAPTIONS... --rows 600000 --dimension 512 --work DIR
+    python -m benchmarks.datastore_search CAPTIONS... --growth --sizes 10000 100000 1000000 10000000 --work DIR
 
 The captions that are given are the real ones; a grammar of their own clauses makes up the number ("a dog barks" from
 one, "as rain falls" from another), so that neighbourhoods are as dense as those of real captions. They are embedded by
@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from recap_cli.status import exit_status
+from recap_hf.modeling.datastore_files_recap import array_blocks
 
-from .measuring import resident_mb, single_query_ms
-from .synthetic import grammar_captions, made_captions, tfidf_svd
+from .measuring import recall_at, resident_mb, single_query_ms, write_store
+from .synthetic_captions import made_captions, tfidf_svd
 
 # Captions that are embedded and noted at a time: batches are sorted by length within them.
 _CHUNK = 1 << 14
@@ -33,7 +34,7 @@ _CHUNK = 1 << 14
 
 def _texts(args: argparse.Namespace, note: Callable[[str], None]) -> tuple[list[str], int, int]:
     """The captions of the datastore and then those held out, how many of the former are real, and of the latter."""
-    from .sources import read_source
+    from recap_hf.datastore import read_source
 
     path = Path(args.work) / "texts.json"
     if path.is_file():
@@ -44,19 +45,15 @@ def _texts(args: argparse.Namespace, note: Callable[[str], None]) -> tuple[list[
     real = [real[number] for number in order]
     held_out, stored = real[: args.queries], real[args.queries :][: args.rows]
     missing = args.rows - len(stored)
-    note(f"{len(stored)} real captions, {missing} made by {args.made}, {len(held_out)} held out")
-    if args.made == "grammar":
-        made = grammar_captions(missing, args.seed, known=real)
-    else:
-        made = made_captions(stored, missing, args.seed)
-    found = stored + made + held_out, len(stored), len(held_out)
+    note(f"{len(stored)} real captions, {missing} made of their clauses, {len(held_out)} held out")
+    found = stored + made_captions(stored, missing, args.seed) + held_out, len(stored), len(held_out)
     path.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 
 def _embedded(args: argparse.Namespace, texts: Sequence[str], note: Callable[[str], None]) -> np.ndarray:
     """Embeddings by the captioner's text tower; a run that was cut off is taken up."""
-    from .embedding import CaptionEmbedder
+    from recap_hf.datastore import CaptionEmbedder
 
     name = None if args.model == "recap-tiny" else args.model
     embedder = CaptionEmbedder.from_pretrained(name, args.device, args.model_dtype, batch_size=256)
@@ -77,30 +74,25 @@ def _embedded(args: argparse.Namespace, texts: Sequence[str], note: Callable[[st
 
 def prepare(args: argparse.Namespace, note: Callable[[str], None]) -> tuple[Path, np.ndarray]:
     """The datastore without an index, and the held-out queries; both are kept in the working folder."""
-    from recap_hf.modeling.datastore_writing_recap import write_manifest, write_segment
-
     folder, queries_path = Path(args.work) / "store", Path(args.work) / "queries.npy"
     if queries_path.is_file():
         return folder, np.load(queries_path)
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(args.work).mkdir(parents=True, exist_ok=True)
     texts, num_real, _ = _texts(args, note)
     if args.model:
         vectors = _embedded(args, texts, note)
     else:
         vectors = tfidf_svd(texts, num_real, args.dimension, args.seed)
-    files: dict[str, Any] = {}
-    records = [{"caption": text} for text in texts[: args.rows]]
-    segment = write_segment(folder, records, vectors[: args.rows], files, args.embeddings_dtype)
-    manifest = {"num_captions": args.rows, "dimension": vectors.shape[1], "fingerprint": None}
-    manifest["dtype"] = args.embeddings_dtype
-    write_manifest(folder, {**manifest, "segments": [segment], "index": None, "report": None, "files": files})
+    records = ({"caption": text} for text in texts[: args.rows])
+    stored = vectors[: args.rows]
+    write_store(folder, records, array_blocks(stored), stored.shape, args.embeddings_dtype)
     np.save(queries_path, vectors[args.rows :])
     return folder, np.load(queries_path)
 
 
 def audio_embeddings(args: argparse.Namespace) -> np.ndarray:
     """Embeddings of real recordings, one row each."""
-    from .embedding import CaptionEmbedder
+    from recap_hf.datastore import CaptionEmbedder
 
     name = None if args.model == "recap-tiny" else args.model
     embedder = CaptionEmbedder.from_pretrained(name, device=args.device)
@@ -112,9 +104,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import faiss
 
     from recap_hf import CaptionDatastore
-
-    from .editing import index_datastore
-    from .indexing import Queries, with_audio_gap
+    from recap_hf.datastore import index_datastore
+    from recap_hf.datastore.indexing import RECALL_AT, Queries, answer, with_audio_gap
 
     def note(message: str) -> None:
         print(message, file=sys.stderr)
@@ -142,14 +133,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     flat = faiss.IndexFlatIP(store.dimension)
     for name, vectors in queries.items():
         asked = Queries(name, vectors, np.full(len(vectors), -1))
-        rows = np.stack([_padded(store.candidate_rows(query[None], 4)[0]) for query in vectors])
+        answer([asked], store.embeddings, RECALL_AT)
         result["queries"][name] = {
             "number": len(vectors),
-            "recall@4": round(asked.recall(store.embeddings, rows, 4), 4),
+            "recall@4": round(recall_at(store, asked), 4),
             "search_ms": single_query_ms(store.search, vectors),
         }
-        if store._index is not None:
-            index, count = store._index, store._index.num_candidates
+        if store.index is not None:
+            index, count = store.search_index, store.search_index.num_candidates
             found = single_query_ms(lambda query, index=index, count=count: index.search(query, count), vectors)
             result["queries"][name]["index_alone_ms"] = found
     result["memory_mb"] = resident_mb()
@@ -157,12 +148,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, vectors in queries.items():
         result["queries"][name]["exact_faiss_ms"] = single_query_ms(lambda q: flat.search(q, 4), vectors[:50])
     return result
-
-
-def _padded(rows: np.ndarray, width: int = 2048) -> np.ndarray:
-    found = np.full(width, -1, dtype=np.int64)
-    found[: len(rows)] = rows
-    return found
 
 
 def _add_growth_arguments(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +161,7 @@ def _add_growth_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _growth(args: argparse.Namespace) -> int:
-    from .growth import grow, plot, table
+    from .datastore_growth import grow, plot, table
 
     found = grow(args, lambda message: print(message, file=sys.stderr, flush=True))
     if args.plot:
@@ -187,7 +172,7 @@ def _growth(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the measurements as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m recap_hf.datastore.benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.datastore_search", description=__doc__)
     parser.add_argument("captions", nargs="+", metavar="CAPTIONS", help="files of real captions")
     parser.add_argument("--work", required=True, metavar="DIR", help="folder for the datastore; kept for the next run")
     parser.add_argument("--rows", type=int, default=600_000, help="default: %(default)s, the paper's DSlarge")
@@ -195,12 +180,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="embed with this captioner's text tower instead; recap-tiny: the embedded one")
     parser.add_argument(
         "--model-dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--made",
-        default="clauses",
-        choices=("clauses", "grammar"),
-        help="what makes up the number: clauses of real captions, or recap-tiny's grammar (default: %(default)s)",
     )
     parser.add_argument(
         "--embeddings-dtype", default="float32", choices=("float32", "float16"), help="stored (default: %(default)s)"
@@ -223,4 +202,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("python -m recap_hf.datastore.benchmark", main))
+    sys.exit(exit_status("python -m benchmarks.datastore_search", main))

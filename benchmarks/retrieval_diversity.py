@@ -1,6 +1,6 @@
-"""What diverse retrieval and a k that follows the scores bring: coverage and precision on mixtures of known sounds.
+"""What diverse retrieval and a score threshold bring: coverage and precision on mixtures of known sounds.
 
-    python -m recap_hf.datastore.diversity --sounds DIR --fold 5 --captions
+    python -m benchmarks.retrieval_diversity --sounds DIR --fold 5 --captions
 
 Two sounds are mixed, overlapping or one after the other; of the captions that each mixture retrieves, `coverage` is
 the share of its two sounds that any of them names, `precision` the share of the sounds that they name that are in it.
@@ -24,8 +24,8 @@ __all__ = ["SETTINGS", "coverage_and_precision", "run", "table"]
 SETTINGS: dict[str, dict[str, float]] = {
     "nearest 4": {},
     **{f"diversity {value}": {"diversity": value} for value in (0.1, 0.2, 0.3, 0.5)},
-    **{f"score drop {value}": {"score_drop": value} for value in (0.02, 0.05, 0.1)},
-    "diversity 0.2, score drop 0.05": {"diversity": 0.2, "score_drop": 0.05},
+    **{f"score threshold {value}": {"score_threshold": value} for value in (0.3, 0.5, 0.7)},
+    "diversity 0.2, score threshold 0.5": {"diversity": 0.2, "score_threshold": 0.5},
 }
 
 
@@ -57,28 +57,18 @@ def coverage_and_precision(
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Coverage and precision of every setting, for each kind of mixture and for all."""
-    import torch
+    from benchmarks.evaluation_sets import mixture_list, mixtures
+    from benchmarks.naming import NamingRules
+    from recap_hf import Captioner, CaptionOptions
 
-    from recap_hf.tiny.evaluation_sets import mixture_list, mixtures
-    from recap_hf.tiny.naming import NamingRules
-    from recap_hf.tiny.sounds import SAMPLING_RATE
-
-    from .embedding import CaptionEmbedder
-
-    embedder = CaptionEmbedder.from_pretrained(args.model, args.device)
-    store = embedder.processor.datastore
+    captioner = Captioner.from_pretrained(args.model, device=args.device)
+    store = captioner.datastore
     if store is None:
         raise ValueError("the captioner has no datastore to retrieve from")
     entries = mixture_list(args.sounds, args.fold, args.mixtures)
     items = mixtures(args.sounds, entries)
-    embeds = []
-    for item in items:
-        inputs = embedder.processor(
-            audio=[item.waveform.astype(np.float32)], sampling_rate=SAMPLING_RATE, return_tensors="pt"
-        )
-        with torch.inference_mode():
-            encoding = embedder.model.encode_audio(**inputs.to(embedder.model.device))
-        embeds.append(encoding.audio_embeds.float().cpu().numpy()[0])
+    waveforms = [item.waveform.astype(np.float32) for item in items]
+    embeds = [captioner.encode([waveform]).audio_embeds.float().cpu().numpy()[0] for waveform in waveforms]
     rules = NamingRules.ours()
     kinds = {
         "all": list(range(len(items))),
@@ -93,22 +83,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for kind, rows in kinds.items()
         }
         if args.captions:
-            made = _captions(embedder, [item.waveform.astype(np.float32) for item in items], options, args.k)
+            chosen = CaptionOptions(k=args.k, **{f"retrieval_{key}": value for key, value in options.items()})
+            made = [result.caption for result in captioner.with_options(chosen).caption(waveforms, batch_size=8)]
             truths = [set(item.events) for item in items]
             found = coverage_and_precision([[caption] for caption in made], truths, rules.named)
             result["settings"][name]["generated"] = found
     return result
-
-
-def _captions(embedder: Any, waveforms: list[np.ndarray], options: dict[str, float], k: int) -> list[str]:
-    """Captions of recordings, prompted with captions that are chosen so."""
-    from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
-
-    processor = embedder.processor
-    processor.retrieval_diversity = options.get("diversity", 0.0)
-    processor.retrieval_score_drop = options.get("score_drop")
-    captioner = AudioCaptioningPipeline(model=embedder.model, processor=processor)
-    return [result["caption"] for result in captioner(waveforms, k=k, batch_size=8)]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -125,7 +105,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a table, or with `--format json` all figures."""
-    parser = argparse.ArgumentParser(prog="python -m recap_hf.datastore.diversity", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval_diversity", description=__doc__)
     parser.add_argument("--sounds", required=True, metavar="DIR", help="recordings of the events, with metadata.csv")
     parser.add_argument("--fold", type=int, default=5, help="default: %(default)s, never trained on")
     parser.add_argument("--mixtures", type=int, default=300, help="how many (default: %(default)s)")
@@ -143,4 +123,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("python -m recap_hf.datastore.diversity", main))
+    sys.exit(exit_status("python -m benchmarks.retrieval_diversity", main))

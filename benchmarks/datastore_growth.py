@@ -1,8 +1,10 @@
 """How latency, memory, build time and recall grow with the size of a datastore: measured, tabled, fitted, plotted.
 
+    python -m benchmarks.datastore_search CAPTIONS... --growth --work DIR
+
 Every size is a whole datastore on the disk, embeddings in float16, indexed as `auto` indexes it. Its rows are made of
-those of real captions (`synthetic.MixedRows`) and streamed: ten million of dimension 512 are 10 GB, which are written,
-trained on, added and searched block by block. Recall is measured against a streamed exact search.
+those of real captions (`synthetic_captions.MixedRows`) and streamed: ten million of dimension 512 are 10 GB, which
+are written, trained on, added and searched block by block. Recall is measured against a streamed exact search.
 """
 
 from __future__ import annotations
@@ -18,49 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from .measuring import resident_mb, single_query_ms
-from .processes import in_own_process
-from .synthetic import MixedRows, tfidf_svd
+from recap_hf import CaptionDatastore
+from recap_hf.datastore import index_datastore, read_source
+from recap_hf.datastore.indexing import RECALL_AT, Queries, answer, with_audio_gap
+
+from .measuring import in_own_process, recall_at, resident_mb, single_query_ms, write_store
+from .synthetic_captions import MixedRows, tfidf_svd
 
 _FITTED = ("build_s", "latency_ms", "anonymous_mb", "index_mb")
 
 
-class _Captions(Sequence):
-    """Records of made-up captions, one a row, without holding them."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, row: int) -> dict[str, str]:
-        if not 0 <= row < self.count:
-            raise IndexError(row)
-        return {"caption": f"synthetic caption {row}"}
-
-
-class _Rows:
-    """The first rows of `MixedRows` as what is sliced like an array, block after block."""
-
-    def __init__(self, rows: MixedRows, count: int) -> None:
-        self.rows = rows
-        self.shape = (count, rows.base.shape[1])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        block, offset = divmod(part.start, self.rows.block_rows)
-        if offset or part.stop - part.start != self.rows.block_rows:
-            raise ValueError(f"rows are made in blocks of {self.rows.block_rows}, got {part}")
-        return self.rows.block(block)[: self.shape[0] - part.start]
-
-
 def prepare_base(captions: Sequence[str], work: Path, dimension: int, seed: int) -> np.ndarray:
     """Embeddings of real captions by TF-IDF and SVD, which rows and queries are made of."""
-    from .sources import read_source
-
     path = work / "base.npy"
     if not path.is_file():
         work.mkdir(parents=True, exist_ok=True)
@@ -70,34 +41,15 @@ def prepare_base(captions: Sequence[str], work: Path, dimension: int, seed: int)
     return np.load(path, mmap_mode="r")
 
 
-def write_store(folder: Path, rows: MixedRows, count: int) -> None:
-    """A datastore of that many rows, without an index."""
-    from recap_hf.modeling.datastore_writing_recap import write_manifest, write_segment
-
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, Any] = {}
-    segment = write_segment(folder, _Captions(count), _Rows(rows, count), files, "float16")
-    manifest = {"num_captions": count, "dimension": rows.base.shape[1], "dtype": "float16", "fingerprint": None}
-    write_manifest(folder, {**manifest, "segments": [segment], "index": None, "report": None, "files": files})
-
-
 def measure_size(
     folder: Path, text: np.ndarray, recall: float, seed: int, note: Callable[[str], None]
 ) -> dict[str, Any]:
     """Builds the index of a datastore and measures its search."""
-    from recap_hf.modeling.retrieval_recap import CaptionDatastore
-
-    from .editing import index_datastore
-    from .indexing import RECALL_AT, Queries, find_thresholds, with_audio_gap
-
-    # Filled, tuned and measured in as many runs as it takes.
-    checkpoint = folder.with_suffix(".filling")
     description = CaptionDatastore.from_pretrained(folder, verify=False).index
     if description is None:
-        description = index_datastore(folder, "auto", recall, checkpoint)
-        notes = (checkpoint.with_suffix(".json"), folder.with_suffix(".written"))
-        peaks = (resident_mb()["peak"], *(_noted(path, "peak_mb") for path in notes))
-        folder.with_suffix(".peak").write_text(str(round(max(peaks))))
+        description = index_datastore(folder, "auto", recall)
+        peak = max(resident_mb()["peak"], _noted(folder.with_suffix(".written"), "peak_mb"))
+        folder.with_suffix(".peak").write_text(str(round(peak)))
     note(f"index: {description}")
     store = CaptionDatastore.from_pretrained(folder, verify=False)
     result: dict[str, Any] = {
@@ -112,16 +64,11 @@ def measure_size(
     }
     gap = with_audio_gap(text, np.random.default_rng([seed, 2]))
     sorts = [Queries(name, vectors, np.full(len(vectors), -1)) for name, vectors in (("text", text), ("gap", gap))]
-    find_thresholds(sorts, store.embeddings, RECALL_AT)
+    answer(sorts, store.embeddings, RECALL_AT)
     for asked in sorts:
-        name, vectors = asked.name, asked.vectors
-        rows = [store.candidate_rows(query[None], 4)[0] for query in vectors]
-        padded = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int64)
-        for number, row in enumerate(rows):
-            padded[number, : len(row)] = row
-        result[f"recall_{name}"] = round(asked.recall(store.embeddings, padded, 4), 4)
-        timed = single_query_ms(lambda query: store.search(query, 4), vectors)
-        result[f"latency_{name}_ms"], result[f"latency_{name}_p95_ms"] = timed["median"], timed["p95"]
+        result[f"recall_{asked.name}"] = round(recall_at(store, asked), 4)
+        timed = single_query_ms(lambda query: store.search(query, 4), asked.vectors)
+        result[f"latency_{asked.name}_ms"], result[f"latency_{asked.name}_p95_ms"] = timed["median"], timed["p95"]
     found = resident_mb()
     result["latency_ms"] = max(result["latency_text_ms"], result["latency_gap_ms"])
     return result | {"anonymous_mb": found["anonymous"], "load_average": round(os.getloadavg()[0], 1)}
@@ -168,7 +115,8 @@ def grow(args: argparse.Namespace, note: Callable[[str], None]) -> dict[str, Any
 def _write(args: argparse.Namespace, folder: Path, count: int) -> None:
     base = prepare_base(args.captions, Path(args.work), args.dimension, args.seed)
     started = time.perf_counter()
-    write_store(folder, MixedRows(base, args.seed), count)
+    records = ({"caption": f"synthetic caption {row}"} for row in range(count))
+    write_store(folder, records, MixedRows(base, args.seed).blocks(count), (count, base.shape[1]), "float16")
     about = {"write_s": round(time.perf_counter() - started, 2), "peak_mb": resident_mb()["peak"]}
     folder.with_suffix(".written").write_text(json.dumps(about), encoding="utf-8")
 
@@ -261,4 +209,4 @@ def plot(found: dict[str, Any], path: str | Path) -> None:
     pyplot.close(figure)
 
 
-__all__ = ["grow", "laws", "measure_size", "plot", "prepare_base", "table", "write_store"]
+__all__ = ["grow", "laws", "measure_size", "plot", "prepare_base", "table"]

@@ -80,33 +80,6 @@ def _terms(text: str) -> list[str]:
     return words + [f"{one} {other}" for one, other in pairwise(words)]
 
 
-def grammar_captions(count: int, seed: int = 0, known: Sequence[str] = ()) -> list[str]:
-    """Captions of the grammar that wrote recap-tiny's, of one to three sounds, all different.
-
-    Args:
-        count: how many.
-        seed: of every choice.
-        known: captions that must not be among them.
-    """
-    from recap_hf.tiny.grammar import ATTRIBUTES, Part, Scene, render
-    from recap_hf.tiny.lexicon import vocabulary_sounds
-
-    rng = np.random.default_rng(seed)
-    keys = vocabulary_sounds()
-    made: dict[str, None] = {}
-    taken = set(known)
-    while len(made) < count:
-        parts = []
-        for number in rng.choice(len(keys), size=rng.integers(1, 4), replace=False):
-            attributes = frozenset(name for name in ATTRIBUTES[:2] if rng.random() < 0.2)
-            parts.append(Part(keys[number], attributes))
-        relation = "sequence" if rng.random() < 0.5 else "overlap"
-        text = render(Scene(tuple(parts), relation), rng, detail=1.0).text
-        if text not in taken:
-            made[text] = None
-    return list(made)
-
-
 class MixedRows:
     """Any number of unit vectors with the clustering of real ones: row n is made of two of them, as a caption of two
     clauses is, and of noise. Rows are made when they are asked for, the same every time.
@@ -140,4 +113,4 @@ class MixedRows:
             yield self.block(start // self.block_rows)[: count - start]
 
 
-__all__ = ["MixedRows", "grammar_captions", "made_captions", "tfidf_svd"]
+__all__ = ["MixedRows", "made_captions", "tfidf_svd"]

@@ -1,24 +1,23 @@
 """Captions in a Milvus collection, searched like any other datastore.
 
 The same code serves Milvus Lite (a path that ends in `.db`, embedded in this process: tests and small use) and a
-cluster (an address). Milvus proposes candidates with whatever index the collection has; they are scored again in
+cluster (an address). Milvus proposes candidates with the index that the collection has; they are scored again in
 float64 with the stored embeddings, so that scores and order are those of a datastore in files.
 
-A collection has the fields `row` (primary key, counted from 0), `embedding`, `caption`, `clip` (the clip id, folded
-for comparison) and `record` (all other values, JSON); its properties say which encoder made it.
+A collection has the fields `row` (primary key, counted from 0), `embedding`, `caption`, `clip` (the clip id,
+normalized for comparison) and `record` (all other values, JSON); its properties state which encoder made it.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from .retrieval_recap import CaptionDatastore, normalize_clip_id, normalize_text
+from recap_hf.modeling.retrieval_recap import CaptionDatastore, normalize_clip_id
 
 try:
     from pymilvus import DataType, MilvusClient, MilvusException
@@ -70,6 +69,19 @@ def parse_milvus_name(name: str | os.PathLike) -> tuple[str, str]:
     return address, collection or DEFAULT_COLLECTION
 
 
+def refuse_milvus(folder: str | os.PathLike) -> None:
+    """Refuses the name of a collection where a folder is needed.
+
+    Raises:
+        ValueError: for `milvus:...`.
+    """
+    if is_milvus_name(folder):
+        raise ValueError(
+            f"{folder} is in Milvus, where captions are added and removed, searched and exported. For this export "
+            "them into a file, build a datastore of it, change that, and export it to Milvus with --overwrite"
+        )
+
+
 def connect(address: str, token: str | None = None) -> Any:
     """A client of Milvus Lite (a path) or of a cluster (an address).
 
@@ -82,10 +94,6 @@ def connect(address: str, token: str | None = None) -> Any:
     """
     if MilvusClient is None:
         raise ImportError("Captions in Milvus need pymilvus: pip install recap-hf[milvus]")
-    if "://" not in address:
-        # What it refuses it says to the caller; the traceback that its server thread logs besides helps nobody.
-        for name in ("milvus_lite", "grpc._server"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return MilvusClient(address, token=token or os.environ.get("MILVUS_TOKEN", ""))
     except MilvusException as error:
@@ -94,8 +102,12 @@ def connect(address: str, token: str | None = None) -> Any:
         raise ImportError(f"{address}: Milvus Lite is missing: pip install recap-hf[milvus] ({error})") from error
 
 
-class _Collection:
-    """Rows of one collection, read as they are asked for; those of the latest search are kept."""
+class MilvusCollection:
+    """Rows of one collection, read as they are asked for; those of the latest search are kept. It is the
+    [`SearchIndex`] of its datastore, which takes its results for complete, whatever index Milvus has."""
+
+    exact = True
+    num_candidates = 32
 
     def __init__(self, client: Any, name: str, search_params: Mapping[str, Any] | None = None) -> None:
         self.client = client
@@ -174,29 +186,40 @@ class _Collection:
             raise LookupError(f"Row {lost[0]} is not in the Milvus collection {self.name!r}: open it again.")
         return [self.kept[int(row)] if int(row) in self.kept else found[int(row)] for row in rows]
 
-    def search(self, queries: np.ndarray, count: int) -> list[np.ndarray]:
-        """Rows of about the `count` nearest embeddings of each query, ascending."""
+    @property
+    def max_k(self) -> int:
+        """Results that Milvus gives at most."""
+        return min(self.count, MAX_LIMIT)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Kind and settings of Milvus's index."""
+        others = ("index_name", "field_name", "index_type")
+        known = {key: value for key, value in self.index.items() if key not in others}
+        return {"backend": "milvus", "kind": self.kind, **known, "search": self.search_params}
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See [`SearchIndex.search`]."""
         params = dict(self.search_params)
         if self.kind in _DEPTHS:
             depth = _DEPTHS[self.kind]
-            params[depth] = max(int(params.get(depth, 0)), count)
+            params[depth] = max(int(params.get(depth, 0)), k)
         answers = self.client.search(
             self.name,
             data=list(np.ascontiguousarray(queries, dtype=np.float32)),
             anns_field="embedding",
-            limit=count,
+            limit=k,
             search_params={"metric_type": "IP", "params": params},
             output_fields=["caption", "record", "embedding"],
         )
-        results = []
-        for answer in answers:
-            rows = []
-            for hit in answer:
-                for row in self.rows([hit["row"]]):
-                    self.kept[int(row)] = self._take(hit["entity"])
-                    rows.append(int(row))
-            results.append(np.unique(np.array(rows, dtype=np.int64)))
-        return results
+        rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+        for query, answer in enumerate(answers):
+            # A row comes twice where it was written twice.
+            found = {int(row): hit for hit in answer for row in self.rows([hit["row"]])}
+            self.kept |= {row: self._take(hit["entity"]) for row, hit in found.items()}
+            rows[query, : len(found)] = list(found)
+            scores[query, : len(found)] = [hit["distance"] for hit in found.values()]
+        return rows, scores
 
     def rows_of_clip(self, clip: str) -> list[int]:
         found = self.client.query(self.name, filter=f"clip == {json.dumps(clip)}", output_fields=["row"])
@@ -206,7 +229,7 @@ class _Collection:
 class MilvusRecords(Sequence):
     """The records of a collection, fetched when they are asked for."""
 
-    def __init__(self, collection: _Collection) -> None:
+    def __init__(self, collection: MilvusCollection) -> None:
         self._collection = collection
 
     def __len__(self) -> int:
@@ -236,7 +259,7 @@ class MilvusEmbeddings:
     # They are held by Milvus.
     nbytes = 0
 
-    def __init__(self, collection: _Collection) -> None:
+    def __init__(self, collection: MilvusCollection) -> None:
         self._collection = collection
 
     @property
@@ -262,34 +285,33 @@ class MilvusEmbeddings:
 
 
 class MilvusCaptionDatastore(CaptionDatastore):
-    """A [`CaptionDatastore`] whose captions and embeddings lie in Milvus.
+    """A [`CaptionDatastore`] whose captions and embeddings are in Milvus.
 
     Open one by [`CaptionDatastore.from_pretrained`] with a name such as `milvus:captions.db#captions` or
-    `milvus://host:19530#captions`, make one by [`MilvusCaptionDatastore.from_datastore`]. `search` and what stands on
-    it are the same. Milvus returns at most 16,384 candidates: where more than that are excluded, or repeat one text,
-    fewer than k captions are found.
+    `milvus://host:19530#captions`, make one by [`MilvusCaptionDatastore.from_datastore`]. `search` is the same. Milvus
+    returns at most 16,384 candidates: where more than that are excluded, or repeat one text, fewer than k captions are
+    found.
 
     Args:
         client (`pymilvus.MilvusClient`): see [`connect`].
-        collection (`str`): its name.
+        name (`str`): of the collection.
         search_params (`Mapping`, *optional*): of the index (`ef`, `nprobe`, `search_list`, ...); by default those that
             were stored with the collection.
+        address (`str`, *optional*): that the client is connected to, by which a pickled datastore connects again.
 
     Raises:
         `OSError`: if there is no such collection. `ValueError`: if it is none of captions, or not complete.
     """
 
-    def __init__(self, client: Any, collection: str, search_params: Mapping[str, Any] | None = None) -> None:
-        if not client.has_collection(collection):
+    def __init__(
+        self, client: Any, name: str, search_params: Mapping[str, Any] | None = None, address: str | None = None
+    ) -> None:
+        if not client.has_collection(name):
             found = ", ".join(client.list_collections()) or "none"
-            raise FileNotFoundError(f"Milvus has no collection {collection!r} (it has: {found}).")
-        self.collection = _Collection(client, collection, search_params)
-        self.records = MilvusRecords(self.collection)
-        self.embeddings = MilvusEmbeddings(self.collection)
-        fingerprint = self.collection.properties.get("recap.fingerprint")
-        self.fingerprint = np.array(json.loads(fingerprint), dtype=np.float32) if fingerprint else None
-        self.keys = self.collection.properties.get("recap.keys", "text")
-        self._reset(files=None)
+            raise FileNotFoundError(f"Milvus has no collection {name!r} (it has: {found}).")
+        self.collection = MilvusCollection(client, name, search_params)
+        self.address = address
+        self.reopen()
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> MilvusCaptionDatastore:
@@ -303,7 +325,7 @@ class MilvusCaptionDatastore(CaptionDatastore):
         if "://" not in address and not os.path.exists(address):
             # Milvus Lite would make one.
             raise FileNotFoundError(f"{address}: no such file of Milvus Lite.")
-        return cls(connect(address, kwargs.get("token")), collection, kwargs.get("search_params"))
+        return cls(connect(address, kwargs.get("token")), collection, kwargs.get("search_params"), address)
 
     @classmethod
     def from_datastore(
@@ -316,7 +338,7 @@ class MilvusCaptionDatastore(CaptionDatastore):
         overwrite: bool = False,
         token: str | None = None,
     ) -> MilvusCaptionDatastore:
-        """Copies a datastore into a Milvus collection, block by block; nobody finds it before all of it is there.
+        """Copies a datastore into a Milvus collection, block by block; it has its name when all of it is there.
 
         Args:
             store: any datastore.
@@ -354,18 +376,7 @@ class MilvusCaptionDatastore(CaptionDatastore):
         if client.has_collection(collection):
             client.drop_collection(collection)
         client.rename_collection(loading, collection)
-        return cls(client, collection)
-
-    @property
-    def index(self) -> dict[str, Any] | None:
-        """Kind and settings of Milvus's index."""
-        known = {key: value for key, value in self.collection.index.items() if key not in ("index_name", "field_name")}
-        known.pop("index_type", None)
-        return {"backend": "milvus", "kind": self.collection.kind, **known, "search": self.collection.search_params}
-
-    @property
-    def _num_positions(self) -> int:
-        return min(len(self), MAX_LIMIT)
+        return cls(client, collection, address=address)
 
     def set_index(self, index: Any) -> None:
         """Milvus has its own index: export the datastore again for another kind."""
@@ -386,24 +397,35 @@ class MilvusCaptionDatastore(CaptionDatastore):
         self.reopen()
 
     def reopen(self) -> None:
-        """Sees what others have added or removed."""
-        self.collection.refresh()
-        self._reset(files=None)
+        """Reads again how many rows there are, after others have added or removed some."""
+        collection = self.collection
+        collection.refresh()
+        fingerprint = json.loads(collection.properties.get("recap.fingerprint", "null"))
+        keys = collection.properties.get("recap.keys", "text")
+        self._set(MilvusRecords(collection), MilvusEmbeddings(collection), fingerprint, keys, collection)
 
     def search(self, *args: Any, **kwargs: Any) -> list[list[dict[str, Any]]]:
         """See [`CaptionDatastore.search`]."""
         self.collection.kept.clear()
         return super().search(*args, **kwargs)
 
-    def _candidates(self, queries: np.ndarray, count: int, exact: bool) -> list[np.ndarray]:
-        return self.collection.search(queries, count)
+    def _rows_of(self, clip: str) -> Sequence[int]:
+        return self.collection.rows_of_clip(clip)
 
-    def _excluded(self, clip_id: Any, texts: Sequence[str]) -> tuple[set[int], set[str]]:
-        excluded_texts = {normalize_text(text) for text in texts}
-        if clip_id is None:
-            return set(), excluded_texts
-        rows = self.collection.rows_of_clip(normalize_clip_id(clip_id))
-        return set(rows), excluded_texts | {self._text(row) for row in rows}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A connection cannot be copied: it is made again. The token comes from the environment.
+        if self.address is None:
+            raise TypeError(
+                "A Milvus datastore is copied by its address: open it by CaptionDatastore.from_pretrained."
+            )
+        return _reopen, (self.address, self.collection.name, self.collection.search_params)
+
+    def __deepcopy__(self, memo: Any) -> MilvusCaptionDatastore:
+        return type(self)(self.collection.client, self.collection.name, self.collection.search_params, self.address)
+
+
+def _reopen(address: str, name: str, search_params: Mapping[str, Any]) -> MilvusCaptionDatastore:
+    return MilvusCaptionDatastore(connect(address), name, search_params, address)
 
 
 def _is_complete(client: Any, collection: str) -> bool:

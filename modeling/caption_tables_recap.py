@@ -1,0 +1,160 @@
+"""Tables of captions, as people and this package write them: text, CSV, TSV, JSON, JSON lines and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CAPTION_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".parquet")
+# Columns of the package's own results, which say nothing of a caption in a datastore.
+RESULT_COLUMNS = frozenset({"score", "row", "retrieved", "candidates", "similarity"})
+
+
+def read_captions(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads a table of captions; see [`read_rows`] for the kinds of files.
+
+    Returns:
+        `list[dict]`: one record per caption: `caption` and the other cells of its row. A row gives the captions in
+            its columns `caption`, `captions` and `caption_1`, `caption_2`, ...; rows without one give none.
+
+    Raises:
+        `OSError`, `ValueError`: see [`read_rows`]; also for a table without a column of captions, or without captions.
+    """
+    records = []
+    for number, row in enumerate(read_rows(path), start=1):
+        columns = caption_columns(row)
+        if not columns:
+            raise ValueError(
+                f"{path}, row {number}: expected a text under 'caption', 'captions' or 'caption_1', ..., found the "
+                f"columns {', '.join(map(str, row))}."
+            )
+        rest = {key: row[key] for key in row if row[key] is not None and key not in RESULT_COLUMNS.union(columns)}
+        records += [{"caption": text, **rest} for text in captions_in(row, columns)]
+    if not records:
+        raise ValueError(f"{path}: holds no captions.")
+    return records
+
+
+def caption_columns(row: Iterable[str]) -> list[str]:
+    """Columns that hold captions: `captions`, `caption`, and `caption_1`, `caption_2`, ... by number."""
+    numbered = sorted((int(name[8:]), name) for name in row if name.startswith("caption_") and name[8:].isdigit())
+    return [name for name in ("captions", "caption") if name in row] + [name for _, name in numbered]
+
+
+def captions_in(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """The captions in some columns of a row; each is a text or a list of texts."""
+    values = [each for name in columns for each in (row[name] if isinstance(row[name], list) else [row[name]])]
+    texts = [None if is_missing(value) else value for value in values]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise ValueError(f"Expected captions as texts, got {values!r:.200}.")
+    return [text for text in texts if text is not None]
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is empty: nothing, white space or not a number ("nan", as tables without a value are saved)."""
+    return value is None or value != value or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
+
+
+def read_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The rows of a table, one after the other (JSON is read as a whole). Missing cells are `None`.
+
+    Args:
+        path: `.txt` with a caption a line; `.csv` or `.tsv` with the column names in the first line; `.jsonl` with
+            an object or a text a line; `.json` with a list of them, or an object with that list under `data`;
+            `.parquet`.
+
+    Raises:
+        `OSError`: if there is no such file. `ValueError`: for another suffix, text that is not UTF-8 and what does
+            not parse, with the line; a row with more or fewer cells than the first line is refused.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in CAPTION_SUFFIXES:
+        raise ValueError(f"{path}: captions are read from {', '.join(CAPTION_SUFFIXES)} files, not from {suffix!r}.")
+    try:
+        if suffix == ".parquet":
+            rows = _parquet_rows(path)
+        else:
+            rows = _text_rows(path, suffix)
+        for row in rows:
+            yield {str(name): None if is_missing(value) else value for name, value in row.items()}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def _text_rows(path: Path, suffix: str) -> Iterator[Mapping[str, Any]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        if suffix == ".txt":
+            yield from ({"caption": line.strip()} for line in file if line.strip())
+        elif suffix in (".csv", ".tsv"):
+            yield from _csv_rows(path, csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",", strict=True))
+        elif suffix == ".jsonl":
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _as_row(_parse_json(line, f"{path}, line {number}"), f"{path}, line {number}")
+        else:
+            items = _parse_json(file.read(), str(path))
+            items = items.get("data") if isinstance(items, Mapping) else items
+            if not isinstance(items, list):
+                raise ValueError(f"{path}: expected a list of captions, or an object with one under 'data'.")
+            yield from (_as_row(item, f"{path}, entry {number}") for number, item in enumerate(items, start=1))
+
+
+def _csv_rows(path: Path, reader: Any) -> Iterator[Mapping[str, Any]]:
+    names: list[str] | None = None
+    while True:
+        # A row may have several lines: its first one is named.
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {line}: not readable ({error}). A text that begins with a double quote must end with "
+                "one; a quote inside it is written twice."
+            ) from error
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if names is None:
+            names = cells
+        elif len(cells) != len(names):
+            raise ValueError(
+                f"{path}, line {line}: expected {len(names)} cells, as in the first line, got {len(cells)}. Put a "
+                "text that contains the separator into double quotes."
+            )
+        else:
+            yield {name: cell for name, cell in zip(names, cells, strict=True) if name}
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not readable as JSON ({error}).") from error
+
+
+def _as_row(item: Any, where: str) -> Mapping[str, Any]:
+    if isinstance(item, (str, Mapping)):
+        return {"caption": item} if isinstance(item, str) else item
+    raise ValueError(f"{where}: expected an object or a text, got {item!r:.80}.")
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise ImportError(f"{path}: reading Parquet needs PyArrow: pip install pyarrow") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=4096):
+                yield from batch.to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{path}: not readable as Parquet ({error}).") from error
+
+
+__all__ = ["CAPTION_SUFFIXES", "RESULT_COLUMNS", "caption_columns", "captions_in", "read_captions", "read_rows"]

@@ -1,0 +1,254 @@
+"""Search indexes of a caption datastore: one protocol, exact search, and FAISS.
+
+An index proposes rows. The datastore computes their scores again in float64 from the stored embeddings, so an
+approximate index can cost recall, and never gives a wrong score.
+
+A further kind of index is a class with the members of [`SearchIndex`] and [`StoredIndex`], and a line in
+`INDEX_BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+try:
+    import faiss
+except ImportError:
+    faiss = None
+
+logger = logging.getLogger(__name__)
+
+# Rows that are converted to float32 at a time, where embeddings are stored in another type.
+_BLOCK_ROWS = 1 << 15
+# Rows that are fetched at least, so that repeated and excluded captions seldom need a second search.
+_MIN_CANDIDATES = 32
+
+
+class SearchIndex(Protocol):
+    """What a datastore searches.
+
+    Attributes:
+        exact: whether `search` finds the true nearest rows.
+        max_k: the largest `k` that `search` takes.
+        num_candidates: rows that a search should fetch at least.
+        description: kind, settings and measurements; `None` for exact search.
+    """
+
+    exact: bool
+    max_k: int
+    num_candidates: int
+    description: dict[str, Any] | None
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows with the largest dot products, in any order.
+
+        Args:
+            queries: float32 of shape `(num_queries, dimension)`.
+            k: rows per query, at most `max_k`.
+
+        Returns:
+            Rows (int64, -1 where fewer were found) and scores (float32), both of shape `(num_queries, k)`.
+        """
+
+
+class StoredIndex(SearchIndex, Protocol):
+    """An index that is built of embeddings and saved in the folder of a datastore.
+
+    Attributes:
+        backend: its name in `INDEX_BACKENDS` and in the manifest.
+        suffix: of its file: "faiss", "bin" or "npy".
+        kinds: the kinds that `build` makes.
+        num_rows, dimension: shape of the embeddings that it was made of.
+    """
+
+    backend: str
+    suffix: str
+    kinds: tuple[str, ...]
+    num_rows: int
+    dimension: int
+
+    @classmethod
+    def build(cls, embeddings: Any, kind: str, recall: float) -> StoredIndex:
+        """An index of unit vectors of shape `(rows, dimension)` that finds the share `recall` of the nearest rows."""
+
+    @classmethod
+    def read(cls, path: Path, description: Mapping[str, Any]) -> StoredIndex:
+        """The index in a file; a `ValueError` for a file that holds none."""
+
+    def write(self, path: Path) -> None:
+        """Writes the file."""
+
+    def refill(self, embeddings: Any, appended: bool) -> None:
+        """Takes over changed embeddings; `appended`: the first rows are those that the index has."""
+
+
+class ExactIndex:
+    """Compares a query with every embedding.
+
+    Args:
+        embeddings: array of shape `(rows, dimension)`, float32, float16 or what is read as float32; may be
+            memory-mapped.
+    """
+
+    exact = True
+    description = None
+    num_candidates = _MIN_CANDIDATES
+
+    def __init__(self, embeddings: Any) -> None:
+        # A small array in fewer bits is converted once, and not for every query.
+        small = embeddings.dtype != np.float32 and len(embeddings) <= _BLOCK_ROWS
+        self.embeddings = np.asarray(embeddings, dtype=np.float32) if small else embeddings
+        self.max_k = len(embeddings)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See [`SearchIndex.search`]."""
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if faiss is not None and self.embeddings.dtype == np.float32:
+            vectors = np.ascontiguousarray(self.embeddings)
+            return faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)[::-1]
+        best_scores = np.empty((len(queries), 0), np.float32)
+        best_rows = np.empty((len(queries), 0), np.int64)
+        for start in range(0, len(self.embeddings), _BLOCK_ROWS):
+            block = np.asarray(self.embeddings[start : start + _BLOCK_ROWS], dtype=np.float32)
+            rows = np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))
+            scores = np.concatenate([best_scores, queries @ block.T], axis=1)
+            rows = np.concatenate([best_rows, rows], axis=1)
+            if scores.shape[1] > k:
+                kept = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+                scores, rows = np.take_along_axis(scores, kept, axis=1), np.take_along_axis(rows, kept, axis=1)
+            best_scores, best_rows = scores, rows
+        return best_rows, best_scores
+
+
+class FaissIndex:
+    """A FAISS index over all rows of a datastore, with the effort that its recall was measured at.
+
+    Args:
+        index: a `faiss.Index` of inner products.
+        description: `kind` (the string of FAISS's index factory), `effort` (lists that a query visits, or HNSW's
+            search depth), `num_candidates` (rows that are scored again), and measurements under other names.
+    """
+
+    exact = False
+    backend = suffix = "faiss"
+    kinds = ("ivf_flat", "ivf_sq8", "ivf_pq", "hnsw")
+
+    def __init__(self, index: Any, description: Mapping[str, Any]) -> None:
+        self.index = index
+        self.description: dict[str, Any] = dict(description)
+        self.set_effort(int(description["effort"]), int(description["num_candidates"]))
+
+    @classmethod
+    def build(cls, embeddings: Any, kind: str, recall: float) -> FaissIndex:
+        """Trains, fills and tunes an index; needs `recap_hf`."""
+        return importlib.import_module("recap_hf.datastore.indexing").build_faiss(embeddings, kind, recall)
+
+    @classmethod
+    def read(cls, path: Path, description: Mapping[str, Any]) -> FaissIndex:
+        """See [`StoredIndex.read`]."""
+        try:
+            index = cls(faiss.read_index(str(path)), description)
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not an index of a datastore ({error!r:.200}).") from error
+        if index.index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise ValueError(f"{path}: expected an index of inner products; it is of another datastore.")
+        return index
+
+    def write(self, path: Path) -> None:
+        """Writes the index into a file."""
+        faiss.write_index(self.index, str(path))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the index."""
+        return int(self.index.ntotal)
+
+    max_k = num_rows
+
+    @property
+    def dimension(self) -> int:
+        """Width of the embeddings."""
+        return int(self.index.d)
+
+    @property
+    def num_candidates(self) -> int:
+        """Rows that are scored again."""
+        return self.description["num_candidates"]
+
+    def set_effort(self, effort: int, num_candidates: int) -> None:
+        """A query visits `effort` lists, or nodes of HNSW's graph; `num_candidates` are scored again."""
+        index = faiss.downcast_index(self.index)
+        if hasattr(index, "nprobe"):
+            index.nprobe = effort
+        elif hasattr(index, "hnsw"):
+            index.hnsw.efSearch = effort
+        self.description |= {"effort": effort, "num_candidates": num_candidates}
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See [`SearchIndex.search`]."""
+        return self.index.search(np.ascontiguousarray(queries, dtype=np.float32), k)[::-1]
+
+    def refill(self, embeddings: Any, appended: bool) -> None:
+        """See [`StoredIndex.refill`]. What was learnt in training stays."""
+        if not appended:
+            self.index.reset()
+        for start in range(self.num_rows, len(embeddings), _BLOCK_ROWS):
+            self.index.add(np.ascontiguousarray(embeddings[start : start + _BLOCK_ROWS], dtype=np.float32))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"description": self.description, "bytes": faiss.serialize_index(self.index)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(faiss.deserialize_index(state["bytes"]), state["description"])
+
+
+# Name in the manifest -> a class, or "module:class" for one that is imported when it is needed.
+INDEX_BACKENDS: dict[str, Any] = {"faiss": FaissIndex}
+
+
+def index_class(backend: str) -> type[StoredIndex]:
+    """The class of a name in `INDEX_BACKENDS`."""
+    found = INDEX_BACKENDS[backend]
+    if isinstance(found, str):
+        module, _, name = found.partition(":")
+        found = getattr(importlib.import_module(module), name)
+    return found
+
+
+def open_index(folder: Path, manifest: Mapping[str, Any]) -> StoredIndex | None:
+    """The index of an opened datastore; `None` where it has none or its package is missing: search is exact then.
+
+    Raises:
+        `OSError`: if the file is missing. `ValueError`: if it is no index of this datastore.
+    """
+    entry = manifest["index"]
+    if entry is None:
+        return None
+    backend, path = entry.get("backend", "faiss"), folder / entry["file"]
+    if (backend == "faiss" and faiss is None) or backend not in INDEX_BACKENDS:
+        package = "FAISS (pip install faiss-cpu)" if backend == "faiss" else f"{backend!r} of another recap-hf"
+        logger.warning("%s: search is exact and slow, its index needs %s.", folder, package)
+        return None
+    description = {key: value for key, value in entry.items() if key not in ("file", "num_rows", "backend")}
+    try:
+        index = index_class(backend).read(path, description)
+    except ValueError as error:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing, the datastore is incomplete.") from error
+        raise
+    expected = (manifest["num_captions"], manifest["dimension"])
+    if (index.num_rows, index.dimension) != expected:
+        raise ValueError(
+            f"{path}: holds {index.num_rows} rows of dimension {index.dimension}, expected {expected[0]} of dimension "
+            f"{expected[1]}: it is of another datastore."
+        )
+    return index
+
+
+__all__ = ["INDEX_BACKENDS", "ExactIndex", "FaissIndex", "SearchIndex", "StoredIndex", "open_index"]

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recap_hf.modeling.caption_tables_recap import read_rows
+
 from .clip_ids import normalize_clip_id
 from .schema import listed
 
@@ -43,7 +45,12 @@ def read_table(path: Path, field: str | None = None, mapping: Mapping[str, str] 
     kinds = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     if suffix not in kinds:
         raise ValueError(f"{path}: expected a .csv, .tsv, .json, .jsonl or .parquet file")
-    options = _csv_options(path) if kinds[suffix] == "csv" else {}
+    options = {}
+    if kinds[suffix] == "csv":
+        options = _csv_options(path)
+        # Ragged rows and open quotes are refused here, with their line: what reads the table would shift the columns.
+        for _ in read_rows(path):
+            pass
     options |= {"field": field} if field else {}
     try:
         table = load_dataset(kinds[suffix], data_files=str(path), split="train", **options)

@@ -39,7 +39,7 @@ def make_clotho_stand_in(
     Raises:
         FileNotFoundError, ValueError: if `sounds` is no such folder, or a split has no sound.
     """
-    from benchmarks.sounds import read_metadata
+    from benchmarks.sound_events import read_metadata
 
     rows, output = read_metadata(sounds), Path(output)
     for number, (split, folds) in enumerate(splits.items()):
@@ -57,7 +57,7 @@ def _write_split(
     import soundfile
 
     from benchmarks.grid_stand_ins import mix
-    from benchmarks.sounds import load_mono
+    from benchmarks.sound_events import load_mono
     from recipes.recap_tiny.grammar import Part, Scene, render
 
     folder = output / split

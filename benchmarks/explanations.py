@@ -21,10 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evaluation_sets import Item, mixture_hash, mixture_list, mixtures
 from benchmarks.explanation_chance import Look, caption_weights, correlation, shuffled_maps, swapped_maps
 from benchmarks.naming import NamingRules
-from benchmarks.sounds import SAMPLING_RATE, load_mono
+from benchmarks.sound_events import SAMPLING_RATE, Item, load_mono, mixture_hash, mixture_list, mixtures
 from recap_cli.status import exit_status
 from recap_hf.explain import explain_caption
 from recap_hf.explain.picture import clip_spectrogram

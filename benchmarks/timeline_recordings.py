@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.sounds import SAMPLING_RATE, load_mono, read_metadata
+from benchmarks.sound_events import SAMPLING_RATE, load_mono, read_metadata
 
 # The background: pink noise whose level wanders between these, in dB below full scale.
 BACKGROUND_DB = (-70.0, -50.0)

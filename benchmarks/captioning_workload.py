@@ -1,48 +1,54 @@
-"""What is captioned in a measurement: a model, a processor with captions to retrieve, and clips."""
+"""What a speed measurement captions: a model, a processor with captions to retrieve, and clips."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import ClapConfig, ClapFeatureExtractor, GenerationMixin, GPT2Config
+from transformers import ClapConfig, ClapFeatureExtractor, GPT2Config
 
+from recap_hf.assets import default_model_path
+from recap_hf.fast_generation import prepare_for_cpu
 from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
+from recap_hf.modeling.captioning_recap import Captioner
 from recap_hf.modeling.configuration_recap import RecapConfig
-from recap_hf.modeling.generation_recap import RecapEncoderOutput
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
+from recap_hf.modeling.options_recap import NO_RERANKING, CaptionOptions
 from recap_hf.modeling.processing_recap import RecapProcessor
-from recap_hf.modeling.readings_recap import NO_READINGS, reading_options
 from recap_hf.modeling.retrieval_recap import CaptionDatastore, read_captions
 
 CLIP_SECONDS = 10.0
-# About as long as Clotho's: with four of them and GPT-2's tokens a prompt has some 90.
-_CAPTIONS_PER_LINE = 3
-# By the number of readings: as published, and listening, and reading.
-_SHARES = {
-    1: NO_READINGS,
-    2: {"promptless_weight": 0.5, "soundless_weight": 0.0},
-    3: {"promptless_weight": 0.4, "soundless_weight": 0.3},
-}
+# As long together as one of Clotho's captions: a prompt of four has about 90 tokens.
+_SHORT_CAPTIONS = 3
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What `recap bench` measures; see its flags."""
+    """What is measured; see the flags of `python -m benchmarks.captioning`.
+
+    Args:
+        model: folder or Hub id; None: the paper's sizes with random weights.
+        audio: recordings; none: sweeps in noise.
+        captions: file with the captions of the datastore; None: the model's own.
+        datastore_size: rows of the datastore; 0: as it is.
+        batch_sizes, dtypes, clips: of our side.
+        num_beams: of both sides.
+        new_tokens: exact number of tokens in a caption; 0: as the model ends it.
+        max_minutes: for rounds to begin in.
+        device, seed: of torch; of weights and waveforms.
+    """
 
     model: str | None = None
     audio: tuple[str, ...] = ()
     captions: str | None = None
     datastore_size: int = 0
     batch_sizes: tuple[int, ...] = (1, 8)
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8")
+    dtypes: tuple[str, ...] = ("float32",)
     clips: int = 8
     num_beams: int = 3
-    readings: int = 1
     new_tokens: int = 20
     max_minutes: float = 10.0
     device: str = "cpu"
@@ -51,80 +57,81 @@ class BenchmarkOptions:
 
 @dataclass
 class Workload:
-    """A captioner and clips: waveforms at the model's rate, and the files that they come from, if any."""
+    """A captioner and waveforms at its rate."""
 
     model: RecapForConditionalGeneration
     processor: RecapProcessor
     waveforms: list[np.ndarray]
     options: BenchmarkOptions
-    files: list[str] = field(default_factory=list)
+    retrieval: CaptionOptions = field(default_factory=CaptionOptions)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
 
     @property
     def rate(self) -> int:
         """Sampling rate of the waveforms in Hz."""
         return self.processor.feature_extractor.sampling_rate
 
-    @property
-    def generation(self) -> dict[str, Any]:
-        """What either side is asked for: so many beams, and exactly so many tokens if any were named.
-
-        As published, whatever a checkpoint's own decoding, unless more readings are asked for: transformers alone
-        knows no others.
-        """
-        tokens = self.options.new_tokens
+    def generate_kwargs(self, new_tokens: int | None = None) -> dict[str, Any]:
+        """Arguments of `generate` on both sides; `new_tokens` overrides that of the options."""
+        tokens = self.options.new_tokens if new_tokens is None else new_tokens
         exactly = {"min_new_tokens": tokens, "max_new_tokens": tokens} if tokens else {}
-        shares = reading_options(self.processor, _SHARES[self.options.readings], self.model.generation_config)
-        return {"num_beams": self.options.num_beams, **exactly, **shares}
+        return {"num_beams": self.options.num_beams, **exactly}
 
-    def with_model(self, model: RecapForConditionalGeneration) -> Workload:
-        """The same with another model."""
-        return Workload(model, self.processor, self.waveforms, self.options, self.files)
+    def captioner(self, new_tokens: int | None = None) -> Captioner:
+        """Our side: fast generation where the package has it. Nothing is reranked."""
+        options = replace(self.retrieval, rerank=NO_RERANKING)
+        return Captioner(self.model, self.processor, options=options, generate_kwargs=self.generate_kwargs(new_tokens))
+
+    def in_dtype(self, dtype: str) -> Workload:
+        """The same with a copy of the model, its weights in `dtype` and laid out for the device.
+
+        Raises:
+            ValueError: for int8 on a GPU, or float16 on a CPU.
+        """
+        model, on_cpu = copy.deepcopy(self.model), self.device.type == "cpu"
+        if dtype == ("float16" if on_cpu else "int8"):
+            raise ValueError(f"{dtype} is not for {self.device.type}; float32 and bfloat16 are, int8 on a CPU.")
+        model = prepare_for_cpu(model, dtype) if on_cpu else model.to(getattr(torch, dtype))
+        return replace(self, model=model)
 
     def reference(self) -> ReferencePath:
-        """transformers alone on this workload, with a model of its own."""
-        return ReferencePath(copy.deepcopy(self.model), self.processor, self.generation)
-
-    @torch.no_grad()
-    def caption(self, waveforms: list[np.ndarray]) -> list[str]:
-        """Our path on one batch, from waveforms to texts."""
-        device = self.model.device
-        inputs = self.processor(audio=waveforms, sampling_rate=self.rate, return_tensors="pt", device=device)
-        encoding = self.model.encode_audio(**inputs)
-        prompts = self.processor.build_prompts(encoding.audio_embeds)
-        prompts.pop("retrieved")
-        ids = self.model.generate(encoder_outputs=encoding, **prompts, **self.generation)
-        return self.processor.batch_decode(ids)
+        """Stock transformers on this workload, with a model of its own."""
+        return ReferencePath(copy.deepcopy(self.model), self.processor, self.generate_kwargs())
 
 
 class ReferencePath:
-    """The straightforward way, a clip at a time: the stock extractor and transformers' own `generate` and caches."""
+    """Stock transformers, one clip at a time: `ClapFeatureExtractor` and `generate` without fast generation."""
 
-    def __init__(self, model: Any, processor: Any, generation: dict[str, Any]) -> None:
+    def __init__(self, model: Any, processor: Any, generate_kwargs: dict[str, Any]) -> None:
         ours = processor.feature_extractor
         names = ("feature_size", "sampling_rate", "hop_length", "max_length_s", "fft_window_size", "truncation")
-        settings = {name: getattr(ours, name) for name in (*names, "frequency_min", "frequency_max", "padding")}
-        self.extractor = ClapFeatureExtractor(**settings)
-        self.model, self.processor = model, processor
-        self.generation = {name: value for name, value in generation.items() if name not in NO_READINGS}
+        names = (*names, "frequency_min", "frequency_max", "padding")
+        self.extractor = ClapFeatureExtractor(**{name: getattr(ours, name) for name in names})
+        self.model, self.processor, self.generate_kwargs = model, processor, generate_kwargs
 
     @torch.no_grad()
     def caption(self, waveform: np.ndarray) -> str:
-        """From a waveform to a text."""
+        """The caption of a waveform at the model's rate."""
         features = self.extractor(waveform, sampling_rate=self.extractor.sampling_rate, return_tensors="pt")
-        encoding = self.model.encode_audio(features["input_features"][:, :1])
+        inputs = features["input_features"][:, :1].to(self.model.device, self.model.dtype)
+        encoding = self.model.encode_audio(inputs)
         prompts = self.processor.build_prompts(encoding.audio_embeds)
         prompts.pop("retrieved")
-        ids = GenerationMixin.generate(
-            self.model, encoder_outputs=RecapEncoderOutput(**encoding), **prompts, **self.generation
-        )
+        prompts = {name: value.to(self.model.device) for name, value in prompts.items()}
+        ids = self.model.generate(encoder_outputs=encoding, **prompts, **self.generate_kwargs)
         return self.processor.batch_decode(ids)[0]
 
 
 def make_workload(options: BenchmarkOptions) -> Workload:
-    """The checkpoint that `options` name, or the paper's sizes with random weights; recordings, or noise."""
+    """The checkpoint that `options` name, or the paper's sizes with random weights; recordings, or sweeps in noise."""
     if options.model:
-        model = RecapForConditionalGeneration.from_pretrained(options.model, dtype=torch.float32).eval()
-        processor = RecapProcessor.from_pretrained(options.model)
+        name = str(default_model_path()) if options.model == "default" else options.model
+        model = RecapForConditionalGeneration.from_pretrained(name, dtype=torch.float32).eval()
+        processor = RecapProcessor.from_pretrained(name)
         if options.captions:
             processor.datastore = CaptionDatastore.from_captions(read_captions(options.captions), model, processor)
     else:
@@ -132,9 +139,8 @@ def make_workload(options: BenchmarkOptions) -> Workload:
     if options.datastore_size:
         processor.datastore = grown(processor.datastore, options.datastore_size, options.seed)
     model.to(options.device)
-    workload = Workload(model, processor, [], options, list(options.audio))
-    workload.waveforms = _waveforms(workload)
-    return workload
+    rate = processor.feature_extractor.sampling_rate
+    return Workload(model, processor, _waveforms(options, rate), options)
 
 
 def _full_size(options: BenchmarkOptions) -> tuple[RecapForConditionalGeneration, RecapProcessor]:
@@ -146,7 +152,7 @@ def _full_size(options: BenchmarkOptions) -> tuple[RecapForConditionalGeneration
     torch.manual_seed(options.seed)
     model = RecapForConditionalGeneration(config).eval()
     processor = RecapProcessor.from_config(config, decoder_tokenizer, clap_tokenizer)
-    # Random encoders embed at random; so many directions are as good as those of the text tower, and quicker.
+    # A random text tower embeds at random, too, and slower.
     generator = np.random.default_rng(options.seed)
     embeddings = generator.standard_normal((len(texts), config.clap.projection_dim), dtype=np.float32)
     processor.datastore = CaptionDatastore.from_embeddings(texts, embeddings)
@@ -155,11 +161,9 @@ def _full_size(options: BenchmarkOptions) -> tuple[RecapForConditionalGeneration
 
 def _grammar_captions(seed: int) -> list[str]:
     """Captions of the embedded default's datastore, joined until they are as long as Clotho's."""
-    from recap_hf.assets import default_model_path
-
     short = CaptionDatastore.from_pretrained(default_model_path() / "datastore").captions
     generator = np.random.default_rng(seed)
-    chosen = generator.integers(len(short), size=(600, _CAPTIONS_PER_LINE))
+    chosen = generator.integers(len(short), size=(600, _SHORT_CAPTIONS))
     return list(dict.fromkeys(" while ".join(short[row] for row in rows) for rows in chosen))
 
 
@@ -182,7 +186,7 @@ def _tokenizer(texts: list[str], end: str) -> Any:
 
 
 def grown(store: CaptionDatastore, size: int, seed: int) -> CaptionDatastore:
-    """`size` rows: the captions of `store` repeated under numbers, with random embeddings behind the first ones."""
+    """`size` rows: the captions of `store`, then numbered copies of them with random embeddings."""
     captions = store.captions
     texts = [captions[row] if row < len(captions) else f"{captions[row % len(captions)]} {row}" for row in range(size)]
     embeddings = np.random.default_rng(seed).standard_normal((size, store.dimension), dtype=np.float32)
@@ -191,24 +195,21 @@ def grown(store: CaptionDatastore, size: int, seed: int) -> CaptionDatastore:
     return CaptionDatastore.from_embeddings(texts, embeddings, store.fingerprint)
 
 
-def _waveforms(workload: Workload) -> list[np.ndarray]:
-    options, rate = workload.options, workload.rate
-    if not workload.files:
+def _waveforms(options: BenchmarkOptions, rate: int) -> list[np.ndarray]:
+    samples = int(CLIP_SECONDS * rate)
+    if not options.audio:
         generator = np.random.default_rng(options.seed)
-        length = int(CLIP_SECONDS * rate)
-        return [_sweep(length, rate, generator) for _ in range(options.clips)]
+        return [_sweep(samples, rate, generator) for _ in range(options.clips)]
     waveforms = []
-    for path in workload.files:
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: no such file; recordings to measure with are files.")
+    for path in options.audio:
         waveform, source_rate = load_audio(path)
         # The reference path crops what is longer at random: both sides get the first window.
-        waveforms.append(resample(to_mono(waveform), source_rate, rate)[: int(CLIP_SECONDS * rate)])
+        waveforms.append(resample(to_mono(waveform), source_rate, rate)[:samples])
     return waveforms
 
 
 def _sweep(length: int, rate: int, generator: np.random.Generator) -> np.ndarray:
-    """A gliding tone in noise: clips that differ, loud enough to be heard."""
+    """A gliding tone in noise, another one each time."""
     time = np.arange(length) / rate
     low, slope, level = generator.uniform(100, 2_000), generator.uniform(-50, 400), generator.uniform(0.01, 0.3)
     tone = np.sin(2 * np.pi * (low + slope * time / 2) * time)

@@ -1,0 +1,116 @@
+"""How well captions name the sound events of single recordings and of mixtures of two.
+
+    python -m benchmarks.named_events --sounds DIR [--keywords FILE] [--fold 5] [--output FILE] [--k N ...]
+
+Beside the captioner: its first retrieved caption, the captioner without captions (k = 0), and the captioner without
+audio (hidden states and embeddings of zeros, after retrieval). Intervals: 95 %, bootstrap over clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recap_cli.numbers import positive
+from recap_cli.options import add_captioner_arguments, load_captioner
+
+SYSTEMS = ("captioner", "first retrieved caption", "no captions (k=0)", "no audio")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sounds", required=True, metavar="DIR", help="recordings with a metadata.csv")
+    parser.add_argument("--keywords", metavar="FILE", help="naming rules as JSON (default: benchmarks.naming's)")
+    parser.add_argument("--fold", type=int, default=5, metavar="N", help="of the metadata (default: 5)")
+    parser.add_argument("--mixtures", type=positive, default=300, metavar="N", help="mixtures of two (default: 300)")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="clips at once (default: 8)")
+    parser.add_argument("--output", metavar="FILE", help="figures and captions as JSON")
+    add_captioner_arguments(parser)
+    args = parser.parse_args(argv)
+    captioner = load_captioner(args)
+
+    from benchmarks.naming import NamingRules
+    from benchmarks.sound_events import mixture_hash, mixture_list, mixtures, singles
+
+    rules = NamingRules.read(args.keywords) if args.keywords else NamingRules.ours()
+    entries = mixture_list(args.sounds, args.fold, args.mixtures)
+    print(f"{len(entries)} mixtures {mixture_hash(entries)}")
+    sets = {"single sounds": singles(args.sounds, args.fold), "mixtures": mixtures(args.sounds, entries)}
+    report = {}
+    for name, items in sets.items():
+        captions = caption_items(captioner, [item.waveform for item in items], args.batch_size)
+        report[name] = evaluate(captions, [item.events for item in items], rules)
+        print(f"\n{name}, {len(items)} clips\n\n{table(report[name])}", flush=True)
+        report[name]["clips"] = [
+            {"name": item.name, "events": item.events, **{system: captions[system][row] for system in SYSTEMS}}
+            for row, item in enumerate(items)
+        ]
+    if args.output:
+        Path(args.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def caption_items(captioner: Any, waveforms: Sequence[np.ndarray], batch_size: int) -> dict[str, list[str]]:
+    """Captions of 48 kHz waveforms by each of `SYSTEMS`."""
+    import torch
+
+    from benchmarks.sound_events import SAMPLING_RATE
+    from recap_hf.modeling.audio_recap import resample
+
+    captions: dict[str, list[str]] = {system: [] for system in SYSTEMS}
+    for start in range(0, len(waveforms), batch_size):
+        batch = [
+            resample(waveform.astype(np.float32), SAMPLING_RATE, captioner.sampling_rate)
+            for waveform in waveforms[start : start + batch_size]
+        ]
+        encoding = captioner.encode(batch)
+        retrieved = captioner.retrieve(encoding)
+        # Embeddings of zeros as well: reranking would choose by the audio.
+        zeros = {name: torch.zeros_like(encoding[name]) for name in ("last_hidden_state", "audio_embeds")}
+        silent = type(encoding)(**{**encoding, **zeros})
+        results = (
+            captioner.generate(encoding, retrieved),
+            None,
+            captioner.generate(encoding, [[] for _ in batch]),
+            captioner.generate(silent, retrieved),
+        )
+        for system, found in zip(SYSTEMS, results, strict=True):
+            if found is None:
+                captions[system] += [hits[0]["caption"] if hits else "" for hits in retrieved]
+            else:
+                captions[system] += [result.caption for result in found]
+    return captions
+
+
+def evaluate(captions: dict[str, list[str]], truths: Sequence[Sequence[str]], rules: Any) -> dict[str, Any]:
+    """Of each system each figure with its interval: `[value, low, high]`."""
+    from benchmarks.naming import naming_scores
+    from recap_hf.scoring.compare import bootstrap_intervals
+
+    report = {}
+    for system, texts in captions.items():
+        scores = naming_scores(texts, truths, rules)
+        intervals = bootstrap_intervals(scores)
+        report[system] = {name: [score.corpus, *intervals[name]] for name, score in scores.items()}
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The figures as a table in Markdown."""
+    from benchmarks.naming import FIGURES
+    from recap_hf.evaluation.text_tables import markdown_table
+
+    rows = [
+        [system, *(f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in (figures[n] for n in FIGURES))]
+        for system, figures in report.items()
+    ]
+    return markdown_table(["system", *FIGURES], rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

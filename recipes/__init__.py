@@ -1,0 +1,1 @@
+"""Recipes of models, in the repository and not installed."""

@@ -1,0 +1,101 @@
+"""The benchmarks of captioning and of named events run, and their figures are right by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import soundfile
+
+from benchmarks import captioning, named_events
+from benchmarks.naming import NamingRules, naming_scores
+from benchmarks.sound_events import mixture_hash, mixture_list, mixtures
+from recap_hf.modeling.retrieval_recap import CaptionDatastore
+from recap_hf.scoring.compare import bootstrap_intervals
+
+CAPTIONS = [
+    "rain falling on a roof",
+    "a dog barks twice",
+    "waves on a beach",
+    "a clock ticking",
+    "a flute and a cello",
+]
+
+
+@pytest.fixture
+def model(tiny_model, tiny_processor, tmp_path):
+    tiny_processor.datastore = CaptionDatastore.from_captions(CAPTIONS, tiny_model, tiny_processor)
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_captioning_speed_is_of_equal_captions(model, capsys, tmp_path):
+    output = tmp_path / "speed.json"
+    options = ["--model", model, "--clips", "3", "--batch-sizes", "1", "2", "--new-tokens", "4", "--device", "cpu"]
+    assert captioning.main([*options, "--max-minutes", "0.01", "--output", str(output)]) == 0
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["batch"] for row in report["rows"]] == [1, 2]
+    assert all(row["identical"] == 1.0 and row["clips_per_s"] > 0 for row in report["rows"])
+    assert set(report["stages"][0]) > {"mel_ms", "encode_ms", "retrieve_ms", "prefill_ms", "decode_steps_ms"}
+    assert "identical captions" in capsys.readouterr().out
+
+
+def test_steady_speed(model, capsys):
+    options = ["steady", "--model", model, "--clips", "4", "--batch-sizes", "2", "--device", "cpu", "--format", "json"]
+    assert captioning.main(options) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][-1]["clips"] == 4
+
+
+def test_naming_figures_by_hand(shared_dir):
+    truths = [("rain",), ("dog_bark", "flute"), ("cello",)]
+    captions = ["Rain falling", "a dog barking and a cat meowing", "a violin"]
+    for rules in (NamingRules.ours(), NamingRules.read(shared_dir / "data" / "keywords.json")):
+        # Right: rain, dog. Wrong: cat, violin. Missed: flute, cello. Exact: the first.
+        scores = naming_scores(captions, truths, rules)
+        figures = {name: score.corpus for name, score in scores.items()}
+        assert figures == pytest.approx({"precision": 1 / 2, "recall": 1 / 2, "F1": 1 / 2, "exact": 1 / 3})
+        # Three clips drawn with replacement: all good or all bad has a probability of 1 in 27 each.
+        assert bootstrap_intervals(scores)["exact"] == (0.0, 1.0)
+    assert naming_scores(["", ""], [("rain",), ("rain",)], rules)["precision"].corpus == 0.0
+    with pytest.raises(ValueError, match="no rules for the events zebra"):
+        naming_scores(["a zebra"], [("zebra",)], rules)
+
+
+def test_rules_of_another_form_are_refused(tmp_path):
+    (tmp_path / "rules.json").write_text('{"events": {"rain": "("}, "foreign": ""}', encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape("holds no naming rules: expected")):
+        NamingRules.read(tmp_path / "rules.json")
+
+
+def test_mixtures_are_fixed(shared_dir):
+    sounds = shared_dir / "data" / "sound_events"
+    entries = mixture_list(sounds, 5)
+    assert mixture_hash(entries) == "591a7eec8d618755" and len(entries) == 300
+    assert all(entry["events"][0] != entry["events"][1] for entry in entries)
+    overlap, sequence = mixtures(sounds, [entries[0], entries[-1]])
+    assert sequence.sequence and not overlap.sequence
+    assert np.abs(overlap.waveform).max() <= 1 and len(sequence.waveform) >= 6 * 48_000
+
+
+def test_named_events(model, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    rows = ["file_name,event,fold,source"]
+    for event in ("rain", "dog_bark"):
+        soundfile.write(tmp_path / f"{event}.wav", 0.1 * rng.standard_normal(48_000), 48_000)
+        rows.append(f"{event}.wav,{event},5,made")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows), encoding="utf-8")
+    output, options = tmp_path / "figures.json", ["--max-new-tokens", "4", "--device", "cpu", "--mixtures", "2"]
+    options += ["--sounds", str(tmp_path), "--model", model, "--output", str(output)]
+    assert named_events.main(options) == 0
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert set(report) == {"single sounds", "mixtures"}
+    for part in report.values():
+        clips = part.pop("clips")
+        assert set(part) == set(named_events.SYSTEMS)
+        assert all(clip["first retrieved caption"] in CAPTIONS for clip in clips)
+        for figures in part.values():
+            assert all(0 <= low <= value <= high <= 1 for value, low, high in figures.values())
+    assert "| no audio " in capsys.readouterr().out

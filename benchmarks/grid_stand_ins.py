@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 import yaml
 
-from benchmarks.sounds import load_mono, read_metadata
+from benchmarks.sound_events import load_mono, read_metadata
 from recipes.recap_tiny.grammar import Part, Scene, render
 
 DOMAINS = {

@@ -90,7 +90,7 @@ def caption_items(captioner: Any, waveforms: Sequence[np.ndarray], batch_size: i
 def evaluate(captions: dict[str, list[str]], truths: Sequence[Sequence[str]], rules: Any) -> dict[str, Any]:
     """Of each system each figure with its interval: `[value, low, high]`."""
     from benchmarks.naming import naming_scores
-    from recap_hf.scoring.compare import bootstrap_intervals
+    from recap_hf.scoring.bootstrap import bootstrap_intervals
 
     report = {}
     for system, texts in captions.items():
@@ -103,7 +103,7 @@ def evaluate(captions: dict[str, list[str]], truths: Sequence[Sequence[str]], ru
 def table(report: dict[str, Any]) -> str:
     """The figures as a table in Markdown."""
     from benchmarks.naming import FIGURES
-    from recap_hf.evaluation.text_tables import markdown_table
+    from recap_hf.evaluation.tables import markdown_table
 
     rows = [
         [system, *(f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in (figures[n] for n in FIGURES))]

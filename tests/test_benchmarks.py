@@ -13,7 +13,7 @@ from benchmarks import captioning, named_events
 from benchmarks.naming import NamingRules, naming_scores
 from benchmarks.sound_events import mixture_hash, mixture_list, mixtures
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
-from recap_hf.scoring.compare import bootstrap_intervals
+from recap_hf.scoring.bootstrap import bootstrap_intervals
 
 CAPTIONS = [
     "rain falling on a roof",

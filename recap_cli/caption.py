@@ -5,13 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import json
+import io
 import sys
 from collections.abc import Iterator
-from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
+from recap_cli.files import (
+    check_output,
+    encodable,
+    json_text,
+    open_output,
+    printable,
+    spreadsheet_cell,
+    standard_input,
+)
 from recap_cli.numbers import positive
 from recap_cli.options import add_captioner_arguments, add_engine_arguments, check_caption_options, load_captioner
 
@@ -46,33 +54,43 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("--timeline is a command of its own: recap timeline RECORDING")
         check_caption_options(args)
         names, form = expand_inputs(args.inputs), _format(args)
-        _check_output(args.output, names)
+        check_output(args.output, names)
     except ValueError as error:
-        print(f"recap caption: error: {error}", file=sys.stderr)
+        print(f"recap caption: error: {printable(str(error))}", file=sys.stderr)
         return 2
-    entries = _captioned(args, names)
     failed = 0
-    # What keeps a run from beginning is known with the first recording: only then is an older output replaced.
-    first = list(islice(entries, 1))
-    with _output(args.output) as file, _progress(len(names)) as progress:
-        writer = _WRITERS[form](file)
-        for name, result in chain(first, entries):
-            if isinstance(result, Exception):
-                failed += 1
-                reason = reason_of(name, result)
-                progress.write(f"recap caption: {name}: {reason}")
-                writer.write({"file": name, "error": reason})
-            else:
-                writer.write({"file": name, **result.to_dict()})
-            progress.update(1)
-        writer.close()
+    with open_output(args.output) as file, _progress(len(names)) as progress:
+        writer = None
+        try:
+            for name, result in _captioned(args, names):
+                writer = writer or _WRITERS[form](file)
+                if isinstance(result, Exception):
+                    failed += 1
+                    reason = reason_of(name, result)
+                    progress.write(f"recap caption: {printable(f'{name}: {reason}')}")
+                    writer.write({"file": name, "error": reason})
+                else:
+                    writer.write({"file": name, **result.to_dict()})
+                progress.update(1)
+        except KeyboardInterrupt:
+            # The results so far are a valid file.
+            (writer or _WRITERS[form](file)).close()
+            raise
+        if writer is not None:
+            writer.close()
     if failed:
         print(f"recap caption: {failed} of {len(names)} recordings could not be captioned.", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _format(args: argparse.Namespace) -> str:
-    inferred = next((form for suffix, form in _SUFFIXES.items() if (args.output or "").lower().endswith(suffix)), None)
+    suffix = Path(args.output or "").suffix.lower()
+    inferred = _SUFFIXES.get(suffix)
+    if args.format is None and suffix and inferred is None:
+        hint = (
+            "recap timeline writes subtitles" if suffix in (".srt", ".vtt") else f"give --format {'|'.join(FORMATS)}"
+        )
+        raise ValueError(f"--output {args.output}: no format has the suffix {suffix}: {hint}")
     if args.format is not None and inferred not in (None, args.format, "text"):
         raise ValueError(
             f"--output {args.output} and --format {args.format} contradict each other: change one of them"
@@ -80,34 +98,17 @@ def _format(args: argparse.Namespace) -> str:
     return args.format or inferred or "text"
 
 
-def _check_output(output: str | None, names: list[str]) -> None:
-    if output is None:
-        return
-    target = Path(output).resolve()
-    if any(Path(name).resolve() == target for name in names if name != "-" and "://" not in name):
-        raise ValueError(f"--output {output} is one of the recordings: it would be overwritten")
-
-
 def _captioned(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, Any]]:
-    """Each name with its CaptionResult, or the exception that reading it raised."""
+    """Each name with its `CaptionResult`, or the exception that reading it raised."""
     if args.engine == "ray":
         from recap_hf.ray_engine import caption_files_with_ray
 
         yield from caption_files_with_ray(args, names, lambda message: print(message, file=sys.stderr))
         return
     captioner = load_captioner(args)
-    sources = (sys.stdin.buffer.read() if name == "-" else name for name in names)
+    sources = (standard_input().read() if name == "-" else name for name in names)
     results = captioner.caption_stream(sources, args.batch_size)
     yield from ((name, result) for name, (_, result) in zip(names, results, strict=True))
-
-
-@contextlib.contextmanager
-def _output(path: str | None) -> Iterator[IO[str]]:
-    if path is None:
-        yield sys.stdout
-        return
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        yield file
 
 
 @contextlib.contextmanager
@@ -121,7 +122,7 @@ def _progress(total: int) -> Iterator[Any]:
 
 
 class _TextWriter:
-    """A caption a file, and under it the captions of its prompt."""
+    """A caption for each recording, and below it the captions of its prompt."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file = file
@@ -131,33 +132,33 @@ class _TextWriter:
             return
         lines = [f"{row['file']}: {row['caption']}"]
         lines += [f"    {hit['score']:.2f}  {' '.join(hit['caption'].split())}" for hit in row["retrieved"]]
-        self._print("\n".join(lines) + "\n")
+        self._print("".join(f"{printable(line)}\n" for line in lines))
 
     def _print(self, text: str) -> None:
-        # At once: whoever reads along, or interrupts, has what is done.
-        self.file.write(text)
+        # Flushed: a reader, or an interruption, has what is done.
+        self.file.write(encodable(text, self.file))
         self.file.flush()
 
     def close(self) -> None:
-        """Nothing stands open."""
+        """Nothing is left to write."""
 
 
 class _JsonlWriter(_TextWriter):
-    """An object a line, failures included."""
+    """An object in each line, errors included."""
 
     def write(self, row: dict[str, Any]) -> None:
-        self._print(json.dumps(row, ensure_ascii=False) + "\n")
+        self._print(json_text(row, self.file) + "\n")
 
 
 class _JsonWriter(_TextWriter):
-    """One list of objects, written as they come."""
+    """One list of objects."""
 
     def __init__(self, file: IO[str]) -> None:
         super().__init__(file)
         self.separator = "[\n"
 
     def write(self, row: dict[str, Any]) -> None:
-        self._print(self.separator + json.dumps(row, ensure_ascii=False))
+        self._print(self.separator + json_text(row, self.file))
         self.separator = ",\n"
 
     def close(self) -> None:
@@ -165,17 +166,24 @@ class _JsonWriter(_TextWriter):
 
 
 class _CsvWriter(_TextWriter):
-    """A row a file; the retrieved captions as JSON in their cell."""
+    """A row for each recording, with the retrieved captions as JSON in a cell."""
 
     def __init__(self, file: IO[str]) -> None:
         super().__init__(file)
-        self.rows = csv.DictWriter(file, _CSV_COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
-        self.rows.writeheader()
+        self._row(dict(zip(_CSV_COLUMNS, _CSV_COLUMNS, strict=True)))
 
     def write(self, row: dict[str, Any]) -> None:
-        retrieved = {} if "error" in row else {"retrieved": json.dumps(row["retrieved"], ensure_ascii=False)}
-        self.rows.writerow({**row, **retrieved})
-        self.file.flush()
+        cells = {name: row.get(name, "") for name in _CSV_COLUMNS}
+        for name in ("file", "caption", "error"):
+            cells[name] = spreadsheet_cell(printable(cells[name]))
+        if "retrieved" in row:
+            cells["retrieved"] = json_text(row["retrieved"], self.file)
+        self._row(cells)
+
+    def _row(self, cells: dict[str, Any]) -> None:
+        line = io.StringIO()
+        csv.DictWriter(line, _CSV_COLUMNS, lineterminator="\n").writerow(cells)
+        self._print(line.getvalue())
 
 
 _WRITERS = {"text": _TextWriter, "json": _JsonWriter, "jsonl": _JsonlWriter, "csv": _CsvWriter}

@@ -1,10 +1,12 @@
-"""How a command ends: its exit status, and errors told in a line instead of a traceback."""
+"""Exit statuses of commands, and errors as messages instead of tracebacks."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
+
+from recap_cli.files import printable
 
 __all__ = ["EXIT_FAILURE", "EXIT_OK", "EXIT_USAGE", "exit_status"]
 
@@ -15,21 +17,23 @@ _EXIT_INTERRUPTED = 130
 
 
 def exit_status(name: str, run: Callable[[], int | None]) -> int:
-    """Run a command; what went wrong is told on the standard error.
+    """Runs a command. An error is one message on standard error and not a traceback.
 
     Args:
-        name: what the user called, as in `recap caption` or `python -m recap_hf.reranking`.
-        run: the command; None stands for 0.
+        name: what the user called, such as `recap caption`.
+        run: the command; `None` stands for 0.
     """
     try:
         return run() or EXIT_OK
     except BrokenPipeError:
-        # The reader (`head`, say) has gone: not an error, and Python must not complain when it flushes at exit.
+        # The reader, such as `head`, has ended: not an error. Python's own flush at exit must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        # Messages of several lines keep them; file names in them cannot move the cursor or change colours.
+        message = "\n".join(map(printable, str(error).splitlines()))
+        print(f"{name}: error: {message}", file=sys.stderr)
         return EXIT_FAILURE

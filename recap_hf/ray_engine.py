@@ -1,14 +1,15 @@
 """Work in parts on the processes of Ray, on one machine or a cluster: `recap caption --engine ray`,
 `recap datastore build --engine ray`.
 
-Every part is done by one process and leaves its whole result or none: doing it twice changes nothing. When a process
-dies, Ray starts another, which does its part again; when the run itself is cut off, the next one does what is left. On
-several machines the folder of the work must be one that all of them see.
+A part may be done twice: its whole result is there, or none of it. When a process dies, Ray starts another, which does
+its part again. When the run is interrupted, the next run does the parts that are left. On several machines the work
+folder must be on a file system that all of them share.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from recap_hf.recordings import reason_of
 
 LOG_NAME = "workers.log"
 _PLAN_NAME = "plan.json"
+_NOT_SET = "the default"
 Note = Callable[[str], None]
 
 
@@ -37,41 +39,46 @@ def run_parts(
     address: str | None = None,
     note: Note = lambda message: None,
 ) -> Iterator[int]:
-    """Does every part in one of Ray's processes and yields its number when it is done, in any order.
+    """Does every part in a process of Ray and yields its index when it is done, in any order.
 
     Args:
-        make_worker: makes, once in each process, what does a part; must be picklable.
-        parts: what it is called with.
-        work: folder for the log of the processes: a line with time, host, process and part whenever one is begun.
-        num_workers: processes.
-        address: of a Ray cluster, "auto" for the one that this machine belongs to; by default Ray starts here.
-        note: is told of parts that were done again because a process was lost.
+        make_worker: called once in each process; returns the function that does a part. Must be picklable.
+        parts: arguments of that function.
+        work: folder of the log: time, host, process and part, one line when a part begins.
+        num_workers: number of processes. Those on this machine share its cores.
+        address: of a Ray cluster; "auto" is the cluster of this machine, and by default Ray starts here.
+        note: receives a message about parts that were begun again because a process died.
 
     Raises:
         ImportError: without Ray.
     """
-    ray = _ray()
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError("The engine 'ray' needs Ray: pip install recap-hf[ray]") from error
     work.mkdir(parents=True, exist_ok=True)
     log = (work / LOG_NAME).resolve()
     log.unlink(missing_ok=True)
     started = not ray.is_initialized()
     if started:
-        own = {"include_dashboard": False} if address is None else {}
-        # A worker each, whatever the machine has: on a small one they share its cores.
-        own |= {"num_cpus": num_workers} if address is None else {}
-        ray.init(address=address, logging_level="warning", **own)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+        # Here, one process of Ray for each worker, also on a machine with fewer cores.
+        here = {"include_dashboard": False, "num_cpus": num_workers} if address is None else {}
+        with _no_usage_report():
+            ray.init(address=address, logging_level="warning", **here)
+    threads = max(1, (os.cpu_count() or 1) // num_workers)
     try:
         numbers = ray.data.from_items([{"part": n} for n in range(len(parts))], override_num_blocks=len(parts))
         done = numbers.map_batches(
             _Worker,
-            fn_constructor_args=(make_worker, list(parts), str(log), num_workers),
+            fn_constructor_args=(make_worker, list(parts), str(log)),
             batch_size=1,
             num_cpus=1,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
             compute=ray.data.ActorPoolStrategy(size=min(num_workers, max(len(parts), 1))),
         )
+        # Of this data set alone: other code of the process may use Ray, too.
+        done.context.enable_progress_bars = done.context.print_on_execution_start = False
         for row in done.iter_rows():
             yield int(row["part"])
     finally:
@@ -79,163 +86,153 @@ def run_parts(
             ray.shutdown()
     for part, tries in sorted(begun(log).items()):
         if tries > 1:
-            note(f"Part {part} was begun {tries} times: a process was lost on the way (see {log})")
+            note(f"Part {part} was begun {tries} times, because a process died (see {log})")
 
 
-def _ray() -> Any:
-    # Nothing is reported to its makers.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # On a busy machine its server takes longer to start than it waits by default.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+@contextlib.contextmanager
+def _no_usage_report() -> Iterator[None]:
+    """Ray's processes, which inherit the environment, send no usage statistics. Ray has no argument for that."""
+    name = "RAY_USAGE_STATS_ENABLED"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "0"
     try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ImportError("The engine 'ray' needs Ray: pip install recap-hf[ray]") from error
-    return ray
+        yield
+    finally:
+        del os.environ[name]
 
 
 def begun(log: Path) -> Counter[int]:
-    """How often each part was begun."""
+    """The number of times that each part was begun."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
     return Counter(int(line.split("\t")[3]) for line in lines)
 
 
 class _Worker:
-    """One of Ray's processes."""
+    """A process of Ray."""
 
-    def __init__(self, make_worker: Callable[[], Any], parts: list[Any], log: str, num_workers: int) -> None:
-        import torch
-
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_workers))
-        self.parts = parts
-        self.log = log
+    def __init__(self, make_worker: Callable[[], Any], parts: list[Any], log: str) -> None:
+        self.parts, self.log = parts, log
         self.work = make_worker()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         for part in batch["part"]:
-            line = f"{time.strftime('%H:%M:%S')}\t{socket.gethostname()}\t{os.getpid()}\t{part}\n"
             # Appended in one write: the lines of several processes do not mix.
             with open(self.log, "a", encoding="utf-8") as file:
-                file.write(line)
+                file.write(f"{time.strftime('%H:%M:%S')}\t{socket.gethostname()}\t{os.getpid()}\t{part}\n")
             self.work(self.parts[part])
         return batch
 
 
-# ---------------------------------------------------------------- captioning
-
-
-class CaptionWorker:
-    """Makes what captions the recordings of a part into a file of its own.
-
-    Args:
-        options: of `recap caption`.
-        work: folder of the files.
-    """
-
-    def __init__(self, options: argparse.Namespace, work: Path) -> None:
-        self.options = options
-        self.work = work
-
-    def __call__(self) -> Callable[[tuple[int, list[str]]], None]:
-        from recap_cli.options import load_captioner
-
-        captioner = load_captioner(self.options)
-
-        def caption(part: tuple[int, list[str]]) -> None:
-            number, names = part
-            target = part_path(self.work, number)
-            temporary = target.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-            with open(temporary, "w", encoding="utf-8") as file:
-                for name, result in captioner.caption_stream(names, self.options.batch_size):
-                    failed = isinstance(result, Exception)
-                    row = {"error": reason_of(name, result)} if failed else result.to_dict()
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            os.replace(temporary, target)
-
-        return caption
-
-
-def part_path(work: Path, number: int) -> Path:
-    """The file of a part's captions."""
-    return work / f"part-{number:06d}.jsonl"
-
-
 def caption_files_with_ray(
-    options: argparse.Namespace, names: Sequence[str], note: Note
+    args: argparse.Namespace, names: Sequence[str], note: Note
 ) -> Iterator[tuple[str, CaptionResult | Exception]]:
     """Captions recordings in order, as `Captioner.caption_stream` does.
 
     Args:
-        options: of `recap caption`: those of the captioner, `batch_size`, `num_workers`, `ray_address`, `work_dir`
-            (by default beside `output`) and `part_size`, recordings a part.
+        args: of `recap caption`: those of the captioner, `batch_size`, `num_workers`, `ray_address`, `work_dir`
+            (default: beside `output`) and `part_size`, the number of recordings in a part.
         names: paths and URLs.
-        note: is told what happens.
+        note: receives messages about the progress.
 
     Raises:
-        ValueError: for standard input, which other processes cannot read, or without a folder for the work.
+        ValueError: for standard input, which other processes cannot read, or without a work folder.
     """
     if "-" in names:
-        raise ValueError("standard input cannot be read by other processes: give files, or leave --engine ray out")
-    if not (options.work_dir or options.output):
-        raise ValueError("--engine ray needs --output FILE, or --work-dir DIR for what is done so far")
-    work = Path(options.work_dir or f"{options.output}.parts").resolve()
-    # Recordings stand together as they would without Ray.
-    together = recordings_together(options.batch_size)
-    size = -(-options.part_size // together) * together
+        raise ValueError("--engine ray cannot read standard input in its processes: give files, or leave it out")
+    if not (args.work_dir or args.output):
+        raise ValueError("--engine ray needs --output FILE, or --work-dir DIR for the finished parts")
+    work = Path(args.work_dir or f"{args.output}.parts").resolve()
+    # The recordings of an encoder batch are the same as without Ray.
+    together = recordings_together(args.batch_size)
+    size = -(-args.part_size // together) * together
     parts = [(start // size, list(names[start : start + size])) for start in range(0, len(names), size)]
-    take_up(work, _caption_key(options, names, size), note)
-    left = [part for part in parts if not part_path(work, part[0]).is_file()]
+    resume(work, _settings(args, names, size), note)
+    left = [part for part in parts if not _part_path(work, part[0]).is_file()]
     if len(left) < len(parts):
-        note(f"Taking up a run that was cut off: {len(parts) - len(left)} of {len(parts)} parts are there")
+        note(f"Resuming an interrupted run: {len(parts) - len(left)} of {len(parts)} parts are done")
     if left:
-        # Relative names are those of this process.
+        # Ray's processes have another working directory.
         left = [(number, [_absolute(name) for name in part]) for number, part in left]
-        make = CaptionWorker(options, work)
-        for done, _ in enumerate(run_parts(make, left, work, options.num_workers, options.ray_address, note), 1):
+        make = _CaptionWorker(args, work)
+        for done, _ in enumerate(run_parts(make, left, work, args.num_workers, args.ray_address, note), 1):
             note(f"Captioned {len(parts) - len(left) + done} of {len(parts)} parts")
     for number, part in parts:
-        with open(part_path(work, number), encoding="utf-8") as file:
+        with open(_part_path(work, number), encoding="utf-8") as file:
             for name, line in zip(part, file, strict=True):
                 row = json.loads(line)
                 yield name, ValueError(row["error"]) if "error" in row else CaptionResult(**row)
     shutil.rmtree(work)
 
 
+class _CaptionWorker:
+    """Makes the function that writes the captions of a part to a file."""
+
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.args, self.work = args, work
+
+    def __call__(self) -> Callable[[tuple[int, list[str]]], None]:
+        from recap_cli.options import load_captioner
+
+        captioner = load_captioner(self.args)
+
+        def caption(part: tuple[int, list[str]]) -> None:
+            target = _part_path(self.work, part[0])
+            temporary = target.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
+            with open(temporary, "w", encoding="utf-8") as file:
+                for name, result in captioner.caption_stream(part[1], self.args.batch_size):
+                    failed = isinstance(result, Exception)
+                    file.write(json.dumps({"error": reason_of(name, result)} if failed else result.to_dict()) + "\n")
+            os.replace(temporary, target)
+
+        return caption
+
+
+def _part_path(work: Path, number: int) -> Path:
+    return work / f"part-{number:06d}.jsonl"
+
+
 def _absolute(name: str) -> str:
     return name if "://" in name else str(Path(name).absolute())
 
 
-# What the captions depend on.
-_CAPTION_SETTINGS = ("model", "datastore", *CaptionOptions.names(), "batch_size", "dtype")
+def _settings(args: argparse.Namespace, names: Sequence[str], size: int) -> dict[str, Any]:
+    """Everything that the captions of a run depend on."""
+    files = [(name, os.path.getsize(name), os.path.getmtime(name)) if os.path.isfile(name) else name for name in names]
+    recordings = f"{len(names)} ({hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]})"
+    named = {name: getattr(args, name) for name in ("model", "datastore", "dtype", "batch_size")}
+    return {**named, "part_size": size, "recordings": recordings, **CaptionOptions.from_args(args).to_dict()}
 
 
-def _caption_key(options: argparse.Namespace, names: Sequence[str], size: int) -> str:
-    state = [(name, *_state(name)) for name in names]
-    settings = json.dumps([{key: getattr(options, key, None) for key in _CAPTION_SETTINGS}, size, state], default=str)
-    return hashlib.sha256(settings.encode()).hexdigest()
+def resume(work: Path, settings: dict[str, Any], note: Note) -> None:
+    """Prepares the work folder: the parts of a run with the same settings stay, those of another run are deleted.
 
+    Args:
+        work: the folder.
+        settings: what the results depend on, by name.
+        note: receives the names and values of the settings that differ.
 
-def _state(name: str) -> tuple[int, int]:
-    try:
-        found = os.stat(name)
-    except OSError:
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
-
-
-def take_up(work: Path, key: str, note: Note) -> None:
-    """Makes the folder of the work; what another command left in it is deleted."""
+    Raises:
+        ValueError: for a folder with other files than those of an earlier run.
+    """
     plan = work / _PLAN_NAME
-    if plan.is_file() and json.loads(plan.read_text(encoding="utf-8"))["key"] == key:
-        return
-    if work.is_dir() and any(work.iterdir()):
-        if not plan.is_file():
-            raise ValueError(f"{work} is not empty and not of an earlier run: give another --work-dir")
-        note(f"{work} is of another command, and begun anew")
+    if plan.is_file():
+        earlier = json.loads(plan.read_text(encoding="utf-8")).get("settings", {})
+        names = [name for name in {**settings, **earlier} if settings.get(name) != earlier.get(name)]
+        if not names:
+            return
+        changes = (f"{name} was {_shown(earlier.get(name))}, is {_shown(settings.get(name))}" for name in names)
+        note(f"Starting over: {work} holds a run with other settings ({'; '.join(changes)})")
         shutil.rmtree(work)
+    elif work.is_dir() and any(work.iterdir()):
+        raise ValueError(f"{work} is not empty and not of an earlier run: give another --work-dir")
     work.mkdir(parents=True, exist_ok=True)
-    plan.write_text(json.dumps({"key": key}), encoding="utf-8")
+    plan.write_text(json.dumps({"settings": settings}), encoding="utf-8")
 
 
-__all__ = ["LOG_NAME", "begun", "caption_files_with_ray", "run_parts", "take_up"]
+def _shown(value: Any) -> str:
+    return _NOT_SET if value is None else str(value)
+
+
+__all__ = ["LOG_NAME", "begun", "caption_files_with_ray", "resume", "run_parts"]

@@ -1,4 +1,4 @@
-"""From names on a command line to recordings."""
+"""The recordings that the names on a command line stand for."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def expand_inputs(names: Sequence[str]) -> list[str]:
     """The recordings that the names on a command line stand for.
 
     Args:
-        names (`Sequence[str]`): files, folders (all entries with an audio suffix in them and below, sorted), glob
-            patterns, URLs, and `-` for standard input.
+        names (`Sequence[str]`): files, folders (all entries with an audio suffix in them and below, sorted, without
+            `._` files of macOS, pipes and devices), glob patterns, URLs, and `-` for standard input.
 
     Raises:
         `ValueError`: if a folder has no recordings, a pattern matches nothing, or a name is empty.
@@ -33,8 +33,7 @@ def expand_inputs(names: Sequence[str]) -> list[str]:
         if name == STANDARD_INPUT or "://" in name or path.is_file():
             files.append(name)
         elif path.is_dir() and path.suffix.lower() not in AUDIO_SUFFIXES:
-            # A folder named like a recording is listed too, so that its name is reported and not left out.
-            found = sorted(str(entry) for entry in path.rglob("*") if entry.suffix.lower() in AUDIO_SUFFIXES)
+            found = sorted(str(entry) for entry in path.rglob("*") if _may_be_recording(entry))
             if not found:
                 raise ValueError(
                     f"{name}: no recordings in this folder (looked for {', '.join(sorted(AUDIO_SUFFIXES))})"
@@ -48,6 +47,13 @@ def expand_inputs(names: Sequence[str]) -> list[str]:
         else:
             files.append(name)
     return files
+
+
+def _may_be_recording(path: Path) -> bool:
+    if path.suffix.lower() not in AUDIO_SUFFIXES or path.name.startswith("._"):
+        return False
+    # Folders named like a recording and broken links are listed: their names are reported with an error.
+    return path.is_file() or path.is_dir() or path.is_symlink()
 
 
 def reason_of(name: str, error: Exception) -> str:

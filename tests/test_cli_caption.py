@@ -112,8 +112,11 @@ def test_another_datastore(capsys, recordings, model_folder, tmp_path):
         (["a.wav", "--timeline"], 2, "recap timeline RECORDING"),
         (["a.wav", "--candidates", "4", "--rerank", "none"], 2, "options of reranking"),
         ([""], 2, "an empty name"),
-        (["a.wav", "--output", "a.wav"], 2, "it would be overwritten"),
+        ([__file__, "--output", __file__, "--format", "text"], 2, "it would be overwritten"),
         (["a.wav", "--output", "a.csv", "--format", "jsonl"], 2, "contradict each other"),
+        (["a.wav", "--output", "a.docx"], 2, "no format has the suffix .docx"),
+        (["a.wav", "--output", "a.srt"], 2, "recap timeline writes subtitles"),
+        (["a.wav", "--output", "/no/folder/a.csv"], 2, "there is no folder /no/folder"),
         (["a.wav", "--format", "xml"], 2, "invalid choice: 'xml'"),
         (["a.wav", "--model", "/no/such/folder"], 1, "/no/such/folder"),
     ],
@@ -146,3 +149,80 @@ def test_expansion(recordings):
     (recordings / "empty").mkdir()
     with pytest.raises(ValueError, match="no recordings in this folder"):
         expand_inputs([str(recordings / "empty")])
+
+
+def test_an_interrupted_run_leaves_the_older_output_and_valid_json(capsys, recordings, model_folder, monkeypatch):
+    from recap_hf.modeling.captioning_recap import Captioner
+
+    complete = Captioner.caption_stream
+
+    def interrupted(self, sources, batch_size):
+        yield next(iter(complete(self, sources, batch_size)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Captioner, "caption_stream", interrupted)
+    arguments = [recordings, "--model", model_folder, "--max-new-tokens", 3]
+    status, out, _ = run(capsys, *arguments, "--format", "json")
+    assert status == 130
+    assert [os.path.basename(row["file"]) for row in json.loads(out)] == ["b.wav"]
+    output = recordings / "captions.json"
+    output.write_text("older")
+    status, _, err = run(capsys, *arguments, "--output", output)
+    assert status == 130
+    assert output.read_text() == "older"
+    partial = recordings / "captions.json.partial"
+    assert str(partial) in err
+    assert len(json.loads(partial.read_text())) == 1
+    monkeypatch.undo()
+    assert run(capsys, *arguments, "--output", output)[0] == 0
+    assert len(json.loads(output.read_text())) == 3
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("form", ["text", "json", "jsonl", "csv"])
+def test_odd_names_are_captioned_and_do_not_reach_the_terminal(
+    capsys, recordings, model_folder, form, tmp_path, monkeypatch
+):
+    names = [b"a\xe9.wav", b"b\x1b[2J\x9b.wav", b"=cmd|' !A0.wav"]
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in names:
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            file.write(encode("wav"))
+    (folder / "c.wav").write_bytes(b"no recording")
+    monkeypatch.chdir(folder)
+    inputs = [os.fsdecode(name) for name in names]
+    status, out, err = run(capsys, *inputs, "c.wav", "--model", model_folder, "--max-new-tokens", 3, "--format", form)
+    assert status == 1
+    assert not [char for char in out + err if char != "\n" and (ord(char) < 32 or 0x7F <= ord(char) < 0xA0)]
+    assert "c.wav" in err
+    if form == "text":
+        assert "a\\xe9.wav: " in out
+    elif form == "csv":
+        files = [row["file"] for row in csv.DictReader(io.StringIO(out))]
+        assert files == ["a\\xe9.wav", "b\\x1b[2J\\x9b.wav", "'=cmd|' !A0.wav", "c.wav"]
+    else:
+        rows = json.loads(out) if form == "json" else [json.loads(line) for line in out.splitlines()]
+        assert [os.fsencode(row["file"]) for row in rows] == [*names, b"c.wav"]
+
+
+def test_a_narrow_encoding_stops_nothing(recordings, model_folder, tmp_path, monkeypatch):
+    (tmp_path / "zh.txt").write_text("海浪 🌊\n", encoding="utf-8")
+    for form in ("text", "csv", "jsonl"):
+        buffer = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii", write_through=True))
+        arguments = ["caption", recordings / "b.wav", "--model", model_folder, "--datastore", tmp_path / "zh.txt"]
+        assert main([*map(str, arguments), "--max-new-tokens", "3", "--format", form]) == 0
+        out = buffer.getvalue().decode("ascii")
+        if form == "jsonl":
+            assert json.loads(out)["retrieved"][0]["caption"] == "海浪 🌊"
+        else:
+            assert "\\u6d77\\u6d6a" in out
+
+
+def test_folders_leave_out_what_is_no_recording(recordings):
+    os.mkfifo(recordings / "pipe.wav")
+    (recordings / "._b.wav").write_bytes(b"of macOS")
+    (recordings / "gone.wav").symlink_to("nowhere")
+    names = [os.path.basename(name) for name in expand_inputs([str(recordings)])]
+    assert names == ["b.wav", "c.flac", "gone.wav", "silent.wav"]

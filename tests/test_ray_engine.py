@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from recap_cli import main
-from recap_hf.ray_engine import LOG_NAME, begun, take_up
+from recap_hf.ray_engine import LOG_NAME, begun, resume, run_parts
 
 pytest.importorskip("ray", reason="needs recap-hf[ray]")
 
@@ -96,7 +96,7 @@ def test_a_run_that_was_cut_off_does_what_is_left(recordings, tmp_path):
     assert done >= 2
     again = start(arguments, log)
     assert again.wait(timeout=500) == 1
-    assert "cut off" in log.read_text()
+    assert "Resuming an interrupted run" in log.read_text()
     assert len(output.read_text().splitlines()) == 24
 
 
@@ -122,20 +122,48 @@ def test_a_datastore_is_built_the_same(tmp_path):
     np.testing.assert_allclose(ray.embeddings, plain.embeddings, atol=1e-5)
 
 
-def test_the_folder_of_another_command_is_begun_anew(tmp_path):
+def test_a_run_with_other_settings_names_them_and_starts_over(tmp_path):
     work, notes = tmp_path / "work", []
-    take_up(work, "one", notes.append)
+    settings = {"model": None, "batch_size": 8, "k": 4}
+    resume(work, settings, notes.append)
     (work / "part-000000.jsonl").write_text("{}")
-    take_up(work, "one", notes.append)
+    resume(work, dict(settings), notes.append)
     assert (work / "part-000000.jsonl").is_file()
     assert not notes
-    take_up(work, "two", notes.append)
+    resume(work, {"model": None, "batch_size": 8, "num_beams": 3}, notes.append)
     assert not (work / "part-000000.jsonl").exists()
-    assert "begun anew" in notes[0]
+    assert "num_beams was the default, is 3; k was 4, is the default" in notes[0]
+    assert "batch_size" not in notes[0]
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
-        take_up(tmp_path / "letters", "one", notes.append)
+        resume(tmp_path / "letters", settings, notes.append)
+    assert (tmp_path / "letters" / "dear.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_ray_leaves_the_environment_and_shares_the_cores(tmp_path):
+    before = dict(os.environ)
+    assert sorted(run_parts(ThreadCounter(tmp_path), ["a", "b"], tmp_path / "work")) == [0, 1]
+    assert dict(os.environ) == before
+    share = max(1, os.cpu_count() // 2)
+    assert {(tmp_path / name).read_text() for name in "ab"} == {f"{share} 0"}
+
+
+class ThreadCounter:
+    """Writes the number of threads of torch in a process, and whether Ray reports its use."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self):
+        import torch
+
+        def work(name):
+            usage = os.environ.get("RAY_USAGE_STATS_ENABLED")
+            (self.folder / name).write_text(f"{torch.get_num_threads()} {usage}")
+
+        return work
 
 
 def test_parts_are_counted_by_the_log(tmp_path):

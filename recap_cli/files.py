@@ -1,0 +1,102 @@
+"""Input and output of commands: standard streams, result files, text for terminals and spreadsheets.
+
+This module imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+# Control characters, which terminals obey, and the surrogates of bytes in a file name that are not UTF-8.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+def standard_input() -> IO[bytes]:
+    """Standard input in bytes. Raises `OSError` if it is closed."""
+    if sys.stdin is None:
+        raise OSError("standard input is closed: give a file instead of -")
+    return sys.stdin.buffer
+
+
+def check_output(output: str | os.PathLike | None, inputs: Sequence[str]) -> None:
+    """Raises `ValueError` if `output` is one of the input files or its folder does not exist."""
+    if output is None:
+        return
+    target = Path(output)
+    if not target.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {target.parent}: make it first")
+    if target.is_dir():
+        raise ValueError(f"--output {output} is a folder: give a file")
+    if target.exists() and any(os.path.exists(name) and os.path.samefile(name, target) for name in inputs):
+        raise ValueError(f"--output {output} is one of the inputs: it would be overwritten; give another file")
+
+
+@contextlib.contextmanager
+def open_output(path: str | os.PathLike | None) -> Iterator[IO[str]]:
+    """A text file for results, UTF-8; standard output if `path` is `None`.
+
+    The results are written to `PATH.partial`, which becomes `PATH` at the end. After an error an older file is as it
+    was. After Ctrl-C it is, too, and the results so far stay in `PATH.partial`.
+
+    Raises:
+        `OSError`: if standard output is closed, or the file cannot be written.
+    """
+    if path is None:
+        if sys.stdout is None:
+            raise OSError("standard output is closed: give --output FILE")
+        yield sys.stdout
+        return
+    # A link stays a link, and a device or a pipe is written to directly.
+    target = Path(path).resolve()
+    special = target.exists() and not target.is_file()
+    partial = target if special else target.with_name(f"{target.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="") as file:
+            yield file
+    except KeyboardInterrupt:
+        if not special:
+            print(f"The results so far are in {printable(str(partial))}", file=sys.stderr)
+        raise
+    except BaseException:
+        if not special:
+            partial.unlink(missing_ok=True)
+        raise
+    if not special:
+        os.replace(partial, target)
+
+
+def printable(text: str) -> str:
+    """`text` in one line without control characters: they are shown as escapes, such as `\\x1b`."""
+    return _UNPRINTABLE.sub(lambda match: _escape(ord(match[0])), text)
+
+
+def _escape(code: int) -> str:
+    # A surrogate from a file name stands for one byte.
+    code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def json_text(value: Any, file: IO[str]) -> str:
+    """JSON in one line, with `\\uXXXX` for control characters, surrogates, and all that is not ASCII where the encoding
+    of `file` is not UTF-8."""
+    text = json.dumps(value, ensure_ascii=(file.encoding or "utf-8").lower().replace("-", "") != "utf8")
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def encodable(text: str, file: IO[str]) -> str:
+    """`text` with escapes for the characters that the encoding of `file` lacks."""
+    encoding = file.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def spreadsheet_cell(text: str) -> str:
+    """A CSV cell that no spreadsheet runs as a formula: `'` stands before a leading `=`, `+`, `-` or `@`."""
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text

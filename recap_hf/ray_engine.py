@@ -18,6 +18,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,6 @@ from recap_hf.modeling.options_recap import CaptionOptions
 from recap_hf.recordings import reason_of
 
 LOG_NAME = "workers.log"
-_PLAN_NAME = "plan.json"
-_NOT_SET = "the default"
 Note = Callable[[str], None]
 
 
@@ -91,16 +90,14 @@ def run_parts(
 
 @contextlib.contextmanager
 def _no_usage_report() -> Iterator[None]:
-    """Ray's processes, which inherit the environment, send no usage statistics. Ray has no argument for that."""
-    name = "RAY_USAGE_STATS_ENABLED"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "0"
+    """Ray's processes inherit the environment and send no usage statistics: Ray has no argument for that."""
+    before = os.environ.get("RAY_USAGE_STATS_ENABLED")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = before or "0"
     try:
         yield
     finally:
-        del os.environ[name]
+        if before is None:
+            del os.environ["RAY_USAGE_STATS_ENABLED"]
 
 
 def begun(log: Path) -> Counter[int]:
@@ -128,13 +125,8 @@ class _Worker:
 def caption_files_with_ray(
     args: argparse.Namespace, names: Sequence[str], note: Note
 ) -> Iterator[tuple[str, CaptionResult | Exception]]:
-    """Captions recordings in order, as `Captioner.caption_stream` does.
-
-    Args:
-        args: of `recap caption`: those of the captioner, `batch_size`, `num_workers`, `ray_address`, `work_dir`
-            (default: beside `output`) and `part_size`, the number of recordings in a part.
-        names: paths and URLs.
-        note: receives messages about the progress.
+    """Captions paths and URLs in order, as `Captioner.caption_stream` does. `args` are those of `recap caption`, and
+    `note` receives messages about the progress.
 
     Raises:
         ValueError: for standard input, which other processes cannot read, or without a work folder.
@@ -154,8 +146,8 @@ def caption_files_with_ray(
         note(f"Resuming an interrupted run: {len(parts) - len(left)} of {len(parts)} parts are done")
     if left:
         # Ray's processes have another working directory.
-        left = [(number, [_absolute(name) for name in part]) for number, part in left]
-        make = _CaptionWorker(args, work)
+        left = [(n, [name if "://" in name else os.path.abspath(name) for name in part]) for n, part in left]
+        make = partial(_make_caption_worker, args, work)
         for done, _ in enumerate(run_parts(make, left, work, args.num_workers, args.ray_address, note), 1):
             note(f"Captioned {len(parts) - len(left) + done} of {len(parts)} parts")
     for number, part in parts:
@@ -166,73 +158,49 @@ def caption_files_with_ray(
     shutil.rmtree(work)
 
 
-class _CaptionWorker:
-    """Makes the function that writes the captions of a part to a file."""
+def _make_caption_worker(args: argparse.Namespace, work: Path) -> Callable[[tuple[int, list[str]]], None]:
+    from recap_cli.options import load_captioner
 
-    def __init__(self, args: argparse.Namespace, work: Path) -> None:
-        self.args, self.work = args, work
+    captioner = load_captioner(args)
 
-    def __call__(self) -> Callable[[tuple[int, list[str]]], None]:
-        from recap_cli.options import load_captioner
+    def caption(part: tuple[int, list[str]]) -> None:
+        target = _part_path(work, part[0])
+        temporary = target.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            for name, result in captioner.caption_stream(part[1], args.batch_size):
+                row = {"error": reason_of(name, result)} if isinstance(result, Exception) else result.to_dict()
+                file.write(json.dumps(row) + "\n")
+        os.replace(temporary, target)
 
-        captioner = load_captioner(self.args)
-
-        def caption(part: tuple[int, list[str]]) -> None:
-            target = _part_path(self.work, part[0])
-            temporary = target.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
-            with open(temporary, "w", encoding="utf-8") as file:
-                for name, result in captioner.caption_stream(part[1], self.args.batch_size):
-                    failed = isinstance(result, Exception)
-                    file.write(json.dumps({"error": reason_of(name, result)} if failed else result.to_dict()) + "\n")
-            os.replace(temporary, target)
-
-        return caption
+    return caption
 
 
 def _part_path(work: Path, number: int) -> Path:
     return work / f"part-{number:06d}.jsonl"
 
 
-def _absolute(name: str) -> str:
-    return name if "://" in name else str(Path(name).absolute())
-
-
 def _settings(args: argparse.Namespace, names: Sequence[str], size: int) -> dict[str, Any]:
     """Everything that the captions of a run depend on."""
     files = [(name, os.path.getsize(name), os.path.getmtime(name)) if os.path.isfile(name) else name for name in names]
     recordings = f"{len(names)} ({hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]})"
-    named = {name: getattr(args, name) for name in ("model", "datastore", "dtype", "batch_size")}
+    names = ("model", "datastore", "dtype", "batch_size")
+    named = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return {**named, "part_size": size, "recordings": recordings, **CaptionOptions.from_args(args).to_dict()}
 
 
 def resume(work: Path, settings: dict[str, Any], note: Note) -> None:
-    """Prepares the work folder: the parts of a run with the same settings stay, those of another run are deleted.
-
-    Args:
-        work: the folder.
-        settings: what the results depend on, by name.
-        note: receives the names and values of the settings that differ.
-
-    Raises:
-        ValueError: for a folder with other files than those of an earlier run.
-    """
-    plan = work / _PLAN_NAME
+    """Prepares a work folder. The parts of a run with the same settings stay, those of another run are deleted, and
+    `note` receives the settings that differ. Raises `ValueError` if the folder has other files."""
+    plan = work / "plan.json"
     if plan.is_file():
         earlier = json.loads(plan.read_text(encoding="utf-8")).get("settings", {})
         names = [name for name in {**settings, **earlier} if settings.get(name) != earlier.get(name)]
         if not names:
             return
-        changes = (f"{name} was {_shown(earlier.get(name))}, is {_shown(settings.get(name))}" for name in names)
+        changes = (f"{n} was {earlier.get(n, 'the default')}, is {settings.get(n, 'the default')}" for n in names)
         note(f"Starting over: {work} holds a run with other settings ({'; '.join(changes)})")
         shutil.rmtree(work)
     elif work.is_dir() and any(work.iterdir()):
         raise ValueError(f"{work} is not empty and not of an earlier run: give another --work-dir")
     work.mkdir(parents=True, exist_ok=True)
     plan.write_text(json.dumps({"settings": settings}), encoding="utf-8")
-
-
-def _shown(value: Any) -> str:
-    return _NOT_SET if value is None else str(value)
-
-
-__all__ = ["LOG_NAME", "begun", "caption_files_with_ray", "resume", "run_parts"]

@@ -17,7 +17,7 @@ from conftest import synthetic_clip
 from test_audio import BROKEN
 
 from recap_cli import main
-from recap_hf.demo.settings import DemoSettings, parse_datastore, parse_datastores
+from recap_hf.demo.settings import DemoSettings, parse_datastores
 from recap_hf.modeling.captioning_recap import Captioner
 
 NASTY = "<img src=x onerror=\"alert(1)\"> & 'quoted' {{ 7*7 }} ${7*7} </section><script>alert(2)</script>"
@@ -89,14 +89,14 @@ def test_a_recording_is_described_and_the_page_says_what_it_does(handlers, tmp_p
     assert not path.exists()
     assert [said.partition(" …")[0] for said in page["said"]][:2] == [
         "Reading the recording",
-        "Listening, looking up captions, writing",
+        "Retrieving captions and generating",
     ]
     assert page["said"][-1] == "Done: “mine.wav” is described."
     assert "0:02.0" in text_of(page["recording"])
     recording = Tags(page["recording"])
     sources = [value[:22] for name, value in recording.attributes if name == "src"]
     assert sources == ["data:audio/mpeg;base64", "data:image/png;base64,"]
-    retrieved = handlers.captioner.processor.datastore.captions
+    retrieved = handlers.captioner.captioner.processor.datastore.captions
     assert sum(caption in text_of(page["caption"]) for caption in retrieved) == 4
     assert ("data-start", "0.0") in Tags(page["timeline"]).attributes
     assert page["comparison"] == ""
@@ -112,7 +112,7 @@ def test_the_file_is_gone_before_anything_else_happens(handlers, tmp_path):
 def test_own_captions_are_embedded_and_change_what_is_looked_up(handlers):
     collected(handlers.example("visitor", "Example"))
     page = collected(handlers.use_own("visitor", "  church bells   ring\n\na tram squeals\n"))
-    assert page["said"][0].startswith("Reading your captions: 2 of 2 …")
+    assert page["said"][0].startswith("Embedding your captions: 2 of 2 …")
     names, chosen = page["choices"]
     assert chosen == "Your own (2 captions)"
     assert names == ["Built in (8 captions)", "None: the model alone", chosen]
@@ -123,7 +123,7 @@ def test_own_captions_are_embedded_and_change_what_is_looked_up(handlers):
     assert "Built in (8 captions)" in comparison
     assert chosen in comparison
     # The captioner of everyone else is as it was.
-    assert len(handlers.captioner.processor.datastore) == 8
+    assert len(handlers.captioner.captioner.processor.datastore) == 8
     other = collected(handlers.example("another visitor", "Example"))
     assert "church bells" not in other["caption"]
 
@@ -131,12 +131,12 @@ def test_own_captions_are_embedded_and_change_what_is_looked_up(handlers):
 def test_the_model_alone(handlers):
     collected(handlers.example("visitor", "Example"))
     page = collected(handlers.choose("visitor", "None: the model alone"))
-    assert "Nothing was looked up" in text_of(page["caption"])
+    assert "No captions were retrieved" in text_of(page["caption"])
 
 
 def test_captions_can_be_chosen_before_there_is_a_recording(handlers):
     page = collected(handlers.use_own("visitor", "a door slams"))
-    assert page["said"][-1] == "Captions to look up: Your own (1 caption). Now record or upload a sound."
+    assert page["said"][-1] == "Retrieving from: Your own (1 caption). Now record or upload a sound."
     page = collected(handlers.example("visitor", "Example"))
     assert "a door slams" in text_of(page["caption"])
 
@@ -183,7 +183,7 @@ def test_a_caption_of_markup_is_text_in_every_view():
         assert Tags(html).text.count("alert(1)") >= 1
 
 
-def test_an_explanation_says_what_a_word_rests_on():
+def test_an_explanation_says_what_a_word_depends_on(tiny_processor):
     pytest.importorskip("matplotlib", reason="the page draws with matplotlib: pip install 'recap-hf[demo]'")
     from recap_hf.demo import views
     from recap_hf.demo.recordings import Recording
@@ -212,13 +212,14 @@ def test_an_explanation_says_what_a_word_rests_on():
         band_edges_hz=np.array([50.0, 2_000.0, 14_000.0]),
         duration_s=4.0,
     )
-    html = views.explanation(why, Recording("a", synthetic_clip(4.0, 1), 48_000))
+    html = views.explanation(why, Recording("a", synthetic_clip(4.0, 1), tiny_processor.feature_extractor))
     said = text_of(html)
-    assert "“hoots” was heard most at 0:02.0 – 0:03.0: the bright part." in said
+    assert "“hoots” depends most on 0:02.0 – 0:03.0, the bright region." in said
     assert (
-        "It would be 7.4 times less likely without the sound, and 2.0 times more likely without the captions" in said
+        "It would be 7.4 times less likely without the sound, and 2.0 times more likely without the retrieved captions"
+        in said
     )
-    assert "Nothing in the sound speaks for “owl”. It would be just as likely without the sound" in said
+    assert "“owl” does not depend on the sound. It would be equally likely without the sound" in said
     # The page begins with the word that the sound matters most to, of those that are no article.
     pressed = re.findall(r'data-word="(\d)" aria-pressed="(\w+)"', html)
     assert [number for number, state in pressed if state == "true"] == ["2"]
@@ -232,7 +233,7 @@ def test_an_explanation_says_what_a_word_rests_on():
     assert html.count("<ul") == 1
     assert "100 %" in said
     assert not {"i", "script"} & set(Tags(html.replace('<i style="width', '<em style="width')).tags)
-    assert views.explanation(None, Recording("a", synthetic_clip(1.0, 1), 48_000)) == ""
+    assert views.explanation(None, Recording("a", synthetic_clip(1.0, 1), tiny_processor.feature_extractor)) == ""
 
 
 # ---------------------------------------------------------------- refusals
@@ -283,10 +284,10 @@ def test_too_many_bytes(handlers, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "Please write at least one caption, one a line."),
-        (" \n\t\n", "Please write at least one caption, one a line."),
-        ("a\n" * 6, "These are 6 captions; this page takes 5 at most."),
-        ("fine\n" + "x" * 201, "Caption 2 has 201 characters; the longest may have 200."),
+        ("", "Please write at least one caption, one in each line."),
+        (" \n\t\n", "Please write at least one caption, one in each line."),
+        ("a\n" * 6, "6 captions: the maximum is 5."),
+        ("fine\n" + "x" * 201, "Caption 2 has 201 characters: the maximum is 200."),
     ],
 )
 def test_own_captions_that_are_refused(handlers, text, message):
@@ -302,7 +303,7 @@ def test_a_refused_upload_leaves_no_result_of_the_last_one(handlers, tmp_path):
 
 def test_a_fault_of_ours_is_said_without_details(handlers, caplog):
     page = collected(handlers.example("visitor", "no such example"))
-    assert page["said"][-1].startswith("Something went wrong on this server.")
+    assert page["said"][-1].startswith("An error occurred on this server.")
     assert "KeyError" in caplog.text
 
 
@@ -344,7 +345,7 @@ def test_own_captions_that_were_forgotten(handlers):
     collected(handlers.use_own("visitor", "a door slams"))
     handlers.sessions.forget("visitor")
     page = collected(handlers.choose("visitor", "Your own (1 caption)"))
-    assert page["said"] == ["Your own captions are no longer remembered. Please use them again."]
+    assert page["said"] == ["Your own captions have been deleted. Please use them again."]
     assert page["choices"][1] == "Built in (8 captions)"
 
 
@@ -371,10 +372,10 @@ def test_named_datastores(tiny_model, tiny_processor, tmp_path):
 
 
 def test_datastores_of_a_command_line():
-    assert parse_datastore(" My birds = data/birds=2 ") == ("My birds", "data/birds=2")
+    assert parse_datastores([" My birds = data/birds=2 "]) == {"My birds": "data/birds=2"}
     for text in ("birds", "=folder", "name=", "Your own=folder", "None=folder"):
         with pytest.raises(ValueError, match="--datastore"):
-            parse_datastore(text)
+            parse_datastores([text])
     with pytest.raises(ValueError, match="given twice"):
         parse_datastores(["a=b", "a=c"])
     with pytest.raises(ValueError, match="`max_seconds` must be above 0"):
@@ -384,24 +385,30 @@ def test_datastores_of_a_command_line():
 # ---------------------------------------------------------------- pictures
 
 
-def test_pictures_show_what_is_there():
+def mel(hz):
+    """The HTK mel scale."""
+    return 2_595 * np.log10(1 + hz / 700)
+
+
+def test_pictures_show_what_is_there(tiny_processor):
     pytest.importorskip("matplotlib", reason="the page draws with matplotlib: pip install 'recap-hf[demo]'")
     from recap_hf.demo import pictures
 
-    rate = 48_000
+    extractor = tiny_processor.feature_extractor
+    rate, low, high = extractor.sampling_rate, extractor.frequency_min, extractor.frequency_max
     time = np.arange(2 * rate) / rate
     tone = np.where(time < 1, np.sin(2 * np.pi * 1_000 * time), 0).astype(np.float32)
-    levels = pictures.mel_levels(tone, rate, 50, 14_000)
-    assert levels.shape[0] == 96
-    columns = levels.shape[1]
+    levels = pictures.levels(tone, extractor)
+    bands, columns = levels.shape
+    assert bands == extractor.feature_size
     assert levels[:, : columns // 2 - 5].max() > 0.95
-    assert levels[:, columns // 2 + 5 :].max() == 0
-    # 1 kHz is 1,000 mel; the bands lie evenly between 78 mel (50 Hz) and 3,418 mel (14 kHz).
-    loudest = levels[:, columns // 4].argmax()
-    assert loudest == pytest.approx((1_000 - 78) / (3_418 - 78) * 97 - 1, abs=1.5)
-    picture = pictures.draw(tone, rate, 50, 14_000)
-    mark = dict(picture.frequency_marks)["1 kHz"]
-    assert mark == pytest.approx(100 * (1 - (1_000 - 78) / (3_418 - 78)), abs=0.2)
+    # Without the end, where the encoder repeats a short recording.
+    assert levels[:, columns // 2 + 5 : -5].max() == 0
+    # The centres of the bands lie evenly in mel between the lowest and the highest frequency.
+    share = (mel(1_000) - mel(low)) / (mel(high) - mel(low))
+    assert levels[:, columns // 4].argmax() == pytest.approx(share * (bands + 1) - 1, abs=1.5)
+    picture = pictures.draw(tone, extractor)
+    assert dict(picture.frequency_marks)["1 kHz"] == pytest.approx(100 * (1 - share), abs=100 / bands)
     assert picture.time_marks[0] == ("0:00.0", 0.0)
     assert picture.time_marks[-1] == ("0:02.0", 100.0)
     assert pictures.clock(3_725) == "1:02:05"
@@ -414,25 +421,26 @@ def test_pictures_show_what_is_there():
     assert max(numbers) == pytest.approx(98, abs=0.5)
 
 
-def test_the_spotlight_lies_where_the_map_says():
+def test_the_map_of_a_word_is_open_where_its_weights_are(tiny_processor):
     pytest.importorskip("matplotlib", reason="the page draws with matplotlib: pip install 'recap-hf[demo]'")
     from PIL import Image
 
     from recap_hf.demo import pictures
     from recap_hf.demo.recordings import Recording
 
-    clip = Recording("a", np.zeros(4 * 48_000, np.float32), 48_000)
+    extractor = tiny_processor.feature_extractor
+    low, high = float(extractor.frequency_min), float(extractor.frequency_max)
+    clip = Recording("a", np.zeros(4 * extractor.sampling_rate, np.float32), extractor)
     audio_map = np.zeros((2, 4))
     audio_map[1, 2] = 1.0
-    uri = pictures.spotlight(audio_map, np.arange(5.0), np.array([50.0, 2_000.0, 14_000.0]), clip)
+    uri = pictures.word_map(audio_map, np.arange(5.0), np.array([low, 2_000.0, high]), clip)
     cover = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))[..., 3]
     # Open in the third second, in the upper band: rows count from the top.
     open_rows, open_columns = np.nonzero(cover == 0)
     assert (open_columns.min() / cover.shape[1], (open_columns.max() + 1) / cover.shape[1]) == (0.5, 0.75)
     assert open_rows.min() == 0
-    # 2 kHz is 1,521 mel of 78 to 3,418.
-    assert (open_rows.max() + 1) / cover.shape[0] == pytest.approx(1 - (1_521 - 78) / (3_418 - 78), abs=0.03)
-    assert pictures.spotlight(np.zeros((2, 4)), np.arange(5.0), np.array([50.0, 2e3, 14e3]), clip) is None
+    share = (mel(2_000) - mel(low)) / (mel(high) - mel(low))
+    assert (open_rows.max() + 1) / cover.shape[0] == pytest.approx(1 - share, abs=0.04)
 
 
 # ------------------------------------------------------- the page, a Space
@@ -477,6 +485,7 @@ def test_a_space(tmp_path, capsys):
     app = (space / "app.py").read_text()
     assert "'Birds': 'datastores/1.txt'" in app
     assert "max_seconds=30" in app
+    assert "device=None" in app
     assert str(tmp_path) not in app
     assert (space / "datastores" / "1.txt").read_text() == "an owl hoots\n"
     assert (space / "recap_hf" / "modeling" / "pipeline_recap.py").is_file()
@@ -493,7 +502,7 @@ def test_a_space(tmp_path, capsys):
     ).stdout.split()
     assert all(path.startswith(str(space)) for path in printed)
     assert main(arguments) == 1
-    assert "there is something already" in capsys.readouterr().err
+    assert "the folder is not empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

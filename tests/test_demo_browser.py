@@ -214,7 +214,7 @@ def test_upload_caption_timeline_explanation_and_own_captions(visit, server, thr
     assert visit.page.locator(".rc-explanation div[data-map]:visible").count() == 1
     visit.screenshot("3-another-word")
 
-    visit.page.get_by_label("Your own captions, one a line").fill("a whistle is blown\nchurch bells ring")
+    visit.page.get_by_label("Your own captions, one in each line").fill("a whistle is blown\nchurch bells ring")
     visit.page.get_by_role("button", name="Use my captions").click()
     visit.page.wait_for_selector(".rc-comparison .rc-current")
     visit.until_described("two sounds.wav")
@@ -229,8 +229,8 @@ def test_upload_caption_timeline_explanation_and_own_captions(visit, server, thr
     visit.until_described("two sounds.wav")
     assert "a tap drips" in visit.looked_up()
     assert visit.overflow() == []
-    visit.page.get_by_role("button", name="Forget this recording").click()
-    visit.page.wait_for_selector("text=Forgotten.")
+    visit.page.get_by_role("button", name="Delete this recording").click()
+    visit.page.wait_for_selector("text=Deleted.")
     assert not visit.page.locator(".rc-recording").count()
 
 
@@ -249,9 +249,9 @@ def test_record(visit, server):
 
 
 def test_markup_is_shown_as_text(visit):
-    visit.page.get_by_label("Your own captions, one a line").fill(NASTY)
+    visit.page.get_by_label("Your own captions, one in each line").fill(NASTY)
     visit.page.get_by_role("button", name="Use my captions").click()
-    visit.page.wait_for_selector("text=Captions to look up: Your own (1 caption)")
+    visit.page.wait_for_selector("text=Retrieving from: Your own (1 caption)")
     visit.page.get_by_role("button", name="Flute").click()
     visit.until_described("Flute")
     assert visit.looked_up() == [NASTY]
@@ -291,7 +291,7 @@ def test_an_upload_that_is_too_large_is_refused_aloud_and_not_sent(visit, server
     assert notice.count() == 0
     (tmp_path / "huge.wav").write_bytes(bytes(5_000_000))
     visit.upload(tmp_path / "huge.wav")
-    visit.page.wait_for_selector("text=“huge.wav” has 5.0 MB; this page takes 4 MB at most.")
+    visit.page.wait_for_selector("text=“huge.wav” has 5.0 MB; this page accepts 4 MB at most.")
     assert notice.is_visible()
     visit.screenshot("9-huge")
     assert visit.overflow() == []
@@ -328,7 +328,7 @@ def test_the_keyboard_reaches_everything_in_order_and_everything_has_a_name(brow
         if reached[-1][0] == "BODY":
             break
     names = [name for _, name in reached]
-    for expected in ("Upload a file", "Sea", "Play Sea", "Your own captions, one a line", "Use my captions"):
+    for expected in ("Upload a file", "Sea", "Play Sea", "Your own captions, one in each line", "Use my captions"):
         assert expected in names, reached
     assert [tag for tag, name in reached if not name and tag not in ("BODY", "DIV")] == [], reached
     # What the page is doing is read out.

@@ -25,10 +25,10 @@ for command in json.loads(sys.argv[1]):
     parsers[command] = [action.help for action in actions if "--zest" in action.option_strings]
 
 from recap_hf.modeling.options_recap import CaptionOptions
-from recap_hf.modeling.pipeline_recap import RecapPipeline
+from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
 
-pipeline = RecapPipeline.__new__(RecapPipeline)
-_, forward, _ = RecapPipeline._sanitize_parameters(pipeline, zest=5)
+pipeline = AudioCaptioningPipeline.__new__(AudioCaptioningPipeline)
+_, forward, _ = AudioCaptioningPipeline._sanitize_parameters(pipeline, zest=5)
 try:
     CaptionOptions.from_dict({"zest": 2})
     error = None

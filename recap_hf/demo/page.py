@@ -1,4 +1,4 @@
-"""The page itself: Gradio's components, and what they are connected to."""
+"""The page: Gradio's components and their events."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .settings import DemoSettings
 logger = logging.getLogger(__name__)
 
 _STATIC = Path(__file__).parent / "static"
-# An upload whose handler never ran (the tab was closed meanwhile) goes after this, looked for every minute.
+# An upload whose handler never ran, because the tab was closed, is deleted after this.
 _FORGOTTEN_UPLOAD_S = 300
 _QUEUE_LENGTH = 20
 _EXAMPLES = ("sea", "rain", "flute", "clock", "bass_drum")
@@ -42,15 +42,10 @@ def example_recordings() -> dict[str, Path]:
 
 
 def build_page(captioner: DemoCaptioner, settings: DemoSettings | None = None) -> gradio.Blocks:
-    """The page as `gradio.Blocks`; its handlers are at `.recap_handlers`.
-
-    Args:
-        captioner ([`DemoCaptioner`]): the model with its datastores.
-        settings ([`DemoSettings`], *optional*): limits.
-    """
+    """The page as `gradio.Blocks`; its handlers are at `.recap_handlers`."""
     settings = settings or DemoSettings()
     handlers = Handlers(captioner, settings, example_recordings())
-    model_name = Path(settings.model).name if settings.model else "recap-tiny, which ships with recap_hf"
+    model_name = Path(settings.model).name if settings.model else "recap-tiny"
     with gradio.Blocks(
         title="What does it sound like?",
         analytics_enabled=False,
@@ -63,22 +58,21 @@ def build_page(captioner: DemoCaptioner, settings: DemoSettings | None = None) -
                 gradio.HTML(views.too_large(settings), elem_id="rc-too-large")
                 examples = {}
                 with gradio.Row(elem_classes="rc-examples"):
-                    gradio.HTML("No sound at hand? Try:", elem_classes="rc-try")
+                    gradio.HTML("Examples:", elem_classes="rc-try")
                     for name in handlers.examples:
                         examples[name] = gradio.Button(name, size="sm", elem_classes="rc-example")
                 pieces = {"status": gradio.HTML(views.status(READY), elem_id="rc-status")}
                 for name in ("caption", "recording", "timeline", "explanation"):
                     pieces[name] = gradio.HTML(elem_id=f"rc-{name}", elem_classes="rc-piece")
-                forget = gradio.Button("Forget this recording", size="sm", elem_id="rc-forget")
+                forget = gradio.Button("Delete this recording", size="sm", elem_id="rc-forget")
             with gradio.Column(scale=2, min_width=300):
-                gradio.HTML("<h2>Which captions to look up</h2>", elem_classes="rc-heading")
+                gradio.HTML("<h2>Captions to retrieve from</h2>", elem_classes="rc-heading")
                 choices = gradio.Radio(
-                    captioner.choices, value=captioner.choices[0], label="Look them up in", elem_id="rc-choices"
+                    captioner.choices, value=captioner.choices[0], label="Datastore", elem_id="rc-choices"
                 )
                 own = gradio.Textbox(
-                    label="Your own captions, one a line",
-                    info=f"At most {settings.max_captions:,}. They are read on the spot and kept as briefly as your "
-                    "recording.",
+                    label="Your own captions, one in each line",
+                    info=f"At most {settings.max_captions:,}. They are deleted together with your recording.",
                     placeholder="church bells ring in the distance\na tram brakes and squeals",
                     lines=6,
                     max_lines=14,
@@ -93,24 +87,20 @@ def build_page(captioner: DemoCaptioner, settings: DemoSettings | None = None) -
 
 
 def _recorders(settings: DemoSettings) -> dict[str, gradio.Audio]:
-    """Two tabs with words on them instead of two small signs below one box."""
-    options: dict[str, Any] = {"type": "filepath", "editable": False, "buttons": []}
+    """Two tabs with text instead of two icons below one box."""
+    limit = duration(settings.max_seconds)
+    tabs = (
+        ("upload", "Upload a file", "upload", f"A sound file, up to {limit}, {settings.max_megabytes:g} MB"),
+        ("record", "Record", "microphone", f"Your microphone, up to {limit}"),
+    )
+    recorders = {}
     with gradio.Tabs():
-        with gradio.Tab("Upload a file"):
-            upload = gradio.Audio(
-                sources=["upload"],
-                label=f"A sound file, {views.limits_text(settings)}",
-                elem_id="rc-upload",
-                **options,
-            )
-        with gradio.Tab("Record"):
-            record = gradio.Audio(
-                sources=["microphone"],
-                label=f"Your microphone, up to {duration(settings.max_seconds)}",
-                elem_id="rc-record",
-                **options,
-            )
-    return {"upload": upload, "record": record}
+        for name, title, source, label in tabs:
+            with gradio.Tab(title):
+                recorders[name] = gradio.Audio(
+                    sources=[source], label=label, elem_id=f"rc-{name}", type="filepath", editable=False, buttons=[]
+                )
+    return recorders
 
 
 def _connect(
@@ -121,7 +111,7 @@ def _connect(
     controls: dict[str, Any],
     pieces: dict[str, gradio.HTML],
 ) -> None:
-    """Connects events to handlers. The model has one visitor at a time; the others wait."""
+    """Connects events to handlers. The model serves one visitor at a time; the others wait."""
     components = {**pieces, **recorders, "choices": controls["choices"]}
 
     def outputs(updates: Iterator[Update]) -> Iterator[dict[Any, Any]]:
@@ -131,21 +121,17 @@ def _connect(
                 update = {**update, "choices": gradio.update(choices=names, value=chosen)}
             yield {components[name]: value for name, value in update.items()}
 
-    def received(path: str | None, key: str, name: str | None = None) -> Iterator[dict[Any, Any]]:
-        if path is None:
-            return
-        # The recorder is empty again, and the file gone, before anything else happens.
-        file = inside_uploads(path)
-        emptied = dict.fromkeys(recorders.values())
-        for update in outputs(handlers.receive(key, file, name or file.name)):
-            yield {**emptied, **update}
-            emptied = {}
+    def receiver(name: str | None) -> Callable[..., Iterator[dict[Any, Any]]]:
+        def call(path: str | None, request: gradio.Request) -> Iterator[dict[Any, Any]]:
+            if path is not None:
+                file = inside_uploads(path)
+                # The recorder is emptied, because its file is deleted.
+                emptied = dict.fromkeys(recorders.values())
+                for update in outputs(handlers.receive(request.session_hash, file, name or file.name)):
+                    yield {**emptied, **update}
+                    emptied = {}
 
-    def uploaded(path: str | None, request: gradio.Request) -> Iterator[dict[Any, Any]]:
-        yield from received(path, request.session_hash)
-
-    def recorded(path: str | None, request: gradio.Request) -> Iterator[dict[Any, Any]]:
-        yield from received(path, request.session_hash, "Your recording")
+        return call
 
     def with_text(handler: Callable[..., Iterator[Update]]) -> Callable[..., Iterator[dict[Any, Any]]]:
         def call(text: str, request: gradio.Request) -> Iterator[dict[Any, Any]]:
@@ -170,8 +156,8 @@ def _connect(
         "show_progress_on": pieces["status"],
         "api_visibility": "private",
     }
-    recorders["upload"].upload(uploaded, recorders["upload"], **event)
-    recorders["record"].stop_recording(recorded, recorders["record"], **event)
+    recorders["upload"].upload(receiver(None), recorders["upload"], **event)
+    recorders["record"].stop_recording(receiver("Your recording"), recorders["record"], **event)
     for name, button in examples.items():
         button.click(without(handlers.example, name), None, **event)
     controls["choices"].input(with_text(handlers.choose), controls["choices"], **event)
@@ -181,11 +167,7 @@ def _connect(
 
 
 def inside_uploads(path: str | Path) -> Path:
-    """`path`, resolved, if it lies where uploads do: whatever lies elsewhere is not ours to read and delete.
-
-    Raises:
-        `ValueError`: otherwise.
-    """
+    """`path`, resolved. Raises `ValueError` if it is outside the folder of uploads: such a file is not deleted."""
     path = Path(path).resolve()
     folder = os.environ.get("GRADIO_TEMP_DIR")
     if not folder or not path.is_relative_to(Path(folder).resolve()):
@@ -195,7 +177,7 @@ def inside_uploads(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def upload_folder() -> Iterator[Path]:
-    """A folder of this process's own for uploads, which no one else may read; it and all in it go at the end."""
+    """A private temporary folder for uploads, named in `GRADIO_TEMP_DIR`; deleted at the end."""
     folder = Path(tempfile.mkdtemp(prefix="recap-demo-"))
     before = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
@@ -211,7 +193,7 @@ def upload_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _stopped_by_sigterm(stop: threading.Event) -> Iterator[None]:
-    """A container is stopped by SIGTERM: that, too, must remove what is left of uploads."""
+    """Containers are stopped by SIGTERM: then, too, the uploads must be deleted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -223,15 +205,15 @@ def _stopped_by_sigterm(stop: threading.Event) -> Iterator[None]:
 
 
 def launch_options(settings: DemoSettings) -> dict[str, Any]:
-    """Arguments of `Blocks.launch`: looks, behaviour, limits; nothing that comes from another server."""
-    # Strings are fonts of the visitor's machine; the themes' own come from a server.
+    """Arguments of `Blocks.launch`: theme, script, limits. Nothing is loaded from another server."""
+    # Strings are fonts of the visitor's machine; those of the themes come from a server.
     theme = gradio.themes.Default(
         primary_hue="teal",
         neutral_hue="zinc",
         font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "Consolas", "monospace"],
     ).set(
-        # The theme's own are too pale to read: these have a contrast of 5 and more.
+        # Those of the theme are too pale to read: these have a contrast of 5 and more.
         body_text_color_subdued="#52525b",
         body_text_color_subdued_dark="#a1a1aa",
         block_info_text_color="#52525b",
@@ -285,7 +267,8 @@ def launch(
     stop = stop or threading.Event()
     with upload_folder(), _stopped_by_sigterm(stop):
         page = build_page(DemoCaptioner.load(settings), settings)
-        page.recap_handlers.sessions.sweep_regularly(stop)
+        sweeper = threading.Thread(target=page.recap_handlers.sessions.sweep_until, args=(stop,), daemon=True)
+        sweeper.start()
         page.queue(max_size=_QUEUE_LENGTH, api_open=False)
         try:
             _, address, public = page.launch(

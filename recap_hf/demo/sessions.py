@@ -1,4 +1,4 @@
-"""What the page remembers of a visitor, in memory only and not for long."""
+"""What the page remembers of its visitors: in memory, for a limited time."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Session:
         recording: the recording on the page.
         choice: name of the captions to retrieve from.
         own: the visitor's own captions as a datastore.
-        captions: what the recording was captioned with each choice of captions, in the order of the choices.
-        last_used: on the store's clock.
+        captions: the caption of the recording for each choice, in the order of the choices.
+        last_used: time in seconds.
     """
 
     recording: Recording | None = None
@@ -32,18 +32,10 @@ class Session:
 
 
 class Sessions:
-    """Sessions by their key; those not used for `keep_seconds`, and the oldest of too many, are dropped.
-
-    Args:
-        keep_seconds: how long an idle session is remembered.
-        capacity: most sessions; each holds at most one recording.
-        clock: seconds, for tests.
-    """
+    """Sessions by key. Those not used for `keep_seconds` are deleted, and the oldest above `capacity`."""
 
     def __init__(self, keep_seconds: float, capacity: int = 100, clock: Callable[[], float] = time.monotonic) -> None:
-        self.keep_seconds = keep_seconds
-        self.capacity = capacity
-        self.clock = clock
+        self.keep_seconds, self.capacity, self.clock = keep_seconds, capacity, clock
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -62,22 +54,18 @@ class Sessions:
             return session
 
     def forget(self, key: str) -> None:
-        """Drops the session of `key`, if there is one."""
+        """Deletes the session of `key`, if there is one."""
         with self._lock:
             self._sessions.pop(key, None)
 
     def sweep(self) -> None:
-        """Drops what has not been used for `keep_seconds`."""
+        """Deletes the sessions that were not used for `keep_seconds`."""
         with self._lock:
             latest = self.clock() - self.keep_seconds
             for key in [key for key, session in self._sessions.items() if session.last_used < latest]:
                 del self._sessions[key]
 
-    def sweep_regularly(self, stop: threading.Event) -> None:
-        """Sweeps in the background until `stop` is set, so that nothing waits for the next visitor."""
-
-        def run() -> None:
-            while not stop.wait(min(60.0, self.keep_seconds / 2)):
-                self.sweep()
-
-        threading.Thread(target=run, name="recap-demo-sweeper", daemon=True).start()
+    def sweep_until(self, stop: threading.Event) -> None:
+        """Sweeps regularly until `stop` is set: without visitors, too, nothing is kept for longer."""
+        while not stop.wait(min(60.0, self.keep_seconds / 2)):
+            self.sweep()

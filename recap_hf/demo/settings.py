@@ -1,11 +1,11 @@
-"""What the page is run with, and what it refuses."""
+"""Settings and limits of the page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# What names a choice on the page and is therefore taken.
+# Names that the page uses itself.
 RESERVED_NAMES = ("none", "built in", "your own")
 
 
@@ -48,30 +48,19 @@ class DemoSettings:
         return int(self.max_megabytes * 1e6)
 
 
-def parse_datastore(text: str) -> tuple[str, str]:
-    """`"NAME=FOLDER"` as `(name, folder)`.
-
-    Raises:
-        `ValueError`: without a name, a folder or the sign between them, or for a name that the page uses itself.
-    """
-    name, sign, source = text.partition("=")
-    name, source = name.strip(), source.strip()
-    if not (sign and name and source):
-        raise ValueError(f"--datastore expects NAME=FOLDER, got {text!r}. The name is what the page calls it.")
-    if name.lower().startswith(RESERVED_NAMES):
-        raise ValueError(f"--datastore: the page itself has a choice {name!r}; give it another name.")
-    return name, source
-
-
 def parse_datastores(texts: Sequence[str]) -> dict[str, str]:
-    """All `NAME=FOLDER` of a command line.
+    """`["NAME=FOLDER"]` as `{name: folder}`.
 
     Raises:
-        `ValueError`: as [`parse_datastore`], and for a name given twice.
+        `ValueError`: for a text of another form, a name that the page uses itself, or a name given twice.
     """
     datastores: dict[str, str] = {}
     for text in texts:
-        name, source = parse_datastore(text)
+        name, _, source = (part.strip() for part in text.partition("="))
+        if not (name and source):
+            raise ValueError(f"--datastore expects NAME=FOLDER with a name for the page, got {text!r}.")
+        if name.lower().startswith(RESERVED_NAMES):
+            raise ValueError(f"--datastore: the page itself uses the name {name!r}; give another one.")
         if name in datastores:
             raise ValueError(f"--datastore: the name {name!r} is given twice.")
         datastores[name] = source

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from dataclasses import replace
 from importlib.metadata import requires, version
 from pathlib import Path
 
 from .settings import DemoSettings
 
-# Sub-packages of their own places in a checkout; inside an installed package they are folders like the others.
+# In a checkout these packages are outside the folder recap_hf.
 _MAPPED = ("modeling", "conversion", "model_cards")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
 
@@ -18,16 +19,7 @@ _APP = '''"""The page of this Space; `python app.py` serves it here."""
 from recap_hf.demo import DemoSettings
 from recap_hf.demo.page import launch
 
-launch(
-    DemoSettings(
-        model={model!r},
-        datastores={datastores!r},
-        max_seconds={max_seconds!r},
-        max_megabytes={max_megabytes!r},
-        max_captions={max_captions!r},
-        keep_minutes={keep_minutes!r},
-    )
-)
+launch({settings!r})
 '''
 
 _README = """---
@@ -40,17 +32,17 @@ sdk_version: {gradio}
 app_file: app.py
 pinned: false
 license: apache-2.0
-short_description: Sounds described in a sentence, by captions you choose
+short_description: Audio captions, retrieved from captions you choose
 tags:
 - audio-captioning
 - retrieval-augmented-generation
 ---
 
-Record or upload a sound and read it described in a sentence. The captioner looks up what similar sounds have been
-called before it writes; change what it looks up, and it calls the same sound something else.
+Record or upload a sound and get a caption. The model retrieves captions of similar sounds and generates a new caption
+from the sound and from them. Other captions to retrieve from give another caption of the same sound.
 
-Made by `recap demo --export-space`. Recordings stay in the Space's memory until the page is closed, at most
-{keep:g} minutes after they were last used, and are never written to a disk that is kept.
+Made by `recap demo --export-space`. Recordings stay in the memory of the Space until the page is closed, at most
+{keep:g} minutes after they were last used. They are not stored.
 """
 
 _ATTRIBUTES = "".join(
@@ -59,25 +51,16 @@ _ATTRIBUTES = "".join(
 
 
 def export_space(folder: str | Path, settings: DemoSettings) -> Path:
-    """Writes everything that a Space needs: `app.py`, `README.md`, `requirements.txt`, this package, what is local.
-
-    The package travels as it is installed here, so that the Space runs what was tried here. A model or datastore that
-    is a folder or file is copied; a Hub id stays one and is loaded when the Space starts.
-
-    Args:
-        folder: must not exist, or be empty.
-        settings ([`DemoSettings`]): what the Space is to run with; its device is the Space's own.
-
-    Returns:
-        `Path`: the folder. `hf upload USER/NAME FOLDER --repo-type space` makes a Space of it.
+    """Writes a Space: `app.py`, `README.md`, `requirements.txt`, this package, and the model and datastores that are
+    local; a Hub id is loaded when the Space starts. `hf upload USER/NAME FOLDER --repo-type space` publishes it.
 
     Raises:
-        `FileExistsError`: if there is something in the folder.
-        `FileNotFoundError`: if a model or datastore that looks like a path is not there.
+        `FileExistsError`: if the folder is not empty.
+        `FileNotFoundError`: if a model or datastore that looks like a path does not exist.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: there is something already; name a folder that is empty or not there.")
+        raise FileExistsError(f"{folder}: the folder is not empty; give an empty or a new one.")
     folder.mkdir(parents=True, exist_ok=True)
     model = None if settings.model is None else _bring(settings.model, folder, "model")
     datastores = {
@@ -85,14 +68,8 @@ def export_space(folder: str | Path, settings: DemoSettings) -> Path:
         for number, (name, source) in enumerate(settings.datastores.items(), start=1)
     }
     _copy_package(folder / "recap_hf")
-    app = _APP.format(
-        model=model,
-        datastores=datastores,
-        max_seconds=settings.max_seconds,
-        max_megabytes=settings.max_megabytes,
-        max_captions=settings.max_captions,
-        keep_minutes=settings.keep_minutes,
-    )
+    # The device is the Space's.
+    app = _APP.format(settings=replace(settings, model=model, datastores=datastores, device=None))
     (folder / "app.py").write_text(app, encoding="utf-8")
     readme = _README.format(gradio=version("gradio"), keep=settings.keep_minutes)
     (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -102,7 +79,7 @@ def export_space(folder: str | Path, settings: DemoSettings) -> Path:
 
 
 def _bring(source: str, folder: Path, name: str) -> str:
-    """Copies what is local into the Space and says where it is there; a Hub id stays itself."""
+    """Copies a local file or folder into the Space and returns its path there; a Hub id stays as it is."""
     path = Path(source)
     if path.is_dir():
         shutil.copytree(path, folder / name, ignore=_LEFT_OUT)
@@ -126,6 +103,6 @@ def _copy_package(target: Path) -> None:
 
 
 def _requirements() -> list[str]:
-    """What the package itself and its page need, without the package; the Space brings Gradio by `sdk_version`."""
+    """The requirements of the package and of the page. The Space installs Gradio itself (`sdk_version`)."""
     needed = [requirement for requirement in requires("recap-hf") or () if "extra ==" not in requirement]
     return [*needed, "av>=14", "matplotlib>=3.8"]

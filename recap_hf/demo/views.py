@@ -1,4 +1,4 @@
-"""Pieces of the page as HTML. Everything is escaped by the template engine: no text of a visitor is markup."""
+"""Parts of the page as HTML. The template engine escapes every text."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from recap_hf.explain import CaptionExplanation
 
 from . import pictures
-from .recordings import Recording, duration
+from .recordings import Recording
 
-# Nats: an effect of less than a twentieth of a word's probability is called none.
-_NOTHING = 0.05
-# A caption's weight that is shown as more than 0 %.
-_LEAST_WEIGHT = 0.005
+# Nats: smaller effects, less than a twentieth of a word's probability, are shown as none.
+_NO_EFFECT = 0.05
+# Smaller weights of captions are shown as 0 %.
+_NO_WEIGHT = 0.005
 
 
 @cache
@@ -37,84 +35,73 @@ def _render(name: str, **values: Any) -> str:
 
 
 def status(message: str, kind: str = "idle", step: int = 0, steps: int = 0) -> str:
-    """What the page is doing.
-
-    Args:
-        message: a sentence.
-        kind: `"idle"`, `"busy"`, `"done"` or `"refused"`.
-        step, steps: progress, where there is any.
-    """
+    """A message, of the kind `"idle"`, `"busy"`, `"done"` or `"refused"`, and the progress if there are `steps`."""
     return _render("status", message=message, kind=kind, step=step, steps=steps)
 
 
 def too_large(settings: Any) -> str:
-    """What is shown, by the script, of a file that is too large to be sent; hidden at first."""
+    """The message that the script shows for a file that is too large; hidden at first."""
     return _render("too_large", settings=settings)
 
 
 def recording(clip: Recording) -> str:
     """Player, waveform and spectrogram."""
-    return _render("recording", clip=clip, source=pictures.player_source(clip.waveform, clip.sampling_rate))
+    source = pictures.player_source(clip.waveform, clip.feature_extractor.sampling_rate)
+    return _render("recording", clip=clip, source=source)
 
 
 def caption(result: Mapping[str, Any], choice: str) -> str:
-    """The caption, and the captions that were looked up for it."""
+    """The caption and the captions that were retrieved for it."""
     return _render("caption", result=result, choice=choice)
 
 
 def comparison(captions: Mapping[str, str], current: str) -> str:
-    """What the same recording was called with each choice of captions."""
+    """The captions of the same recording with each datastore."""
     return _render("comparison", captions=captions, current=current)
 
 
 def timeline(segments: Sequence[Mapping[str, Any]], seconds: float) -> str:
-    """What happens when: a strip below the spectrogram, and a list to listen to."""
+    """The segments on a time axis, and as a list to listen to."""
     return _render("timeline", segments=segments, seconds=seconds)
 
 
 def explanation(why: CaptionExplanation | None, clip: Recording, picture: bytes = b"") -> str:
-    """For each word of the caption where it was heard, and what the retrieved captions had to do with it.
+    """For each word of the caption, the regions of the sound and the retrieved captions that it depends on.
 
     Args:
-        why: what is explained, or `None`.
+        why: the explanation; nothing is shown without one.
         clip: the recording.
-        picture: all words in one PNG, to save.
+        picture: all words as PNG, to save.
     """
     if why is None:
         return ""
     words = []
     for word in why.words:
         hits = sorted(zip(word.caption_weights, why.retrieved, strict=True), key=lambda pair: -pair[0])
-        # Where nothing was heard, no place was heard most.
-        heard = word.audio_effect > _NOTHING and word.audio_map.max(initial=0) > 0
+        by_sound = word.audio_effect > _NO_EFFECT and word.audio_map.max(initial=0) > 0
+        by_captions = word.captions_effect > _NO_EFFECT and any(weight >= _NO_WEIGHT for weight, _ in hits)
+        at = int(word.audio_map.sum(axis=0).argmax())
         place = (word.audio_map, why.time_edges_s, why.band_edges_hz)
         words.append(
             {
                 "text": word.text,
-                "map": pictures.spotlight(*place, clip) if heard else None,
-                "time": _loudest_time(word.audio_map, why.time_edges_s) if heard else None,
-                "audio": _in_words(word.audio_effect, "without the sound"),
-                "captions": _in_words(word.captions_effect, "without the captions that were looked up"),
-                "rests_on_captions": any(weight >= _LEAST_WEIGHT for weight, _ in hits)
-                and word.captions_effect > _NOTHING,
+                "map": pictures.word_map(*place, clip) if by_sound else None,
+                "time": (float(why.time_edges_s[at]), float(why.time_edges_s[at + 1])) if by_sound else None,
+                "audio": _factor(word.audio_effect, "without the sound"),
+                "captions": _factor(word.captions_effect, "without the retrieved captions"),
+                "by_captions": by_captions,
                 "hits": [(float(weight), hit["caption"]) for weight, hit in hits],
             }
         )
-    # Words like "of" follow from the others: the page begins with one that says something.
-    telling = [index for index, word in enumerate(why.words) if len(word.text) > 3] or range(len(words))
-    chosen = max(telling, key=lambda index: why.words[index].audio_effect)
-    return _render(
-        "explanation",
-        parts=_caption_parts(why),
-        words=words,
-        chosen=chosen,
-        clip=clip,
-        saved=pictures.png_source(picture),
-    )
+    # Words such as "of" follow from the others: a longer one is shown first.
+    long = [index for index, word in enumerate(why.words) if len(word.text) > 3] or range(len(words))
+    chosen = max(long, key=lambda index: why.words[index].audio_effect)
+    saved = pictures.data_uri("image/png", picture)
+    return _render("explanation", parts=_parts(why), words=words, chosen=chosen, clip=clip, saved=saved)
 
 
-def _caption_parts(why: CaptionExplanation) -> list[tuple[str, int | None]]:
-    """The caption cut into words, with their number, and what stands between them."""
+def _parts(why: CaptionExplanation) -> list[tuple[str, int | None]]:
+    """The caption cut into words, with their number, and the text between them."""
     parts: list[tuple[str, int | None]] = []
     place = 0
     for number, word in enumerate(why.words):
@@ -123,26 +110,15 @@ def _caption_parts(why: CaptionExplanation) -> list[tuple[str, int | None]]:
     return [*parts, (why.caption[place:], None)]
 
 
-def _loudest_time(audio_map: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
-    """The seconds that a word rests on most."""
-    place = int(audio_map.sum(axis=0).argmax())
-    return float(edges[place]), float(edges[place + 1])
-
-
-def _in_words(effect: float, without: str) -> str:
-    """An effect in nats as a factor: how likely the word would have been."""
-    if abs(effect) <= _NOTHING:
-        return f"just as likely {without}"
+def _factor(effect: float, without: str) -> str:
+    """An effect in nats as a factor of a word's probability."""
+    if abs(effect) <= _NO_EFFECT:
+        return f"equally likely {without}"
     factor = math.exp(min(abs(effect), 20.0))
     amount = f"{factor:.1f}" if factor < 10 else f"{factor:.0f}" if factor < 1_000 else "over a thousand"
     return f"{amount} times {'less' if effect > 0 else 'more'} likely {without}"
 
 
 def header(settings: Any, model_name: str) -> str:
-    """Title and promises of the page."""
+    """The title, what the page does, and how long recordings are kept."""
     return _render("header", settings=settings, model_name=model_name)
-
-
-def limits_text(settings: Any) -> str:
-    """The limits in words, for the label of the recorder."""
-    return f"up to {duration(settings.max_seconds)}, {settings.max_megabytes:g} MB"

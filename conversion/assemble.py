@@ -117,8 +117,8 @@ def convert_stock(
     cross = None
     if cross_attention is not None:
         cross, saved = read_cross_attention(cross_attention)
-        prompt = {key: value for key, value in saved.items() if key in _PROCESSOR_KEYS}
-        settings = {key: value for key, value in saved.items() if key not in _PROCESSOR_KEYS}
+        prompt = {key: value for key, value in saved.items() if key in _PROCESSOR_SETTINGS}
+        settings = {key: value for key, value in saved.items() if key in _CONFIG_SETTINGS}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = RecapForConditionalGeneration.from_clap_gpt2_pretrained(clap, decoder, **settings)
@@ -181,40 +181,45 @@ def convert_to_stock(
 
 
 def read_cross_attention(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """The tensors and the `RecapConfig` settings in a file that `convert_to_stock` wrote."""
+    """The tensors and the settings of model and processor in a file that `convert_to_stock` wrote."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     if "cross_attention_reduce_factor" not in metadata:
         raise ConversionError(f"{path} does not say its cross_attention_reduce_factor: not written by `to-stock`")
-    kept = {key: value for key, value in metadata.items() if key in _TEXTS}
-    kept |= {key: float(metadata[key]) for key in _FRACTIONS if key in metadata}
-    return tensors, {**kept, **{key: int(metadata[key]) for key in _NUMBERS if key in metadata}}
+    kinds = _CONFIG_SETTINGS | _PROCESSOR_SETTINGS
+    return tensors, {key: kinds[key](value) for key, value in metadata.items() if key in kinds}
 
 
-_TEXTS = (
-    "prompt_template",
-    "caption_separator",
-    "prompt_without_captions",
-    "target_prefix",
-    "audio_position_embedding",
-)
-_NUMBERS = ("cross_attention_reduce_factor", "num_retrieved_captions", "pad_token_id", "eos_token_id", "bos_token_id")
-_FRACTIONS = ("retrieval_diversity", "retrieval_score_threshold")
-_PROCESSOR_KEYS = (*_TEXTS[:4], "num_retrieved_captions", *_FRACTIONS)
+# What belongs to a cross-attention: settings of the model and of the processor that it was trained with.
+_CONFIG_SETTINGS: dict[str, type] = {
+    "cross_attention_reduce_factor": int,
+    "audio_position_embedding": str,
+    "pad_token_id": int,
+    "bos_token_id": int,
+    "eos_token_id": int,
+}
+_PROCESSOR_SETTINGS: dict[str, type] = {
+    "num_retrieved_captions": int,
+    "retrieval_diversity": float,
+    "retrieval_score_threshold": float,
+    "prompt_template": str,
+    "caption_separator": str,
+    "prompt_without_captions": str,
+    "target_prefix": str,
+}
 
 
 def _settings_of(config: RecapConfig, source: str | Path) -> dict[str, str]:
-    owners: list[object] = [config]
+    values = {key: getattr(config, key) for key in _CONFIG_SETTINGS}
     if _has_processor(source):
-        owners.append(RecapProcessor.from_pretrained(source))
-    values = {key: getattr(owner, key, None) for owner in owners for key in (*_TEXTS, *_NUMBERS, *_FRACTIONS)}
-    values |= {key: getattr(config, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    values |= {key: getattr(config, key) for key in ("audio_position_embedding", "cross_attention_reduce_factor")}
+        processor = RecapProcessor.from_pretrained(source)
+        values |= {key: getattr(processor, key) for key in _PROCESSOR_SETTINGS}
     return {key: str(value) for key, value in values.items() if value is not None}
 
 
 def _has_processor(source: str | Path) -> bool:
+    """Whether a folder has the settings of a feature extractor; a Hub id is assumed to."""
     return not Path(source).is_dir() or any((Path(source) / name).is_file() for name in _EXTRACTOR_FILES)
 
 
@@ -227,7 +232,7 @@ def _build(config: RecapConfig, state: dict[str, torch.Tensor]) -> RecapForCondi
 
 
 def _beside(name: str | Path) -> str | Path | None:
-    """`name` where a tokenizer is kept there; a Hub id is taken at its word."""
+    """`name` where a tokenizer is kept there; a Hub id is assumed to have one."""
     folder = Path(name)
     if not folder.is_dir():
         return name
@@ -246,7 +251,7 @@ def _processor(
     decoder_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     _set_special_tokens(decoder_tokenizer, special_ids)
     extractor = None
-    if not Path(clap).is_dir() or any((Path(clap) / name).is_file() for name in _EXTRACTOR_FILES):
+    if _has_processor(clap):
         extractor = RecapFeatureExtractor.from_clap_pretrained(clap)
     return RecapProcessor.from_config(
         config,

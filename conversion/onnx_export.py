@@ -50,17 +50,16 @@ class AudioEncoderGraph(nn.Module):
 
     def __init__(self, model: RecapForConditionalGeneration) -> None:
         super().__init__()
-        self.tower = copy.deepcopy(model.clap.audio_model)
-        self.projection = model.clap.audio_projection
-        # RECAP shows every window to a fused checkpoint as a short clip, which is its path without fusion; that path
-        # alone is exported, since whether a clip is long is a question that no fixed graph can ask.
-        self.tower.audio_encoder.enable_fusion = False
-        self.tower.audio_encoder.patch_embed.enable_fusion = False
+        self.clap = copy.deepcopy(model.clap)
+        self.position_embedding = model.config.audio_position_embedding
+        # RECAP encodes every window of a fused checkpoint as a short clip, which is its path without fusion. Only that
+        # path is exported: the other one depends on the data, which a fixed graph cannot.
+        self.clap.config.audio_config.enable_fusion = False
+        self.clap.audio_model.audio_encoder.enable_fusion = False
+        self.clap.audio_model.audio_encoder.patch_embed.enable_fusion = False
 
     def forward(self, input_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output = self.tower(input_features=input_features.unsqueeze(1))
-        embeds = nn.functional.normalize(self.projection(output.pooler_output), dim=-1)
-        return output.last_hidden_state.flatten(2).transpose(1, 2), embeds
+        return self.clap.encode_windows(input_features.unsqueeze(1), self.position_embedding)
 
 
 class CrossAttentionGraph(nn.Module):

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from .datastore_files_recap import (
     read_reference,
     write_new,
 )
-from .hub_recap import DATASTORE_FILES, HubPushMixin, fetch_datastore
+from .hub_recap import fetch_datastore, upload_datastore
 from .index_recap import ExactIndex, SearchIndex, StoredIndex
 
 Hit = tuple[int, float]
@@ -54,7 +55,7 @@ _AUDIO_SUFFIX = re.compile(r"\.(wav|flac|mp3|ogg|opus|m4a|webm|mp4|mkv|aiff?|au|
 _YOUTUBE_PREFIX = re.compile(r"^Y(?=[A-Za-z0-9_-]{11}$)")
 
 
-class CaptionDatastore(HubPushMixin):
+class CaptionDatastore:
     """Captions with their text embeddings, searched by cosine similarity (paper, Section 3.1).
 
     Build one with [`CaptionDatastore.from_captions`], load one with [`CaptionDatastore.from_pretrained`].
@@ -71,10 +72,6 @@ class CaptionDatastore(HubPushMixin):
     Raises:
         `ValueError`: if captions and embeddings do not match, or a record has no caption.
     """
-
-    hub_name = "caption datastore"
-    hub_repo_type = "dataset"
-    hub_files = DATASTORE_FILES
 
     def __init__(
         self,
@@ -435,6 +432,21 @@ class CaptionDatastore(HubPushMixin):
                 "report": (self._manifest or {}).get("report"),
             }
             publish(folder, contents, new, self._index)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Saves the datastore and pushes it as a dataset repository. `recap push` adds a card and Parquet files.
+
+        Args:
+            repo_id (`str`): `user/name`; made if it does not exist.
+            options: `private`, `token`, `revision`, `create_pr` and `commit_message`, as in
+                `huggingface_hub.HfApi.upload_folder`.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload_datastore(folder, repo_id, **options)
 
     @classmethod
     def from_pretrained(

@@ -40,9 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace the README.md that the repository has (default: keep it)",
     )
-    parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="split weights above this size (default: 5GB)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,11 +51,8 @@ def run(args: argparse.Namespace) -> int:
         create_pr=args.create_pr,
         commit_message=args.commit_message,
         overwrite_card=args.overwrite_card,
-        max_shard_size=args.max_shard_size,
     )
     for result in push_folder(args.folder, args.repo, options, args.datastore_repo, read_facts(args)):
-        if result.deleted:
-            print(f"{result.repo_id}: deleted {', '.join(result.deleted)}", file=sys.stderr)
         if result.card_kept:
             print(f"{result.repo_id}: kept its README.md; --overwrite-card replaces it", file=sys.stderr)
         print(result.commit.pr_url or result.commit.commit_url)

@@ -121,10 +121,12 @@ class OnnxCaptioner:
             return {"caption": SILENCE_CAPTION, "score": 1.0, "retrieved": []}
         hidden, embeds = self.encode(self.log_mel(waveform))
         k = self._settings["num_retrieved_captions"] if k is None else k
-        # Graphs that were exported earlier say nothing of these.
-        chosen = {name: self._settings.get(f"retrieval_{name}") for name in ("diversity", "score_threshold")}
-        chosen["diversity"] = chosen["diversity"] or 0.0
-        hits = self.datastore.search(embeds[None], k, **chosen)[0] if self.datastore is not None else []
+        # Graphs that were exported by earlier versions lack these settings.
+        diversity = self._settings.get("retrieval_diversity") or 0.0
+        threshold = self._settings.get("retrieval_score_threshold")
+        hits = []
+        if self.datastore is not None:
+            hits = self.datastore.search(embeds[None], k, None, None, diversity, threshold)[0]
         prompt, used = self._fit_prompt(hits)
         found = self.search(
             prompt,

@@ -68,7 +68,7 @@ def test_authors_prompt_and_special_tokens_are_kept(parts, authors, tmp_path):
     assert processor.prompt.build(["a dog barks", "rain falls"]) == (
         "Similar audios sound like\n\na dog barks\n\nrain falls\n\nThis audio sounds like "
     )
-    assert (processor.num_retrieved_captions, model.config.num_retrieved_captions) == (3, 3)
+    assert processor.num_retrieved_captions == 3
     assert (processor.tokenizer.pad_token, processor.tokenizer.eos_token) == ("!", ".")
     assert (model.generation_config.pad_token_id, model.generation_config.eos_token_id) == (1, 0)
     assert model.config.decoder_start_token_id is None

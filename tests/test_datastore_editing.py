@@ -31,8 +31,8 @@ from recap_hf.datastore import (
     remove_captions,
 )
 from recap_hf.datastore.editing import editing
+from recap_hf.hub.push import copy_files, datastore_files
 from recap_hf.modeling.datastore_files_recap import locked
-from recap_hf.modeling.hub_recap import files_to_push
 
 NO_LIMIT = FilterOptions(max_tokens=None)
 
@@ -235,7 +235,9 @@ def test_only_what_belongs_to_it_is_pushed(folder):
     add_captions(folder, numbered(40, 45), WordEmbedder())
     remove_captions(folder, Selection(rows=[1]))
     (folder / f".captions.{os.getpid()}.tmp").write_text("left by a kill")
-    assert set(files_to_push(folder)) == {"datastore.json", *opened(folder).manifest["files"]}
+    copy_files(folder, folder.parent / "pushed", datastore_files(folder))
+    copied = {path.name for path in (folder.parent / "pushed").iterdir()}
+    assert copied == {"datastore.json", *opened(folder).manifest["files"]}
 
 
 def test_edits_that_cannot_be_are_refused(folder):

@@ -199,9 +199,12 @@ def test_a_model_without_retrieval_does_not_promise_it():
 
 
 def test_names_cannot_break_the_page(description):
-    facts = CardFacts(training_data=[DataSource("a | b\nc", url="https://example.org")])
+    hostile = DataSource("<img src=x> [x](y)", licence="*MIT* `x`", url="javascript:alert(1)")
+    facts = CardFacts(training_data=[DataSource("a | b\nc", url="https://example.org"), hostile], licence="<b>Mine")
     text = str(render_model_card("user/recap", description, facts))
     assert "| [a \\| b c](https://example.org) | – | – | not stated | training |" in text
+    assert r"| \<img src=x\> \[x\](y) | – | – | \*MIT\* \`x\` | training |" in text
+    assert r"released under \<b\>Mine." in text and "javascript" not in text
     assert "| encoder | CLAP \\| small |" in text
 
 
@@ -352,7 +355,7 @@ def test_cards_render_from_an_installed_wheel(tmp_path):
     pytest.importorskip("setuptools", reason="building a wheel needs setuptools")
     source, unpacked = tmp_path / "source", tmp_path / "unpacked"
     ignored = shutil.ignore_patterns("__pycache__", "assets", "*.egg-info")
-    for name in ("recap_hf", "modeling", "conversion", "model_cards"):
+    for name in ("recap_hf", "recap_cli", "modeling", "conversion", "model_cards"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=ignored)
     (source / "recap_hf" / "assets").mkdir()
     shutil.copy(REPOSITORY / "recap_hf" / "assets" / "__init__.py", source / "recap_hf" / "assets")

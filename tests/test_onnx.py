@@ -243,3 +243,25 @@ def test_generation_that_the_runner_does_not_know_is_refused(saved, tmp_path):
 def test_commands_name_their_arguments(exported, capsys):
     assert main(["onnx", str(exported[0]), "/nowhere.wav"]) == 1
     assert "/nowhere.wav" in capsys.readouterr().err
+
+
+def test_the_embedded_default_is_exported(tmp_path):
+    """With its position embeddings: the captions of the examples are those of torch without reranking."""
+    from recap_hf import Captioner, CaptionOptions, default_model_path, examples_path
+
+    if not (default_model_path() / "model.safetensors").is_file():
+        pytest.skip("no embedded default in this checkout")
+    source = tmp_path / "default"
+    shutil.copytree(default_model_path(), source)
+    reference = Captioner.from_pretrained(str(source), options=CaptionOptions(rerank="none"))
+    assert reference.model.config.audio_position_embedding == "sinusoidal"
+    export_onnx(source, tmp_path / "onnx")
+    runner = OnnxCaptioner(tmp_path / "onnx", num_threads=1)
+    files = sorted(examples_path().glob("*.flac"))
+    expected = reference.caption([reference.read(file) for file in files])
+    assert len({result.caption for result in expected}) > 3
+    for file, result in zip(files, expected, strict=True):
+        actual = runner(str(file))
+        assert actual["caption"] == result.caption, file
+        assert [hit["caption"] for hit in actual["retrieved"]] == [hit["caption"] for hit in result.retrieved]
+        assert actual["score"] == pytest.approx(result.score, rel=1e-3)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from .facts import CardFacts, DataSource, Result
 from .licences import forbids_commercial_use, licence_identifier
@@ -30,13 +31,13 @@ NOT_STATED = "not stated"
 CODE_LICENCE = "The Python files of this repository are part of recap_hf and under Apache-2.0."
 SIZE_CATEGORIES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
 LARGER_SIZES = ((10**7, "1M<n<10M"), (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"))
-DATASTORE_SUMMARY = "Captions of sounds, embedded, for a RECAP audio captioner to look up while it listens."
+DATASTORE_SUMMARY = "Captions of sounds with their CLAP text embeddings, for retrieval by a RECAP audio captioner."
 COMMON_LIMITS = (
-    "It repeats what its datastore says: a wrong or unkind caption in there can come out. Look at `retrieved` when a "
-    "caption surprises you.",
-    "A sound that neither the training nor the datastore knew is described as the nearest thing that they knew.",
-    "It may say that somebody speaks, never what is said: it is not a speech recogniser.",
-    "Do not rely on it where a missed or misnamed sound does harm.",
+    "It repeats captions of its datastore: a wrong or offensive one can appear in its output. Look at `retrieved` "
+    "when a caption surprises you.",
+    "A sound that is neither in the training data nor in the datastore is described as the most similar one that is.",
+    "It may caption speech as speech, but does not transcribe it.",
+    "Do not rely on it where a missed or wrong caption does harm.",
 )
 
 
@@ -59,7 +60,7 @@ class DatastoreFacts:
     @property
     def non_commercial(self) -> list[str]:
         """Names of the sources whose licence forbids commercial use."""
-        return [source.name for source in self.sources if forbids_commercial_use(source.licence)]
+        return [cell(source.name) for source in self.sources if forbids_commercial_use(source.licence)]
 
     @property
     def unlicensed(self) -> int:
@@ -226,8 +227,8 @@ def template_text(name: str) -> str:
 
 
 def cell(value: object) -> str:
-    """A value that cannot break out of its table cell or line."""
-    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|").strip()
+    """A value as plain text of Markdown: no table cell, link, HTML or emphasis can begin or end in it."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", re.sub(r"\s+", " ", str(value)).strip())
 
 
 def count(value: int | None) -> str:
@@ -241,9 +242,10 @@ def stated(value: str | None) -> str:
 
 
 def linked(source: DataSource) -> str:
-    """A source's name, linked to where it is published."""
-    url = f"https://huggingface.co/datasets/{source.hub_id}" if source.hub_id else source.url
-    return f"[{cell(source.name)}]({url})" if url else cell(source.name)
+    """A source's name, linked to where it is published if that is a web address."""
+    url = f"https://huggingface.co/datasets/{source.hub_id}" if source.hub_id else source.url or ""
+    safe = quote(url, safe=":/?#&=%+,;~@!$-._")
+    return f"[{cell(source.name)}]({safe})" if url.startswith(("https://", "http://")) else cell(source.name)
 
 
 def slug(name: str) -> str:
@@ -264,14 +266,13 @@ def size_category(number: int) -> str:
 def default_summary(description: ModelDescription, datastore: DatastoreFacts | None) -> str:
     """The first paragraph where its author has written none."""
     if not description.num_retrieved:
-        return "An audio captioner: it listens to a recording and describes it in one sentence."
+        return "An audio captioner: it describes a recording in one sentence."
     number = description.num_retrieved
     captions = f"{number} captions that fit it" if number > 1 else "caption that fits it"
     of = f" of {count(datastore.captions)} captions" if datastore else ""
     return (
-        f"An audio captioner that looks things up: it listens to a recording, retrieves the {captions} best from a "
-        f"datastore{of}, and describes it in one sentence. Exchange the datastore, and it describes another domain "
-        "without training."
+        f"A retrieval-augmented audio captioner: it retrieves the {captions} best from a datastore{of}, and describes "
+        "the recording in one sentence. With another datastore it captions another domain without training."
     )
 
 
@@ -300,7 +301,7 @@ def licence_metadata(name: str | None) -> dict[str, str]:
 def model_licence_text(name: str | None, datastore: DatastoreFacts | None) -> str:
     """The licence section of a model card."""
     weights = (
-        f"The weights are released under {name}."
+        f"The weights are released under {cell(name)}."
         if name
         else "No licence is stated for the weights: ask their author before you build on them."
     )
@@ -310,7 +311,7 @@ def model_licence_text(name: str | None, datastore: DatastoreFacts | None) -> st
 
 def datastore_licence_text(name: str | None, datastore: DatastoreFacts) -> str:
     """The licence section of a datastore's card."""
-    whole = f"The collection is released under {name}. " if name else ""
+    whole = f"The collection is released under {cell(name)}. " if name else ""
     return f"{whole}Each caption keeps the licence of its source, as listed above and in the metadata."
 
 
@@ -365,9 +366,9 @@ def result_tables(results: Sequence[Result]) -> list[ResultTable]:
 def result_table(key: tuple, results: Sequence[Result]) -> ResultTable:
     """The table of one test set; `key` is its dataset, split, clip list and number of clips."""
     dataset, split, clip_list, clips = key
-    parts = [f"{dataset} ({split} split)"]
+    parts = [f"{cell(dataset)} ({cell(split)} split)"]
     parts += [f"{count(clips)} clips"] if clips is not None else []
-    parts += [f"clip list `{clip_list}`"] if clip_list else []
+    parts += [f"clip list `{clip_list.replace(chr(96), chr(39))}`"] if clip_list else []
     metrics = unique(result.metric for result in results)
     systems = list(dict.fromkeys(result.system for result in results))
     found = {(result.system, result.metric): result for result in results}
@@ -378,8 +379,17 @@ def result_table(key: tuple, results: Sequence[Result]) -> ResultTable:
     by_code: dict[str, list[str]] = {}
     for result in results:
         by_code.setdefault(result.implementation, []).append(result.metric)
-    codes = [code if len(by_code) == 1 else f"{code} ({', '.join(unique(used))})" for code, used in by_code.items()]
-    return ResultTable(", ".join(parts), metrics, rows, codes, any(has_interval(result) for result in results))
+    codes = [
+        cell(code) if len(by_code) == 1 else f"{cell(code)} ({', '.join(unique(used))})"
+        for code, used in by_code.items()
+    ]
+    return ResultTable(
+        ", ".join(parts),
+        [cell(metric) for metric in metrics],
+        rows,
+        codes,
+        any(has_interval(result) for result in results),
+    )
 
 
 def has_interval(result: Result) -> bool:

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recap_hf.modeling.options_recap import DECODING, RERANKING, RETRIEVAL, CaptionOptions
 from recap_hf.modeling.prompt_recap import PAPER_PROMPT
 
 from .cards import DatastoreFacts, ModelDescription
 from .facts import DataSource
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
-
     from recap_hf import CaptionDatastore, RecapConfig
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
@@ -63,10 +62,7 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
     if sizes:
         files = f", {num_files} files" if num_files > 1 else ""
         parts["parameters"] = f"{sum(sizes.values()):,} in {' and '.join(dtypes)} ({byte_text(num_bytes)}{files})"
-    if Path(folder, "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        parts["decoding"] = decoding_text(GenerationConfig.from_pretrained(folder))
+    parts |= option_texts(Path(folder))
     captions = [f"caption {rank}" for rank in range(1, number + 1)]
     if number > 3:
         captions = ["caption 1", "caption 2", "...", f"caption {number}"]
@@ -108,7 +104,7 @@ def conditioning_part(config: RecapConfig, num_parameters: int) -> dict[str, str
     if config.conditioning == "prefix":
         text = (
             f"{config.prefix_length} embeddings before the prompt, made of the hidden states by "
-            f"{config.prefix_num_layers} layers{number}, in the place of cross-attention (after Kim et al. 2023): the "
+            f"{config.prefix_num_layers} layers{number}, instead of cross-attention (after Kim et al. 2023): the "
             "part that is trained"
         )
         return {"prefix": text}
@@ -116,23 +112,25 @@ def conditioning_part(config: RecapConfig, num_parameters: int) -> dict[str, str
     share = "the decoder's own" if factor == 1 else f"the decoder's divided by {factor}"
     text = f"in every layer, of width {config.cross_attention_width} ({share}){number}: the part that RECAP trains"
     if config.audio_position_embedding:
-        text += f"; {config.audio_position_embedding} position embeddings tell it the time of each hidden state"
+        text += f"; {config.audio_position_embedding} position embeddings give it the time of each hidden state"
     return {"cross-attention": text}
 
 
-def decoding_text(generation: GenerationConfig) -> str:
-    """How captions are decoded by default, in words."""
-    beams = generation.num_beams or 1
-    how = f"{beams} beams" if beams > 1 else "greedy"
-    if generation.do_sample:
-        how = "sampling" if beams == 1 else f"sampling, {beams} beams"
-    length = generation.max_new_tokens
-    how = f"{how}, at most {length} new tokens" if length else how
-    if getattr(generation, "rerank", None) == "clap":
-        weight = getattr(generation, "rerank_weight", None)
-        best = f"the best by its score and {weight or 0:g} times CLAP's cosine"
-        how += "; of the candidates " + ("the one nearest to the sound" if weight is None else best)
-    return how
+def option_texts(folder: Path) -> dict[str, str]:
+    """Retrieval and decoding of a checkpoint: the caption options that its files set."""
+    texts = {}
+    for part, name, groups, names in (
+        ("retrieval", "processor_config.json", (RETRIEVAL,), {"k": "num_retrieved_captions"}),
+        ("decoding", "generation_config.json", (DECODING, RERANKING), {}),
+    ):
+        path = folder / name
+        if not path.is_file():
+            continue
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        values = {option: saved.get(names.get(option, option)) for option in CaptionOptions.names(*groups)}
+        given = [f"{option} {value}" for option, value in values.items() if value is not None]
+        texts[part] = ", ".join(given) or "defaults of transformers"
+    return texts
 
 
 def read_weights(folder: str | Path) -> tuple[dict[str, int], list[str], int, int]:

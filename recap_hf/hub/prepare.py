@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from recap_hf import CaptionDatastore
 
 NUM_EXAMPLES = 5
+PARQUET_FOLDER = "data"
 
 
 def prepare_folder(
@@ -62,7 +63,7 @@ def prepare_checkpoint(
     folder: Path, repo_id: str, facts: CardFacts, datastore_folder: str | Path | None = None
 ) -> None:
     """Writes the card of a checkpoint, with what is known of the datastore inside or referred to."""
-    from recap_hf.modeling.hub_recap import DATASTORE_FOLDER
+    from recap_hf.modeling.processing_recap import DATASTORE_FOLDER
     from recap_hf.modeling.retrieval_recap import MANIFEST_NAME, CaptionDatastore
 
     manifest, datastore, reference = folder / DATASTORE_FOLDER / MANIFEST_NAME, None, None
@@ -85,7 +86,6 @@ def drop_removed(datastore: CaptionDatastore, folder: Path) -> None:
 
 def prepare_datastore(folder: Path, repo_id: str, facts: CardFacts) -> None:
     """Writes the Parquet files of a datastore and, unless it has one, its card."""
-    from recap_hf.modeling.hub_recap import PARQUET_FOLDER
     from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
     datastore = CaptionDatastore.from_pretrained(folder)

@@ -1,27 +1,38 @@
-"""`recap push`: a whole checkpoint or a datastore to the Hub, each in one commit."""
+"""`recap push`: a checkpoint or a datastore to the Hugging Face Hub, each in one commit.
+
+What is pushed is a list of known files, never "whatever the folder holds": a folder of a training also has optimiser
+states, logs and notes.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .facts import FACTS_FILE, CardFacts
 from .prepare import prepare_folder
 
 if TYPE_CHECKING:
-    from recap_hf.modeling.hub_recap import PushResult
+    from huggingface_hub import CommitInfo
 
-LINKED_FROM_BYTES = 1_000_000
-# A folder of a training also holds optimiser states, logs and intermediate checkpoints: those stay at home.
+CARD = "README.md"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+DOCUMENTS = (CARD, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "RECORDINGS.csv")
 CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
@@ -30,22 +41,15 @@ CHECKPOINT_FILES = (
     "model.safetensors.index.json",
     "processor_config.json",
     "preprocessor_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "clap_tokenizer/*",
-    "*_recap.py",
-    "*.md",
-    "LICENSE*",
-    "NOTICE*",
-    "RECORDINGS.csv",
-    "report.json",
-    FACTS_FILE,
-    "*.png",
+    "chat_template.jinja",
+    *TOKENIZER_FILES,
+    "clap_tokenizer/config.json",
+    *(f"clap_tokenizer/{name}" for name in TOKENIZER_FILES),
+    *DOCUMENTS,
 )
+# Files of an earlier push, which this one replaces or deletes.
+CHECKPOINT_REPLACES = ("model*.safetensors", "model.safetensors.index.json", "datastore/*", "*_recap.py")
+DATASTORE_REPLACES = ("data/*.parquet", "*.jsonl", "*.npy", "*.faiss", "*.bin", "*.arrow")
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,12 @@ class PushOptions:
     """How to push.
 
     Args:
-        private: for repositories that do not exist yet.
-        revision: branch to push to, made if it does not exist.
+        private: for repositories that do not exist yet; None takes the owner's default.
+        revision: branch to push to, made if it does not exist; default: main.
         create_pr: propose the change as a pull request.
         commit_message: of the commit.
         overwrite_card: replace a README.md that the repository has.
-        max_shard_size: weights above this size are split into several files.
-        token: by default the one that `huggingface_hub` keeps.
+        token: default: the one that `huggingface_hub` keeps.
     """
 
     private: bool | None = None
@@ -67,8 +70,16 @@ class PushOptions:
     create_pr: bool = False
     commit_message: str | None = None
     overwrite_card: bool = False
-    max_shard_size: str | int = "5GB"
     token: str | bool | None = None
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did: the commit of huggingface_hub, the repository, and whether its README.md was kept."""
+
+    commit: CommitInfo
+    repo_id: str
+    card_kept: bool = False
 
 
 def push_folder(
@@ -78,7 +89,7 @@ def push_folder(
     datastore_repo: str | None = None,
     facts: CardFacts | None = None,
 ) -> list[PushResult]:
-    """Pushes a saved checkpoint, or a saved datastore, whichever the folder holds; see the two functions below."""
+    """Pushes a saved checkpoint or a saved datastore; see `push_checkpoint` and `push_datastore`."""
     from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
 
     folder = Path(folder)
@@ -98,48 +109,49 @@ def push_checkpoint(
     datastore_repo: str | None = None,
     facts: CardFacts | None = None,
 ) -> list[PushResult]:
-    """Pushes a checkpoint in one commit: weights, processor, travelling code, datastore and card.
+    """Pushes a checkpoint in one commit: weights, processor, remote code, datastore and card.
 
     Args:
-        folder: what `save_checkpoint` or a training wrote. Optimiser states, logs and the like are left out.
+        folder: what `save_pretrained` or a training wrote. Other files in it are not pushed.
         repo_id: `user/name` of the model repository.
         options: how to push.
         datastore_repo: `user/name` of a dataset repository for the datastore, pushed first; the checkpoint then
-            refers to it by id and commit. By default the datastore goes into the checkpoint.
-        facts: what the card is to say; by default what `card_facts.json` in the folder holds.
+            refers to it by id and commit. Default: the datastore goes into the checkpoint.
+        facts: for the card; default: `card_facts.json` in the folder.
 
     Returns:
-        What was done: for the dataset repository, if there is one, and for the model repository.
+        One result for the dataset repository, if there is one, and one for the model repository.
 
     Raises:
-        OSError: a push failed; the message names repository, revision and remedy.
+        OSError: the push failed, or a file is a link that leaves the folder.
         ValueError: the folder holds no RECAP checkpoint, or no datastore where one is to be pushed.
     """
-    from recap_hf.modeling.hub_recap import DATASTORE_FOLDER, WEIGHT_FILES, commit_folder, full_repo_id
+    from recap_hf.modeling.configuration_recap import copy_remote_code
+    from recap_hf.modeling.processing_recap import DATASTORE_FOLDER
     from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
 
     from .describe import describe_checkpoint
 
     folder, options = Path(folder), options or PushOptions()
     describe_checkpoint(folder)
-    repo_id = full_repo_id(repo_id, options.token)
-    results = []
-    with staged_checkpoint(folder, options) as stage:
-        source = folder / DATASTORE_FOLDER
+    if not list(folder.glob("model*.safetensors")):
+        raise ValueError(f"{folder} has no model*.safetensors: expected weights that `save_pretrained` wrote")
+    source, results = folder / DATASTORE_FOLDER, []
+    has_datastore = (source / MANIFEST_NAME).is_file()
+    if datastore_repo and not has_datastore:
+        raise ValueError(f"{folder} has no datastore to push to {datastore_repo!r}: {source} is missing")
+    with tempfile.TemporaryDirectory() as name:
+        stage = Path(name)
+        copy_remote_code(stage)
+        copy_files(folder, stage, (*CHECKPOINT_FILES, *(path.name for path in stage.glob("*_recap.py"))))
         if datastore_repo:
-            if not (source / MANIFEST_NAME).is_file():
-                raise ValueError(f"{folder} has no datastore to push to {datastore_repo!r}: {source} is missing")
             results.append(push_datastore(source, datastore_repo, options))
-            refer_to_datastore(stage / DATASTORE_FOLDER, results[0])
+            write_reference(stage / DATASTORE_FOLDER, results[0])
+        elif has_datastore:
+            copy_files(source, stage / DATASTORE_FOLDER, datastore_files(source))
+        facts = facts or own_facts(folder)
         prepare_folder(stage, repo_id, facts=facts, datastore_folder=source if datastore_repo else None)
-        results.append(
-            commit_folder(
-                stage,
-                repo_id,
-                replaces=(*WEIGHT_FILES, f"{DATASTORE_FOLDER}/*", "*_recap.py"),
-                **commit_arguments(options, "Upload RECAP checkpoint"),
-            )
-        )
+        results.append(upload(stage, repo_id, "model", options, CHECKPOINT_REPLACES))
     return results
 
 
@@ -149,154 +161,144 @@ def push_datastore(
     options: PushOptions | None = None,
     facts: CardFacts | None = None,
 ) -> PushResult:
-    """Pushes a saved datastore as a dataset repository, with Parquet files and a card.
+    """Pushes a saved datastore as a dataset repository, with Parquet files for the viewer and a card.
 
     Args:
         folder: what `CaptionDatastore.save_pretrained` wrote.
         repo_id: `user/name` of the dataset repository.
         options: how to push.
-        facts: what the card is to say beyond the datastore's own metadata.
+        facts: for the card, beyond the datastore's own metadata.
 
     Raises:
-        OSError: the push failed; the message names repository, revision and remedy.
+        OSError: the push failed, or a file is a link that leaves the folder.
+        ValueError: the folder holds no datastore with files of its own.
     """
-    from recap_hf.modeling.hub_recap import DATASTORE_FILES, commit_folder, full_repo_id
+    folder, options = Path(folder), options or PushOptions()
+    with tempfile.TemporaryDirectory() as name:
+        stage = Path(name)
+        copy_files(folder, stage, datastore_files(folder))
+        prepare_folder(stage, repo_id, "dataset", facts=facts or own_facts(folder))
+        return upload(stage, repo_id, "dataset", options, DATASTORE_REPLACES)
 
-    options = options or PushOptions()
-    repo_id = full_repo_id(repo_id, options.token)
-    with tempfile.TemporaryDirectory() as stage:
-        copy_files(Path(folder), Path(stage), datastore_files(Path(folder)))
-        prepare_folder(stage, repo_id, "dataset", facts=facts)
-        return commit_folder(
-            stage,
-            repo_id,
-            repo_type="dataset",
-            replaces=DATASTORE_FILES,
-            **commit_arguments(options, "Upload caption datastore"),
-        )
+
+def own_facts(folder: Path) -> CardFacts | None:
+    path = folder / FACTS_FILE
+    return CardFacts.from_file(path) if path.is_file() else None
 
 
 def datastore_files(folder: Path) -> tuple[str, ...]:
-    """The files of a datastore: those that its manifest names, the manifest, and what its owner wrote about it."""
+    """Names of the files of a datastore: its manifest, the files that the manifest names, card and licence."""
     from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
 
     path = folder / MANIFEST_NAME
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = () if "reference" in manifest else manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the description of a datastore with files of its own ({error!r})") from error
-    return (*files, MANIFEST_NAME, "README.md", "LICENSE*", FACTS_FILE)
+        raise ValueError(f"{path} is not the manifest of a datastore: {error!r}") from error
+    return (MANIFEST_NAME, *files, *DOCUMENTS)
 
 
-def datastore_in_checkpoint(folder: Path) -> tuple[str, ...]:
-    """The files of the datastore inside a checkpoint: its own, or those of a reference to another repository."""
-    from recap_hf.modeling.hub_recap import DATASTORE_FOLDER
-    from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
-
-    manifest = folder / DATASTORE_FOLDER / MANIFEST_NAME
-    if not manifest.is_file():
-        return ()
-    is_reference = "reference" in json.loads(manifest.read_text(encoding="utf-8"))
-    names = (MANIFEST_NAME,) if is_reference else datastore_files(manifest.parent)
-    return tuple(f"{DATASTORE_FOLDER}/{name}" for name in names)
-
-
-def commit_arguments(options: PushOptions, message: str) -> dict:
-    """The options as arguments of `commit_folder`."""
-    return {
-        "private": options.private,
-        "revision": options.revision,
-        "create_pr": options.create_pr,
-        "commit_message": options.commit_message or message,
-        "overwrite_card": options.overwrite_card,
-        "token": options.token,
-    }
-
-
-@contextmanager
-def staged_checkpoint(folder: Path, options: PushOptions) -> Iterator[Path]:
-    """A temporary folder with what is to be pushed of a checkpoint: code added, large weights split."""
-    from recap_hf.modeling.configuration_recap import complete_tokenizer_folder, copy_travelling_files
-
-    with tempfile.TemporaryDirectory() as name:
-        stage = Path(name)
-        left_out = copy_files(folder, stage, (*CHECKPOINT_FILES, *datastore_in_checkpoint(folder)))
-        if left_out:
-            print(f"not pushed: {', '.join(left_out)}", file=sys.stderr)
-        if not list(stage.glob("model*.safetensors")):
-            raise ValueError(f"{folder} has no model*.safetensors: expected weights that `save_pretrained` wrote")
-        if not list(stage.glob("*_recap.py")):
-            copy_travelling_files(stage)
-        complete_tokenizer_folder(stage)
-        split_weights(stage, options.max_shard_size)
-        yield stage
-
-
-def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> list[str]:
-    """Links or copies the files that match; returns the top-level names that have none that do."""
-    from recap_hf.modeling.hub_recap import files_to_push, matches
-
-    files = files_to_push(source)
-    chosen = {name for name in files if matches(name, patterns)}
-    for name in chosen:
-        place = target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(files[name], place)
-    kept = {name.split("/")[0] for name in chosen}
-    return sorted({name.split("/")[0] for name in files} - kept)
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """A copy; of a large file only a link, if the file system can: nothing writes to large files in a stage."""
-    if source.stat().st_size >= LINKED_FROM_BYTES:
-        try:
-            os.link(source.resolve(), target)
-            return
-        except OSError:
-            # Another file system, or one without links: copied below.
-            pass
-    shutil.copyfile(source, target)
-
-
-def parse_size(size: str | int) -> int:
-    """Bytes of a size as transformers writes it: "5GB", "300KB", a number.
+def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copies the files whose path in `source` matches a pattern of the same depth.
 
     Raises:
-        ValueError: it is no size.
+        OSError: one of them is a symbolic link to a file outside of `source`.
     """
-    match = re.fullmatch(r"\s*(\d+)\s*([KMGT]?)(I?)B?\s*", str(size).upper())
-    if match is None:
-        raise ValueError(f"{size!r} is no size: expected a number and a unit, as in 5GB or 300MB")
-    number, unit, binary = match.groups()
-    return int(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " ")
+    allowed = [source.resolve()]
+    if source.parent.name == "snapshots" or source.parent.parent.name == "snapshots":
+        # The cache of huggingface_hub: a snapshot consists of links to files beside it.
+        snapshots = source.parent if source.parent.name == "snapshots" else source.parent.parent
+        allowed.append((snapshots.parent / "blobs").resolve())
+    patterns = tuple(patterns)
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source).as_posix()
+        if not path.is_file() or not any(
+            name.count("/") == each.count("/") and fnmatch(name, each) for each in patterns
+        ):
+            continue
+        if not any(path.resolve().is_relative_to(place) for place in allowed):
+            raise OSError(f"{path} is a link to {path.resolve()}, outside of the folder. Replace it by a copy.")
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / name)
 
 
-def split_weights(stage: Path, max_shard_size: str | int) -> None:
-    """Splits a single weights file that is larger than a shard may be."""
-    weights = stage / "model.safetensors"
-    if not weights.is_file() or weights.stat().st_size <= parse_size(max_shard_size):
-        return
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import load_file, save_file
-
-    state = load_file(weights)
-    plan = split_torch_state_dict_into_shards(state, max_shard_size=max_shard_size)
-    if not plan.is_sharded:
-        return
-    for name, keys in plan.filename_to_tensors.items():
-        save_file({key: state[key] for key in keys}, stage / name, metadata={"format": "pt"})
-    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (stage / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    weights.unlink()
-
-
-def refer_to_datastore(folder: Path, pushed: PushResult) -> None:
-    """Replaces the datastore of a staged checkpoint by a reference to the repository that it was pushed to."""
+def write_reference(folder: Path, pushed: PushResult) -> None:
+    """Writes a datastore that refers to the repository and the commit that it was pushed to."""
     from recap_hf.modeling.retrieval_recap import FORMAT_VERSION, MANIFEST_NAME
 
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     reference = {"repo_id": pushed.repo_id, "revision": pushed.commit.oid}
     text = json.dumps({"format_version": FORMAT_VERSION, "reference": reference}, indent=1) + "\n"
     (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+
+
+def upload(
+    folder: Path, repo_id: str, repo_type: str, options: PushOptions, replaces: Iterable[str] = ()
+) -> PushResult:
+    """Pushes all of a folder in one commit; files that the repository already has are not sent again.
+
+    Args:
+        folder: its files, with their paths.
+        repo_id: `user/name`, or a name of the user whose token is used; made if it does not exist.
+        repo_type: "model" or "dataset".
+        options: how to push.
+        replaces: patterns of files in the repository that are deleted where the folder has no such file.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.token, library_name="recap_hf")
+    place: dict[str, Any] = {"repo_type": repo_type, "revision": options.revision}
+    with hub_errors(repo_id, repo_type, options.revision):
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=options.private, exist_ok=True).repo_id
+        if options.revision and not options.create_pr and not options.revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, repo_type=repo_type, branch=options.revision, exist_ok=True)
+        card_kept = not options.overwrite_card and api.file_exists(repo_id, CARD, **place)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            ignore_patterns=[CARD] if card_kept else None,
+            delete_patterns=list(replaces),
+            commit_message=options.commit_message or f"Upload RECAP {repo_type}",
+            create_pr=options.create_pr,
+            **place,
+        )
+    return PushResult(commit, repo_id, card_kept and (folder / CARD).is_file())
+
+
+@contextmanager
+def hub_errors(repo_id: str, repo_type: str, revision: str | None = None) -> Iterator[None]:
+    """Turns errors of huggingface_hub into an `OSError` of one line with the repository and what to do."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
+
+    where = f"cannot push to the {repo_type} repository {repo_id!r} at revision {revision or 'main'!r}"
+    token = "a token is set" if get_token() else "no token is set"
+    again = "Run the same command again: files that have arrived are not sent a second time."
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except OfflineModeIsEnabled as error:
+        raise OSError(f"{where}: offline mode is on. Unset HF_HUB_OFFLINE and try again.") from error
+    except RevisionNotFoundError as error:
+        raise OSError(f"{where}: there is no such revision. Give a branch, a tag or a full commit id.") from error
+    except HfHubHTTPError as error:
+        status, said = error.response.status_code, error.server_message or str(error).splitlines()[0]
+        remedy = {
+            401: f"The Hub does not accept the token ({token}). Run `hf auth login`.",
+            403: "The token may not write there. Use one that may, or propose the change with --create-pr.",
+            404: f"It does not exist, or the token may not see it ({token}). Check the spelling or `hf auth login`.",
+        }.get(status, f"Try later. {again}" if status >= 500 else again)
+        raise OSError(f"{where}: the Hub answered {status}: {said} {remedy}") from error
+    except HTTPError as error:
+        raise OSError(f"{where}: the connection failed ({type(error).__name__}: {error}). {again}") from error
+    except RuntimeError as error:
+        # huggingface_hub raises it for an upload that failed after several tries.
+        raise OSError(f"{where}: {str(error).rstrip('.')} ({error.__cause__}). {again}") from error

@@ -85,8 +85,8 @@ def _escape(code: int) -> str:
 
 
 def json_text(value: Any, file: IO[str]) -> str:
-    """JSON in one line, with `\\uXXXX` for control characters, surrogates, and all that is not ASCII where the encoding
-    of `file` is not UTF-8."""
+    """JSON in one line, with `\\uXXXX` for control characters, surrogates, and all that is not ASCII where the
+    encoding of `file` is not UTF-8."""
     text = json.dumps(value, ensure_ascii=(file.encoding or "utf-8").lower().replace("-", "") != "utf8")
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 

@@ -15,7 +15,6 @@ FIELD = '    zest: int | None = _option(DECODING, int, "a new option", minimum=3
 CAPTIONING = ("caption", "timeline", "live", "explain", "evaluate")
 SCRIPT = """
 import json, sys
-from argparse import ArgumentParser
 
 from recap_cli import build_parser
 
@@ -24,6 +23,7 @@ for command in json.loads(sys.argv[1]):
     actions = build_parser(command)._subparsers._group_actions[0].choices[command]._actions
     parsers[command] = [action.help for action in actions if "--zest" in action.option_strings]
 
+from recap_hf.evaluation.grid_config import make_grid
 from recap_hf.modeling.options_recap import CaptionOptions
 from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
 
@@ -39,6 +39,7 @@ print(json.dumps({
     "from_dict": CaptionOptions.from_dict({"zest": 5}).to_dict(),
     "generate": CaptionOptions(zest=5).generate_kwargs(),
     "pipeline": repr(forward),
+    "yaml": make_grid({"domains": {"a": {"dataset": "clotho"}}, "evaluation": {"zest": 5}}).caption_options.to_dict(),
     "error": error,
 }))
 """
@@ -77,6 +78,10 @@ def test_every_command_that_captions_has_the_flag(known, command):
 
 def test_the_pipeline_takes_the_keyword(known):
     assert "zest=5" in known["pipeline"]
+
+
+def test_the_yaml_of_a_grid_takes_the_key(known):
+    assert known["yaml"] == {"zest": 5}
 
 
 def test_mappings_and_generation_know_it(known):

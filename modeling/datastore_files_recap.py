@@ -1,9 +1,9 @@
 """The files of a caption datastore: format, reading and writing.
 
-A folder holds `datastore.json` (the manifest), captions (JSON lines), embeddings (NumPy) and perhaps an index. A file
-is named by its content and never changes. A writer puts new files beside the old ones and then replaces the manifest
-at once, so a reader opens the datastore before the edit or after it; a reader that has the old files open keeps them.
-All names in the manifest are plain file names, all files are checked against their checksums, nothing is unpickled.
+A folder holds `datastore.json` (the manifest), captions (JSON lines), embeddings (NumPy) and perhaps an index. No file
+is ever changed. A writer puts new files beside the old ones, replaces the manifest at once and deletes the old files:
+a reader opens the datastore before the edit or after it, and one that has the old files open keeps them. All names in
+the manifest are plain file names, all files are checked against their checksums, nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -485,9 +485,11 @@ def publish(folder: Path, contents: Mapping[str, Any], new: Mapping[str, Path], 
 
 
 def _place(path: Path, folder: Path, kind: str, suffix: str, files: dict[str, Any]) -> str:
-    """Gives a finished file a name of its content, so that none replaces another, and lists it in `files`."""
-    digest = sha256(path)
-    name = f"{kind}-{digest[:16]}.{suffix}"
+    """Gives a finished file its name and lists it in `files`. The name is one of the content where there is a
+    datastore or another file already, so that no file replaces another."""
+    digest, name = sha256(path), f"{kind}.{suffix}"
+    if (folder / MANIFEST_NAME).exists() or (folder / name).exists():
+        name = f"{kind}-{digest[:16]}.{suffix}"
     files[name] = {"bytes": path.stat().st_size, "sha256": digest}
     _flush(path)
     os.replace(path, folder / name)

@@ -97,10 +97,12 @@ def test_removed_texts_leave_the_disk_and_readers_go_on(folder):
     }
 
 
-def test_an_edit_deletes_no_file_of_others(folder):
+def test_no_file_of_others_is_replaced_or_deleted(tmp_path):
     kept = dict.fromkeys(("captions.jsonl", "notes.txt", "embeddings.npy", "index.faiss", ".hidden.tmp"), b"mine")
     for name, contents in kept.items():
-        (folder / name).write_bytes(contents)
+        (tmp_path / name).write_bytes(contents)
+    folder = tmp_path
+    save_store(folder, numbered(0, 40))
     add_captions(folder, numbered(40, 45), WordEmbedder())
     opened(folder).save_pretrained(folder)
     assert {name: (folder / name).read_bytes() for name in kept} == kept

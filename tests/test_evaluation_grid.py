@@ -230,7 +230,7 @@ def test_grid_runs_prints_and_goes_on(domains, tmp_path, tiny_model, tiny_proces
     assert any("several events" in claim for claim, _ in claims)
     assert all(claim["verdict"] in ("supported", "refuted", "open") for claim in result["claims"])
     # No datastore of the grid may hold captions of the test clips.
-    (captions,) = (path.read_text() for path in (output / "datastores" / "large").glob("captions-*.jsonl"))
+    (captions,) = (path.read_text() for path in (output / "datastores" / "large").glob("captions*.jsonl"))
     assert captions.count("train") == 8 and "test" not in captions
     assert main(["grid", str(path), "--output-dir", str(output)]) == 0
     again = capsys.readouterr()

@@ -158,7 +158,7 @@ def test_captions_stay_verbatim_through_files(tmp_path, store):
 
 
 def the_file(folder, kind):
-    (path,) = folder.glob(f"{kind}-*")
+    (path,) = folder.glob(f"{kind}*")
     return path
 
 

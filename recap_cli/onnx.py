@@ -1,4 +1,4 @@
-"""`recap onnx`: captions from an exported model, in a process that never imports torch."""
+"""`recap onnx`: captions from an exported model; torch need not be installed."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def coverage_and_precision(
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Coverage and precision of every setting, for each kind of mixture and for all."""
-    from benchmarks.evaluation_sets import mixture_list, mixtures
+    from benchmarks.sound_events import mixture_list, mixtures
     from benchmarks.naming import NamingRules
     from recap_hf import Captioner, CaptionOptions
 

@@ -57,8 +57,8 @@ def coverage_and_precision(
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Coverage and precision of every setting, for each kind of mixture and for all."""
-    from benchmarks.sound_events import mixture_list, mixtures
     from benchmarks.naming import NamingRules
+    from benchmarks.sound_events import mixture_list, mixtures
     from recap_hf import Captioner, CaptionOptions
 
     captioner = Captioner.from_pretrained(args.model, device=args.device)

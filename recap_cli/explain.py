@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from recap_cli.files import standard_input
 from recap_cli.options import add_captioner_arguments, check_caption_options, load_captioner
 
 # As in recap_hf.explain, which needs torch.
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if output is not None:
         # A missing extra is reported before the work.
         require_matplotlib()
-    waveform, rate = load_audio(sys.stdin.buffer.read() if args.input == "-" else args.input)
+    waveform, rate = load_audio(standard_input().read() if args.input == "-" else args.input)
     if is_silent(waveform):
         raise ValueError(f"{args.input} holds no sound: its caption is silence, without the model.")
     captioner = load_captioner(args)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from recap_cli.files import standard_input
 from recap_cli.numbers import positive
 from recap_cli.options import add_captioner_arguments, check_caption_options, load_captioner
 
@@ -99,7 +100,7 @@ def _blocks(args: argparse.Namespace) -> Iterator[Any]:
         yield microphone_blocks(args.microphone, args.rate, args.channels)
         return
     raw = PcmFormat(args.rate, args.channels, args.sample_format) if args.rate else None
-    source = sys.stdin.fileno() if args.input == "-" else args.input
+    source = standard_input().fileno() if args.input == "-" else args.input
     # Unbuffered: a read returns what has arrived, and a waiting thread holds no lock when Python ends.
     with open(source, "rb", buffering=0, closefd=args.input != "-") as file:
         yield pcm_blocks(file, raw)

@@ -163,3 +163,18 @@ def test_help_is_quick_and_needs_no_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "--merge-into" in result.stdout
+
+
+def test_an_input_is_never_overwritten(run, recording):
+    data = recording.read_bytes()
+    status, _, err = run(recording, "--output", recording)
+    assert status == 1
+    assert "is one of the inputs" in err
+    assert recording.read_bytes() == data
+
+
+def test_a_closed_pipe_ends_the_run_without_an_error(recording, model_folder):
+    command = [sys.executable, "-m", "recap_cli", "timeline", *[str(recording)] * 3, "--model", str(model_folder)]
+    script = 'set -o pipefail; "$@" --max-new-tokens 3 --format jsonl | true'
+    result = subprocess.run(["bash", "-c", script, "-", *command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlparse
 
+from recap_cli.files import check_output, open_output, printable, standard_input
 from recap_hf.modeling.audio_recap import SILENCE_CAPTION
 from recap_hf.modeling.captioning_recap import READ_ERRORS, Captioner
 from recap_hf.recordings import STANDARD_INPUT, reason_of
@@ -39,11 +40,14 @@ def run_timeline(
     settings, style = _given(TimelineSettings, args), _given(SubtitleStyle, args)
     speech = SubtitleFile.read(args.merge_into) if args.merge_into else None
     targets = _targets(args, names) if args.output_dir else [{args.format: args.output}]
+    for paths in targets:
+        for path in paths.values():
+            check_output(path, [*names, *filter(None, [args.merge_into])])
     captioner = load_captioner(args)
     job = _Job(captioner, settings, args.batch_size, args.skip_silence)
     if speech is not None:
         text = job.merge(names[0], speech, style)
-        with _open(args.output) as file:
+        with open_output(args.output) as file:
             file.write(text)
         return 0
     options = {
@@ -53,7 +57,9 @@ def run_timeline(
     # One file for all recordings, or files for each of them.
     for group, paths in zip([[name] for name in names] if args.output_dir else [names], targets, strict=True):
         with contextlib.ExitStack() as stack:
-            writers = [WRITERS[kind](stack.enter_context(_open(path)), **options) for kind, path in paths.items()]
+            writers = [
+                WRITERS[kind](stack.enter_context(open_output(path)), **options) for kind, path in paths.items()
+            ]
             for name in group:
                 job.caption(name, writers)
             for writer in writers:
@@ -84,18 +90,24 @@ class _Job:
         for writer in writers:
             writer.begin(name)
         # Without a total: many formats do not say how long a recording is.
-        bar = tqdm(unit="s", disable=None, file=sys.stderr, leave=False, desc=Path(name).name)
+        bar = tqdm(unit="s", disable=None, file=sys.stderr, leave=False, desc=printable(Path(name).name))
         result = None
         with bar, _source(name) as source:
-            try:
-                for segment in self._segments(source, summary):
-                    bar.update(round(segment["end"]) - bar.n)
-                    for writer in writers:
-                        writer.write(segment)
-                result = summary.result()
-            except READ_ERRORS as error:
-                self.failed += 1
-                bar.write(f"recap timeline: {name}: {reason_of(name, error)}", file=sys.stderr)
+            segments = self._segments(source, summary)
+            # Errors of reading only: one of writing, such as a full disk or a closed pipe, ends the run.
+            while True:
+                try:
+                    segment = next(segments)
+                except StopIteration:
+                    result = summary.result()
+                    break
+                except READ_ERRORS as error:
+                    self.failed += 1
+                    bar.write(f"recap timeline: {printable(f'{name}: {reason_of(name, error)}')}", file=sys.stderr)
+                    break
+                bar.update(round(segment["end"]) - bar.n)
+                for writer in writers:
+                    writer.write(segment)
         for writer in writers:
             writer.end(result)
 
@@ -154,10 +166,6 @@ def _source(name: str) -> Iterator[Any]:
         yield name
         return
     with tempfile.TemporaryFile() as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
+        shutil.copyfileobj(standard_input(), file)
         file.seek(0)
         yield file
-
-
-def _open(path: str | Path | None) -> contextlib.AbstractContextManager[IO[str]]:
-    return contextlib.nullcontext(sys.stdout) if path is None else open(path, "w", encoding="utf-8", newline="")

@@ -193,6 +193,8 @@ def test_description_follows_what_decides_the_captions(captioner):
     assert set(before["options"]) == set(CaptionOptions.names())
     assert before["options"] | {"k": 2, "num_beams": 2, "max_new_tokens": 6} == before["options"]
     assert before["options"]["length_penalty"] == captioner.model.generation_config.length_penalty
+    reranked = captioner.with_options(CaptionOptions(rerank="clap", rerank_weight=float("inf")))
+    json.dumps(Systems(reranked).describe(), allow_nan=False)
     with torch.no_grad():
         next(captioner.model.decoder.parameters()).add_(1e-3)
     assert Systems(captioner).describe()["weights_sha256"] != before["weights_sha256"]

@@ -24,6 +24,13 @@ SYSTEMS: dict[str, str] = {
     "audio_only": "no prompt: the decoder starts from its end-of-text token, with audio",
     "first_retrieved": "the first retrieved caption, nothing generated",
 }
+_PROMPT_SETTINGS = (
+    "prompt_template",
+    "caption_separator",
+    "prompt_without_captions",
+    "target_prefix",
+    "max_prompt_tokens",
+)
 NEED_DATASTORE = ("random_captions", "first_retrieved")
 _EARLIER_NAMES = {"no_retrieval": "no_captions", "audio_hidden": "no_audio"}
 
@@ -183,23 +190,26 @@ class Systems:
         options = {name: getattr(self.retrieval, name) for name in CaptionOptions.names()}
         for name in CaptionOptions.names(DECODING, RERANKING):
             options[name] = getattr(config, name, None) if options[name] is None else options[name]
+            # JSON has no infinity.
+            options[name] = "inf" if options[name] == float("inf") else options[name]
         return {
             "weights_sha256": _hash_weights(captioner.model),
             "dtype": str(captioner.model.dtype).removeprefix("torch."),
             "options": options,
-            "prompt_template": captioner.processor.prompt_template,
+            "prompt": {name: getattr(captioner.processor, name) for name in _PROMPT_SETTINGS},
             "seed": self.seed,
             "exclude_references": self.exclude_references,
             "conditioning": captioner.model.config.conditioning,
-            "datastore": None
-            if datastore is None
-            else {
-                "captions": len(datastore),
-                "keys": datastore.keys,
-                "index": (datastore.index or {"kind": "exact"})["kind"],
-                "sha256": _hash_texts(datastore.captions),
-            },
+            "datastore": None if datastore is None else _describe_datastore(datastore),
         }
+
+
+def _describe_datastore(datastore: Any) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for text in datastore.captions:
+        digest.update(text.encode("utf-8", errors="replace") + b"\n")
+    index = (datastore.index or {"kind": "exact"})["kind"]
+    return {"captions": len(datastore), "keys": datastore.keys, "index": index, "sha256": digest.hexdigest()}
 
 
 def _first(hits: list[dict[str, Any]]) -> tuple[str, float]:
@@ -235,11 +245,4 @@ def _hash_weights(model: Any) -> str:
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _hash_texts(texts: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8", errors="replace") + b"\n")
     return digest.hexdigest()

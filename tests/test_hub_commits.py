@@ -169,7 +169,7 @@ REFUSALS = {
     "hf_bad": [("push(folder)", ["'user/m'", "a token is set", "hf auth login"])],
     "hf_reader": [("push(folder)", ["'user/m'", "may not write there", "--create-pr"])],
     "hf_owner": [
-        ("push(folder, create_pr=True, revision='x')", ["'user/m'", "'x'", "no such revision"]),
+        ("push(folder, create_pr=True, revision='x')", ["create_pr=True", "revision='x'"]),
         ("push(folder, 'a/b/c')", ["'a/b/c'"]),
         ("fetch_datastore('user/absent', revision='v2')", ["dataset or model", "'user/absent'", "'v2'", "spelling"]),
         ("fetch_datastore('user/hidden', revision='v9')", ["'user/hidden'", "'v9'", "a branch, a tag or a full"]),

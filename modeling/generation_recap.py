@@ -111,6 +111,9 @@ class RecapGenerationMixin(GenerationMixin):
             `ValueError`: neither audio nor its encoding, neither prompts nor a processor.
         """
         kwargs.pop("retrieved", None)
+        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
         input_features = kwargs.pop("input_features", inputs)
         input_features_mask = kwargs.pop("input_features_mask", None)
         encoder_outputs = kwargs.pop("encoder_outputs", None)

@@ -114,10 +114,10 @@ class RandomFeatures:
     """Hidden states of the real shape (64 positions of a window), drawn by clip instead of encoded."""
 
     def __init__(self, width: int = 768, positions: int = 64) -> None:
-        self.shape = (positions, width)
+        self.shape = (1, positions, width)
 
-    def hidden_states(self, key: str) -> np.ndarray:
-        """fp16 array of shape `(positions, d)`."""
+    def read(self, key: str, name: str) -> np.ndarray:
+        """fp16 array of shape `(1, positions, d)`."""
         return np.random.default_rng(int(key)).standard_normal(self.shape, dtype=np.float32).astype(np.float16)
 
 
@@ -300,7 +300,7 @@ def _reference_loss(
     pad = processor.tokenizer.pad_token_id
     ids = torch.nn.functional.pad(inputs["decoder_input_ids"], (0, missing), value=pad).to(device)
     labels = torch.nn.functional.pad(inputs["labels"], (0, missing), value=-100).to(device)
-    states = np.stack([examples.features.hidden_states(examples.clips[row.clip].key) for row in rows])
+    states = np.stack([examples.features.read(examples.clips[row.clip].key, "states")[0] for row in rows])
     encoding = RecapEncoderOutput(last_hidden_state=torch.from_numpy(states).to(device).float())
     loss = model(encoder_outputs=encoding, decoder_input_ids=ids, labels=labels, use_cache=False).loss
     return loss, int((labels != -100).sum())

@@ -11,12 +11,11 @@ from accelerate import Accelerator
 from conftest import tiny_clap_config
 from training_parts import captions_of, make_tokenizer
 
-from recap_hf import RecapFeatureExtractor
 from recap_hf.training.data import Clip
 from recap_hf.training.task import Key
 from recap_hf.training.tasks.bases import new_clap_config, train_tokenizer
 from recap_hf.training.tasks.clap import ClapTask, ClapTrainingConfig
-from recap_hf.training.tasks.clap_data import PairCollator, PairedClips, Variation, cut_window, paired_clips, positives
+from recap_hf.training.tasks.clap_data import PairCollator, PairedClips, Variation, paired_clips, positives
 from recap_hf.training.tasks.contrastive import (
     Towers,
     contrastive_loss,
@@ -131,23 +130,6 @@ def test_what_is_right_for_a_clip():
 # ------------------------------------------------------------------------ clips
 
 
-def test_a_cut_window_is_the_mel_of_the_cut():
-    """From 3 s on: all frames but those whose 21 ms reach over a border between stored windows or the cut's ends."""
-    extractor = RecapFeatureExtractor(compute_dtype="float64")
-    rng = np.random.default_rng(0)
-    waveform = rng.normal(size=int(23.4 * 48_000)).astype(np.float32) * 0.1
-    starts = np.round(np.array(extractor.window_starts(len(waveform))) / 480).astype(int)
-    stored = extractor([waveform], sampling_rate=48_000, return_tensors="np")["input_features"][0]
-    for first in (300, 1340):
-        cut = waveform[first * 480 : first * 480 + 480_000]
-        expected = extractor([cut], sampling_rate=48_000, return_tensors="np")["input_features"][0, 0]
-        got = cut_window(stored, starts, first)
-        apart = np.abs(got - expected).max(axis=1) > 1e-3
-        borders = {0, 1, 1000, 999} | {place - first + side for place in (1000, 2000) for side in (-1, 0, 1)}
-        assert set(np.flatnonzero(apart)) <= {frame for frame in borders if 0 <= frame <= 1000}
-    assert np.array_equal(cut_window(stored, starts, starts[-1])[900:], stored[-1][900:])
-
-
 class _Store:
     """Two stored clips: of one window, and of three."""
 
@@ -155,11 +137,9 @@ class _Store:
         rng = np.random.default_rng(0)
         self._frames = {"a": rng.normal(size=(1, 1001, 64)), "b": rng.normal(size=(3, 1001, 64))}
 
-    def hidden_states(self, key: str) -> np.ndarray:
-        return self._frames[key].reshape(-1, 64).astype(np.float16)
-
-    def audio_embeds(self, key: str) -> np.ndarray:
-        return np.array([[0.0], [1000.0], [1340.0]][: len(self._frames[key])], dtype=np.float32)
+    def read(self, key: str, name: str) -> np.ndarray:
+        assert name == "mel"
+        return self._frames[key].astype(np.float16)
 
 
 def test_variation_is_keyed_by_seed_epoch_and_clip():
@@ -183,7 +163,12 @@ def test_variation_is_keyed_by_seed_epoch_and_clip():
         assert not torch.equal(mels, other)
     # Without variation, a clip is its first window.
     plain, _, _ = build(1, 4, crop=False, gain_db=0.0, mask_frames=0, mask_bins=0)
-    assert np.array_equal(plain[1], _Store().hidden_states("b")[:1001].astype(np.float32))
+    windows = _Store().read("b", "mel").astype(np.float32)
+    assert np.array_equal(plain[1], windows[0])
+    # Cut at random, it is one of its windows, and each of them in some epoch.
+    cut = [build(1, epoch, gain_db=0.0, mask_frames=0, mask_bins=0)[0][1] for epoch in range(20)]
+    found = [next(n for n, window in enumerate(windows) if np.array_equal(mel, window)) for mel in cut]
+    assert set(found) == {0, 1, 2}
 
 
 def test_steps_are_full_and_no_clip_stands_twice(clap):

@@ -27,9 +27,10 @@ from recap_hf.training.task import Key
 class Features:
     """Random stored features; clips of different lengths."""
 
-    def hidden_states(self, key: str) -> np.ndarray:
+    def read(self, key: str, name: str) -> np.ndarray:
+        assert name == "states"
         rng = np.random.default_rng(int(key))
-        return rng.normal(size=(4 + 2 * (int(key) % 2), 16)).astype(np.float16)
+        return rng.normal(size=(1, 4 + 2 * (int(key) % 2), 16)).astype(np.float16)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def stock_loss(parts, pairs: list[tuple[int, int]]) -> tuple[float, int]:
     for clip, caption in pairs:
         retrieved = [neighbours.captions[row] for row in neighbours.rows[clip][:4]]
         inputs = processor.build_training_inputs([retrieved], [clips[clip].captions[caption]])
-        states = torch.from_numpy(Features().hidden_states(clips[clip].key)).float()[None]
+        states = torch.from_numpy(Features().read(clips[clip].key, "states")).float()
         encoding = RecapEncoderOutput(last_hidden_state=states, attention_mask=torch.ones(states.shape[:2]))
         count = int((inputs["labels"] != -100).sum())
         total += model(encoder_outputs=encoding, **inputs).loss.item() * count
@@ -220,9 +221,9 @@ def test_no_retrieval_uses_the_prompt_without_captions(parts):
 
 
 def test_prompt_lengths_measure_the_captions(parts):
-    made = make(parts)
-    lengths = made.prompt_lengths()
-    counted = [
-        len(made.processor.tokenizer("".join(made.retrieved(Row(clip, (0,)), 0)))["input_ids"]) for clip in range(6)
-    ]
-    assert np.corrcoef(lengths, counted)[0, 1] > 0.95
+    _, processor, clips, table = parts
+    words = " ".join(captions_of(3)).split()
+    long = Neighbours(table.rows, [" ".join(words[: 2 * number]) for number in range(12)])
+    made = PromptedCaptions(clips, Features(), processor, [long], PromptOptions(k=4))
+    counted = [len(processor.tokenizer("".join(made.retrieved(Row(clip, (0,)), 0)))["input_ids"]) for clip in range(6)]
+    assert np.corrcoef(made.prompt_lengths(), counted)[0, 1] > 0.95

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.numpy import load_file
 from training_parts import captions_of, make_captioner, write_clip, write_clotho
 
 from recap_hf import CaptionDatastore, load_audio
 from recap_hf.data import load_captions
 from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
-from recap_hf.training import encoding
-from recap_hf.training.encoding import AudioTower, EncodedDataset, store_features
-from recap_hf.training.features import FeatureStore, content_key, encoder_identity
+from recap_hf.training import features
+from recap_hf.training.features import (
+    AudioTower,
+    EncodedDataset,
+    FeatureStore,
+    content_key,
+    encoder_identity,
+    store_features,
+)
 from recap_hf.training.neighbours import Query, find_neighbours, search_key
 
 
@@ -46,13 +53,12 @@ def test_stored_features_are_the_models(captioner, data, tmp_path: Path):
         inputs = processor(audio=[waveform], sampling_rate=rate, return_tensors="pt")
         with torch.no_grad():
             expected = model.encode_audio(**inputs)
-        stored = encoded.store.hidden_states(key)
+        stored = encoded.store.read(key, "states")
         assert stored.dtype == np.float16
-        assert isinstance(stored.base, np.memmap) or isinstance(stored, np.memmap)
-        np.testing.assert_allclose(stored, expected.last_hidden_state[0], atol=2e-3)
-        np.testing.assert_allclose(encoded.store.audio_embeds(key), expected.audio_embeds[0], atol=1e-5)
+        np.testing.assert_allclose(np.concatenate(stored), expected.last_hidden_state[0], atol=2e-3)
+        np.testing.assert_allclose(encoded.store.read(key, "embeds"), expected.audio_embeds[0], atol=1e-5)
     # Twelve seconds are two windows.
-    assert len(encoded.store.audio_embeds(encoded.keys[0])) == 2
+    assert len(encoded.store.read(encoded.keys[0], "embeds")) == 2
 
 
 def test_a_second_run_reads_everything(captioner, data, tmp_path: Path):
@@ -89,19 +95,19 @@ def test_a_changed_encoder_is_noticed(captioner, data, tmp_path: Path, caplog):
 def test_a_killed_run_goes_on_and_writes_the_same_numbers(captioner, data, tmp_path: Path, monkeypatch):
     """Whole shards survive; what was half-written is done again, in the same batches."""
     model, processor = captioner
-    monkeypatch.setattr(encoding, "CLIPS_PER_SHARD", 2)
+    monkeypatch.setattr(features, "CLIPS_PER_SHARD", 2)
     whole = encode_dataset(data, model, processor, tmp_path)
     shutil.copytree(tmp_path / "features", tmp_path / "cut" / "features")
     folder = tmp_path / "cut" / "features" / whole.store.fingerprint
-    lost = sorted(folder.glob("shard-*.json"))[1]
-    keys = json.loads(lost.read_text())["keys"]
+    lost = sorted(folder.glob("shard-*"))[1]
+    keys = {name.partition("/")[0] for name in load_file(lost)}
     lost.unlink()
-    (folder / "shard-x.hidden.npy.partial-1").write_bytes(b"half")
+    (folder / ".shard-x.safetensors.1.tmp").write_bytes(b"half")
     again = encode_dataset(data, model, processor, tmp_path / "cut")
     assert (again.encoded, again.reused) == (len(keys), 5 - len(keys))
-    assert not list(folder.glob("*.partial-*"))
+    assert not list(folder.glob(".*.tmp"))
     for key in whole.keys:
-        assert np.array_equal(again.store.hidden_states(key), whole.store.hidden_states(key))
+        assert np.array_equal(again.store.read(key, "states"), whole.store.read(key, "states"))
 
 
 def test_worker_processes_encode_the_same(captioner, data, tmp_path: Path):
@@ -110,7 +116,7 @@ def test_worker_processes_encode_the_same(captioner, data, tmp_path: Path):
     there = encode_dataset(data, model, processor, tmp_path / "other", workers=2)
     assert there.encoded == 5
     for key in here.keys:
-        assert np.array_equal(here.store.hidden_states(key), there.store.hidden_states(key))
+        assert np.array_equal(here.store.read(key, "states"), there.store.read(key, "states"))
 
 
 def test_equal_recordings_are_encoded_once(captioner, tmp_path: Path):
@@ -158,8 +164,17 @@ def test_content_key_ignores_the_name(tmp_path: Path):
 
 def test_hidden_states_beyond_fp16_are_refused(tmp_path: Path):
     store = FeatureStore(tmp_path, {"weights": "x"})
-    with pytest.raises(ValueError, match="exceed fp16"):
-        store.add_shard(["k"], [np.full((1, 2, 3), 1e6)], [np.ones((1, 4))])
+    with pytest.raises(ValueError, match="exceeds fp16"):
+        store.add_shard(["k"], [{"states": torch.full((1, 2, 3), 1e6).half().numpy()}])
+
+
+def test_a_damaged_shard_is_named(captioner, data, tmp_path: Path):
+    first = encode_dataset(data, *captioner, tmp_path)
+    (shard,) = first.store.folder.glob("shard-*")
+    damaged = shard.with_name("shard-damaged.safetensors")
+    damaged.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=re.escape(f"{damaged} is damaged")):
+        encode_dataset(data, *captioner, tmp_path)
 
 
 # ------------------------------------------------------------------ neighbours

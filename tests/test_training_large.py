@@ -111,7 +111,7 @@ rng = np.random.default_rng(0)
 for start in range(0, clips, CLIPS_PER_SHARD):
     keys = [f"{number:032x}" for number in range(start, min(clips, start + CLIPS_PER_SHARD))]
     states = rng.integers(0, 15360, (len(keys), 1, 64, 768), dtype=np.uint16).view(np.float16)
-    store.add_shard(keys, list(states), [np.ones((1, 512), dtype=np.float32)] * len(keys))
+    store.add_shard(keys, [{"states": own, "embeds": np.ones((1, 512), dtype=np.float32)} for own in states])
 """
 
 READER = """
@@ -123,8 +123,8 @@ assert len(store) == clips
 total = 0.0
 order = np.random.default_rng(1).permutation(clips)
 for start in range(0, clips, 32):
-    batch = np.stack([store.hidden_states(f"{number:032x}") for number in order[start : start + 32]])
-    total += float(batch[0, 0, 0])
+    batch = np.stack([store.read(f"{number:032x}", "states") for number in order[start : start + 32]])
+    total += float(batch[0, 0, 0, 0])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

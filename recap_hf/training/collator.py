@@ -95,7 +95,7 @@ class PromptedCaptions(Dataset):
         prompt = self.processor.build_prompts(retrieved=[self.retrieved(row, key.epoch)])["decoder_input_ids"][0]
         states = None
         if self.features is not None:
-            states = self.features.hidden_states(clip.key)
+            states = np.concatenate(self.features.read(clip.key, "states"))
             states = np.zeros_like(states) if self.audio_is_hidden(row, key.epoch) else states
         return Example(prompt.numpy(), [clip.targets[caption] for caption in row.captions], states, key.weight)
 
@@ -106,42 +106,29 @@ class PromptedCaptions(Dataset):
     def retrieved(self, row: Row, epoch: int) -> list[str]:
         """The captions of a row's prompt in one epoch."""
         options = self.options
-        if not self.neighbours or not options.k:
-            return []
-        if options.prompt_dropout and self._rng(row, epoch, 2).random() < options.prompt_dropout:
+        if not self.neighbours or not options.k or self._rng(row, epoch, 2).random() < options.prompt_dropout:
             return []
         table = self.neighbours[epoch % len(self.neighbours)]
-        nearest = table.of(row.clip)
-        chosen = nearest[: options.k]
-        if options.draw_from or options.shuffle:
-            rng = self._rng(row, epoch)
-            if options.draw_from:
-                pool = nearest[: options.draw_from]
-                chosen = pool[np.sort(rng.choice(len(pool), size=min(options.k, len(pool)), replace=False))]
-            if options.shuffle:
-                chosen = rng.permutation(chosen)
+        pool, rng = table.of(row.clip)[: options.draw_from or options.k], self._rng(row, epoch)
+        chosen = pool[np.sort(rng.choice(len(pool), size=min(options.k, len(pool)), replace=False))]
+        if options.shuffle:
+            chosen = rng.permutation(chosen)
         return [table.captions[number] for number in chosen]
 
     def audio_is_hidden(self, row: Row, epoch: int) -> bool:
         """Whether a row's audio is hidden in one epoch."""
-        share = self.options.audio_dropout
-        return bool(share and self._rng(row, epoch, 1).random() < share)
+        return self._rng(row, epoch, 1).random() < self.options.audio_dropout
 
     def _rng(self, row: Row, epoch: int, stream: int = 0) -> np.random.Generator:
         return np.random.default_rng([self.options.seed, DRAW, epoch, row.clip, row.captions[0], stream])
 
     def prompt_lengths(self) -> list[int]:
-        """For each clip, the tokens of its k nearest captions: grouping by length sorts by them."""
-        if not self.neighbours or not self.options.k:
+        """For each clip, about the tokens of its k nearest captions: grouping by length sorts by them."""
+        if not self.neighbours:
             return [0] * len(self.clips)
-        table = self.neighbours[0]
-        chosen = [table.of(clip)[: self.options.k] for clip in range(len(self.clips))]
-        needed = np.unique(np.concatenate(chosen)).tolist()
-        if not needed:
-            return [0] * len(self.clips)
-        tokens = self.processor.tokenizer([table.captions[number] for number in needed], add_special_tokens=False)
-        length = {number: len(ids) for number, ids in zip(needed, tokens["input_ids"], strict=True)}
-        return [sum(length[int(number)] for number in rows) for rows in chosen]
+        table, k = self.neighbours[0], self.options.k
+        # A token of English has about four characters.
+        return [sum(len(table.captions[row]) for row in table.of(clip)[:k]) // 4 for clip in range(len(self.clips))]
 
 
 @dataclass

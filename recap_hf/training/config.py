@@ -199,7 +199,6 @@ class AudioTrainingConfig(TrainingConfig):
 
     audio_dir: list[str] = option("data", [], "folder of the audio, if it is not with the captions")
     allow_missing: bool = option("data", False, "train without the clips that have no audio file; they are listed")
-    min_clip_seconds: float = option("data", 0.01, "shorter recordings are left out and named")
     feature_cache: str = option("data", "", "folder of encoded audio (default: OUTPUT_DIR/features)", free=True)
     encode_batch_size: int = option(
         "data", 16, "10-second windows in one pass of the audio encoder", check=AT_LEAST_1, free=True

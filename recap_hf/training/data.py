@@ -13,8 +13,7 @@ from recap_hf.data import CaptionData, join, load_captions
 from recap_hf.data.schema import Problem
 
 from .config import AudioTrainingConfig, TrainingConfig
-from .encoding import Encoder, store_features
-from .features import FeatureStore
+from .features import Encoder, FeatureStore, store_features
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +158,6 @@ def load_encoded(
 
     clips, summary = {}, DataSummary()
     options = {"batch_windows": config.encode_batch_size, "workers": config.workers(PartialState().device)}
-    options["min_seconds"] = config.min_clip_seconds
     for split, data in splits.items():
         encoded = store_features(data.dataset, encoder, config.cache_folder(), **options)
         clips[split] = clips_of(data, encoded.keys)

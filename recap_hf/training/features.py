@@ -1,9 +1,8 @@
-"""Encoded audio on disk: the frozen CLAP runs once per clip, whatever is trained on it afterwards.
+"""Encoded audio on disk: a frozen encoder encodes each recording once, whatever is trained on the result afterwards.
 
-A store is a folder per encoder (weights and window settings have a fingerprint). It holds shards of some hundred
-clips: hidden states in fp16 and query embeddings in float32, two `.npy` files that are memory-mapped, and a JSON with
-the keys of the clips. A key is a hash of the recording's bytes. A shard's JSON is written last and atomically: a
-killed run leaves whole shards, and files that the next run removes.
+A store is a folder per encoder (weights and window settings have a fingerprint) with shards of some hundred clips:
+safetensors files that are written beside their place and renamed, so that a killed run leaves whole shards. A clip's
+key is a hash of the recording's bytes.
 """
 
 from __future__ import annotations
@@ -12,132 +11,83 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from recap_hf.data.schema import Problem
+from recap_hf.files import replacing, write_text
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CLIPS_PER_SHARD = 256
-_READ_BLOCK = 1 << 20
+# Seconds; a shorter recording is no clip.
+_SHORTEST = 0.01
 
 
-class FeatureStore:
-    """Encoded clips of one encoder.
+class Encoder(Protocol):
+    """Makes the stored arrays of a clip.
 
     Args:
-        folder: the cache; the encoder's own folder is made in it.
-        encoder: what the features depend on (see `encoder_identity`).
+        identity: all that they depend on, as plain data.
+        feature_extractor: knows the sampling rate, and the windows of a clip.
     """
 
-    def __init__(self, folder: str | Path, encoder: dict[str, Any]) -> None:
-        described = json.dumps(encoder, sort_keys=True).encode()
-        self.fingerprint = hashlib.blake2b(described, digest_size=8).hexdigest()
-        self.folder = Path(folder) / self.fingerprint
-        self.folder.mkdir(parents=True, exist_ok=True)
-        description = self.folder / "encoder.json"
-        if not description.exists():
-            write_atomically(description, json.dumps(encoder, indent=2, sort_keys=True).encode())
-        # Shard, first window and number of windows of each clip; embeddings of each shard.
-        self._clips: dict[str, tuple[str, int, int]] = {}
-        self._embeds: dict[str, np.ndarray] = {}
-        self.refresh()
-        others = sorted(path.parent.name for path in self.folder.parent.glob("*/encoder.json"))
-        if not self._clips and others != [self.fingerprint]:
-            others.remove(self.fingerprint)
-            logger.warning(
-                "The feature cache %s holds features of other encoders or settings (%s), none of this one (%s): "
-                "encoding again. The old ones may be deleted",
-                folder, ", ".join(others), self.fingerprint,
-            )  # fmt: skip
+    identity: dict[str, Any]
+    feature_extractor: Any
 
-    def refresh(self) -> None:
-        """Read the list of shards that are on disk now."""
-        for path in sorted(self.folder.glob("shard-*.json")):
-            name = path.stem
-            if name in self._embeds:
-                continue
-            contents = json.loads(path.read_text(encoding="utf-8"))
-            start = 0
-            for key, windows in zip(contents["keys"], contents["windows"], strict=True):
-                self._clips[key] = (name, start, windows)
-                start += windows
-            self._embeds[name] = np.load(self.folder / f"{name}.embeds.npy", allow_pickle=False)
-            if len(self._embeds[name]) != start:
-                raise ValueError(
-                    f"{path}: {start} windows are listed, {len(self._embeds[name])} stored. Delete this shard's files"
-                )
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._clips
-
-    def __len__(self) -> int:
-        return len(self._clips)
-
-    def hidden_states(self, key: str) -> np.ndarray:
-        """fp16 array of shape `(windows * positions, d)`, a view of the file on disk."""
-        shard, start, windows = self._clips[key]
-        block = _memory_map(self.folder / f"{shard}.hidden.npy")[start : start + windows]
-        return block.reshape(-1, block.shape[-1])
-
-    def audio_embeds(self, key: str) -> np.ndarray:
-        """float32 array of shape `(windows, projection_dim)`, rows of unit length."""
-        shard, start, windows = self._clips[key]
-        return self._embeds[shard][start : start + windows]
-
-    def add_shard(self, keys: list[str], hidden: list[np.ndarray], embeds: list[np.ndarray]) -> None:
-        """Write a shard.
-
-        Args:
-            keys: the clips.
-            hidden: per clip, hidden states of shape `(windows, positions, d)`.
-            embeds: per clip, query embeddings of shape `(windows, projection_dim)`.
-
-        Raises:
-            ValueError: if the states do not fit into fp16.
-        """
-        name = "shard-" + hashlib.blake2b("\n".join(keys).encode(), digest_size=12).hexdigest()
-        with np.errstate(over="ignore"):
-            states = np.concatenate(hidden).astype(np.float16)
-        if not np.isfinite(states).all():
-            raise ValueError("the encoder's hidden states hold NaN or exceed fp16 (65,504): this CLAP is not usable")
-        write_atomically(self.folder / f"{name}.hidden.npy", states)
-        write_atomically(self.folder / f"{name}.embeds.npy", np.concatenate(embeds).astype(np.float32))
-        contents = {"format_version": FORMAT_VERSION, "keys": keys, "windows": [len(block) for block in embeds]}
-        write_atomically(self.folder / f"{name}.json", json.dumps(contents).encode())
-
-    def remove_leftovers(self) -> None:
-        """Delete the unfinished files of a killed run."""
-        for path in self.folder.glob("*.partial-*"):
-            path.unlink(missing_ok=True)
+    def encode(self, waveforms: list[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        """Named arrays of each waveform, `(windows, ...)`."""
 
 
-@lru_cache(maxsize=64)
-def _memory_map(path: Path) -> np.ndarray:
-    # Outside of the class: a store is copied to worker processes, and each maps the files itself.
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+class AudioTower:
+    """The frozen audio tower of a captioner.
+
+    Args:
+        model, processor: the captioner.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self._model, self.feature_extractor = model, processor.feature_extractor
+        self.identity = encoder_identity(model, processor.feature_extractor)
+
+    @torch.no_grad()
+    def encode(self, waveforms: list[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        """`states` `(windows, positions, d)` fp16 and `embeds` `(windows, P)` float32 of each waveform."""
+        inputs = mel_windows(self.feature_extractor, waveforms, next(self._model.clap.parameters()).device)
+        encoding = self._model.encode_audio(**inputs)
+        windows = encoding.audio_embeds.shape[1]
+        states = encoding.last_hidden_state.unflatten(1, (windows, -1)).half().cpu().numpy()
+        embeds = encoding.audio_embeds.float().cpu().numpy()
+        for row, count in enumerate(inputs["input_features_mask"].sum(dim=1).tolist()):
+            yield {"states": states[row, :count], "embeds": embeds[row, :count]}
+
+
+def mel_windows(feature_extractor: Any, waveforms: list[np.ndarray], device: Any) -> Any:
+    """Mel windows of waveforms at the extractor's rate, as tensors on `device`."""
+    rate = feature_extractor.sampling_rate
+    return feature_extractor(waveforms, sampling_rate=rate, return_tensors="pt", device=device)
 
 
 def encoder_identity(model: Any, feature_extractor: Any) -> dict[str, Any]:
-    """All that encoded audio depends on: a hash of the audio tower's weights, its dtype, what is added to its hidden
+    """All that encoded audio depends on: a hash of the audio tower's weights, their dtype, what is added to the hidden
     states, and the settings of the mel spectrogram."""
-    import torch
-
     digest = hashlib.blake2b(digest_size=16)
-    parts = (("audio_model", model.clap.audio_model), ("audio_projection", model.clap.audio_projection))
-    for part, module in parts:
-        for name, tensor in sorted(module.state_dict().items()):
+    for part in ("audio_model", "audio_projection"):
+        for name, tensor in sorted(getattr(model.clap, part).state_dict().items()):
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             # As bytes: NumPy has no bfloat16.
             digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=torch.uint8).numpy().tobytes())
-    identity = mel_identity(feature_extractor) | {"weights": digest.hexdigest()}
-    positions = model.config.audio_position_embedding
-    # Left out if there are none: features that were encoded before there was a choice stay valid.
-    return identity if positions is None else identity | {"audio_position_embedding": positions}
+    positions = {"audio_position_embedding": model.config.audio_position_embedding}
+    return mel_identity(feature_extractor) | positions | {"weights": digest.hexdigest()}
 
 
 def mel_identity(feature_extractor: Any) -> dict[str, Any]:
@@ -147,67 +97,277 @@ def mel_identity(feature_extractor: Any) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "features": plain}
 
 
+class FeatureStore:
+    """Encoded clips of one encoder.
+
+    Args:
+        folder: the cache; the encoder's own folder is made in it.
+        identity: what the arrays depend on.
+    """
+
+    def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
+        described = json.dumps(identity, indent=2, sort_keys=True)
+        self.fingerprint = hashlib.blake2b(described.encode(), digest_size=8).hexdigest()
+        self.folder = Path(folder) / self.fingerprint
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "encoder.json").exists():
+            write_text(self.folder / "encoder.json", described)
+        self._shards: dict[str, str] = {}
+        self.refresh()
+        others = {path.parent.name for path in self.folder.parent.glob("*/encoder.json")} - {self.fingerprint}
+        if others and not self._shards:
+            logger.warning(
+                "The feature cache %s holds features of other encoders or settings (%s), none of this one (%s): "
+                "encoding again. The old ones may be deleted",
+                folder, ", ".join(sorted(others)), self.fingerprint,
+            )  # fmt: skip
+
+    def refresh(self) -> None:
+        """Read the list of clips that are on disk now.
+
+        Raises:
+            ValueError: naming a shard that is damaged.
+        """
+        for name in {path.name for path in self.folder.glob("shard-*")} - set(self._shards.values()):
+            try:
+                arrays = _open_shard(self.folder / name).keys()
+            except Exception as error:  # safetensors' errors have no common class but this.
+                raise ValueError(f"{self.folder / name} is damaged ({error}): delete it") from error
+            self._shards |= {array.partition("/")[0]: name for array in arrays}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def read(self, key: str, name: str) -> np.ndarray:
+        """The array `name` of a clip, `(windows, ...)`, from the memory-mapped file."""
+        return _open_shard(self.folder / self._shards[key]).get_tensor(f"{key}/{name}")
+
+    def add_shard(self, keys: list[str], clips: list[dict[str, np.ndarray]]) -> None:
+        """Write a shard: the named arrays of each clip.
+
+        Raises:
+            ValueError: if one holds NaN or a value beyond its type.
+        """
+        from safetensors.numpy import save_file
+
+        arrays = {
+            f"{key}/{name}": np.ascontiguousarray(array)
+            for key, clip in zip(keys, clips, strict=True)
+            for name, array in clip.items()
+        }
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("the encoder's output holds NaN or exceeds fp16 (65,504): this CLAP is not usable")
+        digest = hashlib.blake2b("\n".join(keys).encode(), digest_size=12).hexdigest()
+        with replacing(self.folder / f"shard-{digest}.safetensors") as path:
+            save_file(arrays, path)
+
+
+@lru_cache(maxsize=256)
+def _open_shard(path: Path) -> Any:
+    # Outside of the class: a store is copied to worker processes, and each maps the files itself.
+    from safetensors import safe_open
+
+    return safe_open(path, framework="np")
+
+
+@dataclass
+class EncodedDataset:
+    """Which stored features belong to which clip.
+
+    `keys` has one entry per row of the dataset, None if the audio cannot be encoded; `problems` says why.
+    """
+
+    store: FeatureStore
+    keys: list[str | None]
+    problems: list[Problem] = field(default_factory=list)
+    encoded: int = 0
+    reused: int = 0
+
+
+def store_features(
+    dataset: Any, encoder: Encoder, cache: str | Path, *, batch_windows: int = 16, workers: int = 0
+) -> EncodedDataset:
+    """Features of every clip of a dataset; only what is not stored yet is computed.
+
+    Every process of a distributed run calls this; each does its share of the shards.
+
+    Args:
+        dataset: has the columns `clip_id` and `audio`.
+        encoder: makes the features.
+        cache: folder of the feature stores.
+        batch_windows: 10-second windows in a pass of the encoder.
+        workers: processes that read, decode and resample recordings; 0: this one does.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    started, state = time.monotonic(), PartialState()
+    store = FeatureStore(cache, encoder.identity)
+    keys, failed = _content_keys(dataset["audio"], store.folder.parent)
+    rows = {key: row for row, key in reversed(list(enumerate(keys))) if key is not None}
+    # Which clips share a shard depends on the clips alone: a resumed run writes the same numbers.
+    wanted = sorted(rows)
+    shards = [wanted[start : start + CLIPS_PER_SHARD] for start in range(0, len(wanted), CLIPS_PER_SHARD)]
+    shards = [pending for shard in shards if (pending := [key for key in shard if key not in store])]
+    missing = sum(map(len, shards))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for path in store.folder.glob(".*.tmp"):
+            # Of a killed run.
+            path.unlink()
+    state.wait_for_everyone()
+    own = shards[state.process_index :: state.num_processes]
+    recordings = _Recordings([(key, rows[key]) for shard in own for key in shard], dataset["audio"], encoder)
+    broken = _encode(own, recordings, encoder, store, batch_windows, workers)
+    state.wait_for_everyone()
+    reasons = dict(gather_object(list(broken.items())))
+    failed |= {row: reasons[key] for row, key in enumerate(keys) if key in reasons}
+    store.refresh()
+    clip_ids = dataset["clip_id"][:]
+    problems = [Problem(clip_ids[row], "unreadable", failed[row]) for row in sorted(failed)]
+    encoded, reused = missing - len(reasons), len(wanted) - missing
+    logger.info(
+        "Features: %d clips read from the cache, %d encoded, %d failed, %.1f s",
+        reused, encoded, len(problems), time.monotonic() - started,
+    )  # fmt: skip
+    keys = [None if row in failed else key for row, key in enumerate(keys)]
+    return EncodedDataset(store, keys, problems, encoded, reused)
+
+
+class _Recordings(Dataset):
+    """Waveforms of clips: (key, waveform, None) or (key, None, reason)."""
+
+    def __init__(self, rows: list[tuple[str, int]], audio: Any, encoder: Encoder) -> None:
+        self._rows, self._audio, self._rate = rows, audio, encoder.feature_extractor.sampling_rate
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> tuple[str, np.ndarray | None, str | None]:
+        key, row = self._rows[number]
+        try:
+            return key, read_clip(self._audio[row], self._rate), None
+        except (ValueError, OSError, ImportError) as error:
+            return key, None, str(error)
+
+
+def read_clip(audio: dict[str, Any], sampling_rate: int) -> np.ndarray:
+    """Mono float32 waveform of shape `(samples,)` at `sampling_rate` Hz.
+
+    Raises:
+        ValueError, OSError, ImportError: for a recording that cannot be read or is too short, with the reason.
+    """
+    from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
+
+    waveform, rate = load_audio(audio)
+    samples = waveform.shape[-1]
+    if samples / rate < _SHORTEST:
+        name = audio.get("path") or "<bytes>"
+        raise ValueError(f"{name}: {samples} samples ({samples / rate * 1000:.3g} ms) are too short to be a clip")
+    return resample(to_mono(waveform), rate, sampling_rate)
+
+
+def _encode(
+    shards: list[list[str]],
+    recordings: _Recordings,
+    encoder: Encoder,
+    store: FeatureStore,
+    batch_windows: int,
+    workers: int,
+) -> dict[str, str]:
+    """Encode and write the shards; key -> reason for the clips that do not decode."""
+    broken: dict[str, str] = {}
+    # Arrays stay arrays: a `DataLoader` without a collator makes tensors.
+    workers = workers if len(recordings) else 0
+    loaded, done = iter(DataLoader(recordings, batch_size=None, num_workers=workers, collate_fn=_as_is)), 0
+    for shard in shards:
+        keys, clips = [], []
+        recorded = (next(loaded) for _ in shard)
+        for batch in _batches(recorded, encoder.feature_extractor, batch_windows, broken):
+            keys += [key for key, _ in batch]
+            clips += encoder.encode([waveform for _, waveform in batch])
+        if keys:
+            store.add_shard(keys, clips)
+        done += len(shard)
+        logger.info("Encoding audio: %d of %d clips", done, len(recordings))
+    return broken
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _batches(
+    clips: Iterable[tuple], feature_extractor: Any, batch_windows: int, broken: dict[str, str]
+) -> Iterator[list[tuple[str, np.ndarray]]]:
+    batch, windows = [], 0
+    for key, waveform, reason in clips:
+        if waveform is None:
+            broken[key] = reason
+            continue
+        batch.append((key, waveform))
+        windows += len(feature_extractor.window_starts(len(waveform)))
+        if windows >= batch_windows:
+            yield batch
+            batch, windows = [], 0
+    if batch:
+        yield batch
+
+
+# -------------------------------------------------------- keys of recordings
+
+
 def content_key(audio: dict[str, Any]) -> str:
     """Hash of a recording's bytes; its name does not count.
 
     Raises:
         OSError: if the file cannot be read.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    if audio.get("bytes") is not None:
-        digest.update(audio["bytes"])
-        return digest.hexdigest()
-    with open(audio["path"], "rb") as file:
-        while block := file.read(_READ_BLOCK):
-            digest.update(block)
+    digest = hashlib.blake2b(audio.get("bytes") or b"", digest_size=16)
+    if audio.get("bytes") is None:
+        with open(audio["path"], "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
-class ContentIndex:
-    """Content keys of files that have not changed since they were hashed (by path, size and time of change).
+def _content_keys(audio: Any, folder: Path) -> tuple[list[str | None], dict[int, str]]:
+    """Key of every row (each process hashes its share), and reason for the rows that cannot be read.
 
-    Args:
-        folder: the index is the file `content.jsonl` in it; entries are appended.
+    Hashes of files are kept in `folder/content-keys.jsonl`, and hold as long as path, size and time of change do.
     """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
 
-    def __init__(self, folder: str | Path) -> None:
-        self._path = Path(folder) / "content.jsonl"
-        self._known: dict[str, list[Any]] = {}
-        for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.is_file() else []:
-            try:
-                name, *entry = json.loads(line)
-            except ValueError:
-                # The last line of a killed run; the file is hashed again.
-                continue
-            self._known[name] = entry
-
-    def lookup(self, path: str) -> str | None:
-        """Key of a file, if it is known and unchanged."""
-        size, changed, key = self._known.get(os.path.abspath(path), (-1, -1, None))
-        return key if [size, changed] == _status(path) else None
-
-    def add(self, entries: Iterable[tuple[str, str]]) -> None:
-        """Add (path, key) pairs. Only one process may do so."""
-        lines = [json.dumps([os.path.abspath(path), *_status(path), key]) for path, key in entries]
-        if lines:
-            with open(self._path, "a", encoding="utf-8") as file:
-                # A line break first: the line before may be half of one.
-                file.write("\n" + "\n".join(lines) + "\n")
-
-
-def _status(path: str) -> list[int]:
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
-
-
-def write_atomically(path: Path, content: bytes | np.ndarray) -> None:
-    """Write a file (an array as `.npy`) so that a reader finds the old one or the whole new one."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with open(partial, "wb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        else:
-            np.save(file, content, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    state, index = PartialState(), folder / "content-keys.jsonl"
+    known: dict[str, str] = {}
+    for line in index.read_text(encoding="utf-8").splitlines() if index.is_file() else []:
+        try:
+            known.update(json.loads(line))
+        except ValueError:
+            # The last line of a killed run; the file is hashed again.
+            continue
+    own: list[tuple[int, str | None, str]] = []
+    fresh: dict[str, str] = {}
+    for row in range(state.process_index, len(audio), state.num_processes):
+        value, path, name = audio[row], audio[row]["path"], None
+        try:
+            if value.get("bytes") is None:
+                status = os.stat(path)
+                name = f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+            key = known.get(name) or content_key(value)
+            if name and name not in known:
+                fresh[name] = key
+            own.append((row, key, ""))
+        except OSError as error:
+            own.append((row, None, f"{path}: {error.strerror or error}"))
+    added = gather_object([fresh])
+    if state.is_main_process and any(added):
+        with open(index, "a", encoding="utf-8") as file:
+            # A line break first: the line before may be half of one.
+            file.write("\n" + "\n".join(json.dumps(entries) for entries in added) + "\n")
+    found = sorted(gather_object(own))
+    return [key for _, key, _ in found], {row: reason for row, _, reason in found if reason}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .features import write_atomically
+from recap_hf.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ def find_neighbours(datastore: Any, queries: Sequence[Query], top: int, cache: s
         rows[number, : len(hits)] = hits
     if state.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, rows)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, rows, allow_pickle=False)
     state.wait_for_everyone()
     return Neighbours(rows, datastore.captions)
 

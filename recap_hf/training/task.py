@@ -110,6 +110,19 @@ class Task(ABC):
             before_training: whether they are only to compare with; the costly ones may be left out.
         """
 
+    @torch.no_grad()
+    def in_batches(self, count: int, size: int, compute: Callable[[range], Any]) -> list[Any]:
+        """`compute(numbers)` of all batches of `size` of the numbers 0 to `count - 1`, in order, on every process.
+
+        Each process computes its share. Neither batches nor order depend on the number of processes.
+        """
+        from accelerate.utils import gather_object
+
+        batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        first, step = self.accelerator.process_index, self.accelerator.num_processes
+        own = [(number, compute(batches[number])) for number in range(first, len(batches), step)]
+        return [result for _, result in sorted(gather_object(own), key=lambda item: item[0])]
+
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the trained model to `folder`."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..collator import PromptedCaptions
@@ -147,26 +149,26 @@ class CaptionerTask(PromptedTask):
         return figures
 
     def generate(self, examples: PromptedCaptions, count: int) -> list[str]:
-        """Captions of the first `count` clips, on every process; each generates its share."""
-        from accelerate.utils import gather_object
-
+        """Captions of the first `count` clips, on every process."""
         from recap_hf import Captioner
 
-        captioner, size = Captioner(self.model, self.processor), max(1, self.config.eval_batch_size // 4)
-        groups = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        own: list[tuple[int, str]] = []
-        for group in groups[self.accelerator.process_index :: self.accelerator.num_processes]:
-            encoding = self._stored_encoding([examples.clips[clip].key for clip in group])
-            results = captioner.generate(encoding, [examples.retrieved(Row(clip, (0,)), 0) for clip in group])
-            own += zip(group, [result.caption for result in results], strict=True)
-        return [caption for _, caption in sorted(gather_object(own))]
+        captioner = Captioner(self.model, self.processor)
+
+        def caption(clips: range) -> list[str]:
+            encoding = self._stored_encoding([examples.clips[clip].key for clip in clips])
+            results = captioner.generate(encoding, [examples.retrieved(Row(clip, (0,)), 0) for clip in clips])
+            return [result.caption for result in results]
+
+        batches = self.in_batches(count, max(1, self.config.eval_batch_size // 4), caption)
+        return list(chain.from_iterable(batches))
 
     def _stored_encoding(self, keys: list[str]) -> Any:
         from recap_hf import RecapEncoderOutput
 
         store, device = self.examples.features, self.accelerator.device
         blocks = [
-            [torch.from_numpy(read(key).copy()) for key in keys] for read in (store.hidden_states, store.audio_embeds)
+            [torch.from_numpy(np.concatenate(store.read(key, "states"))) for key in keys],
+            [torch.from_numpy(store.read(key, "embeds")) for key in keys],
         ]
         states, embeds = (torch.nn.utils.rnn.pad_sequence(own, batch_first=True).to(device) for own in blocks)
         lengths = torch.tensor([len(own) for own in blocks[0]], device=device)

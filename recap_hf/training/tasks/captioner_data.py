@@ -15,8 +15,7 @@ import numpy as np
 
 from ..collator import PromptedCaptions, with_targets
 from ..data import Clip, DataSummary, load_encoded, load_splits
-from ..encoding import AudioTower
-from ..features import FeatureStore
+from ..features import AudioTower, FeatureStore
 from ..neighbours import Query, find_neighbours
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def build_corpus(config: CaptionerTrainingConfig, model: Any, processor: Any) ->
 
     def examples(split: str, own: Sequence[Clip], searched: Sequence[Any]) -> PromptedCaptions:
         options = config.prompt_options(split, audio_dropout=config.audio_dropout)
-        queries = [Query(store.audio_embeds(clip.key), clip.clip_id, tuple(clip.captions)) for clip in own]
+        queries = [Query(store.read(clip.key, "embeds"), clip.clip_id, tuple(clip.captions)) for clip in own]
         top = options.draw_from or options.k
         tables = [find_neighbours(datastore, queries, top, cache) for datastore in searched]
         return PromptedCaptions(
@@ -115,7 +114,7 @@ def _store_by_audio(clips: Sequence[Clip], store: FeatureStore, fingerprint: np.
     from recap_hf.datastore import clip_keys
 
     records = [record for clip in clips for record in clip.records()]
-    keys = [clip_keys(store.audio_embeds(clip.key)[None])[0] for clip in clips for _ in clip.captions]
+    keys = [clip_keys(store.read(clip.key, "embeds")[None])[0] for clip in clips for _ in clip.captions]
     return CaptionDatastore.from_embeddings(records, np.stack(keys), fingerprint, keys="audio")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
     captions_per_clip: int = option(
         "data", 2, "captions of a clip in a step, drawn again in each epoch", check=AT_LEAST_1
     )
-    random_crop: bool = option("data", True, "train on a random window of a longer recording")
+    random_crop: bool = option("data", True, "train on a random 10-second window of a longer recording")
     random_gain_db: float = option("data", 0.0, "change the level by at most this, in dB", check=NOT_NEGATIVE)
     mask_frames: int = option("data", 0, "hide at most this number of frames (10 ms) in a row", check=NOT_NEGATIVE)
     mask_bins: int = option("data", 0, "hide at most this number of mel bins in a row", check=NOT_NEGATIVE)
@@ -68,7 +70,7 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
     def build_task(self, accelerator: Any) -> ClapTask:
         with accelerator.main_process_first():
             splits = load_splits(self)
-        texts = (text for captions in splits["train"].dataset["captions"] for text in captions)
+        texts = chain.from_iterable(splits["train"].dataset["captions"])
         clap, tokenizer, extractor = self._start(texts, accelerator)
         clips, store, summary = load_encoded(self, Mels(extractor, accelerator.device), splits)
         limit = min(_MAX_TEXT_TOKENS, clap.config.text_config.max_position_embeddings - 2)
@@ -83,8 +85,7 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
         set_dropout(clap, self.dropout)
         clap.to(accelerator.device)
         varied = (self.captions_per_clip, self.random_crop, self.random_gain_db, self.mask_frames, self.mask_bins)
-        variation = Variation(*varied, self.seed)
-        examples = PairedClips(paired["train"], store, variation)
+        examples = PairedClips(paired["train"], store, Variation(*varied, self.seed))
         saved = (clap, tokenizer, _stock_extractor(extractor))
         return ClapTask(self, accelerator, saved, examples, plain.get("validation"), summary)
 
@@ -107,9 +108,8 @@ def _stock_extractor(extractor: Any) -> Any:
     """The `ClapFeatureExtractor` with the same mel settings."""
     from transformers import ClapFeatureExtractor
 
-    names = ("feature_size", "sampling_rate", "hop_length", "max_length_s", "fft_window_size", "frequency_min")
-    names += ("frequency_max", "truncation", "padding")
-    return ClapFeatureExtractor(**{name: getattr(extractor, name) for name in names})
+    names = inspect.signature(ClapFeatureExtractor).parameters
+    return ClapFeatureExtractor(**{name: getattr(extractor, name) for name in names if hasattr(extractor, name)})
 
 
 class ClapTask(Task):
@@ -165,8 +165,7 @@ class ClapTask(Task):
         under Memory Limited Setup", RepL4NLP 2021).
         """
         accelerator, world, passes = self.accelerator, self.accelerator.num_processes, len(step.batches)
-        clap, clips = self.model, self.examples.clips
-        scales = (clap.logit_scale_a, clap.logit_scale_t)
+        scales, clips = (self.model.logit_scale_a, self.model.logit_scale_t), self.examples.clips
         captions = [[(k.example, n) for k in part for n in self.examples.captions(*k[:2])] for part in step.parts]
         pairs = [(clips[clip], number) for part in captions for clip, number in part]
         positive = positives([clips[key.example] for part in step.parts for key in part], pairs)
@@ -205,51 +204,38 @@ class ClapTask(Task):
         if self.validation is None:
             return {}
         self.module.eval()
-        clips, device = self.validation.clips, self.accelerator.device
+        clips, device, size = self.validation.clips, self.accelerator.device, self.config.eval_batch_size
         captions = [(clip, number) for clip in clips for number in range(len(clip.tokens))]
-        windows = [
-            (clip, window) for clip in range(len(clips)) for window in range(len(self.validation.windows(clip)))
-        ]
 
-        def embed_texts(chosen: slice) -> torch.Tensor:
-            arrays = self.collator.pad([clip.tokens[number] for clip, number in captions[chosen]])
-            return self.towers.embed_texts(*(array.to(device) for array in arrays))
+        def embed_texts(rows: range) -> np.ndarray:
+            arrays = self.collator.pad([captions[row][0].tokens[captions[row][1]] for row in rows])
+            return self.towers.embed_texts(*(array.to(device) for array in arrays)).cpu().numpy()
 
-        def embed_windows(chosen: slice) -> torch.Tensor:
-            mels = np.stack([self.validation.windows(clip)[window] for clip, window in windows[chosen]])
-            return self.towers.embed_mels(torch.from_numpy(mels).float().to(device))
+        def embed_windows(rows: range) -> list[np.ndarray]:
+            mels = [torch.from_numpy(self.validation.windows(row)).float() for row in rows]
+            embeds = [self.towers.embed_mels(part.to(device)) for part in torch.cat(mels).split(size)]
+            return [own.cpu().numpy() for own in torch.cat(embeds).split(list(map(len, mels)))]
 
-        texts, audio = self._embed_all(len(captions), embed_texts), self._embed_all(len(windows), embed_windows)
-        starts = np.flatnonzero([window == 0 for _, window in windows])
+        with self.accelerator.autocast():
+            texts = np.concatenate(self.in_batches(len(captions), size, embed_texts))
+            windows = list(chain.from_iterable(self.in_batches(len(clips), size, embed_windows)))
         # A clip is as similar as the most similar of its windows.
-        similarity = np.maximum.reduceat(audio @ texts.T, starts, axis=0)
+        similarity = np.stack([(own @ texts.T).max(axis=0) for own in windows])
         right = positives(clips, captions)
-        return {"loss": self._mean_loss(audio[starts], texts, right), **retrieval_metrics(similarity, right)}
+        return {"loss": self._loss_of(windows, texts, right), **retrieval_metrics(similarity, right)}
 
     @torch.no_grad()
-    def _embed_all(self, count: int, embed: Callable[[slice], torch.Tensor]) -> np.ndarray:
-        """Embeddings of `count` rows, on every process; batches do not depend on the number of processes."""
-        from accelerate.utils import gather_object
-
-        size, own = self.config.eval_batch_size, []
-        for start in range(self.accelerator.process_index * size, count, self.accelerator.num_processes * size):
-            with self.accelerator.autocast():
-                own.append((start, embed(slice(start, start + size)).float().cpu().numpy()))
-        return np.concatenate([block for _, block in sorted(gather_object(own), key=lambda item: item[0])])
-
-    @torch.no_grad()
-    def _mean_loss(self, audio: np.ndarray, texts: np.ndarray, right: np.ndarray) -> float:
+    def _loss_of(self, windows: Sequence[np.ndarray], texts: np.ndarray, right: np.ndarray) -> float:
         """Of the first windows, in groups as large as a training step, with all captions of each group's clips."""
-        losses, counts = [], []
+        audio, total = np.stack([own[0] for own in windows]), 0.0
         scales = (self.model.logit_scale_a, self.model.logit_scale_t)
         for start in range(0, len(audio), self.batch_size):
             rows = slice(start, start + self.batch_size)
             columns = right[rows].any(axis=0)
             arrays = (audio[rows], texts[columns], right[rows][:, columns])
             tensors = (torch.from_numpy(array).to(self.accelerator.device) for array in arrays)
-            losses.append(contrastive_loss(*tensors, *scales, self.config.max_logit_scale).item())
-            counts.append(len(arrays[0]))
-        return float(np.average(losses, weights=counts))
+            total += contrastive_loss(*tensors, *scales, self.config.max_logit_scale).item() * len(arrays[0])
+        return total / len(audio)
 
     def save(self, folder: Path) -> None:
         """A folder that `ClapModel`, `AutoTokenizer` and `ClapFeatureExtractor` load."""

@@ -1,7 +1,4 @@
-"""Clips and captions for the contrastive training, and the arrays that the towers read.
-
-Everything random is keyed by seed, epoch and clip, as in the training of a captioner.
-"""
+"""Clips and captions for the contrastive training of a CLAP. Everything random is keyed by seed, epoch and clip."""
 
 from __future__ import annotations
 
@@ -13,20 +10,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
+from recap_hf.modeling.retrieval_recap import normalize_clip_id, normalize_text
 
 from ..data import Clip
-from ..encoding import mel_windows
-from ..features import FeatureStore, mel_identity
+from ..features import FeatureStore, mel_identity, mel_windows
 from ..task import Key
 
-# Streams of random numbers that differ from those of `recap_hf.training.plans`.
+# Streams of random numbers that differ from those of prompts.
 ORDER, DRAW = 10, 11
 _FLOOR_DB = -100.0
 
 
 class Mels:
-    """What is stored of a clip for the training of a CLAP: its mel windows in fp16, and the first frame of each.
+    """The stored array of a clip is its mel, `mel` `(windows, frames, bins)` fp16; see `features.Encoder`.
 
     Args:
         feature_extractor: makes the windows.
@@ -37,18 +33,16 @@ class Mels:
         self.feature_extractor, self._device = feature_extractor, device
         self.identity = mel_identity(feature_extractor) | {"stored": "mel windows"}
 
-    def encode(self, waveforms: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(mel (windows, frames, bins) in fp16, first frames (windows, 1)) per waveform."""
-        extractor = self.feature_extractor
-        mels = mel_windows(extractor, waveforms, self._device)["input_features"].half().cpu().numpy()
-        for row, waveform in enumerate(waveforms):
-            starts = np.array(extractor.window_starts(len(waveform)), dtype=np.float32)
-            yield mels[row, : len(starts)], np.round(starts / extractor.hop_length)[:, None]
+    def encode(self, waveforms: list[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        inputs = mel_windows(self.feature_extractor, waveforms, self._device)
+        mels = inputs["input_features"].half().cpu().numpy()
+        for row, count in enumerate(inputs["input_features_mask"].sum(dim=1).tolist()):
+            yield {"mel": mels[row, :count]}
 
 
 @dataclass
 class PairedClip:
-    """A clip: the key of its stored mel, its captions as token ids, and what makes a caption right for it.
+    """A clip with its captions as tokens, and what makes a caption right for it.
 
     Args:
         key: of the feature store.
@@ -86,8 +80,15 @@ def positives(clips: Sequence[PairedClip], captions: Sequence[tuple[PairedClip, 
 
 @dataclass(frozen=True)
 class Variation:
-    """What is varied from epoch to epoch: captions per clip, a random window of a longer clip, its level (dB), hidden
-    frames and mel bins."""
+    """What is varied from epoch to epoch.
+
+    Args:
+        captions: captions of a clip.
+        crop: a random window of a longer clip, else its first.
+        gain_db: change of the level, at most, in dB.
+        mask_frames, mask_bins: frames and mel bins in a row that are hidden, at most.
+        seed: of the draws.
+    """
 
     captions: int = 1
     crop: bool = False
@@ -121,18 +122,12 @@ class PairedClips(Dataset):
 
     def windows(self, clip: int) -> np.ndarray:
         """Mel windows of a clip, `(windows, frames, bins)` fp16."""
-        key = self.clips[clip].key
-        states = self.store.hidden_states(key)
-        return states.reshape(len(self.store.audio_embeds(key)), -1, states.shape[-1])
+        return self.store.read(self.clips[clip].key, "mel")
 
     def mel(self, clip: int, epoch: int) -> np.ndarray:
         """A window of a clip, `(frames, bins)` float32 in dB, varied by the epoch."""
         rng, variation, windows = self._rng(epoch, clip, 1), self.variation, self.windows(clip)
-        mel = windows[0]
-        if variation.crop and len(windows) > 1:
-            starts = self.store.audio_embeds(self.clips[clip].key)[:, 0].astype(int)
-            mel = cut_window(windows, starts, int(rng.integers(starts[-1] + 1)))
-        mel = mel.astype(np.float32)
+        mel = windows[rng.integers(len(windows)) if variation.crop else 0].astype(np.float32)
         if variation.gain_db:
             mel = np.maximum(mel + rng.uniform(-variation.gain_db, variation.gain_db), _FLOOR_DB)
         for axis, limit in ((0, variation.mask_frames), (1, variation.mask_bins)):
@@ -144,23 +139,6 @@ class PairedClips(Dataset):
 
     def _rng(self, epoch: int, clip: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.variation.seed, DRAW, epoch, clip, stream])
-
-
-def cut_window(windows: np.ndarray, starts: np.ndarray, first: int) -> np.ndarray:
-    """The frames of one window's length from the frame `first` of a clip on.
-
-    Windows follow one another without a gap; the last is aligned to the clip's end. The frame at the end of a window
-    is the first of the next.
-
-    Args:
-        windows: `(windows, frames, bins)`.
-        starts: the frame of the clip that each window begins at.
-        first: at most the last window's start.
-    """
-    length = windows.shape[1]
-    wanted = first + np.arange(length)
-    window = np.minimum(wanted // (length - 1), len(starts) - 1)
-    return windows[window, np.minimum(wanted - starts[window], length - 1)]
 
 
 @dataclass(frozen=True)

@@ -111,22 +111,15 @@ class PromptedTask(Task):
             total += loss.detach()
         return total, weight
 
-    @torch.no_grad()
     def mean_loss(self, examples: PromptedCaptions) -> float:
-        """Mean cross-entropy of a caption token.
-
-        Batches do not depend on the number of processes; their sums are gathered and added in one order, so that the
-        result does not either.
-        """
-        from accelerate.utils import gather_object
-
-        accelerator = self.accelerator
+        """Mean cross-entropy of a caption token. It does not depend on the number of processes."""
         batches = plan_validation(examples.clips, examples.prompt_lengths(), self.config.eval_batch_size)
         self.module.eval()
-        own = []
-        for number in range(accelerator.process_index, len(batches), accelerator.num_processes):
-            batch = self._validation_collator([examples[Key(row)] for row in batches[number]])
-            losses = self.module(batch.to(accelerator.device, self._dtype))
-            own.append((number, float(losses.double().sum()), len(losses)))
-        sums = sorted(gather_object(own))
-        return sum(total for _, total, _ in sums) / sum(count for _, _, count in sums)
+
+        def losses(numbers: range) -> tuple[float, int]:
+            batch = self._validation_collator([examples[Key(row)] for row in batches[numbers[0]]])
+            own = self.module(batch.to(self.accelerator.device, self._dtype))
+            return float(own.double().sum()), len(own)
+
+        sums = self.in_batches(len(batches), 1, losses)
+        return sum(total for total, _ in sums) / sum(count for _, count in sums)

@@ -219,6 +219,18 @@ def _sub_config(name: str, value: Any, config_class: type[PretrainedConfig]) -> 
     raise TypeError(f"`{name}` must be a {config_class.__name__}, a dict or None, got {type(value).__name__}.")
 
 
+def push_arguments(folder: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Takes the arguments of `push_to_hub` out of those of `save_pretrained(folder, push_to_hub=True)`.
+
+    With that argument transformers pushes only the files that its own `save_pretrained` writes, neither code nor
+    datastore. So the classes here save first and then call their `push_to_hub`.
+    """
+    names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+    taken = {name: kwargs.pop(name) for name in names if name in kwargs}
+    shared = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+    return {"repo_id": Path(folder).name, **taken, **shared}
+
+
 def copy_remote_code(folder: str | os.PathLike) -> None:
     """Copies the files beside this one into a checkpoint, so that `trust_remote_code=True` can load it where the
     package is not installed. (transformers copies the files of one Auto class; a checkpoint has five and a pipeline.)
@@ -238,4 +250,5 @@ __all__ = [
     "PREFIX",
     "RecapConfig",
     "copy_remote_code",
+    "push_arguments",
 ]

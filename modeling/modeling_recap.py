@@ -14,7 +14,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
 
-from .configuration_recap import PREFIX, RecapConfig, copy_remote_code
+from .configuration_recap import PREFIX, RecapConfig, copy_remote_code, push_arguments
 from .encoder_recap import encoder_class
 from .generation_recap import CACHE, RecapEncoderOutput, RecapGenerationMixin, one_cache, position_ids_of
 
@@ -511,11 +511,25 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
         )
         return result if return_dict else result.to_tuple()
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """As in transformers; the code is saved, too, so that `trust_remote_code=True` can load the folder."""
+        if push_to_hub and state_dict is not None:
+            raise ValueError(
+                "`push_to_hub=True` pushes the model's own weights, expected no `state_dict`: load it first."
+            )
         os.makedirs(save_directory, exist_ok=True)
         copy_remote_code(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        push = push_arguments(save_directory, kwargs) if push_to_hub else {}
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if push_to_hub and is_main_process:
+            self.push_to_hub(**push)
 
 
 __all__ = ["PrefixMapper", "RecapForConditionalGeneration"]

@@ -12,7 +12,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
-from .configuration_recap import AUTO_MAP, RecapConfig, copy_remote_code
+from .configuration_recap import AUTO_MAP, RecapConfig, copy_remote_code, push_arguments
 from .encoder_recap import encoder_class
 from .feature_extraction_recap import RecapFeatureExtractor
 from .options_recap import CaptionOptions
@@ -413,7 +413,11 @@ class RecapProcessor(ProcessorMixin):
         if not config.exists():
             config.parent.mkdir(exist_ok=True)
             config.write_text("{}\n", encoding="utf-8")
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        push = push_arguments(folder, kwargs) if push_to_hub else {}
+        saved = super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(**push)
+        return saved
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> RecapProcessor:

@@ -141,8 +141,9 @@ def test_a_checkpoint_that_was_downloaded_once_runs_offline(hub, client, checkpo
 def test_the_card_says_what_the_files_say(checkpoint):
     from recap_hf.hub.prepare import prepare_folder
 
-    (checkpoint / "card_facts.json").write_text(json.dumps({"licence": "Apache 2.0", "limits": ["It is random."]}))
-    prepare_folder(checkpoint, "user/recap", tags=["whales"])
+    facts = {"licence": "Apache 2.0", "limits": ["It is random."], "tags": ["whales"]}
+    (checkpoint / "card_facts.json").write_text(json.dumps(facts))
+    prepare_folder(checkpoint, "user/recap")
     card = ModelCard.load(checkpoint / "README.md")
     text, data = str(card), card.data
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "audio-text-to-text")
@@ -150,7 +151,8 @@ def test_the_card_says_what_the_files_say(checkpoint):
     assert "| Clotho | 2 | CC BY-NC 4.0 |" in text and "The captions of Clotho are not free" in text
     assert "For 1 of the captions no licence is recorded" in text
     assert "GPT-2, 2 layers of width 24" in text and "- It is random." in text
-    assert "caption 1, caption 2, ..., caption 4" in text and "| decoding | num_beams 3, max_new_tokens 6" in text
+    assert "caption 1, caption 2, ..., caption 4" in text
+    assert "| `num_beams` | 3 |" in text and "| `max_new_tokens` | 6 |" in text
     # A card that is there is its author's.
     (checkpoint / "README.md").write_text("mine")
     prepare_folder(checkpoint, "user/recap")
@@ -253,6 +255,7 @@ first = processor.push_to_hub("user/recap", private=True)
 second = model.push_to_hub("user/recap", max_shard_size="300KB", tags=["whales"], commit_message="ours")
 third = processor.datastore.push_to_hub("user/captions", revision="v1")
 model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="user/again", max_shard_size="300KB")
+processor.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="user/again", commit_message="its processor")
 store = CaptionDatastore.from_pretrained("user/captions", revision="v1")
 pulled = RecapForConditionalGeneration.from_pretrained("user/recap", revision=second.oid).state_dict()
 assert all(torch.equal(tensor, pulled[name]) for name, tensor in model.state_dict().items())
@@ -271,7 +274,11 @@ answer([first.oid, second.oid, third.oid, store.records[:], sorted(os.listdir(sy
     assert max(len(files[name].content) for name in shards) < 400_000
     assert hub.repo("user/captions", "dataset").refs["v1"] == third and records == CAPTIONS
     assert list(hub.files("user/captions", "dataset")) == [".gitattributes"], "main is as it was"
-    assert set(shards) < set(hub.files("user/again")) and set(shards) < set(saved)
+    # Saving with `push_to_hub=True` pushes all that is saved, code and datastore included.
+    again = set(hub.files("user/again"))
+    assert set(shards) < again and {name.split("/")[0] for name in again} == {*saved, ".gitattributes", "README.md"}
+    assert {"modeling_recap.py", "clap_tokenizer/config.json", "datastore/datastore.json"} < again
+    assert hub.repo("user/again").history()[0].title == "its processor"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What a checkpoint's and a datastore's own files say, in the words of a card."""
+"""What the files of a checkpoint and of a datastore say, as a card shows it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recap_hf.modeling.options_recap import DECODING, RERANKING, RETRIEVAL, CaptionOptions
+from recap_hf.modeling.options_recap import RETRIEVAL, CaptionOptions
 from recap_hf.modeling.prompt_recap import PAPER_PROMPT
 
 from .cards import DatastoreFacts, ModelDescription
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from recap_hf import CaptionDatastore, RecapConfig
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
-# Stored beside the parameters, trained by nobody (those of integers are told by their type).
+# Tensors of a checkpoint that are no parameters (those of integers are known by their type).
 BUFFERS = ("running_mean", "running_var")
 UNNAMED = "unnamed"
 
@@ -29,27 +30,26 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
     """Describes a saved RECAP checkpoint without loading its weights.
 
     Args:
-        folder: holds `config.json`, and usually `generation_config.json` and the weights.
+        folder: holds `config.json`, and usually the weights and the files of processor and generation.
 
     Raises:
-        OSError: there is no `config.json`.
-        ValueError: it is another model's.
+        OSError: there is no `config.json`. ValueError: it is another model's.
     """
     from recap_hf import RecapConfig
 
-    path = Path(folder, "config.json")
-    if not path.is_file():
+    saved = _read_json(folder, "config.json")
+    if not saved:
         raise FileNotFoundError(f"{folder} has no config.json: expected a folder that `save_pretrained` wrote")
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if model_type != RecapConfig.model_type:
-        raise ValueError(f"{path} is the configuration of a {model_type!r} model, expected {RecapConfig.model_type!r}")
+    if saved.get("model_type") != RecapConfig.model_type:
+        raise ValueError(
+            f"{folder}/config.json is the configuration of a {saved.get('model_type')!r} model, expected "
+            f"{RecapConfig.model_type!r}"
+        )
     config = RecapConfig.from_pretrained(folder)
     sizes, dtypes, num_bytes, num_files = read_weights(folder)
     conditioning = sum(
         size for name, size in sizes.items() if ".crossattention." in name or name.startswith("prefix_mapper.")
     )
-    settings = _prompt_settings(folder)
-    number = settings["num_retrieved_captions"]
     parts = {
         "encoder": encoder_text(config),
         "decoder": (
@@ -62,29 +62,34 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
     if sizes:
         files = f", {num_files} files" if num_files > 1 else ""
         parts["parameters"] = f"{sum(sizes.values()):,} in {' and '.join(dtypes)} ({byte_text(num_bytes)}{files})"
-    parts |= option_texts(Path(folder))
+    processor = _read_json(folder, "processor_config.json")
+    number = processor.get("num_retrieved_captions", 4)
     captions = [f"caption {rank}" for rank in range(1, number + 1)]
     if number > 3:
-        captions = ["caption 1", "caption 2", "...", f"caption {number}"]
-    prompt = (
-        settings["prompt_template"].replace("{captions}", settings["caption_separator"].join(captions))
-        if number
-        else ""
-    )
-    return ModelDescription(parts, prompt or settings["prompt_without_captions"], number)
+        captions[2:-1] = ["..."]
+    prompt = processor.get("prompt_without_captions", PAPER_PROMPT.without_captions)
+    if number:
+        template = processor.get("prompt_template", PAPER_PROMPT.template)
+        separator = processor.get("caption_separator", PAPER_PROMPT.separator)
+        prompt = template.replace("{captions}", separator.join(captions))
+    chosen = {**_read_json(folder, "generation_config.json"), **_retrieval(processor)}
+    options = [
+        (option.name, chosen[option.name], option.metadata["help"])
+        for option in fields(CaptionOptions)
+        if chosen.get(option.name) is not None
+    ]
+    return ModelDescription(parts, prompt, number, options)
 
 
-def _prompt_settings(folder: str | Path) -> dict[str, Any]:
-    """Prompt and k of the processor in a folder, the paper's where there is none."""
-    path = Path(folder, "processor_config.json")
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    paper = {
-        "num_retrieved_captions": 4,
-        "prompt_template": PAPER_PROMPT.template,
-        "caption_separator": PAPER_PROMPT.separator,
-        "prompt_without_captions": PAPER_PROMPT.without_captions,
-    }
-    return {name: saved.get(name, value) for name, value in paper.items()}
+def _retrieval(processor: Mapping[str, Any]) -> dict[str, Any]:
+    """The retrieval options that a processor's file sets."""
+    saved = {"k": processor.get("num_retrieved_captions"), **processor}
+    return {name: saved.get(name) for name in CaptionOptions.names(RETRIEVAL)}
+
+
+def _read_json(folder: str | Path, name: str) -> dict[str, Any]:
+    path = Path(folder, name)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def encoder_text(config: RecapConfig) -> str:
@@ -99,7 +104,7 @@ def encoder_text(config: RecapConfig) -> str:
 
 
 def conditioning_part(config: RecapConfig, num_parameters: int) -> dict[str, str]:
-    """What lies between CLAP and GPT-2 in a checkpoint, and is trained: its name, and a description in words."""
+    """What conditions GPT-2 on CLAP in a checkpoint: its name, and a description in words."""
     number = f", {num_parameters:,} parameters" if num_parameters else ""
     if config.conditioning == "prefix":
         text = (
@@ -114,23 +119,6 @@ def conditioning_part(config: RecapConfig, num_parameters: int) -> dict[str, str
     if config.audio_position_embedding:
         text += f"; {config.audio_position_embedding} position embeddings give it the time of each hidden state"
     return {"cross-attention": text}
-
-
-def option_texts(folder: Path) -> dict[str, str]:
-    """Retrieval and decoding of a checkpoint: the caption options that its files set."""
-    texts = {}
-    for part, name, groups, names in (
-        ("retrieval", "processor_config.json", (RETRIEVAL,), {"k": "num_retrieved_captions"}),
-        ("decoding", "generation_config.json", (DECODING, RERANKING), {}),
-    ):
-        path = folder / name
-        if not path.is_file():
-            continue
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        values = {option: saved.get(names.get(option, option)) for option in CaptionOptions.names(*groups)}
-        given = [f"{option} {value}" for option, value in values.items() if value is not None]
-        texts[part] = ", ".join(given) or "defaults of transformers"
-    return texts
 
 
 def read_weights(folder: str | Path) -> tuple[dict[str, int], list[str], int, int]:
@@ -151,7 +139,7 @@ def read_weights(folder: str | Path) -> tuple[dict[str, int], list[str], int, in
 
 
 def byte_text(number: int) -> str:
-    """Bytes as people write them: 1.2 GB, 11 MB, 300 kB."""
+    """A number of bytes with a unit: 1.2 GB, 11 MB, 300 kB."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if number >= size:
             value = number / size

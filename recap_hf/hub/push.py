@@ -1,7 +1,6 @@
-"""`recap push`: a checkpoint or a datastore to the Hugging Face Hub, each in one commit.
+"""Pushes a checkpoint or a datastore to the Hugging Face Hub, each in one commit.
 
-What is pushed is a list of known files, never "whatever the folder holds": a folder of a training also has optimiser
-states, logs and notes.
+Only known files are pushed: the folder of a training also has optimiser states, logs and notes.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .facts import FACTS_FILE, CardFacts
-from .prepare import prepare_folder
+from .facts import CardFacts
+from .prepare import prepare_datastore, prepare_folder, read_facts
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -149,8 +148,7 @@ def push_checkpoint(
             write_reference(stage / DATASTORE_FOLDER, results[0])
         elif has_datastore:
             copy_files(source, stage / DATASTORE_FOLDER, datastore_files(source))
-        facts = facts or own_facts(folder)
-        prepare_folder(stage, repo_id, facts=facts, datastore_folder=source if datastore_repo else None)
+        prepare_folder(stage, repo_id, facts or read_facts(folder), source if datastore_repo else None)
         results.append(upload(stage, repo_id, "model", options, CHECKPOINT_REPLACES))
     return results
 
@@ -177,13 +175,8 @@ def push_datastore(
     with tempfile.TemporaryDirectory() as name:
         stage = Path(name)
         copy_files(folder, stage, datastore_files(folder))
-        prepare_folder(stage, repo_id, "dataset", facts=facts or own_facts(folder))
+        prepare_datastore(stage, repo_id, facts or read_facts(folder))
         return upload(stage, repo_id, "dataset", options, DATASTORE_REPLACES)
-
-
-def own_facts(folder: Path) -> CardFacts | None:
-    path = folder / FACTS_FILE
-    return CardFacts.from_file(path) if path.is_file() else None
 
 
 def datastore_files(folder: Path) -> tuple[str, ...]:

@@ -95,11 +95,16 @@ def run(args: argparse.Namespace) -> int:
 
 def load_table(args: argparse.Namespace, path: str) -> tuple[Any, str | None]:
     """The predictions of one file, restricted to `--clip-list`, and the name of that list."""
-    from recap_hf.scoring import Columns, read_clip_list, read_predictions
+    from recap_hf.scoring import read_clip_list, read_predictions
 
-    numbers = list(given_columns(args).values())
-    columns = Columns(args.prediction_column, args.references_column, args.id_column, args.retrieved_column, numbers)
-    table = read_predictions(path, columns)
+    table = read_predictions(
+        path,
+        prediction=args.prediction_column,
+        references=args.references_column,
+        clip_id=args.id_column,
+        retrieved=args.retrieved_column,
+        numbers=list(given_columns(args).values()),
+    )
     if not args.clip_list:
         return table, None
     if table.clip_ids is None:
@@ -125,11 +130,9 @@ def given_columns(args: argparse.Namespace) -> dict[str, str]:
 
 def scoring_options(args: argparse.Namespace) -> dict[str, Any]:
     """`metrics` and `training_captions` of `score_captions`."""
-    from recap_hf.scoring import METRICS, read_training_captions
+    from recap_hf.scoring import check_metrics, read_training_captions
 
-    unknown = [name for name in args.metrics or () if name not in METRICS]
-    if unknown:
-        raise ValueError(f"unknown metric {unknown[0]!r}: expected some of {', '.join(METRICS)}")
+    check_metrics(args.metrics or ())
     known = read_training_captions(args.training_captions) if args.training_captions else None
     return {"metrics": args.metrics, "training_captions": known}
 

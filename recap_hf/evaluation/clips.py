@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from recap_hf.modeling.caption_tables_recap import read_rows
 from recap_hf.scoring import match_clips, read_clip_list
-from recap_hf.scoring.rows import read_rows
 
 # Words that join two events in a caption: "a dog barks and a car passes, then rain falls".
 _JOINTS = re.compile(r",|;|\b(?:and|while|as|then|followed by|with|before|after|over|amid)\b", re.IGNORECASE)
@@ -138,7 +138,7 @@ def read_events(path: str | os.PathLike, clip_ids: Sequence[str]) -> np.ndarray:
         ValueError: if the table lacks a column or a clip.
     """
     rows = list(read_rows(path))
-    if not {"clip_id", "events"} <= rows[0].keys():
+    if not rows or not {"clip_id", "events"} <= rows[0].keys():
         raise ValueError(f"{path}: expected the columns clip_id and events")
     counts = np.zeros(len(clip_ids), dtype=int)
     for position, row in match_clips(clip_ids, [row["clip_id"] for row in rows]):

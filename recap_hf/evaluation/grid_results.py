@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from recap_hf.files import write_json, write_text
-from recap_hf.scoring import METRIC_LABELS, Difference, paired_bootstrap
-from recap_hf.scoring.bootstrap import ROUNDING, gain_difference
-from recap_hf.scoring.metrics import mean_scores
+from recap_hf.scoring import METRIC_LABELS, Difference
+from recap_hf.scoring.bootstrap import gain_difference, mean_difference
 
 from .clips import estimate_events, read_events
 from .folder import RUN_FILE, SCORES_FILE, EvaluationFolder
@@ -58,18 +57,6 @@ class Row:
     def name(self) -> str:
         """Name of the row: its label, after the system for a baseline."""
         return self.label if self.system == MAIN_SYSTEM else f"{self.system} ({self.label})"
-
-
-def verdict(difference: Difference) -> str:
-    """What the interval says about the claim that `second` is better than `first`."""
-    if not difference.excludes_zero:
-        return "open"
-    return "supported" if difference.low > ROUNDING else "refuted"
-
-
-def difference_of(first: np.ndarray, second: np.ndarray, resamples: int) -> Difference:
-    """Mean of `second` minus `first`, (num_clips,) each, with its paired bootstrap interval over the clips."""
-    return paired_bootstrap({"": mean_scores(first)}, {"": mean_scores(second)}, resamples)[""]
 
 
 class GridResults:
@@ -266,12 +253,12 @@ class GridResults:
                 "setting": f"{place}: {what}",
                 "metric": metric,
                 **numbers,
-                "verdict": verdict(difference),
+                "verdict": difference.verdict,
             }
 
         def better(text: str, name: str, row: Row) -> dict[str, Any]:
             other = self._same_clips(row, metric, clip_ids)
-            return claim(text, f"{MAIN_ROW} minus {name}", difference_of(other, best, resamples))
+            return claim(text, f"{MAIN_ROW} minus {name}", mean_difference(other, best, resamples))
 
         if test_set not in training_set:
             for (label, system), row in rows.items():
@@ -279,7 +266,7 @@ class GridResults:
                     yield better("an in-domain datastore beats an out-of-domain one", label, row)
         if (LARGE_ROW, MAIN_SYSTEM) in rows:
             large = self._same_clips(rows[LARGE_ROW, MAIN_SYSTEM], metric, clip_ids)
-            difference = difference_of(best, large, resamples)
+            difference = mean_difference(best, large, resamples)
             yield claim("a large datastore improves on it", f"{LARGE_ROW} minus {MAIN_ROW}", difference)
         for system, text in _BASELINE_CLAIMS.items():
             yield better(text, system, rows[MAIN_ROW, system])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +131,7 @@ def score_folder(
     }
     differences = {
         name: {
-            key: {**asdict(row), "excludes_zero": row.excludes_zero}
-            for key, row in paired_bootstrap(metrics[name], metrics[MAIN_SYSTEM], *draws).items()
+            key: row.to_dict() for key, row in paired_bootstrap(metrics[name], metrics[MAIN_SYSTEM], *draws).items()
         }
         for name in scores
         if name != MAIN_SYSTEM and MAIN_SYSTEM in scores

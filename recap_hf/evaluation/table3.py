@@ -13,6 +13,7 @@ import numpy as np
 
 from recap_hf.modeling.retrieval_recap import normalize_text
 from recap_hf.scoring import METRIC_LABELS
+from recap_hf.scoring.bootstrap import mean_difference
 
 from .folder import EvaluationFolder
 from .grid_config import AUDIO_TO_AUDIO, MAIN_ROW, PREFIX, RELATED_LABELS
@@ -95,13 +96,11 @@ def _novel(results: GridResults, trained: str, tested: str, clip_ids: Sequence[s
 
 
 def _scored(values: dict[str, np.ndarray], resamples: int) -> list[dict[str, Any]]:
-    from .grid_results import difference_of, verdict
-
     (main, best), *others = values.items()
     rows: list[dict[str, Any]] = [{"name": main, "mean": float(best.mean())}]
     for name, clips in others:
-        gain = difference_of(clips, best, resamples)
-        interval = {"gain": gain.difference, "low": gain.low, "high": gain.high, "verdict": verdict(gain)}
+        gain = mean_difference(clips, best, resamples)
+        interval = {"gain": gain.difference, "low": gain.low, "high": gain.high, "verdict": gain.verdict}
         rows.append({"name": name, "mean": float(clips.mean()), **interval})
     return rows
 

@@ -8,18 +8,16 @@ from .bootstrap import Difference, bootstrap_intervals, paired_bootstrap
 from .clips import ClipList, clip_list_hash, clip_stem, match_clips, read_clip_list
 from .compare import Comparison, compare_tables, intersect
 from .fense import FenseModels
-from .java import JavaRuntime, find_java
-from .metrics import METRIC_LABELS, METRICS
+from .metrics import METRIC_LABELS, METRICS, check_metrics
 from .scorer import CaptionScores, score_captions
-from .tables import Columns, PredictionTable, read_predictions, read_training_captions
-from .tools import ScoringTools
+from .tables import PredictionTable, read_predictions, read_training_captions
+from .tools import JavaRuntime, ScoringTools, find_java
 
 __all__ = [
     "METRICS",
     "METRIC_LABELS",
     "CaptionScores",
     "ClipList",
-    "Columns",
     "Comparison",
     "Difference",
     "FenseModels",
@@ -27,6 +25,7 @@ __all__ = [
     "PredictionTable",
     "ScoringTools",
     "bootstrap_intervals",
+    "check_metrics",
     "clip_list_hash",
     "clip_stem",
     "compare_tables",

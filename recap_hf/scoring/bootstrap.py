@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
-from .metrics import MetricScores
+from .metrics import MetricScores, mean_scores
 
 _CHUNK = 500  # resamples drawn at a time: 500 x 5,000 clips of counts are 20 MB
 # Differences below this are rounding: BLEU alone replaces a precision of 0 by about 1e-8.
-ROUNDING = 1e-6
+_ROUNDING = 1e-6
 # From how often each clip is drawn, (resamples, num_clips), to one value per resample.
 Statistic = Callable[[np.ndarray], np.ndarray]
 
@@ -29,7 +30,16 @@ class Difference:
     @property
     def excludes_zero(self) -> bool:
         """Whether the interval lies on one side of 0, by more than rounding."""
-        return self.low > ROUNDING or self.high < -ROUNDING
+        return self.low > _ROUNDING or self.high < -_ROUNDING
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says about the claim that the second is better: supported, refuted or open."""
+        return ("supported" if self.low > 0 else "refuted") if self.excludes_zero else "open"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers and `excludes_zero`, ready for JSON."""
+        return {**asdict(self), "excludes_zero": self.excludes_zero}
 
 
 def bootstrap_intervals(
@@ -40,8 +50,8 @@ def bootstrap_intervals(
     Raises:
         ValueError: if the metrics differ in their number of clips or an argument is out of range.
     """
-    num_clips = _num_clips(scores)
-    return _intervals({key: _corpus_score(scores[key]) for key in scores}, num_clips, resamples, confidence, seed)
+    statistics = {key: _corpus_score(score) for key, score in scores.items()}
+    return _intervals(statistics, _num_clips(scores.values()), resamples, confidence, seed)
 
 
 def paired_bootstrap(
@@ -65,23 +75,29 @@ def paired_bootstrap(
     Raises:
         ValueError: if the numbers of clips differ or an argument is out of range.
     """
-    shared = [key for key in first if key in second]
-    num_clips = _num_clips({f"{n} {key}": scores[key] for n, scores in enumerate((first, second)) for key in shared})
-    ones, twos = ({key: _corpus_score(scores[key]) for key in shared} for scores in (first, second))
-    statistics = {key: lambda counts, key=key: twos[key](counts) - ones[key](counts) for key in shared}
+    pairs = {key: (first[key], second[key]) for key in first if key in second}
+    num_clips = _num_clips(score for pair in pairs.values() for score in pair)
+    scorers = {key: tuple(map(_corpus_score, pair)) for key, pair in pairs.items()}
+    statistics = {key: lambda counts, pair=pair: pair[1](counts) - pair[0](counts) for key, pair in scorers.items()}
     intervals = _intervals(statistics, num_clips, resamples, confidence, seed)
-    scores = {key: (first[key].corpus, second[key].corpus) for key in shared}
-    return {key: Difference(one, two, two - one, *intervals[key]) for key, (one, two) in scores.items()}
+    return {
+        key: Difference(one.corpus, two.corpus, two.corpus - one.corpus, *intervals[key])
+        for key, (one, two) in pairs.items()
+    }
 
 
-def gain_difference(
-    gains: np.ndarray, larger: np.ndarray, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
-) -> Difference:
+def mean_difference(first: np.ndarray, second: np.ndarray, resamples: int = 10_000) -> Difference:
+    """Mean of `second` minus that of `first`, (num_clips,) each, with its paired interval over the clips."""
+    return paired_bootstrap({"": mean_scores(first)}, {"": mean_scores(second)}, resamples)[""]
+
+
+def gain_difference(gains: np.ndarray, larger: np.ndarray, resamples: int = 10_000) -> Difference:
     """Mean gain of the clips marked in `larger` minus that of the other clips; each group is drawn by itself.
 
     Args:
         gains: (num_clips,) difference of two systems on each clip.
         larger: (num_clips,) True for the clips whose gain is claimed to be larger.
+        resamples: number of draws.
 
     Raises:
         ValueError: if a group has no clip.
@@ -89,20 +105,20 @@ def gain_difference(
     groups = [gains[~larger], gains[larger]]
     if not all(map(len, groups)):
         raise ValueError("all clips are in one group, so there is nothing to compare")
-    draws = [
-        np.concatenate([counts @ group / len(group) for counts in _counts(len(group), resamples, seed + number)])
-        for number, group in enumerate(groups)
-    ]
     one, two = (float(group.mean()) for group in groups)
-    return Difference(one, two, two - one, *_interval(draws[1] - draws[0], confidence))
+    drawn = [
+        np.concatenate([counts @ group / len(group) for counts in _counts(len(group), resamples, seed)])
+        for seed, group in enumerate(groups)
+    ]
+    return Difference(one, two, two - one, *_interval(drawn[1] - drawn[0], 0.95))
 
 
 def _corpus_score(score: MetricScores) -> Statistic:
     return lambda counts: score.aggregate(counts @ score.statistics, len(score.clips))
 
 
-def _num_clips(scores: Mapping[str, MetricScores]) -> int:
-    sizes = {len(score.clips) for score in scores.values()}
+def _num_clips(scores: Iterable[MetricScores]) -> int:
+    sizes = {len(score.clips) for score in scores}
     if len(sizes) != 1:
         raise ValueError(f"expected scores of one list of clips, but they have {sorted(sizes) or 'no'} clips")
     return sizes.pop()
@@ -122,7 +138,7 @@ def _intervals(
     return {key: _interval(np.concatenate(values), confidence) for key, values in samples.items()}
 
 
-def _counts(num_clips: int, resamples: int, seed: int):
+def _counts(num_clips: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each clip is drawn, up to (500, num_clips) at a time."""
     generator = np.random.default_rng(seed)
     for start in range(0, resamples, _CHUNK):

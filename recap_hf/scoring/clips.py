@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recap_hf.modeling.caption_tables_recap import read_rows
 from recap_hf.modeling.retrieval_recap import normalize_clip_id
-
-from .rows import read_rows
 
 _EXTENSION = re.compile(r"\.(wav|flac|ogg|oga|opus|mp3|m4a|aac|webm|aiff?|npy|mp4|mkv)$", re.IGNORECASE)
 _YOUTUBE = re.compile(r"Y?([A-Za-z0-9_-]{11})(?:_\d+(?:\.\d+)?){0,2}")
@@ -57,26 +56,24 @@ def match_clips(first: Sequence[str], second: Sequence[str], youtube: bool = Fal
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
             raise ValueError(f"the clip {repeated[0]!r} is named twice")
-    pairs: list[tuple[int, int]] = []
-    rest = dict(enumerate(first)), dict(enumerate(second))
-    for key_of in (
-        str,
-        lambda name: clip_stem(name, youtube),
-        lambda name: normalize_clip_id(clip_stem(name, youtube)),
-    ):
-        own, other = (_unambiguous(names, key_of) for names in rest)
-        found = [(number, other[key]) for key, number in own.items() if key in other]
-        for one, two in found:
-            del rest[0][one], rest[1][two]
-        pairs += found
-    return sorted(pairs)
+
+    def stem(name: str) -> str:
+        return clip_stem(name, youtube)
+
+    pairs: dict[int, int] = {}
+    for key_of in (str, stem, lambda name: normalize_clip_id(stem(name))):
+        own = _unambiguous(first, key_of, pairs.keys())
+        other = _unambiguous(second, key_of, pairs.values())
+        pairs |= {position: other[key] for key, position in own.items() if key in other}
+    return sorted(pairs.items())
 
 
-def _unambiguous(names: dict[int, str], key_of: Callable[[str], str]) -> dict[str, int]:
-    """Position by key, for the keys that only one of the names has."""
-    keys = {number: key_of(name) for number, name in names.items()}
+def _unambiguous(names: Sequence[str], key_of: Callable[[str], str], matched: Iterable[int]) -> dict[str, int]:
+    """Position by key of the names that are not matched yet, for the keys that only one of them has."""
+    matched = set(matched)
+    keys = {position: key_of(name) for position, name in enumerate(names) if position not in matched}
     counts = Counter(keys.values())
-    return {key: number for number, key in keys.items() if counts[key] == 1}
+    return {key: position for position, key in keys.items() if counts[key] == 1}
 
 
 @dataclass(frozen=True)
@@ -117,10 +114,11 @@ def read_clip_list(path: str | os.PathLike) -> ClipList:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         names = [line for line in lines if not line.lstrip().startswith("#")]
     else:
-        rows = read_rows(path)
-        column = next((name for name in ID_COLUMNS if name in rows[0]), None)
+        rows = list(read_rows(path))
+        columns = list(rows[0]) if rows else []
+        column = next((name for name in ID_COLUMNS if name in columns), None)
         if column is None:
-            raise ValueError(f"{path} has the columns {', '.join(rows[0])}; expected one of {', '.join(ID_COLUMNS)}")
+            raise ValueError(f"{path} has the columns {', '.join(columns)}; expected one of {', '.join(ID_COLUMNS)}")
         names = [str(row[column] or "") for row in rows]
     unique = dict.fromkeys(name.strip() for name in names if name.strip())
     if not unique:

@@ -21,16 +21,16 @@ class Comparison:
     clip_list_sha256: str
     only_in_first: int
     only_in_second: int
-    bootstrap: dict[str, Any]
+    resamples: int
+    confidence: float
+    seed: int
     skipped: dict[str, str]
     notes: list[str]
     implementation: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain Python, ready for JSON."""
-        content = asdict(self)
-        metrics = {key: {**asdict(row), "excludes_zero": row.excludes_zero} for key, row in self.metrics.items()}
-        return {**content, **content.pop("bootstrap"), "metrics": metrics}
+        return {**asdict(self), "metrics": {key: row.to_dict() for key, row in self.metrics.items()}}
 
 
 def intersect(
@@ -88,21 +88,21 @@ def compare_tables(
         ValueError: if the systems share no clip.
     """
     one, two, notes = intersect(first, second, youtube)
-    results = []
+    scores = []
     for table in (one, two):
         values = {name: table.numbers[column] for name, column in (given or {}).items()}
-        found = score_captions(table.predictions, table.references, clip_ids=one.clip_ids, given=values, **options)
-        results.append(found)
-        notes += found.notes
-    bootstrap = {"resamples": resamples, "confidence": confidence, "seed": seed}
+        scores.append(
+            score_captions(table.predictions, table.references, clip_ids=one.clip_ids, given=values, **options)
+        )
+    draws = {"resamples": resamples, "confidence": confidence, "seed": seed}
     return Comparison(
-        metrics=paired_bootstrap(results[0].metrics, results[1].metrics, **bootstrap),
+        metrics=paired_bootstrap(scores[0].metrics, scores[1].metrics, **draws),
         num_clips=len(one),
-        clip_list_sha256=results[0].clip_list["sha256"],
+        clip_list_sha256=scores[0].clip_list["sha256"],
         only_in_first=len(first) - len(one),
         only_in_second=len(second) - len(two),
-        bootstrap=bootstrap,
-        skipped={**results[0].skipped, **results[1].skipped},
-        notes=notes,
-        implementation=results[0].implementation,
+        skipped=scores[0].skipped | scores[1].skipped,
+        notes=notes + scores[0].notes + scores[1].notes,
+        implementation=scores[0].implementation,
+        **draws,
     )

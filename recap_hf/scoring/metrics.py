@@ -11,16 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .fense import ERROR_THRESHOLD, penalize
-from .spice import SpiceUnavailable, spice
-
-if TYPE_CHECKING:
-    from .tools import ScoringTools
+from .tools import ScoringTools, SpiceUnavailable, spice
 
 
 @dataclass(frozen=True)
@@ -133,8 +128,30 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Met
     return mean_scores(clips)
 
 
+def meteor_from_statistics(sums: np.ndarray, num_clips: int) -> np.ndarray:
+    """METEOR (...) of summed statistics of the jar (..., 23), after Denkowski and Lavie, 2014.
+
+    The 23 are: words and function words of caption and reference (4); for each of the four matchers (exact, stem,
+    synonym, paraphrase) the matched content and function words of both (16); chunks; matched words of both (2).
+    The parameters are those of the language en, task "rank".
+    """
+    alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
+    words, function_words = sums[..., 0:2], sums[..., 2:4]
+    matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 2, 2)  # matcher, content or function, caption or reference
+    matched = np.einsum("...mkc,m,k->...c", matches, [1.0, 0.6, 0.8, 0.6], [delta, 1 - delta])
+    length = delta * (words - function_words) + (1 - delta) * function_words
+    precision, recall = np.moveaxis(_divide(matched, length), -1, 0)
+    f_mean = _divide(precision * recall, alpha * precision + (1 - alpha) * recall)
+    fragmentation = _divide(sums[..., 20], sums[..., 21:23].mean(-1))
+    return f_mean * (1 - gamma * fragmentation**beta)
+
+
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator, dtype=np.float64), where=denominator != 0)
+
+
 def _meteor(run: ScoringInput) -> dict[str, MetricScores | str]:
-    return {"meteor": run.tools.meteor.score(run.captions, run.references)}
+    return {"meteor": MetricScores(*run.tools.meteor.score(run.captions, run.references), meteor_from_statistics)}
 
 
 def _cider_d(run: ScoringInput) -> dict[str, MetricScores | str]:
@@ -213,8 +230,12 @@ METRICS: dict[str, Metric] = {
 # In the order of the columns of tables. CLAPScore is computed from recordings: see `recap_hf.evaluation.clap_score`.
 METRIC_LABELS = {key: label for metric in METRICS.values() for key, label in metric.labels.items()}
 METRIC_LABELS["clap_score"] = "CLAPScore"
+# Values that metrics take from a caller, and that are no scores of their own.
+PARTS = ("spice", "sbert_sim", "error_probability")
 
 
-def implementation() -> dict[str, str]:
-    """What computes the metrics of `pycocoevalcap`, for the record of a result."""
-    return {"bleu, meteor, rouge_l, cider_d": f"pycocoevalcap {version('pycocoevalcap')} (METEOR 1.5 jar)"}
+def check_metrics(names: Sequence[str]) -> None:
+    """Raises `ValueError` for a name that is not in `METRICS`."""
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ValueError(f"unknown metric {unknown[0]!r}: expected some of {', '.join(METRICS)}")

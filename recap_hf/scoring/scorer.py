@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,11 @@ from recap_hf.files import write_json
 from recap_hf.version import __version__
 
 from .clips import clip_list_hash, sha256_of_lines
-from .java import require_pycocoevalcap
-from .metrics import METRICS, MetricScores, ScoringInput, implementation, mean_scores
+from .metrics import METRICS, PARTS, MetricScores, ScoringInput, check_metrics, mean_scores
 from .statistics import caption_statistics, copying, novelty
-from .tools import TOKENIZER_NAME, ScoringTools, squeeze
+from .tools import TOKENIZER_NAME, ScoringTools, require_pycocoevalcap, squeeze
 
 FORMAT_VERSION = 1
-# Parts of metrics, which are no scores of their own.
-_PARTS = ("spice", "sbert_sim", "error_probability")
 
 
 @dataclass
@@ -30,28 +29,27 @@ class CaptionScores:
 
     Attributes:
         corpus: corpus scores by key (`bleu_1` ... `spider_fl`); None for a metric that was skipped.
-        clips: per clip, in the given order: `clip_id`, `prediction` and the same keys.
         skipped: the scores that could not be computed, and why.
         statistics: vocabulary, lengths, novelty, copying.
-        implementation: what computed the scores, with versions.
         clip_list: `name`, `num_clips`, `sha256`, and `of`: what was hashed.
+        implementation: what computed the scores, with versions.
         notes: remarks on the figures.
+        clips: per clip, in the given order: `clip_id`, `prediction` and the keys of `corpus`.
         metrics: the `MetricScores` behind `corpus`, for bootstraps; not part of the file.
     """
 
     corpus: dict[str, float | None]
-    clips: list[dict[str, Any]]
     skipped: dict[str, str]
     statistics: dict[str, float]
-    implementation: dict[str, str]
     clip_list: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    metrics: dict[str, MetricScores] = field(default_factory=dict, repr=False)
+    implementation: dict[str, str]
+    notes: list[str]
+    clips: list[dict[str, Any]]
+    metrics: dict[str, MetricScores] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain Python, ready for JSON."""
-        names = ("corpus", "skipped", "statistics", "clip_list", "implementation", "notes", "clips")
-        content = {name: getattr(self, name) for name in names}
+        content = {name: value for name, value in vars(self).items() if name != "metrics"}
         return {"format_version": FORMAT_VERSION, "num_clips": len(self.clips), **content}
 
     def save(self, path: str | os.PathLike) -> None:
@@ -101,50 +99,53 @@ def score_captions(
     refs = [[text] if isinstance(text, str) else list(text) for text in references]
     values = {key: _column(column, key, len(refs)) for key, column in (given or {}).items()}
     require_pycocoevalcap()
-    used = tools or ScoringTools()
-    try:
-        captions, grouped = _tokenize(predictions, refs, None if pretokenized else used)
+    # Only tools that were made here are closed here.
+    with contextlib.nullcontext(tools) if tools else ScoringTools() as used:
         texts, reference_texts = [squeeze(text) for text in predictions], [[*map(squeeze, group)] for group in refs]
+        captions, grouped = texts, reference_texts
+        if not pretokenized:
+            # All at once: the tokenizer starts anew for every call with new texts.
+            used.tokenize([*texts, *(text for group in reference_texts for text in group)])
+            captions, grouped = used.tokenize(texts), [used.tokenize(group) for group in reference_texts]
+        for number, group in enumerate(grouped):
+            if not all(group):
+                raise ValueError(f"a reference of clip {number + 1} has no word after tokenization: {refs[number]}")
         run = ScoringInput(captions, grouped, texts, reference_texts, used, values)
         skipped = _compute(run, wanted)
         java = used.describe()
-    finally:
-        if tools is None:
-            used.close()
-    for key in [key for key in values if key not in _PARTS]:
-        run.scores[key], run.sources[key] = mean_scores(values[key]), "given by the caller"
     statistics = caption_statistics(captions, grouped)
     if training_captions is not None:
-        statistics.update(novelty(predictions, refs, training_captions))
+        statistics |= novelty(predictions, refs, training_captions)
     if retrieved is not None:
-        statistics.update(copying(predictions, retrieved))
+        statistics |= copying(predictions, retrieved)
     if clip_ids is None:
         digest, of = sha256_of_lines("\t".join(map(squeeze, group)) for group in refs), "references"
     else:
         digest, of = clip_list_hash(clip_ids), "clip ids"
+    names = map(str, range(len(refs))) if clip_ids is None else clip_ids
     empty = statistics["empty_captions"]
     return CaptionScores(
         corpus={key: score.corpus if score else None for key, score in run.scores.items()},
-        clips=[
-            {
-                "clip_id": str(number) if clip_ids is None else clip_ids[number],
-                "prediction": prediction,
-                **{key: float(score.clips[number]) if score else None for key, score in run.scores.items()},
-            }
-            for number, prediction in enumerate(predictions)
-        ],
         skipped=skipped,
         statistics=statistics,
+        clip_list={"name": clip_list_name, "num_clips": len(refs), "sha256": digest, "of": of},
         implementation={
             "recap_hf": __version__,
-            **implementation(),
+            "bleu, meteor, rouge_l, cider_d": f"pycocoevalcap {version('pycocoevalcap')} (METEOR 1.5 jar)",
             "tokenizer": "none: the text was taken as it is" if pretokenized else TOKENIZER_NAME,
             "java": java,
             "python": platform.python_version(),
             **run.sources,
         },
-        clip_list={"name": clip_list_name, "num_clips": len(refs), "sha256": digest, "of": of},
-        notes=[f"{empty} of {len(predictions)} captions are empty and score 0"] if empty else [],
+        notes=[f"{empty} of {len(refs)} captions are empty and score 0"] if empty else [],
+        clips=[
+            {
+                "clip_id": name,
+                "prediction": prediction,
+                **{key: float(score.clips[number]) if score else None for key, score in run.scores.items()},
+            }
+            for number, (name, prediction) in enumerate(zip(names, predictions, strict=True))
+        ],
         metrics={key: score for key, score in run.scores.items() if score},
     )
 
@@ -157,6 +158,9 @@ def _compute(run: ScoringInput, wanted: Sequence[str]) -> dict[str, str]:
             run.scores[key] = None if isinstance(score, str) else score
             if isinstance(score, str):
                 skipped[key] = score
+    for key, column in run.given.items():
+        if key not in PARTS:
+            run.scores[key], run.sources[key] = mean_scores(column), "given by the caller"
     return skipped
 
 
@@ -171,33 +175,19 @@ def _check(
         raise ValueError(f"got {len(clip_ids)} clip ids for {len(references)} clips")
     if not len(predictions):
         raise ValueError("there is no clip to score")
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise ValueError(f"unknown metric {unknown[0]!r}: expected some of {', '.join(METRICS)}")
+    check_metrics(metrics)
     for number, (prediction, refs) in enumerate(zip(predictions, references, strict=True), 1):
         if not isinstance(prediction, str):
             raise ValueError(f"the prediction of clip {number} is {prediction!r}; expected text")
-        texts = [refs] if isinstance(refs, str) else list(refs)
-        if not texts:
+        if not len(refs):
             raise ValueError(f"clip {number} has no reference caption")
-        wrong = [text for text in texts if not isinstance(text, str) or not text.strip()]
+        wrong = [text for text in ([refs] if isinstance(refs, str) else refs) if not _is_caption(text)]
         if wrong:
             raise ValueError(f"a reference of clip {number} is {wrong[0]!r}; expected text")
 
 
-def _tokenize(
-    predictions: Sequence[str], references: list[list[str]], tools: ScoringTools | None
-) -> tuple[list[str], list[list[str]]]:
-    flat = [*predictions, *(text for refs in references for text in refs)]
-    flat = [squeeze(text) for text in flat] if tools is None else tools.tokenize(flat)
-    rest = iter(flat[len(predictions) :])
-    grouped = [[next(rest) for _ in refs] for refs in references]
-    for number, refs in enumerate(grouped, 1):
-        if not all(refs):
-            raise ValueError(
-                f"a reference of clip {number} has no word left after tokenization: {references[number - 1]}"
-            )
-    return flat[: len(predictions)], grouped
+def _is_caption(text: Any) -> bool:
+    return isinstance(text, str) and bool(text.strip())
 
 
 def _column(values: Sequence[float], name: str, num_clips: int) -> np.ndarray:

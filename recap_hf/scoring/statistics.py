@@ -17,19 +17,25 @@ def caption_statistics(tokenized: Sequence[str], tokenized_references: Sequence[
     lengths = [len(caption.split()) for caption in tokenized]
     reference_lengths = [np.mean([len(text.split()) for text in refs]) for refs in tokenized_references]
     return {
-        "vocabulary_size": len(_words(tokenized)),
-        "reference_vocabulary_size": len(_words(text for refs in tokenized_references for text in refs)),
+        "vocabulary_size": len(words_of(tokenized)),
+        "reference_vocabulary_size": len(words_of(text for refs in tokenized_references for text in refs)),
         "caption_length": float(np.mean(lengths)),
         "shortest_caption": min(lengths),
         "longest_caption": max(lengths),
         "reference_length": float(np.mean(reference_lengths)),
         "distinct_captions": len(set(tokenized)) / len(tokenized),
-        "empty_captions": sum(not length for length in lengths),
+        "empty_captions": lengths.count(0),
     }
 
 
-def _words(texts: Iterable[str]) -> set[str]:
+def words_of(texts: Iterable[str]) -> set[str]:
+    """The different words of normalized texts."""
     return {word for text in texts for word in text.split()}
+
+
+def novel_words(references: Sequence[Sequence[str]], known: set[str]) -> list[set[str]]:
+    """The words of each clip's references that are not in `known`, ignoring case and punctuation."""
+    return [words_of(map(normalize_text, refs)) - known for refs in references]
 
 
 def novelty(
@@ -41,15 +47,13 @@ def novelty(
     of the references that no training caption has, once per clip; `novel_word_recall` (absent if there are none) is
     the share of them in the clip's caption: only a datastore can supply them.
     """
-    texts = {normalize_text(text) for text in training_captions}
-    known, normalized = _words(texts), [normalize_text(caption) for caption in captions]
-    statistics: dict[str, float] = {"novel_captions": sum(text not in texts for text in normalized) / len(captions)}
-    novel = [_words(normalize_text(text) for text in refs) - known for refs in references]
-    found = sum(len(words & set(text.split())) for words, text in zip(novel, normalized, strict=True))
-    statistics["novel_reference_words"] = sum(map(len, novel))
-    if statistics["novel_reference_words"]:
-        statistics["novel_word_recall"] = found / statistics["novel_reference_words"]
-    return statistics
+    known, texts = set(map(normalize_text, training_captions)), [normalize_text(text) for text in captions]
+    novel = novel_words(references, words_of(known))
+    count = sum(map(len, novel))
+    found = sum(len(words & set(text.split())) for words, text in zip(novel, texts, strict=True))
+    share = sum(text not in known for text in texts) / len(texts)
+    recall = {"novel_word_recall": found / count} if count else {}
+    return {"novel_captions": share, "novel_reference_words": count, **recall}
 
 
 def copying(captions: Sequence[str], retrieved: Sequence[Sequence[str]]) -> dict[str, float]:

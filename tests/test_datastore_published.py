@@ -92,9 +92,9 @@ def test_all_of_them_in_one_datastore(published, tmp_path, capsys):
 
 def test_captions_of_test_clips_stay_out(published, tmp_path, capsys):
     """By clip id, the weak captions of those clips too; by identical text on request, and counted either way."""
-    from recap_hf.data.clip_ids import normalize_text
     from recap_hf.datastore import FilterOptions, LeakGuard, read_source
     from recap_hf.datastore.filters import CaptionFilter
+    from recap_hf.modeling.retrieval_recap import normalize_text
 
     folder, captions, _, _ = published
     tests = [folder / "audiocaps_test.csv", folder / "recap_test_clotho.csv"]

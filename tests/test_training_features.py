@@ -15,7 +15,7 @@ from training_parts import captions_of, make_captioner, write_clip, write_clotho
 
 from recap_hf import CaptionDatastore, load_audio
 from recap_hf.data import load_captions
-from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
+from recap_hf.modeling.retrieval_recap import normalize_clip_id, normalize_text
 from recap_hf.training import features
 from recap_hf.training.features import (
     AudioTower,

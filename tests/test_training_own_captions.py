@@ -11,7 +11,7 @@ import pytest
 
 from recap_hf import CaptionDatastore
 from recap_hf.data import CaptionData, join, load_captions
-from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
+from recap_hf.modeling.retrieval_recap import normalize_clip_id, normalize_text
 from recap_hf.training.neighbours import Query, find_neighbours
 
 DIMENSION = 256

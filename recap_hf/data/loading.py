@@ -6,13 +6,9 @@ import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .audiocaps import load_audiocaps
-from .audiofolder import load_audiofolder
-from .clotho import load_clotho
-from .hub import load_hub_dataset
-from .recap_csv import load_recap
+from .general import load_audiofolder, load_hub_dataset
+from .published import load_audiocaps, load_clotho, load_recap, load_wavcaps
 from .schema import CaptionData, LoadOptions, Problem, canonical_split
-from .wavcaps import load_wavcaps
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
 COLUMNS = ("clip_id", "audio", "captions", "split", "source", "licence")
 
@@ -57,17 +57,15 @@ class LoadOptions:
 class ClipRecord:
     """One clip before it is a row of the table.
 
-    `audio` is a path, `{"path", "bytes"}`, or None for text-only use; `missing` says why there is no audio, if there
-    should be some.
+    `audio` is a path, `{"path", "bytes"}` or None; `wanted` says what is missing then.
     """
 
     clip_id: str
     audio: str | dict | None
-    captions: list[str]
-    split: str
+    captions: list[str | None]
     source: str
     licence: str | None = None
-    missing: str | None = None
+    wanted: str = ""
 
 
 @dataclass
@@ -87,34 +85,19 @@ def canonical_split(name: str) -> str:
     raise ValueError(f"unknown split {name!r}: expected one of {known}")
 
 
-def features() -> Features:
-    """The `datasets.Features` of the table; audio stays undecoded, so no codec library is needed to load it."""
-    from datasets import Audio, Features, List, Value
-
-    return Features(
-        {
-            "clip_id": Value("string"),
-            "audio": Audio(decode=False),
-            "captions": List(Value("string")),
-            "split": Value("string"),
-            "source": Value("string"),
-            "licence": Value("string"),
-        }
-    )
-
-
-def build_caption_data(records: Iterable[ClipRecord]) -> CaptionData:
+def build_caption_data(records: Iterable[ClipRecord], options: LoadOptions) -> CaptionData:
     """Table of the records: clips of one id and source are merged; empty captions, and clips without the audio that
     they need, are left out and named."""
-    from datasets import Dataset, Features, Value
+    from datasets import Audio, Dataset, Features, List, Value
 
     # A clip with five captions is missing once: dictionaries have each problem once.
     missing: dict[Problem, None] = {}
     empty: list[Problem] = []
     merged: dict[tuple[str, str], ClipRecord] = {}
     for record in records:
-        if record.missing:
-            missing[Problem(record.clip_id, "missing", record.missing)] = None
+        if options.needs_audio and record.audio is None:
+            wanted = record.wanted or f"no audio file {record.clip_id}"
+            missing[Problem(record.clip_id, "missing", wanted)] = None
             continue
         texts = [(caption or "").strip() for caption in record.captions]
         problem = Problem(record.clip_id, "empty-caption", f"{record.clip_id}: an empty caption")
@@ -123,17 +106,18 @@ def build_caption_data(records: Iterable[ClipRecord]) -> CaptionData:
         if kept:
             key = (record.source, record.clip_id)
             merged.setdefault(key, replace(record, captions=[])).captions.extend(kept)
-    columns = {name: [getattr(record, name) for record in merged.values()] for name in COLUMNS}
-    columns["audio"] = [_undecoded(audio) for audio in columns["audio"]]
+    clips = list(merged.values())
+    columns = {name: [getattr(clip, name) for clip in clips] for name in ("clip_id", "captions", "source", "licence")}
+    columns["split"] = [options.split] * len(clips)
+    columns["audio"] = [_undecoded(clip.audio) if options.needs_audio else None for clip in clips]
+    kinds = dict.fromkeys(COLUMNS, Value("string")) | {"captions": List(Value("string"))}
     # `Audio` refuses to encode even a path without torchcodec; casting the plain struct to it asks for no codec.
-    stored = Features(features() | {"audio": {"bytes": Value("binary"), "path": Value("string")}})
-    table = Dataset.from_dict(columns, features=stored).cast(features())
-    return CaptionData(table, [*missing, *empty])
+    stored = Features(kinds | {"audio": {"bytes": Value("binary"), "path": Value("string")}})
+    table = Dataset.from_dict({name: columns[name] for name in COLUMNS}, features=stored)
+    return CaptionData(table.cast(Features(kinds | {"audio": Audio(decode=False)})), [*missing, *empty])
 
 
 def _undecoded(audio: str | dict | None) -> dict | None:
-    if audio is None:
-        return None
     if isinstance(audio, dict):
         return {"bytes": audio.get("bytes"), "path": audio.get("path")}
     return {"bytes": None, "path": str(audio)}

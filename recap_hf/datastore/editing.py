@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
 from recap_hf.modeling.datastore_files_recap import (
     AUDIO_KEYS,
     array_blocks,
@@ -25,7 +24,7 @@ from recap_hf.modeling.datastore_files_recap import (
     publish,
     write_new,
 )
-from recap_hf.modeling.retrieval_recap import CaptionDatastore
+from recap_hf.modeling.retrieval_recap import CaptionDatastore, normalize_clip_id, normalize_text
 
 from .filters import CaptionFilter, FilterOptions
 from .indexing import DEFAULT_RECALL, EXACT_UP_TO, build_index

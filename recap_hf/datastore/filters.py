@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recap_hf.data.clip_ids import normalize_clip_id, normalize_text
 from recap_hf.hub.licences import forbids_commercial_use
+from recap_hf.modeling.retrieval_recap import normalize_clip_id, normalize_text
 
 from .sources import SourceOptions, read_source
 

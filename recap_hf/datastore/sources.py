@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recap_hf.data.loading import NAMED_DATASETS
-from recap_hf.data.recap_csv import parse_abstract_captions
+from recap_hf.data.published import parse_abstract_captions
 from recap_hf.data.schema import SPLITS, canonical_split, listed
 from recap_hf.modeling.caption_tables_recap import (
     CAPTION_SUFFIXES,
@@ -130,18 +130,18 @@ def _is_plain(value: Any) -> bool:
 
 def guess_source(name: str, columns: Iterable[str]) -> tuple[str, str | None]:
     """Source and licence of a file of a published dataset, known by its name and columns; else the file's name."""
-    from recap_hf.data import audiocaps, clotho, wavcaps
+    from recap_hf.data.published import LICENCES
 
     columns, stem = set(columns), Path(name).stem
     domain = next((each for each in ("audiocaps", "clotho") if each in name.lower()), None)
     if "abstract_captions" in columns:
         return f"recap-{domain or 'captions'}", None
     if {"id", "download_link"} <= columns:
-        return f"wavcaps-{stem.removesuffix('_final')}", wavcaps.LICENCE
+        return f"wavcaps-{stem.removesuffix('_final')}", LICENCES["wavcaps"]
     if domain == "clotho":
-        return "clotho", clotho.LICENCE
+        return "clotho", LICENCES["clotho"]
     if domain == "audiocaps" or {"youtube_id", "start_time"} <= columns:
-        return "audiocaps", audiocaps.LICENCE
+        return "audiocaps", LICENCES["audiocaps"]
     return stem, None
 
 
@@ -179,9 +179,9 @@ def _read_named(name: str, folder: str | None, options: SourceOptions) -> Iterat
         yield from clip_records(row, options)
     if name == "recap" and options.captions != "published":
         from recap_hf.data import LoadOptions
-        from recap_hf.data.recap_csv import find_table
+        from recap_hf.data.published import find_recap_table
 
-        table = find_table(LoadOptions(folder, canonical_split(split), needs_audio=False))
+        table = find_recap_table(LoadOptions(folder, canonical_split(split), needs_audio=False))
         weak = SourceOptions(options.source, options.licence, options.split, options.columns, "weak")
         yield from records_of_rows(read_rows(table), table.name, weak)
 

@@ -215,7 +215,7 @@ def caption_scores(captions: list[str], references: list[list[str]]) -> dict[str
     Raises:
         ImportError: with the command that installs what is missing.
     """
-    from recap_hf.data.clip_ids import normalize_text
+    from recap_hf.modeling.retrieval_recap import normalize_text
 
     try:
         from recap_hf.scoring.metrics import bleu, cider_d, rouge_l

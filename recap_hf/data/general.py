@@ -1,0 +1,116 @@
+"""Your own data: a folder of audio with a metadata file, or a dataset of the Hub, with columns as you name them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recap_hf.modeling.caption_tables_recap import caption_columns
+
+from .files import read_table, renamed
+from .schema import SPLITS, CaptionData, ClipRecord, LoadOptions, build_caption_data, canonical_split, require_columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "metadata.tsv")
+
+
+def load_audiofolder(options: LoadOptions) -> CaptionData:
+    """Clips of one split: `<data_dir>/<split>/metadata.*`, or `<data_dir>/metadata.*` with a column `split`.
+
+    A metadata file at the top without such a column is the training split. Further columns that are read where
+    present: `clip_id`, `captions` or `caption_1`, `caption_2`, ..., `source`, `licence` (or `license`).
+
+    Raises:
+        ValueError: for missing columns or a split that is not there.
+    """
+    table, split_is_column = _find_metadata(Path(options.data_dir), options.split)
+    rows = read_table(table, {}, options.columns)
+    _require(rows[0], {"file_name": "path of the audio file, from the metadata file"}, table)
+    if split_is_column and "split" not in rows[0] and options.split != "train":
+        raise ValueError(
+            f"{table} has no column 'split', so all of it is training data: for a {options.split} split add the "
+            f"column, or put the clips in {options.data_dir}/{options.split}/ with a metadata file of their own"
+        )
+    root = Path(options.audio_dir or table.parent)
+    records = []
+    for row in rows:
+        if split_is_column and row.get("split") and canonical_split(row["split"]) != options.split:
+            continue
+        path = root / row["file_name"]
+        clip_id = row.get("clip_id") or row["file_name"]
+        audio = str(path) if path.is_file() else None
+        default_source = Path(options.data_dir).resolve().name
+        records.append(_record(row, clip_id, audio, default_source, f"no audio file {path}"))
+    return build_caption_data(records, options)
+
+
+def _find_metadata(folder: Path, split: str) -> tuple[Path, bool]:
+    """The metadata file, and whether it may hold several splits."""
+    if folder.is_file():
+        return folder, True
+    if not folder.exists():
+        raise FileNotFoundError(f"no folder {folder}")
+    for part in (*SPLITS[split], ""):
+        for name in _METADATA:
+            if (folder / part / name).is_file():
+                return folder / part / name, not part
+    raise FileNotFoundError(
+        f"{folder} holds no metadata file: looked for {', '.join(_METADATA)} there and in {split}/"
+    )
+
+
+def load_hub_dataset(name: str, options: LoadOptions) -> CaptionData:
+    """Clips of one split of `name` (a Hub id with an optional `:config`, or a folder that `load_dataset` reads)."""
+    from datasets import get_dataset_split_names, load_dataset
+
+    path, _, config = name.partition(":") if not Path(name).exists() else (name, "", "")
+    data_dir = options.data_dir
+    present = get_dataset_split_names(path, config_name=config or None, data_dir=data_dir)
+    split = next((spelling for spelling in SPLITS[options.split] if spelling in present), None)
+    if split is None:
+        raise ValueError(f"{name} has the splits {', '.join(present)}: none of them is a {options.split} split")
+    return from_dataset(load_dataset(path, config or None, data_dir=data_dir, split=split), options, source=name)
+
+
+def from_dataset(table: Dataset, options: LoadOptions, source: str) -> CaptionData:
+    """A `datasets.Dataset` as caption data; audio is not decoded (path or bytes).
+
+    Optional columns: `clip_id`, `source`, `licence` or `license`; without `clip_id`, the audio's file
+    name is the id, and without that the row number.
+    """
+    from datasets import Audio
+
+    expected, columns = {}, dict(options.columns or {})
+    if options.needs_audio:
+        expected = {"audio": "an Audio column"}
+    else:
+        columns.pop("audio", None)
+        table = table.remove_columns([name for name, kind in table.features.items() if isinstance(kind, Audio)])
+    names = next(renamed([dict.fromkeys(table.column_names)], table.column_names, columns, source))
+    _require(names, expected, source)
+    if options.needs_audio:
+        table = table.cast_column(columns.get("audio", "audio"), Audio(decode=False))
+    records = []
+    for number, row in enumerate(renamed(table, table.column_names, columns, source)):
+        audio = (row.get("audio") if options.needs_audio else None) or {}
+        there = audio.get("bytes") is not None or Path(audio.get("path") or "").is_file()
+        clip_id = Path(str(row.get("clip_id") or audio.get("path") or f"{source}-{number}")).name
+        wanted = f"{source}: row {number} has no audio"
+        records.append(_record(row, clip_id, audio if there else None, source, wanted))
+    return build_caption_data(records, options)
+
+
+def _require(names: Iterable[str], expected: dict[str, str], where: str | Path) -> None:
+    found = [*names, *(["caption"] if caption_columns(names) else [])]
+    require_columns(found, expected | {"caption": "the caption, or a list of them"}, str(where))
+
+
+def _record(row: Mapping[str, Any], clip_id: str, audio: Any, source: str, wanted: str) -> ClipRecord:
+    """A clip of a row; of several columns of captions only the first may not be empty."""
+    values = [row[name] if isinstance(row[name], list) else [row[name]] for name in caption_columns(row)]
+    captions = values[0] + [text for value in values[1:] for text in value if text and text.strip()]
+    licence = row.get("licence") or row.get("license")
+    return ClipRecord(clip_id, audio, captions, str(row.get("source") or source), licence, wanted)

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import io
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from recap_cli.files import (
-    check_output,
-    encodable,
-    json_text,
-    open_output,
-    printable,
-    spreadsheet_cell,
-    standard_input,
-)
+from recap_cli.files import check_output, open_output, printable, standard_input
 from recap_cli.numbers import positive
-from recap_cli.options import add_captioner_arguments, add_engine_arguments, check_caption_options, load_captioner
+from recap_cli.options import (
+    add_captioner_arguments,
+    add_engine_arguments,
+    check_caption_options,
+    load_captioner,
+    prepare_ray,
+)
 
+# As in recap_cli.formats, which needs recap_hf.
 FORMATS = ("text", "json", "jsonl", "csv")
-_CSV_COLUMNS = ("file", "caption", "score", "retrieved", "error", "similarity")
 _SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".txt": "text"}
 
 
@@ -47,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 if every recording was captioned, 1 if some could not be, 2 if nothing was found to caption."""
+    from recap_cli.formats import CAPTION_WRITERS
     from recap_hf.recordings import expand_inputs, reason_of
 
     try:
@@ -54,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("--timeline is a command of its own: recap timeline RECORDING")
         check_caption_options(args)
         names, form = expand_inputs(args.inputs), _format(args)
-        check_output(args.output, names)
+        check_output(args.output, *names)
     except ValueError as error:
         print(f"recap caption: error: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -63,18 +61,19 @@ def run(args: argparse.Namespace) -> int:
         writer = None
         try:
             for name, result in _captioned(args, names):
-                writer = writer or _WRITERS[form](file)
+                writer = writer or CAPTION_WRITERS[form](file)
+                writer.begin(name)
                 if isinstance(result, Exception):
                     failed += 1
                     reason = reason_of(name, result)
                     progress.write(f"recap caption: {printable(f'{name}: {reason}')}")
-                    writer.write({"file": name, "error": reason})
+                    writer.write({"error": reason})
                 else:
-                    writer.write({"file": name, **result.to_dict()})
+                    writer.write(result.to_dict())
                 progress.update(1)
         except KeyboardInterrupt:
             # The results so far are a valid file.
-            (writer or _WRITERS[form](file)).close()
+            (writer or CAPTION_WRITERS[form](file)).close()
             raise
         if writer is not None:
             writer.close()
@@ -101,14 +100,29 @@ def _format(args: argparse.Namespace) -> str:
 def _captioned(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, Any]]:
     """Each name with its `CaptionResult`, or the exception that reading it raised."""
     if args.engine == "ray":
-        from recap_hf.ray_engine import caption_files_with_ray
-
-        yield from caption_files_with_ray(args, names, lambda message: print(message, file=sys.stderr))
+        yield from _captioned_by_ray(args, names)
         return
     captioner = load_captioner(args)
     sources = (standard_input().read() if name == "-" else name for name in names)
     results = captioner.caption_stream(sources, args.batch_size)
     yield from ((name, result) for name, (_, result) in zip(names, results, strict=True))
+
+
+def _captioned_by_ray(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, Any]]:
+    from recap_hf.modeling.options_recap import CaptionOptions
+    from recap_hf.ray_engine import RayOptions, caption_files_with_ray
+
+    if "-" in names:
+        raise ValueError("--engine ray cannot read standard input in its processes: give files, or leave it out")
+    if not (args.work_dir or args.output):
+        raise ValueError("--engine ray needs --output FILE, or --work-dir DIR for the finished parts")
+    prepare_ray()
+    work = Path(args.work_dir or f"{args.output}.parts").resolve()
+    named = {name: getattr(args, name) for name in ("model", "datastore", "dtype") if getattr(args, name) is not None}
+    settings = {**named, **CaptionOptions.from_args(args).to_dict()}
+    options = RayOptions(args.num_workers, args.ray_address, args.batch_size, args.part_size)
+    note = functools.partial(print, file=sys.stderr)
+    yield from caption_files_with_ray(functools.partial(load_captioner, args), names, work, settings, options, note)
 
 
 @contextlib.contextmanager
@@ -119,71 +133,3 @@ def _progress(total: int) -> Iterator[Any]:
     with tqdm(total=total, unit="clip", disable=None if total > 1 else True, file=sys.stderr, leave=False) as bar:
         bar.write = lambda message: tqdm.write(message, file=sys.stderr)
         yield bar
-
-
-class _TextWriter:
-    """A caption for each recording, and below it the captions of its prompt."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self.file = file
-
-    def write(self, row: dict[str, Any]) -> None:
-        if "error" in row:
-            return
-        lines = [f"{row['file']}: {row['caption']}"]
-        lines += [f"    {hit['score']:.2f}  {' '.join(hit['caption'].split())}" for hit in row["retrieved"]]
-        self._print("".join(f"{printable(line)}\n" for line in lines))
-
-    def _print(self, text: str) -> None:
-        # Flushed: a reader, or an interruption, has what is done.
-        self.file.write(encodable(text, self.file))
-        self.file.flush()
-
-    def close(self) -> None:
-        """Nothing is left to write."""
-
-
-class _JsonlWriter(_TextWriter):
-    """An object in each line, errors included."""
-
-    def write(self, row: dict[str, Any]) -> None:
-        self._print(json_text(row, self.file) + "\n")
-
-
-class _JsonWriter(_TextWriter):
-    """One list of objects."""
-
-    def __init__(self, file: IO[str]) -> None:
-        super().__init__(file)
-        self.separator = "[\n"
-
-    def write(self, row: dict[str, Any]) -> None:
-        self._print(self.separator + json_text(row, self.file))
-        self.separator = ",\n"
-
-    def close(self) -> None:
-        self._print("[]\n" if self.separator == "[\n" else "\n]\n")
-
-
-class _CsvWriter(_TextWriter):
-    """A row for each recording, with the retrieved captions as JSON in a cell."""
-
-    def __init__(self, file: IO[str]) -> None:
-        super().__init__(file)
-        self._row(dict(zip(_CSV_COLUMNS, _CSV_COLUMNS, strict=True)))
-
-    def write(self, row: dict[str, Any]) -> None:
-        cells = {name: row.get(name, "") for name in _CSV_COLUMNS}
-        for name in ("file", "caption", "error"):
-            cells[name] = spreadsheet_cell(printable(cells[name]))
-        if "retrieved" in row:
-            cells["retrieved"] = json_text(row["retrieved"], self.file)
-        self._row(cells)
-
-    def _row(self, cells: dict[str, Any]) -> None:
-        line = io.StringIO()
-        csv.DictWriter(line, _CSV_COLUMNS, lineterminator="\n").writerow(cells)
-        self._print(line.getvalue())
-
-
-_WRITERS = {"text": _TextWriter, "json": _JsonWriter, "jsonl": _JsonlWriter, "csv": _CsvWriter}

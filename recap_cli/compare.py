@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from recap_cli.files import check_output
 from recap_cli.score import (
     add_table_arguments,
     given_columns,
@@ -29,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table of differences and writes the JSON."""
-    from recap_hf.files import refuse_input_as_output, write_json
+    from recap_hf.files import write_json
     from recap_hf.scoring import compare_tables
 
-    refuse_input_as_output(args.output, args.first, args.second, args.clip_list, args.training_captions)
+    check_output(args.output, args.first, args.second, args.clip_list, args.training_captions)
     first, _ = load_table(args, args.first)
     second, clip_list_name = load_table(args, args.second)
     with scoring_tools(args) as tools:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,8 +26,9 @@ def standard_input() -> IO[bytes]:
     return sys.stdin.buffer
 
 
-def check_output(output: str | os.PathLike | None, inputs: Sequence[str]) -> None:
-    """Raises `ValueError` if `output` is one of the input files or its folder does not exist."""
+def check_output(output: str | os.PathLike | None, *inputs: str | os.PathLike | None) -> None:
+    """Raises `ValueError` if the file `output` is one of the input files, is a folder, or its folder does not exist.
+    `None` is no file."""
     if output is None:
         return
     target = Path(output)
@@ -35,8 +36,9 @@ def check_output(output: str | os.PathLike | None, inputs: Sequence[str]) -> Non
         raise ValueError(f"--output {output}: there is no folder {target.parent}: make it first")
     if target.is_dir():
         raise ValueError(f"--output {output} is a folder: give a file")
-    if target.exists() and any(os.path.exists(name) and os.path.samefile(name, target) for name in inputs):
-        raise ValueError(f"--output {output} is one of the inputs: it would be overwritten; give another file")
+    for each in filter(None, inputs):
+        if target.exists() and os.path.exists(each) and os.path.samefile(each, target):
+            raise ValueError(f"--output names the input file {each}: give another file")
 
 
 @contextlib.contextmanager

@@ -69,11 +69,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _caption(args: argparse.Namespace, sound: Any) -> None:
-    from recap_hf.audio.formats import WRITERS
+    from recap_cli.formats import TIMELINE_WRITERS
     from recap_hf.audio.live import LiveCaptioner
 
     live = LiveCaptioner(load_captioner(args), args.interval, args.silence_db, args.batch_size)
-    writer = WRITERS[args.format](sys.stdout)
+    writer = TIMELINE_WRITERS[args.format](sys.stdout)
     writer.name = args.input
     # The head of a CSV or VTT is sent before the first caption.
     sys.stdout.flush()

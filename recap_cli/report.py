@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from recap_cli.files import check_output
 from recap_cli.numbers import positive
 
 
@@ -22,10 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Writes the page."""
     from recap_hf.evaluation.report import write_report
-    from recap_hf.files import refuse_input_as_output
 
     inputs = [path for path in Path(args.folder).rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
-    refuse_input_as_output(args.output, *inputs)
+    check_output(args.output, *inputs)
     output = args.output or Path(args.folder) / "report.html"
     print(write_report(args.folder, output, audio_dir=args.audio_dir, num_clips=args.clips, title=args.title))
     return 0

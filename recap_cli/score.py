@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from recap_cli.files import check_output
+
 # Name of a value that `score_captions` takes -> flag with its column.
 _GIVEN = {
     "spice": "spice_column",
@@ -61,10 +63,9 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Scores the file, prints the corpus scores and writes the JSON."""
     from recap_hf.evaluation.tables import format_score
-    from recap_hf.files import refuse_input_as_output
     from recap_hf.scoring import score_captions
 
-    refuse_input_as_output(args.output, args.file, args.clip_list, args.training_captions)
+    check_output(args.output, args.file, args.clip_list, args.training_captions)
     table, clip_list_name = load_table(args, args.file)
     with scoring_tools(args) as tools:
         result = score_captions(

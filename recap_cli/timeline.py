@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shutil
 import sys
-from pathlib import Path
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlparse
 
+from recap_cli.files import check_output, open_output, printable, standard_input
 from recap_cli.numbers import positive
 from recap_cli.options import add_captioner_arguments, check_caption_options, load_captioner
 
@@ -52,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 if every recording was read to its end, 1 if some were not, 2 after a wrong call."""
-    from recap_hf.audio.timeline_files import run_timeline
+    from recap_cli.formats import TIMELINE_WRITERS
+    from recap_hf.audio.subtitles import SubtitleFile, SubtitleStyle
+    from recap_hf.audio.timeline import TimelineSettings
     from recap_hf.recordings import expand_inputs
 
     try:
@@ -62,7 +72,38 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"recap timeline: error: {error}", file=sys.stderr)
         return 2
-    return run_timeline(args, names, load_captioner)
+    settings, style = _given(TimelineSettings, args), _given(SubtitleStyle, args)
+    speech = SubtitleFile.read(args.merge_into) if args.merge_into else None
+    targets = _targets(args, names) if args.output_dir else [{args.format: args.output}]
+    for paths in targets:
+        for path in paths.values():
+            check_output(path, *names, args.merge_into)
+    captioner = load_captioner(args)
+    job = _Job(args, captioner, settings)
+    if speech is not None:
+        text = job.merge(names[0], speech, style)
+        with open_output(args.output) as file:
+            file.write(text)
+        return 0
+    options = {
+        "style": style if args.accessible else None,
+        "max_frequency": float(captioner.processor.feature_extractor.frequency_max),
+    }
+    # One file for all recordings, or files for each of them.
+    for group, paths in zip([[name] for name in names] if args.output_dir else [names], targets, strict=True):
+        with contextlib.ExitStack() as stack:
+            writers = [
+                TIMELINE_WRITERS[kind](stack.enter_context(open_output(path)), **options)
+                for kind, path in paths.items()
+            ]
+            for name in group:
+                job.caption(name, writers)
+            for writer in writers:
+                writer.close()
+    if job.failed:
+        message = f"{job.failed} of {len(names)} recordings could not be captioned to the end."
+        print(f"recap timeline: {message}", file=sys.stderr)
+    return 1 if job.failed else 0
 
 
 def check_usage(args: argparse.Namespace, num_recordings: int) -> None:
@@ -85,3 +126,112 @@ def check_usage(args: argparse.Namespace, num_recordings: int) -> None:
         for flag, (name, _, _) in _STYLE.items():
             if getattr(args, name) is not None:
                 raise ValueError(f"{flag} needs --accessible or --merge-into")
+
+
+class _Job:
+    """Captions recordings one after the other and counts those that failed."""
+
+    def __init__(self, args: argparse.Namespace, captioner: Any, settings: Any) -> None:
+        self.args = args
+        self.captioner = captioner
+        self.settings = settings
+        self.failed = 0
+
+    def caption(self, name: str, writers: Sequence[Any]) -> None:
+        """Writes one recording with all writers."""
+        from tqdm import tqdm
+
+        from recap_hf.audio.timeline import TimelineSummary
+        from recap_hf.modeling.captioning_recap import READ_ERRORS
+        from recap_hf.recordings import reason_of
+
+        summary = TimelineSummary(self.settings.same_caption)
+        for writer in writers:
+            writer.begin(name)
+        # Without a total: many formats do not say how long a recording is.
+        bar = tqdm(unit="s", disable=None, file=sys.stderr, leave=False, desc=printable(Path(name).name))
+        result = None
+        with bar, _source(name) as source:
+            segments = self._segments(source, summary)
+            # Errors of reading only: one of writing, such as a full disk or a closed pipe, ends the run.
+            while True:
+                try:
+                    segment = next(segments)
+                except StopIteration:
+                    result = summary.result()
+                    break
+                except READ_ERRORS as error:
+                    self.failed += 1
+                    bar.write(f"recap timeline: {printable(f'{name}: {reason_of(name, error)}')}", file=sys.stderr)
+                    break
+                bar.update(round(segment["end"]) - bar.n)
+                for writer in writers:
+                    writer.write(segment)
+        for writer in writers:
+            writer.end(result)
+
+    def merge(self, name: str, speech: Any, style: Any) -> str:
+        """The text of a subtitle file of speech, with cues for the sounds of a recording between the speech."""
+        from recap_hf.audio.subtitles import CuePlacer, merge_cues
+
+        placer, cues = CuePlacer(style), []
+        with _source(name) as source:
+            for segment in self._segments(source):
+                cues += placer.add(segment)
+        placed, left_out = merge_cues(cues + placer.finish(), speech.speech(), style)
+        left_out += placer.left_out
+        if left_out:
+            print(f"recap timeline: no room between the speech for {left_out} sounds.", file=sys.stderr)
+        return speech.with_cues(placed)
+
+    def _segments(self, source: Any, summary: Any = None) -> Iterator[dict[str, Any]]:
+        from recap_hf.audio.timeline import caption_timeline
+        from recap_hf.modeling.audio_recap import SILENCE_CAPTION
+
+        options = {"settings": self.settings, "summary": summary, "batch_size": self.args.batch_size}
+        for segment in caption_timeline(self.captioner, source, **options):
+            if not (self.args.skip_silence and segment["caption"] == SILENCE_CAPTION):
+                yield segment
+
+
+def _given(kind: type, args: argparse.Namespace) -> Any:
+    """An instance of a dataclass with the fields that the arguments set."""
+    values = {field.name: getattr(args, field.name, None) for field in fields(kind)}
+    return kind(**{name: value for name, value in values.items() if value is not None})
+
+
+def _targets(args: argparse.Namespace, names: Sequence[str]) -> list[dict[str, Path]]:
+    """The files of each recording by format, in the output folder."""
+    from recap_cli.formats import TIMELINE_WRITERS
+
+    kinds = TIMELINE_WRITERS if args.format == "all" else [args.format]
+    suffixes = {kind: TIMELINE_WRITERS[kind].suffix for kind in kinds}
+    stems = [_stem(name) for name in names]
+    double = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if double is not None:
+        raise ValueError(
+            f"Two recordings would be written to {double}{next(iter(suffixes.values()))} in {args.output_dir}: run "
+            "recap timeline once for each, or use --format jsonl with --output."
+        )
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [{kind: folder / f"{stem}{suffix}" for kind, suffix in suffixes.items()} for stem in stems]
+
+
+def _stem(name: str) -> str:
+    if name == "-":
+        return "stdin"
+    path = PurePosixPath(urlparse(name).path) if "://" in name else Path(name)
+    return path.stem or "recording"
+
+
+@contextlib.contextmanager
+def _source(name: str) -> Iterator[Any]:
+    """What `AudioStream` reads. Standard input is copied to disk: most formats need a seekable file."""
+    if name != "-":
+        yield name
+        return
+    with tempfile.TemporaryFile() as file:
+        shutil.copyfileobj(standard_input(), file)
+        file.seek(0)
+        yield file

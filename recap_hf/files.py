@@ -1,4 +1,4 @@
-"""Writing results: a file is complete or is not there, and an output never replaces an input."""
+"""Writing results: a file is complete or is not there."""
 
 from __future__ import annotations
 
@@ -37,16 +37,3 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 def write_json(path: str | os.PathLike, content: Any) -> Path:
     """Writes `content` as JSON, like [`write_text`]. Raises `ValueError` for NaN and infinite numbers."""
     return write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def refuse_input_as_output(output: str | os.PathLike | None, *inputs: str | os.PathLike | None) -> None:
-    """Raises `ValueError` if the file `output` is one of the files `inputs`, under whatever name; None is no file."""
-    for source in inputs:
-        if (
-            output
-            and source
-            and os.path.exists(output)
-            and os.path.exists(source)
-            and os.path.samefile(output, source)
-        ):
-            raise ValueError(f"--output names the input file {source}; choose another file")

@@ -8,8 +8,6 @@ folder must be on a file system that all of them share.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -17,13 +15,13 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recap_hf.modeling.captioning_recap import CaptionResult, recordings_together
-from recap_hf.modeling.options_recap import CaptionOptions
+from recap_hf.modeling.captioning_recap import Captioner, CaptionResult, recordings_together
 from recap_hf.recordings import reason_of
 
 LOG_NAME = "workers.log"
@@ -48,6 +46,9 @@ def run_parts(
         address: of a Ray cluster; "auto" is the cluster of this machine, and by default Ray starts here.
         note: receives a message about parts that were begun again because a process died.
 
+    Ray sends usage statistics unless the environment variable `RAY_USAGE_STATS_ENABLED` is 0: it has no argument for
+    that.
+
     Raises:
         ImportError: without Ray.
     """
@@ -63,8 +64,7 @@ def run_parts(
     if started:
         # Here, one process of Ray for each worker, also on a machine with fewer cores.
         here = {"include_dashboard": False, "num_cpus": num_workers} if address is None else {}
-        with _no_usage_report():
-            ray.init(address=address, logging_level="warning", **here)
+        ray.init(address=address, logging_level="warning", **here)
     threads = max(1, (os.cpu_count() or 1) // num_workers)
     try:
         numbers = ray.data.from_items([{"part": n} for n in range(len(parts))], override_num_blocks=len(parts))
@@ -86,18 +86,6 @@ def run_parts(
     for part, tries in sorted(begun(log).items()):
         if tries > 1:
             note(f"Part {part} was begun {tries} times, because a process died (see {log})")
-
-
-@contextlib.contextmanager
-def _no_usage_report() -> Iterator[None]:
-    """Ray's processes inherit the environment and send no usage statistics: Ray has no argument for that."""
-    before = os.environ.get("RAY_USAGE_STATS_ENABLED")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = before or "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["RAY_USAGE_STATS_ENABLED"]
 
 
 def begun(log: Path) -> Counter[int]:
@@ -122,33 +110,60 @@ class _Worker:
         return batch
 
 
+@dataclass(frozen=True)
+class RayOptions:
+    """How Ray captions recordings.
+
+    Args:
+        num_workers: number of processes.
+        address: of a Ray cluster; "auto" is the cluster of this machine, and by default Ray starts here.
+        batch_size: recordings that are encoded together.
+        part_size: recordings of a part, rounded up to whole batches.
+    """
+
+    num_workers: int = 2
+    address: str | None = None
+    batch_size: int = 8
+    part_size: int = 64
+
+
 def caption_files_with_ray(
-    args: argparse.Namespace, names: Sequence[str], note: Note
+    make_captioner: Callable[[], Captioner],
+    names: Sequence[str],
+    work: Path,
+    settings: Mapping[str, Any],
+    options: RayOptions | None = None,
+    note: Note = lambda message: None,
 ) -> Iterator[tuple[str, CaptionResult | Exception]]:
-    """Captions paths and URLs in order, as `Captioner.caption_stream` does. `args` are those of `recap caption`, and
-    `note` receives messages about the progress.
+    """Captions paths and URLs in order, as `Captioner.caption_stream` does.
+
+    Args:
+        make_captioner: called once in each process of Ray. Must be picklable.
+        names: paths and URLs.
+        work: folder of the finished parts, deleted at the end.
+        settings: what the captions depend on, as JSON: a run with other settings starts over.
+        options: number of processes, sizes.
+        note: receives messages about the progress.
 
     Raises:
-        ValueError: for standard input, which other processes cannot read, or without a work folder.
+        ImportError: without Ray.
+        ValueError: the work folder holds other files.
     """
-    if "-" in names:
-        raise ValueError("--engine ray cannot read standard input in its processes: give files, or leave it out")
-    if not (args.work_dir or args.output):
-        raise ValueError("--engine ray needs --output FILE, or --work-dir DIR for the finished parts")
-    work = Path(args.work_dir or f"{args.output}.parts").resolve()
     # The recordings of an encoder batch are the same as without Ray.
-    together = recordings_together(args.batch_size)
-    size = -(-args.part_size // together) * together
+    options = options or RayOptions()
+    together = recordings_together(options.batch_size)
+    size = -(-options.part_size // together) * together
     parts = [(start // size, list(names[start : start + size])) for start in range(0, len(names), size)]
-    resume(work, _settings(args, names, size), note)
+    sizes = {"batch_size": options.batch_size, "part_size": size}
+    resume(work, {**settings, **sizes, "recordings": _recordings(names)}, note)
     left = [part for part in parts if not _part_path(work, part[0]).is_file()]
     if len(left) < len(parts):
         note(f"Resuming an interrupted run: {len(parts) - len(left)} of {len(parts)} parts are done")
     if left:
         # Ray's processes have another working directory.
         left = [(n, [name if "://" in name else os.path.abspath(name) for name in part]) for n, part in left]
-        make = partial(_make_caption_worker, args, work)
-        for done, _ in enumerate(run_parts(make, left, work, args.num_workers, args.ray_address, note), 1):
+        make = partial(_make_caption_worker, make_captioner, work, options.batch_size)
+        for done, _ in enumerate(run_parts(make, left, work, options.num_workers, options.address, note), 1):
             note(f"Captioned {len(parts) - len(left) + done} of {len(parts)} parts")
     for number, part in parts:
         with open(_part_path(work, number), encoding="utf-8") as file:
@@ -158,16 +173,16 @@ def caption_files_with_ray(
     shutil.rmtree(work)
 
 
-def _make_caption_worker(args: argparse.Namespace, work: Path) -> Callable[[tuple[int, list[str]]], None]:
-    from recap_cli.options import load_captioner
-
-    captioner = load_captioner(args)
+def _make_caption_worker(
+    make_captioner: Callable[[], Captioner], work: Path, batch_size: int
+) -> Callable[[tuple[int, list[str]]], None]:
+    captioner = make_captioner()
 
     def caption(part: tuple[int, list[str]]) -> None:
         target = _part_path(work, part[0])
         temporary = target.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
         with open(temporary, "w", encoding="utf-8") as file:
-            for name, result in captioner.caption_stream(part[1], args.batch_size):
+            for name, result in captioner.caption_stream(part[1], batch_size):
                 row = {"error": reason_of(name, result)} if isinstance(result, Exception) else result.to_dict()
                 file.write(json.dumps(row) + "\n")
         os.replace(temporary, target)
@@ -179,13 +194,10 @@ def _part_path(work: Path, number: int) -> Path:
     return work / f"part-{number:06d}.jsonl"
 
 
-def _settings(args: argparse.Namespace, names: Sequence[str], size: int) -> dict[str, Any]:
-    """Everything that the captions of a run depend on."""
+def _recordings(names: Sequence[str]) -> str:
+    """The number of recordings and a hash of their names, sizes and times."""
     files = [(name, os.path.getsize(name), os.path.getmtime(name)) if os.path.isfile(name) else name for name in names]
-    recordings = f"{len(names)} ({hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]})"
-    names = ("model", "datastore", "dtype", "batch_size")
-    named = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return {**named, "part_size": size, "recordings": recordings, **CaptionOptions.from_args(args).to_dict()}
+    return f"{len(names)} ({hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]})"
 
 
 def resume(work: Path, settings: dict[str, Any], note: Note) -> None:

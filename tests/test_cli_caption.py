@@ -112,7 +112,7 @@ def test_another_datastore(capsys, recordings, model_folder, tmp_path):
         (["a.wav", "--timeline"], 2, "recap timeline RECORDING"),
         (["a.wav", "--candidates", "4", "--rerank", "none"], 2, "options of reranking"),
         ([""], 2, "an empty name"),
-        ([__file__, "--output", __file__, "--format", "text"], 2, "it would be overwritten"),
+        ([__file__, "--output", __file__, "--format", "text"], 2, "names the input file"),
         (["a.wav", "--output", "a.csv", "--format", "jsonl"], 2, "contradict each other"),
         (["a.wav", "--output", "a.docx"], 2, "no format has the suffix .docx"),
         (["a.wav", "--output", "a.srt"], 2, "recap timeline writes subtitles"),

@@ -169,7 +169,7 @@ def test_an_input_is_never_overwritten(run, recording):
     data = recording.read_bytes()
     status, _, err = run(recording, "--output", recording)
     assert status == 1
-    assert "is one of the inputs" in err
+    assert "names the input file" in err
     assert recording.read_bytes() == data
 
 

@@ -9,8 +9,8 @@ import json
 
 import pytest
 
+from recap_cli.formats import TIMELINE_WRITERS as WRITERS
 from recap_cli.timeline import FORMATS
-from recap_hf.audio.formats import WRITERS
 from recap_hf.audio.subtitles import Cue, CuePlacer, SubtitleFile, SubtitleStyle, merge_cues
 
 HIT = {"caption": "dogs bark", "score": 0.75}

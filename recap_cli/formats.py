@@ -1,0 +1,271 @@
+"""Captions and timelines as files: text, JSON, JSONL, CSV, TSV, SRT, VTT, Audacity labels, Raven selection tables.
+
+Writers take one row after the other and keep none, so that memory does not grow with the recording.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import IO, Any
+
+from recap_cli.files import encodable, json_text, printable, spreadsheet_cell
+from recap_hf.audio.subtitles import Cue, CuePlacer, SubtitleStyle, clock, srt_block, vtt_block
+
+_RAVEN_COLUMNS = "Selection,View,Channel,Begin Time (s),End Time (s),Low Freq (Hz),High Freq (Hz),Annotation"
+
+
+def _one_line(caption: str) -> str:
+    """A caption without line breaks and tabs, which would end a cell or a cue."""
+    return " ".join(caption.split())
+
+
+class Writer:
+    """Writes to an open text file: `begin` for a recording, `write` for each row of it, `end`; `close` after the last.
+
+    A row is a segment of a timeline, or the caption of a recording (`{"error": reason}` if there is none). A subclass
+    defines `line`, or `row` if a row is not one line.
+
+    Args:
+        file (`IO[str]`): opened with `newline=""`.
+        style ([`SubtitleStyle`], *optional*): of SRT and VTT.
+        max_frequency (`float`, *optional*, defaults to 14,000): upper limit of Raven's selections in Hz.
+    """
+
+    # Of the files in an output folder: `<recording><suffix>`.
+    suffix = ""
+    # First text of the file.
+    head = ""
+
+    def __init__(self, file: IO[str], style: SubtitleStyle | None = None, max_frequency: float = 14_000.0) -> None:
+        self.file = file
+        self.style = style
+        self.max_frequency = max_frequency
+        self.name = ""
+        self.count = 0
+        self.print(self.head)
+
+    def begin(self, name: str) -> None:
+        """Starts a recording."""
+        self.name = name
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes a row and flushes the file: a reader, or an interruption, has what is done."""
+        self.count += 1
+        self.row(row)
+        self.file.flush()
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Writes one row."""
+        self.print(self.line(row) + "\n")
+
+    def line(self, row: dict[str, Any]) -> str:
+        """A row as one line."""
+        raise NotImplementedError
+
+    def print(self, text: str) -> None:
+        """Writes a text, with escapes for the characters that the encoding of the file lacks."""
+        self.file.write(encodable(text, self.file))
+
+    def json(self, value: Any) -> str:
+        """A value as JSON in one line."""
+        return json_text(value, self.file)
+
+    def end(self, summary: dict[str, Any] | None) -> None:
+        """Ends the recording; `summary` is the result of `TimelineSummary`, or `None` after a read error."""
+
+    def close(self) -> None:
+        """Ends the file, which stays open."""
+        self.file.flush()
+
+
+class CaptionTextWriter(Writer):
+    """A caption for each recording, and below it the captions of its prompt."""
+
+    def row(self, row: dict[str, Any]) -> None:
+        if "error" not in row:
+            lines = [f"{self.name}: {row['caption']}"]
+            lines += [f"    {hit['score']:.2f}  {_one_line(hit['caption'])}" for hit in row["retrieved"]]
+            self.print("".join(f"{printable(line)}\n" for line in lines))
+
+
+class CaptionJsonWriter(Writer):
+    """One list with an object for each recording."""
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.print(("[\n" if self.count == 1 else ",\n") + self.json({"file": self.name, **row}))
+
+    def close(self) -> None:
+        self.print("\n]\n" if self.count else "[]\n")
+        super().close()
+
+
+class TextWriter(Writer):
+    """The name of the recording, a line per segment, and the summary. Live captions, without `begin`, have no name."""
+
+    suffix = ".txt"
+    heading = ""
+
+    def begin(self, name: str) -> None:
+        super().begin(name)
+        # Written with the first segment: a recording that cannot be read has none.
+        self.heading = f"{name}\n"
+
+    def line(self, row: dict[str, Any]) -> str:
+        heading, self.heading = self.heading, ""
+        return f"{heading}[{clock(row['start'])} --> {clock(row['end'])}]  {_one_line(row['caption'])}"
+
+    def end(self, summary: dict[str, Any] | None) -> None:
+        if summary is not None:
+            self.print(f"{self.heading}summary: {_one_line(summary['caption'])}\n")
+
+
+class JsonWriter(Writer):
+    """A list with one object per recording: `file`, `segments`, and the fields of the summary."""
+
+    suffix = ".json"
+    separator = "[\n"
+
+    def begin(self, name: str) -> None:
+        super().begin(name)
+        self.print(f'{self.separator}{{"file": {self.json(name)}, "segments": [')
+        self.separator = ",\n"
+        self.inner = "\n "
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.print(self.inner + self.json(row))
+        self.inner = ",\n "
+
+    def end(self, summary: dict[str, Any] | None) -> None:
+        fields = {"error": "the recording could not be read to its end"} if summary is None else summary
+        self.print("\n]" + "".join(f', "{key}": {self.json(value)}' for key, value in fields.items()) + "}")
+
+    def close(self) -> None:
+        self.print("[]\n" if self.separator == "[\n" else "\n]\n")
+        super().close()
+
+
+class JsonlWriter(Writer):
+    """An object in each line, with its `file`."""
+
+    suffix = ".jsonl"
+
+    def line(self, row: dict[str, Any]) -> str:
+        return self.json({"file": self.name, **row})
+
+
+class CsvWriter(Writer):
+    """A line for each row; the retrieved captions are JSON in their cell."""
+
+    suffix = ".csv"
+    columns = ("file", "start", "end", "caption", "score", "retrieved")
+    head = ",".join(columns) + "\n"
+
+    def line(self, row: dict[str, Any]) -> str:
+        cells = {"file": self.name, **row}
+        for name in {"file", "caption", "error"} & set(cells):
+            text = cells[name] if name == "caption" else printable(cells[name])
+            cells[name] = spreadsheet_cell(text)
+        if "retrieved" in row:
+            cells["retrieved"] = self.json(row["retrieved"])
+        line = io.StringIO()
+        csv.writer(line, lineterminator="").writerow(cells.get(name, "") for name in self.columns)
+        return line.getvalue()
+
+
+class CaptionCsvWriter(CsvWriter):
+    """The same for captions of whole recordings."""
+
+    columns = ("file", "caption", "score", "retrieved", "error", "similarity")
+    head = ",".join(columns) + "\n"
+
+
+class TsvWriter(Writer):
+    """As whisper's: `start` and `end` in whole milliseconds, and `text`."""
+
+    suffix = ".tsv"
+    head = "start\tend\ttext\n"
+
+    def line(self, row: dict[str, Any]) -> str:
+        start, end = round(row["start"] * 1000), round(row["end"] * 1000)
+        return f"{start}\t{end}\t{_one_line(row['caption'])}"
+
+
+class AudacityWriter(Writer):
+    """A label track of Audacity: start and end in seconds, and the label, separated by tabs."""
+
+    suffix = ".labels.txt"
+
+    def line(self, row: dict[str, Any]) -> str:
+        return f"{row['start']:.6f}\t{row['end']:.6f}\t{_one_line(row['caption'])}"
+
+
+class RavenWriter(Writer):
+    """A selection table of Raven. A segment spans all frequencies, from 0 to `max_frequency`."""
+
+    suffix = ".selections.txt"
+    head = _RAVEN_COLUMNS.replace(",", "\t") + "\n"
+
+    def line(self, row: dict[str, Any]) -> str:
+        times, frequencies = f"{row['start']:.3f}\t{row['end']:.3f}", f"0.0\t{self.max_frequency:.1f}"
+        return f"{self.count}\tSpectrogram 1\t1\t{times}\t{frequencies}\t{_one_line(row['caption'])}"
+
+
+class SrtWriter(Writer):
+    """SubRip. Without a style one cue per segment, silence included; with one, the cues of a `CuePlacer`."""
+
+    suffix = ".srt"
+    number = 0
+
+    def begin(self, name: str) -> None:
+        super().begin(name)
+        self.placer = CuePlacer(self.style) if self.style is not None else None
+
+    def row(self, row: dict[str, Any]) -> None:
+        plain = Cue(row["start"], row["end"], _one_line(row["caption"]))
+        for cue in [plain] if self.style is None else self.placer.add(row):
+            self.cue(cue)
+
+    def end(self, summary: dict[str, Any] | None) -> None:
+        for cue in [] if self.style is None else self.placer.finish():
+            self.cue(cue)
+
+    def cue(self, cue: Cue) -> None:
+        """Writes one cue."""
+        self.number += 1
+        self.print(srt_block(self.number, cue))
+
+
+class VttWriter(SrtWriter):
+    """WebVTT; the summary is a note at the end."""
+
+    suffix = ".vtt"
+    head = "WEBVTT\n\n"
+
+    def cue(self, cue: Cue) -> None:
+        self.print(vtt_block(cue))
+
+    def end(self, summary: dict[str, Any] | None) -> None:
+        super().end(summary)
+        if summary is not None:
+            # An arrow would end the note.
+            self.print(f"NOTE summary: {_one_line(summary['caption']).replace('-->', '->')}\n")
+
+
+CAPTION_WRITERS: dict[str, type[Writer]] = {
+    "text": CaptionTextWriter,
+    "json": CaptionJsonWriter,
+    "jsonl": JsonlWriter,
+    "csv": CaptionCsvWriter,
+}
+TIMELINE_WRITERS: dict[str, type[Writer]] = {
+    "text": TextWriter,
+    "json": JsonWriter,
+    "jsonl": JsonlWriter,
+    "csv": CsvWriter,
+    "tsv": TsvWriter,
+    "srt": SrtWriter,
+    "vtt": VttWriter,
+    "audacity": AudacityWriter,
+    "raven": RavenWriter,
+}

@@ -4,7 +4,7 @@ from .assemble import convert_recap_original, convert_stock, convert_to_stock, r
 from .laion_clap import clap_config_from_laion, convert_laion_clap, convert_laion_clap_state_dict
 from .recap_original import convert_recap_original_state_dict, recap_config_from_original
 from .state_dicts import ConversionError
-from .stock import join_state_dicts, split_state_dict, stock_decoder, stock_parts, widen_cross_attention
+from .stock import split_state_dict, stock_decoder, stock_parts, widen_cross_attention
 
 __all__ = [
     "ConversionError",
@@ -15,7 +15,6 @@ __all__ = [
     "convert_recap_original_state_dict",
     "convert_stock",
     "convert_to_stock",
-    "join_state_dicts",
     "read_cross_attention",
     "recap_config_from_original",
     "split_state_dict",

@@ -205,14 +205,23 @@ def require_cross_attention(config: Any, purpose: str) -> None:
         )
 
 
-def comparable(module: torch.nn.Module) -> torch.nn.Module:
-    """`module` in float32, its tensors copied: two with the same numbers then give the same outputs, bit for bit.
+def check_saved(model: torch.nn.Module, reloaded: torch.nn.Module) -> None:
+    """Stop unless a model that was saved and loaded again has the same tensors, bit by bit.
 
-    A tensor of a loaded file lies wherever it lies in the file. Off the beginning of a vector of the processor, MKL
-    may add up a product in another order, and the last digit of an output shows it (seen on AMD's with AVX-512).
+    Raises:
+        ConversionError: naming the tensors that differ.
     """
-    # `float()` alone leaves what is float32 where it is.
-    return module.double().float()
+    before, after = model.state_dict(), reloaded.state_dict()
+    changed = [
+        key
+        for key in before.keys() | after.keys()
+        if key not in before
+        or key not in after
+        or before[key].dtype != after[key].dtype
+        or not torch.equal(before[key], after[key])
+    ]
+    if changed:
+        raise ConversionError(f"{len(changed)} tensors are other ones when loaded again:\n{list_keys(changed)}")
 
 
 def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:

@@ -38,16 +38,6 @@ def split_state_dict(
     return clap, {key: value for key, value in whole.items() if key not in cross}, cross
 
 
-def join_state_dicts(
-    clap: Mapping[str, torch.Tensor], decoder: Mapping[str, torch.Tensor], cross: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The inverse of `split_state_dict`."""
-    return {
-        **{f"clap.{key}": value for key, value in clap.items()},
-        **{f"decoder.{key}": value for key, value in (*decoder.items(), *cross.items())},
-    }
-
-
 def stock_parts(model: RecapForConditionalGeneration) -> tuple[ClapModel, GPT2LMHeadModel, dict[str, torch.Tensor]]:
     """`model` as a `ClapModel`, a `GPT2LMHeadModel` without cross-attention, and the tensors in between.
 

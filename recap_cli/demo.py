@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import tempfile
+import threading
 
 from recap_cli.numbers import positive
 
@@ -57,10 +61,15 @@ def run(args: argparse.Namespace) -> int:
 
         print(export_space(args.export_space, settings))
         return 0
-    from recap_hf.demo.page import launch
+    # Set before Gradio is imported. What closed tabs left there is deleted at the end, also when SIGTERM stops it.
+    with tempfile.TemporaryDirectory(prefix="recap-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        stop = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        from recap_hf.demo.page import launch
 
-    print("Loading the captioner ...", file=sys.stderr)
-    launch(settings, args.host, args.port, args.share, on_ready=_announce)
+        print("Loading the captioner ...", file=sys.stderr)
+        launch(settings, args.host, args.port, args.share, on_ready=_announce, stop=stop)
     return 0
 
 

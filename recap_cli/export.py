@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import warnings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from recap_hf.conversion.onnx_export import export_onnx
 
+    # The exporter's notes on its own internals are nothing to act on; its graphs are compared with PyTorch afterwards.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
     report = export_onnx(args.source, args.out, overwrite=args.overwrite)
     print(json.dumps({"out": args.out, **report}, indent=2))
     return 0

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recap_hf.modeling.audio_recap import is_silent, load_audio, resample, to_mono
+from recap_hf.modeling.audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
 from recap_hf.modeling.prompt_recap import PromptTemplate
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
@@ -33,7 +32,6 @@ DECODER = "decoder.onnx"
 MEL_FILTERS = "mel_filters.npy"
 TOKENIZER = "tokenizer.json"
 DATASTORE_FOLDER = "datastore"
-SILENCE_CAPTION = "silence"
 _MEL_FLOOR = 1e-10
 
 Caches = list[np.ndarray]
@@ -128,15 +126,15 @@ class OnnxCaptioner:
         if self.datastore is not None:
             hits = self.datastore.search(embeds[None], k, None, None, diversity, threshold)[0]
         prompt, used = self._fit_prompt(hits)
-        found = self.search(
+        tokens, log_probability = self.search(
             prompt,
             self.cross_caches(hidden),
             self.num_beams if num_beams is None else num_beams,
             self._settings["generation"]["max_new_tokens"] if max_new_tokens is None else max_new_tokens,
         )
-        kept = [token for token in prompt + found.tokens if token not in self._settings["special_token_ids"]]
+        kept = [token for token in prompt + tokens if token not in self._settings["special_token_ids"]]
         text = self._tokenizer.decode(kept, skip_special_tokens=False)
-        score = float(np.exp(found.log_probability / len(found.tokens)))
+        score = float(np.exp(log_probability / len(tokens)))
         return {"caption": self.prompt.strip(text), "score": score, "retrieved": hits[:used]}
 
     def _waveform(self, audio: Any, sampling_rate: int | None) -> np.ndarray:
@@ -220,83 +218,48 @@ class OnnxCaptioner:
                 return tokens, count
         raise ValueError(f"a prompt without captions has {len(tokens)} tokens, more than the decoder takes")
 
-    def search(self, prompt: list[int], cross: Caches, num_beams: int, max_new_tokens: int) -> Hypothesis:
+    def search(self, prompt: list[int], cross: Caches, num_beams: int, max_new_tokens: int) -> tuple[list[int], float]:
         """The best continuation of `prompt`: greedy for one beam, else beam search as transformers defines it.
 
         At each step the best ``2 * num_beams`` continuations of all beams are looked at. Those that end and are among
-        the first `num_beams` are finished hypotheses, scored by log-probability over ``length ** length_penalty``; the
-        best that do not end go on. With early stopping the search is over once `num_beams` hypotheses are finished;
-        without, once no beam can still overtake them.
+        the first `num_beams` are finished, scored by log-probability over ``length ** length_penalty``; the best that
+        do not end go on. With early stopping the search is over once `num_beams` are finished; without, once no beam
+        can have a better score.
+
+        Returns:
+            Its tokens, the end token included, and the sum of their log-probabilities.
         """
         generation = self._settings["generation"]
+        penalty = generation["length_penalty"]
         logits, past = self.step(np.asarray([prompt]), self.empty_caches(1), cross)
-        beams = Beams([[]], np.zeros(1))
-        finished = Finished(num_beams, generation["length_penalty"], generation["early_stopping"])
+        # Continuations that go on, all of one length, best first; and the best finished ones with their scores.
+        beams: list[tuple[list[int], float]] = [([], 0.0)]
+        finished: list[tuple[float, list[int], float]] = []
         while True:
-            scores = _log_softmax(logits) + beams.scores[:, None]
-            candidates = _top(scores, 2 * num_beams if num_beams > 1 else 1)
-            survivors: list[tuple[int, int, float]] = []
-            for rank, (beam, token, score) in enumerate(candidates):
-                tokens = [*beams.tokens[beam], token]
-                if token == generation["eos_token_id"] or len(tokens) >= max_new_tokens:
+            length = len(beams[0][0]) + 1
+            totals = _log_softmax(logits) + np.asarray([[total] for _, total in beams])
+            rows, survivors = [], []
+            for rank, (row, token, total) in enumerate(_top(totals, 2 * num_beams if num_beams > 1 else 1)):
+                tokens = [*beams[row][0], token]
+                if token == generation["eos_token_id"] or length >= max_new_tokens:
                     if rank < num_beams:
-                        finished.add(Hypothesis(tokens, score))
+                        finished.append((total / length**penalty, tokens, total))
                 elif len(survivors) < num_beams:
-                    survivors.append((beam, token, score))
-            length = len(beams.tokens[0]) + 1
-            if not survivors or finished.is_complete(survivors[0][2], length):
-                return finished.best()
-            rows = [beam for beam, _, _ in survivors]
-            beams = Beams(
-                [[*beams.tokens[beam], token] for beam, token, _ in survivors],
-                np.asarray([score for _, _, score in survivors]),
-            )
+                    rows.append(row)
+                    survivors.append((tokens, total))
+            # Stable: of equal scores the earlier one stays first.
+            finished = sorted(finished, key=lambda entry: -entry[0])[:num_beams]
+            full = len(finished) == num_beams
+            if not survivors or (
+                full and (generation["early_stopping"] or survivors[0][1] / length**penalty <= finished[-1][0])
+            ):
+                return finished[0][1:]
             if rows != list(range(len(past[0]))):
                 past = [cache[rows] for cache in past]
             if len(cross[0]) != len(rows):
                 cross = [np.repeat(cache[:1], len(rows), axis=0) for cache in cross]
-            logits, past = self.step(np.asarray([[token] for _, token, _ in survivors]), past, cross)
-
-
-@dataclass
-class Hypothesis:
-    """A continuation with its end token, and the sum of its tokens' log-probabilities."""
-
-    tokens: list[int]
-    log_probability: float
-
-
-@dataclass
-class Beams:
-    """Continuations that go on, all of one length, best first."""
-
-    tokens: list[list[int]]
-    scores: np.ndarray
-
-
-@dataclass
-class Finished:
-    """The best finished hypotheses."""
-
-    num_beams: int
-    length_penalty: float
-    early_stopping: bool
-    kept: list[tuple[float, Hypothesis]] = field(default_factory=list)
-
-    def add(self, hypothesis: Hypothesis) -> None:
-        score = hypothesis.log_probability / len(hypothesis.tokens) ** self.length_penalty
-        self.kept.append((score, hypothesis))
-        # Stable: of equal scores the earlier one stays ahead.
-        self.kept.sort(key=lambda pair: -pair[0])
-        del self.kept[self.num_beams :]
-
-    def is_complete(self, best_running: float, length: int) -> bool:
-        if len(self.kept) < self.num_beams:
-            return False
-        return self.early_stopping or best_running / length**self.length_penalty <= self.kept[-1][0]
-
-    def best(self) -> Hypothesis:
-        return self.kept[0][1]
+            beams = survivors
+            logits, past = self.step(np.asarray([[tokens[-1]] for tokens, _ in beams]), past, cross)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

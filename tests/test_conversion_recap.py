@@ -19,7 +19,6 @@ from recap_hf.conversion import (
     recap_config_from_original,
     stock_decoder,
 )
-from recap_hf.conversion.state_dicts import comparable
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +171,6 @@ def test_stock_pair_becomes_recap_and_comes_back(parts, tmp_path, width):
     clap, gpt2 = save_stock(tmp_path, small_clap(width=width), small_gpt2())
     report = convert_stock(clap, gpt2, tmp_path / "recap", factor=2, seed=3)
     assert report["processor"] is True and report["trained_cross_attention"] is False
-    assert ("logits, against stock GPT-2" in report["differences"]) is (width == 64)
     # What no stock class has a place for comes back all the same.
     settings = json.loads((tmp_path / "recap" / "config.json").read_text())
     settings["audio_position_embedding"] = "sinusoidal"
@@ -226,7 +224,7 @@ def test_to_stock_inside_runs_without_our_classes(parts, authors, tmp_path, caps
     convert_recap_original(authors, tmp_path / "recap", clap=parts["clap"])
     arguments = [str(tmp_path / "recap"), str(tmp_path / "back"), "--cross-attention-inside"]
     assert main(["convert", "to-stock", *arguments]) == 0
-    assert json.loads(capsys.readouterr().out)["differences"]["logits, stock GPT-2"] < 1e-5
+    assert json.loads(capsys.readouterr().out)["cross_attention_inside_decoder"] is True
     decoder = GPT2LMHeadModel.from_pretrained(tmp_path / "back" / "decoder")
     hidden, ids = torch.randn(1, 5, 64), torch.tensor([[3, 4, 5]])
     with torch.inference_mode():
@@ -263,17 +261,6 @@ def test_shards_are_read_together(parts, tmp_path):
     index.write_text(json.dumps({"weight_map": {**weight_map, "x": "../elsewhere.bin"}}))
     with pytest.raises(ConversionError, match="outside its folder"):
         convert_recap_original(folder, tmp_path / "out2", clap=parts["clap"])
-
-
-def test_models_are_compared_with_tensors_of_their_own():
-    """What lies off the beginning of a vector, as tensors of a file do, may give another last digit."""
-    layer = torch.nn.Linear(24, 24)
-    numbers = layer.weight.detach().clone()
-    moved = torch.empty(24 * 24 + 1)[1:].view(24, 24).copy_(numbers)
-    layer.weight.data = moved
-    assert layer.weight.data_ptr() % 64
-    assert comparable(layer).weight.data_ptr() % 64 == 0
-    assert torch.equal(layer.weight, numbers)
 
 
 def test_converted_folder_captions_a_clip(parts, authors, tmp_path):

@@ -6,9 +6,11 @@ import base64
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,9 +176,9 @@ def test_a_caption_of_markup_is_text_in_every_view():
     result = {"caption": NASTY, "score": 1.0, "retrieved": [{"caption": NASTY, "score": -0.5}]}
     segments = [{"start": 0.0, "end": 1.0, "caption": NASTY, "score": 1.0, "retrieved": []}]
     for html in (
-        views.caption(result, NASTY),
-        views.timeline(segments, 1.0),
-        views.comparison({NASTY: NASTY, "b": "c"}, NASTY),
+        views.render("caption", result=result, choice=NASTY),
+        views.render("timeline", segments=segments, seconds=1.0),
+        views.render("comparison", captions={NASTY: NASTY, "b": "c"}, current=NASTY),
         views.status(NASTY),
     ):
         assert not {"img", "script"} & set(Tags(html).tags)
@@ -446,10 +448,10 @@ def test_the_map_of_a_word_is_open_where_its_weights_are(tiny_processor):
 # ------------------------------------------------------- the page, a Space
 
 
-def test_the_page_keeps_no_upload_and_calls_no_one(tiny_model, tiny_processor):
+def test_the_page_keeps_no_upload_and_calls_no_one(tiny_model, tiny_processor, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'recap-hf[demo]'")
     from recap_hf.demo.captioner import DemoCaptioner
-    from recap_hf.demo.page import build_page, inside_uploads, launch_options, upload_folder
+    from recap_hf.demo.page import build_page, inside_uploads, launch_options
 
     settings = DemoSettings(max_megabytes=2)
     page = build_page(DemoCaptioner(Captioner(tiny_model, tiny_processor)), settings)
@@ -460,15 +462,12 @@ def test_the_page_keeps_no_upload_and_calls_no_one(tiny_model, tiny_processor):
     assert not options["theme"]._stylesheets
     assert "http" not in options["css"]
     assert "http" not in options["head"]
-    with upload_folder() as folder:
-        assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
-        assert folder.stat().st_mode & 0o077 == 0
-        assert inside_uploads(folder / "a" / "b.wav") == (folder / "a" / "b.wav").resolve()
-        for elsewhere in ("/etc/passwd", folder / ".." / "x.wav"):
-            with pytest.raises(ValueError, match="outside"):
-                inside_uploads(elsewhere)
-        (folder / "left.wav").write_bytes(b"x")
-    assert not folder.exists()
+    folder = tmp_path / "uploads"
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder))
+    assert inside_uploads(folder / "a" / "b.wav") == (folder / "a" / "b.wav").resolve()
+    for elsewhere in ("/etc/passwd", folder / ".." / "x.wav"):
+        with pytest.raises(ValueError, match="outside"):
+            inside_uploads(elsewhere)
     # No event may be called as an interface by other programs.
     assert {function.api_visibility for function in page.fns.values()} <= {"private", "undocumented"}
 
@@ -503,6 +502,25 @@ def test_a_space(tmp_path, capsys):
     assert all(path.startswith(str(space)) for path in printed)
     assert main(arguments) == 1
     assert "the folder is not empty" in capsys.readouterr().err
+
+
+def test_the_command_deletes_what_was_left_of_uploads(monkeypatch):
+    page = pytest.importorskip("recap_hf.demo.page", reason="the page needs Gradio: pip install 'recap-hf[demo]'")
+    folders = []
+
+    def launch(*args, **options):
+        folders.append(Path(os.environ["GRADIO_TEMP_DIR"]))
+        assert folders[0].stat().st_mode & 0o077 == 0
+        (folders[0] / "left.wav").write_bytes(b"x")
+
+    monkeypatch.setattr(page, "launch", launch)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "/elsewhere")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["demo"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(folders) == 1 and not folders[0].exists()
 
 
 @pytest.mark.parametrize(

@@ -66,15 +66,13 @@ def altered(exported, tmp_path, **generation) -> OnnxCaptioner:
 def test_export_reports_what_it_compared(exported):
     _, report = exported
     assert set(report["differences"]) == {
+        "log-mel",
         "hidden states",
         "audio embeddings",
         "logits of the prompt",
         "logits of a later token",
     }
     assert max(report["differences"].values()) < 1e-4
-    assert {(entry["seconds"], entry["num_beams"]) for entry in report["captions"]} == {
-        (seconds, beams) for seconds in (3.0, 10.0, 14.0) for beams in (1, 3)
-    }
     assert report["left_out"] == {}
 
 
@@ -150,7 +148,7 @@ def test_beam_search_is_that_of_transformers(
                 if eos in expected:
                     expected = expected[: expected.index(eos) + 1]
                     ended += 1
-                assert runner.search(prompt[0].tolist(), cross, num_beams, 10).tokens == expected
+                assert runner.search(prompt[0].tolist(), cross, num_beams, 10)[0] == expected
     assert 4 < ended < 27
 
 

@@ -74,7 +74,7 @@ class Handlers:
         extractor = self.captioner.feature_extractor
         waveform = read_waveform(data, name, self.settings.max_seconds, extractor.sampling_rate)
         session.recording = Recording(name, waveform, extractor)
-        yield {"recording": views.recording(session.recording)}
+        yield {"recording": views.render("recording", clip=session.recording)}
         yield from self._describe(session)
 
     def forget(self, key: str) -> Iterator[Update]:
@@ -149,8 +149,8 @@ class Handlers:
         result = self.captioner.caption(captioner, recording)
         session.captions[choice] = result["caption"]
         yield {
-            "caption": views.caption(result, choice),
-            "comparison": views.comparison(session.captions, choice),
+            "caption": views.render("caption", result=result, choice=choice),
+            "comparison": views.render("comparison", captions=session.captions, current=choice),
             "status": views.status("Captioning the segments …", "busy", 3, _STEPS),
         }
         segments = []
@@ -158,7 +158,7 @@ class Handlers:
             segments.append(segment)
             message = f"Captioning the segments: {clock(segment['end'])} of {clock(recording.seconds)} …"
             yield {
-                "timeline": views.timeline(segments, recording.seconds),
+                "timeline": views.render("timeline", segments=segments, seconds=recording.seconds),
                 "status": views.status(message, "busy", 3, _STEPS),
             }
         yield {"status": views.status("Explaining the caption …", "busy", 4, _STEPS)}

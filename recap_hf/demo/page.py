@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import shutil
-import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +17,6 @@ from .captioner import DemoCaptioner
 from .handlers import READY, Handlers, Update
 from .recordings import duration
 from .settings import DemoSettings
-
-logger = logging.getLogger(__name__)
 
 _STATIC = Path(__file__).parent / "static"
 # An upload whose handler never ran, because the tab was closed, is deleted after this.
@@ -51,11 +43,11 @@ def build_page(captioner: DemoCaptioner, settings: DemoSettings | None = None) -
         analytics_enabled=False,
         delete_cache=(60, _FORGOTTEN_UPLOAD_S),
     ) as page:
-        gradio.HTML(views.header(settings, model_name))
+        gradio.HTML(views.render("header", settings=settings, model_name=model_name))
         with gradio.Row(equal_height=False):
             with gradio.Column(scale=3, min_width=320):
                 recorders = _recorders(settings)
-                gradio.HTML(views.too_large(settings), elem_id="rc-too-large")
+                gradio.HTML(views.render("too_large", settings=settings), elem_id="rc-too-large")
                 examples = {}
                 with gradio.Row(elem_classes="rc-examples"):
                     gradio.HTML("Examples:", elem_classes="rc-try")
@@ -169,39 +161,9 @@ def _connect(
 def inside_uploads(path: str | Path) -> Path:
     """`path`, resolved. Raises `ValueError` if it is outside the folder of uploads: such a file is not deleted."""
     path = Path(path).resolve()
-    folder = os.environ.get("GRADIO_TEMP_DIR")
-    if not folder or not path.is_relative_to(Path(folder).resolve()):
+    if not path.is_relative_to(Path(gradio.utils.get_upload_folder()).resolve()):
         raise ValueError("An upload came from outside the folder of uploads.")
     return path
-
-
-@contextlib.contextmanager
-def upload_folder() -> Iterator[Path]:
-    """A private temporary folder for uploads, named in `GRADIO_TEMP_DIR`; deleted at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="recap-demo-"))
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    try:
-        yield folder
-    finally:
-        if before is None:
-            os.environ.pop("GRADIO_TEMP_DIR", None)
-        else:
-            os.environ["GRADIO_TEMP_DIR"] = before
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _stopped_by_sigterm(stop: threading.Event) -> Iterator[None]:
-    """Containers are stopped by SIGTERM: then, too, the uploads must be deleted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def launch_options(settings: DemoSettings) -> dict[str, Any]:
@@ -252,6 +214,8 @@ def launch(
 ) -> None:
     """Loads the captioner and serves the page until it is interrupted.
 
+    An upload is written to Gradio's folder (`GRADIO_TEMP_DIR`) and deleted as soon as it has been read.
+
     Args:
         settings ([`DemoSettings`], *optional*): model, datastores, limits.
         host, port (*optional*): default Gradio's: 127.0.0.1 and the first free port from 7860 on, or what its
@@ -265,23 +229,21 @@ def launch(
     """
     settings = settings or DemoSettings()
     stop = stop or threading.Event()
-    with upload_folder(), _stopped_by_sigterm(stop):
-        page = build_page(DemoCaptioner.load(settings), settings)
-        sweeper = threading.Thread(target=page.recap_handlers.sessions.sweep_until, args=(stop,), daemon=True)
-        sweeper.start()
-        page.queue(max_size=_QUEUE_LENGTH, api_open=False)
-        try:
-            _, address, public = page.launch(
-                server_name=host,
-                server_port=port,
-                share=share,
-                quiet=True,
-                prevent_thread_lock=True,
-                **launch_options(settings),
-            )
-            if on_ready is not None:
-                on_ready(public or address)
-            stop.wait()
-        finally:
-            stop.set()
-            page.close(verbose=False)
+    page = build_page(DemoCaptioner.load(settings), settings)
+    threading.Thread(target=page.recap_handlers.sessions.sweep_until, args=(stop,), daemon=True).start()
+    page.queue(max_size=_QUEUE_LENGTH, api_open=False)
+    try:
+        _, address, public = page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            quiet=True,
+            prevent_thread_lock=True,
+            **launch_options(settings),
+        )
+        if on_ready is not None:
+            on_ready(public or address)
+        stop.wait()
+    finally:
+        stop.set()
+        page.close(verbose=False)

@@ -12,7 +12,7 @@ import numpy as np
 
 from recap_hf.audio.stream import AudioStream
 
-from .pictures import Picture, draw
+from .pictures import Picture, draw, player_source
 
 
 class RefusedError(ValueError):
@@ -42,6 +42,11 @@ class Recording:
     def picture(self) -> Picture:
         """Waveform and spectrogram, drawn once."""
         return draw(self.waveform, self.feature_extractor)
+
+    @property
+    def source(self) -> str:
+        """The recording as a data URI for a player."""
+        return player_source(self.waveform, self.feature_extractor.sampling_rate)
 
 
 def take_upload(path: Path, max_bytes: int) -> bytes:

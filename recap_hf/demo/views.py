@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -30,39 +29,14 @@ def _environment() -> Any:
     return environment
 
 
-def _render(name: str, **values: Any) -> str:
+def render(name: str, **values: Any) -> str:
+    """The template `name` of this package, filled in."""
     return _environment().get_template(f"{name}.html.j2").render(**values)
 
 
 def status(message: str, kind: str = "idle", step: int = 0, steps: int = 0) -> str:
     """A message, of the kind `"idle"`, `"busy"`, `"done"` or `"refused"`, and the progress if there are `steps`."""
-    return _render("status", message=message, kind=kind, step=step, steps=steps)
-
-
-def too_large(settings: Any) -> str:
-    """The message that the script shows for a file that is too large; hidden at first."""
-    return _render("too_large", settings=settings)
-
-
-def recording(clip: Recording) -> str:
-    """Player, waveform and spectrogram."""
-    source = pictures.player_source(clip.waveform, clip.feature_extractor.sampling_rate)
-    return _render("recording", clip=clip, source=source)
-
-
-def caption(result: Mapping[str, Any], choice: str) -> str:
-    """The caption and the captions that were retrieved for it."""
-    return _render("caption", result=result, choice=choice)
-
-
-def comparison(captions: Mapping[str, str], current: str) -> str:
-    """The captions of the same recording with each datastore."""
-    return _render("comparison", captions=captions, current=current)
-
-
-def timeline(segments: Sequence[Mapping[str, Any]], seconds: float) -> str:
-    """The segments on a time axis, and as a list to listen to."""
-    return _render("timeline", segments=segments, seconds=seconds)
+    return render("status", message=message, kind=kind, step=step, steps=steps)
 
 
 def explanation(why: CaptionExplanation | None, clip: Recording, picture: bytes = b"") -> str:
@@ -97,7 +71,7 @@ def explanation(why: CaptionExplanation | None, clip: Recording, picture: bytes 
     long = [index for index, word in enumerate(why.words) if len(word.text) > 3] or range(len(words))
     chosen = max(long, key=lambda index: why.words[index].audio_effect)
     saved = pictures.data_uri("image/png", picture)
-    return _render("explanation", parts=_parts(why), words=words, chosen=chosen, clip=clip, saved=saved)
+    return render("explanation", parts=_parts(why), words=words, chosen=chosen, clip=clip, saved=saved)
 
 
 def _parts(why: CaptionExplanation) -> list[tuple[str, int | None]]:
@@ -117,8 +91,3 @@ def _factor(effect: float, without: str) -> str:
     factor = math.exp(min(abs(effect), 20.0))
     amount = f"{factor:.1f}" if factor < 10 else f"{factor:.0f}" if factor < 1_000 else "over a thousand"
     return f"{amount} times {'less' if effect > 0 else 'more'} likely {without}"
-
-
-def header(settings: Any, model_name: str) -> str:
-    """The title, what the page does, and how long recordings are kept."""
-    return _render("header", settings=settings, model_name=model_name)

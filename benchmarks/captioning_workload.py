@@ -11,6 +11,7 @@ import torch
 from transformers import ClapConfig, ClapFeatureExtractor, GPT2Config
 
 from recap_hf.assets import default_model_path
+from recap_hf.data.caption_tables import read_captions
 from recap_hf.fast_generation import prepare_for_cpu
 from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
 from recap_hf.modeling.captioning_recap import Captioner
@@ -18,7 +19,7 @@ from recap_hf.modeling.configuration_recap import RecapConfig
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.options_recap import NO_RERANKING, CaptionOptions
 from recap_hf.modeling.processing_recap import RecapProcessor
-from recap_hf.modeling.retrieval_recap import CaptionDatastore, read_captions
+from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 CLIP_SECONDS = 10.0
 # As long together as one of Clotho's captions: a prompt of four has about 90 tokens.

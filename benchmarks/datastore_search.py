@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from recap_cli.status import exit_status
-from recap_hf.modeling.datastore_files_recap import array_blocks
+from recap_hf.datastore.files import array_blocks
 
 from .measuring import recall_at, resident_mb, single_query_ms, write_store
 from .synthetic_captions import made_captions, tfidf_svd

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from recap_hf.datastore.files import publish, write_new
 from recap_hf.datastore.indexing import RECALL_AT, Queries
 from recap_hf.datastore.processes import process_pool
-from recap_hf.modeling.datastore_files_recap import publish, write_new
 
 
 def single_query_ms(search: Callable[[np.ndarray], Any], queries: np.ndarray) -> dict[str, float]:

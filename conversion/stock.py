@@ -7,11 +7,14 @@ what it computes, so that a trained RECAP decoder runs in plain transformers.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from transformers import ClapModel, GPT2Config, GPT2LMHeadModel
+from torch import nn
+from transformers import AutoModel, ClapModel, GPT2Config, GPT2LMHeadModel
 
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 
@@ -36,6 +39,35 @@ def split_state_dict(
     check_complete({}, {}, unknown, "the RECAP state dict")
     cross = {key: value for key, value in whole.items() if _CROSS.match(key)}
     return clap, {key: value for key, value in whole.items() if key not in cross}, cross
+
+
+def join_parts(
+    model_class: type[RecapForConditionalGeneration],
+    clap: str | os.PathLike | nn.Module,
+    decoder: str | os.PathLike | GPT2LMHeadModel,
+    clap_kwargs: Mapping[str, Any] | None = None,
+    decoder_kwargs: Mapping[str, Any] | None = None,
+    **config_kwargs: Any,
+) -> RecapForConditionalGeneration:
+    """See `RecapForConditionalGeneration.from_clap_gpt2_pretrained`."""
+    if not isinstance(clap, nn.Module):
+        clap = AutoModel.from_pretrained(clap, **(clap_kwargs or {}))
+    if not isinstance(decoder, GPT2LMHeadModel):
+        decoder = GPT2LMHeadModel.from_pretrained(decoder, **(decoder_kwargs or {}))
+    # Their origin may be a path of this machine: it is not saved.
+    parts = [{**part.config.to_dict(), "_name_or_path": ""} for part in (clap, decoder)]
+    config = model_class.config_class(clap=parts[0], decoder=parts[1], **config_kwargs)
+    model = model_class(config).to(decoder.dtype)
+    model.clap.load_state_dict(clap.state_dict())
+    missing, unexpected = (
+        [key for key in keys if ".crossattention." not in key and ".ln_cross_attn." not in key]
+        for keys in model.decoder.load_state_dict(decoder.state_dict(), strict=False)
+    )
+    if missing or unexpected:
+        raise ValueError(
+            f"The decoder's weights do not fit a GPT-2 language model: missing {missing}, unexpected {unexpected}."
+        )
+    return model.eval()
 
 
 def stock_parts(model: RecapForConditionalGeneration) -> tuple[ClapModel, GPT2LMHeadModel, dict[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ MAX_SAMPLING_RATE = 1_000_000
 # One step of 16-bit audio. A recording that never leaves it holds nothing to describe.
 SILENCE_PEAK = 2.0**-15
 SILENCE_CAPTION = "silence"
+# Place and bytes by which MP4, Matroska, ASF and AAC files are known.
+_CONTAINERS = ((4, b"ftyp"), (0, b"\x1a\x45\xdf\xa3"), (0, b"\x30\x26\xb2\x75"), (0, b"\xff\xf1"), (0, b"\xff\xf9"))
 _URL_TIMEOUT_S = 30
 _MAX_URL_IN_MEMORY = 64 * 2**20
 
@@ -63,11 +66,9 @@ def load_audio(source: Any) -> tuple[np.ndarray, int]:
     if hasattr(source, "get_all_samples"):
         samples = source.get_all_samples()
         return np.asarray(samples.data, dtype=np.float32), int(samples.sample_rate)
-    blocks, sampling_rate = [], 0
-    for block, sampling_rate in read_blocks(source):  # noqa: B007 (the last one's rate is every block's)
-        blocks.append(block)
+    blocks, rates = zip(*read_blocks(source), strict=True)
     waveform = blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
-    return np.ascontiguousarray(waveform), sampling_rate
+    return np.ascontiguousarray(waveform), rates[0]
 
 
 def read_blocks(source: Any, frames: int = -1) -> Iterator[tuple[np.ndarray, int]]:
@@ -84,7 +85,7 @@ def read_blocks(source: Any, frames: int = -1) -> Iterator[tuple[np.ndarray, int
     Raises:
         As `load_audio`. A truncated file yields all samples it has, and then raises `ValueError`.
     """
-    name, data = open_source(source)
+    name, data = _open_source(source)
     empty = True
     try:
         for block, sampling_rate in _decode(name, data, frames):
@@ -107,17 +108,16 @@ def _load_mapping(source: Mapping[str, Any]) -> tuple[np.ndarray, int]:
             raise ValueError("A decoded audio value needs its 'sampling_rate' in Hz beside 'array'; it has none.")
         check_sampling_rate(source["sampling_rate"])
         return np.atleast_2d(to_mono(array)), int(source["sampling_rate"])
-    if source.get("bytes") is not None:
-        return load_audio(source["bytes"])
-    if source.get("path") is not None:
-        return load_audio(source["path"])
+    for name in ("bytes", "path"):
+        if source.get(name) is not None:
+            return load_audio(source[name])
     raise ValueError(
         "An audio value needs 'array' and 'sampling_rate', or 'bytes', or 'path'; it has the keys "
         f"{sorted(map(str, source))}."
     )
 
 
-def open_source(source: Any) -> tuple[str, Any]:
+def _open_source(source: Any) -> tuple[str, Any]:
     """A name for messages and a seekable binary file."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"<{len(source)} bytes>", io.BytesIO(source)
@@ -165,29 +165,25 @@ def _decode(name: str, data: Any, frames: int) -> Iterator[tuple[np.ndarray, int
         if read:
             raise ValueError(f"{name}: cannot be read beyond {read / rate:.1f} s ({reason}).") from error
     else:
-        if is_truncated(data, log, announced, read):
+        if _is_truncated(data, log, announced, read):
             raise ValueError(
                 f"{name}: the recording is truncated, the file ends early ({read / rate:.1f} s are there)."
             )
         return
     data.seek(0)
-    if av is None:
-        raise refusal(name, data, reason)
-    yield from av_blocks(name, data, reason)
-
-
-def refusal(name: str, data: Any, reason: str) -> Exception:
-    """The error for a file that libsndfile refuses for `reason` where PyAV is not installed."""
-    container = container_of(data)
-    if container:
-        return ImportError(f'{name}: {container} files need PyAV: pip install "recap-hf[av]"')
-    return ValueError(
+    if av is not None:
+        yield from _av_blocks(name, data, reason)
+        return
+    head = data.read(64)
+    if any(head[place : place + len(mark)] == mark for place, mark in _CONTAINERS):
+        raise ImportError(f'{name}: m4a, webm, wma, AAC and video files need PyAV: pip install "recap-hf[av]"')
+    raise ValueError(
         f"{name}: not a recording that can be read ({reason}). WAV, FLAC, Ogg, Opus and MP3 are read as they are, "
         'm4a, webm and video with: pip install "recap-hf[av]"'
     )
 
 
-def is_truncated(data: Any, log: str, announced: int, read: int) -> bool:
+def _is_truncated(data: Any, log: str, announced: int, read: int) -> bool:
     """Whether a file that libsndfile reads without an error ends before its own header says so."""
     # An MP3 header counts in blocks, hence the tolerance.
     if read < 0.98 * announced:
@@ -209,22 +205,7 @@ def is_truncated(data: Any, log: str, announced: int, read: int) -> bool:
     return last_page == -1 or last_page + 5 >= len(tail) or not tail[last_page + 5] & 4
 
 
-def container_of(data: Any) -> str:
-    """What a file that libsndfile refuses says it is, or an empty string."""
-    head = data.read(64)
-    data.seek(0)
-    if head[4:8] == b"ftyp":
-        return "m4a and mp4"
-    if head[:4] == b"\x1a\x45\xdf\xa3":
-        return "webm and Matroska"
-    if head[:4] == b"\x30\x26\xb2\x75":
-        return "wma"
-    if head[:2] in (b"\xff\xf1", b"\xff\xf9"):
-        return "AAC"
-    return ""
-
-
-def av_blocks(name: str, data: Any, reason: str = "unknown format") -> Iterator[tuple[np.ndarray, int]]:
+def _av_blocks(name: str, data: Any, reason: str) -> Iterator[tuple[np.ndarray, int]]:
     """The first audio track of a file that PyAV reads: float32 blocks of shape `(channels, samples)` and the rate.
 
     Raises:
@@ -238,11 +219,10 @@ def av_blocks(name: str, data: Any, reason: str = "unknown format") -> Iterator[
             sampling_rate = int(stream.codec_context.sample_rate)
             check_sampling_rate(sampling_rate, name)
             resampler = av.AudioResampler(format="fltp", layout=stream.codec_context.layout, rate=sampling_rate)
-            for frame in container.decode(stream):
+            # `None` gives what the resampler has left.
+            for frame in chain(container.decode(stream), (None,)):
                 for block in resampler.resample(frame):
                     yield block.to_ndarray(), sampling_rate
-            for block in resampler.resample(None):
-                yield block.to_ndarray(), sampling_rate
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{name}: not a recording that can be read ({reason}; FFmpeg: {error}).") from error
 

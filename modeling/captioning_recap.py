@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +19,7 @@ from transformers import GenerationConfig
 
 from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
 from .generation_recap import RecapEncoderOutput
+from .index_recap import from_package
 from .modeling_recap import RecapForConditionalGeneration
 from .options_recap import NO_RERANKING, RERANKING, CaptionOptions
 from .processing_recap import RecapProcessor
@@ -36,8 +35,6 @@ except ImportError:
 
 # What a broken recording can raise; anything else is a fault of the program and must be seen.
 READ_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError)
-# Recordings that are encoded together, in batches of the decoder, and the seconds of sound that are enough.
-_BATCHES_TOGETHER, _SECONDS_TOGETHER = 4, 640.0
 
 
 @dataclass
@@ -102,9 +99,11 @@ class Captioner:
         self.model, self.processor = model, processor
         self.options = options or CaptionOptions()
         self.generate_kwargs = dict(generate_kwargs or {})
-        processor.check_model(model)
-        self._datastore = None if datastore is None else open_datastore(datastore, model, processor)
-        if self._datastore is not None:
+        # The processor's datastore is not searched where there is another one.
+        processor.check_model(model, check_datastore=datastore is None)
+        self._datastore = None
+        if datastore is not None:
+            self._datastore = open_datastore(datastore, model, processor)
             self._datastore.check_encoder(model.embed_fingerprint(processor))
 
     @classmethod
@@ -239,50 +238,11 @@ class Captioner:
 
         Yields:
             `tuple`: each source, and its [`CaptionResult`] or the exception that reading it raised.
+
+        Raises:
+            `ImportError`: where `recap_hf` is not installed.
         """
-        waiting: list[tuple[Any, Any]] = []
-        together = recordings_together(batch_size)
-        for source, waveform in self._read_ahead(sources, 2 * together):
-            waiting.append((source, waveform))
-            readable = [one for _, one in waiting if not isinstance(one, Exception)]
-            seconds = sum(map(len, readable)) / self.sampling_rate
-            whole = len(readable) and not len(readable) % batch_size
-            if whole and (len(readable) >= together or seconds >= _SECONDS_TOGETHER):
-                yield from self._caption_batch(waiting, batch_size)
-                waiting = []
-        yield from self._caption_batch(waiting, batch_size)
-
-    def _caption_batch(
-        self, waiting: list[tuple[Any, Any]], batch_size: int
-    ) -> Iterator[tuple[Any, CaptionResult | Exception]]:
-        waveforms = [one for _, one in waiting if not isinstance(one, Exception)]
-        results = iter(self.caption(waveforms, batch_size))
-        for source, one in waiting:
-            yield source, one if isinstance(one, Exception) else next(results)
-
-    def _read_ahead(self, sources: Iterable[Any], ahead: int) -> Iterator[tuple[Any, np.ndarray | Exception]]:
-        def read(source: Any) -> np.ndarray | Exception:
-            try:
-                return self.read(source)
-            except READ_ERRORS as error:
-                return error
-
-        # One core is the model's; libsndfile and soxr let go of Python's lock.
-        with ThreadPoolExecutor(max_workers=max(1, min(8, (os.cpu_count() or 1) - 1))) as pool:
-            pending: deque[tuple[Any, Future[Any]]] = deque()
-            try:
-                for source in sources:
-                    pending.append((source, pool.submit(read, source)))
-                    if len(pending) > ahead:
-                        first, future = pending.popleft()
-                        yield first, future.result()
-                while pending:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            finally:
-                # Whoever stops early does not wait for what nobody will ask for.
-                for _, future in pending:
-                    future.cancel()
+        return from_package("streaming", "captioning a stream").caption_stream(self, sources, batch_size)
 
     # -------------------------------------------------------------- decoding
 
@@ -441,12 +401,6 @@ def load_pretrained(
     return model.eval().to(device), RecapProcessor.from_pretrained(str(name_or_path), **kwargs)
 
 
-def recordings_together(batch_size: int) -> int:
-    """How many readable recordings `caption_stream` encodes together at the most. Cut between that many, a run of
-    short ones gives the same to the last digit."""
-    return _BATCHES_TOGETHER * batch_size
-
-
 def _candidates(
     order: Sequence[int], captions: Sequence[str], scores: Sequence[float], similarities: np.ndarray | None
 ) -> list[dict[str, Any]]:
@@ -502,4 +456,4 @@ def evaluation_mode(model: Any) -> Iterator[None]:
             module.training = True
 
 
-__all__ = ["READ_ERRORS", "CaptionResult", "Captioner", "evaluation_mode", "load_pretrained", "recordings_together"]
+__all__ = ["READ_ERRORS", "CaptionResult", "Captioner", "evaluation_mode", "load_pretrained"]

@@ -1,57 +1,59 @@
-"""The files of a caption datastore: format, reading and writing.
+"""The files of a caption datastore, read: records, embeddings and the manifest; and their download from the Hub.
 
 A folder holds `datastore.json` (the manifest), captions (JSON lines), embeddings (NumPy) and perhaps an index. No file
-is ever changed. A writer puts new files beside the old ones, replaces the manifest at once and deletes the old files:
-a reader opens the datastore before the edit or after it, and one that has the old files open keeps them. All names in
-the manifest are plain file names, all files are checked against their checksums, nothing is unpickled.
+is ever changed: a writer adds new files, replaces the manifest at once and deletes the old files. A reader opens the
+datastore before the edit or after it, and one that has the old files open keeps them. All names in the manifest are
+plain file names, all files are compared with their checksums, nothing is unpickled.
+
+The package `recap_hf` writes datastores, and reads formats 1 and 2.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
 import os
 import re
+import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from operator import eq
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from .index_recap import open_index
+from .index_recap import from_package, open_index
 
-logger = logging.getLogger(__name__)
+try:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+except ImportError:
+    # It is always there, since transformers needs it. In `try`, since transformers checks the other imports of remote
+    # code, which are to be none but torch, numpy and itself.
+    snapshot_download = None
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "datastore.json"
-LOCK_NAME = "datastore.lock"
 EMBEDDING_TYPES = ("float32", "float16", "int8")
 # What the embeddings of a datastore are of: its captions, or the recordings that they describe.
 TEXT_KEYS, AUDIO_KEYS = KEYS = ("text", "audio")
-BLOCK_ROWS = 1 << 14
-# Plain names and `deleted` are of earlier formats.
+# Names without a hash are those of a first version in its folder; only earlier formats have `deleted`.
 _SUFFIXES = {"captions": "jsonl", "embeddings": "npy", "deleted": "npy", "index": "(faiss|bin|npy)"}
-_FILE_NAMES = {kind: re.compile(rf"{kind}(-[0-9a-f]{{16}})?\.{suffix}") for kind, suffix in _SUFFIXES.items()}
-_LEFTOVER = re.compile(r"(captions|embeddings|deleted|index)-[0-9a-f]{16}\.\w+|\.[a-z]+\.\d+\.tmp")
+FILE_NAMES = {kind: re.compile(rf"{kind}(-[0-9a-f]{{16}})?\.{suffix}") for kind, suffix in _SUFFIXES.items()}
 _MAX_TRIES = 100
-
-
-def encode_int8(vectors: np.ndarray) -> np.ndarray:
-    """Unit vectors as int8: the largest value of each row becomes 127. No scale is stored, since the length is known:
-    [`decode_int8`] gives unit vectors again, at a cosine above 0.999 to the original."""
-    vectors = np.asarray(vectors, dtype=np.float32)
-    return np.round(vectors * (127 / np.abs(vectors).max(axis=-1, keepdims=True))).astype(np.int8)
-
-
-def decode_int8(codes: np.ndarray) -> np.ndarray:
-    """Unit vectors in float32 of rows of int8."""
-    vectors = np.asarray(codes, dtype=np.float32)
-    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+# Audio, and the features that published lists name in its place.
+_AUDIO_SUFFIX = re.compile(r"\.(wav|flac|mp3|ogg|opus|m4a|webm|mp4|mkv|aiff?|au|caf|wma|aac|npy)$", re.IGNORECASE)
+# AudioSet releases put a Y before the 11 characters of a YouTube id.
+_YOUTUBE_PREFIX = re.compile(r"^Y(?=[A-Za-z0-9_-]{11}$)")
 
 
 class Int8Embeddings:
@@ -76,6 +78,12 @@ class Int8Embeddings:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         found = self[:]
         return found if dtype is None else found.astype(dtype, copy=False)
+
+
+def decode_int8(codes: np.ndarray) -> np.ndarray:
+    """Unit vectors in float32 of rows of int8."""
+    vectors = np.asarray(codes, dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 class CaptionRecords(Sequence):
@@ -143,7 +151,26 @@ class CaptionRecords(Sequence):
         return CaptionRecords.open, (Path(self.path).absolute(), len(self))
 
 
-# ------------------------------------------------------------------ reading
+def normalize_text(text: str) -> str:
+    """A caption without case, punctuation and repeated white space, for comparison.
+
+    >>> normalize_text("A dog barks, twice.") == normalize_text("a  dog barks twice")
+    True
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join("".join(char if char.isalnum() else " " for char in folded).split())
+
+
+def normalize_clip_id(clip_id: Any) -> str:
+    """A clip id without folder, audio suffix, AudioSet's Y, case and punctuation, for comparison.
+
+    >>> normalize_clip_id("development/Santa Motor.wav") == normalize_clip_id("Santa_Motor")
+    True
+    >>> normalize_clip_id("Y7fmOlUlwoNg.wav") == normalize_clip_id("7fmOlUlwoNg")
+    True
+    """
+    name = str(clip_id).replace("\\", "/").rpartition("/")[2]
+    return normalize_text(_YOUTUBE_PREFIX.sub("", _AUDIO_SUFFIX.sub("", name))) or name
 
 
 Opened = tuple[CaptionRecords, Any, Any, dict[str, Any]]
@@ -161,92 +188,110 @@ def open_files(folder: Path, verify: bool = True) -> Opened:
 
     Raises:
         `OSError`: if a file is missing. `ValueError`: if one is damaged, tampered with or of a newer format.
+        `ImportError`: for a datastore of format 1 or 2 where `recap_hf` is not installed.
     """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder}: not a datastore, it has no {MANIFEST_NAME}. Write one with CaptionDatastore.save_pretrained "
+            "or `recap datastore build`."
+        )
     for _ in range(_MAX_TRIES):
-        text = _read_manifest_text(folder)
+        data = path.read_bytes()
         try:
-            return _open_once(folder, text, verify)
+            return _open_once(path, data, verify)
         except FileNotFoundError:
             # The file was there when the manifest was written: a writer has replaced it, or it is lost.
-            if _read_manifest_text(folder) == text:
+            if path.read_bytes() == data:
                 raise
     raise OSError(f"{folder}: the datastore was replaced {_MAX_TRIES} times while it was being opened. Try again.")
 
 
-def _open_once(folder: Path, text: str, verify: bool) -> Opened:
-    path = folder / MANIFEST_NAME
-    manifest = parse_manifest(path, text)
+def _open_once(path: Path, data: bytes, verify: bool) -> Opened:
+    try:
+        manifest = json.loads(data.decode("utf-8"))
+        version = manifest["format_version"]
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: the datastore has format version {version}, this package reads up to {FORMAT_VERSION}. "
+                "Update it: pip install -U recap-hf"
+            )
+        if version < FORMAT_VERSION:
+            what = f"{path}: a datastore of format {version}"
+            return from_package("datastore.earlier_formats", what).open_earlier(path, manifest, verify)
+        used = [(kind, manifest[kind]) for kind in ("captions", "embeddings")]
+        manifest = check_manifest(path, manifest, used)
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not the description of a caption datastore ({error!r}).") from error
+    check_files(path, manifest, json.loads(data), verify)
+    records, embeddings = open_pair(path, manifest, manifest, manifest["num_captions"])
+    return records, embeddings, open_index(path.parent, manifest), manifest
+
+
+def check_manifest(path: Path, manifest: Mapping[str, Any], used: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A manifest with its defaults; types and names are checked.
+
+    Args:
+        path: of the manifest, for messages.
+        manifest: its contents.
+        used: kind and name of the files with captions and embeddings.
+
+    Raises:
+        `ValueError`: naming `path` and what is wrong. `KeyError`, `TypeError`, `AttributeError`: if it is none.
+    """
+    defaults = {"index": None, "report": None, "generation": 0, "keys": TEXT_KEYS}
+    manifest = {**defaults, **manifest, "checksum": manifest["checksum"]}
+    if manifest["keys"] not in KEYS:
+        raise ValueError(f"{path}: the keys of a datastore are 'text' or 'audio', got {manifest['keys']!r}.")
+    manifest["num_captions"], manifest["dimension"] = int(manifest["num_captions"]), int(manifest["dimension"])
+    if manifest["dtype"] not in EMBEDDING_TYPES or manifest["dimension"] < 1:
+        raise ValueError(f"{path}: expected embeddings in {' or '.join(EMBEDDING_TYPES)} of a positive dimension.")
+    if manifest["index"] is not None:
+        used = [*used, ("index", manifest["index"]["file"])]
+    for kind, name in used:
+        if not isinstance(name, str) or not FILE_NAMES[kind].fullmatch(name):
+            raise ValueError(f"{path}: {name!r} cannot be the name of a datastore's {kind}.")
+    if {name for _, name in used} != set(manifest["files"]):
+        raise ValueError(f"{path}: the files that are used and those that have a checksum differ.")
+    manifest["files"] = {
+        name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+        for name, entry in manifest["files"].items()
+    }
+    fingerprint = manifest["fingerprint"]
+    if fingerprint is not None and np.asarray(fingerprint, dtype=np.float32).shape[1:] != (manifest["dimension"],):
+        raise ValueError(f"{path}: the fingerprint does not have {manifest['dimension']} dimensions.")
+    return manifest
+
+
+def check_files(path: Path, manifest: Mapping[str, Any], written: Mapping[str, Any], verify: bool) -> None:
+    """Refuses a manifest that was changed, and files that are missing or have another size or, with `verify`, another
+    checksum than `manifest` says; `written` is the manifest as it is in the file."""
     for name, expected in manifest["files"].items():
-        check_file(folder / name, expected, verify)
-    if manifest["checksum"] is not None and manifest["checksum"] != manifest_checksum(json.loads(text)):
+        file = path.parent / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: missing, the datastore is incomplete.")
+        size, whole = file.stat().st_size, expected["bytes"]
+        if size != whole:
+            raise ValueError(f"{file}: has {size} bytes, expected {whole}: truncated or not of this datastore.")
+        if verify and sha256(file) != expected["sha256"]:
+            raise ValueError(f"{file}: the checksum differs, the file was changed or damaged after it was written.")
+    if manifest["checksum"] is not None and manifest["checksum"] != manifest_checksum(written):
         raise ValueError(f"{path}: the checksum differs, the description was changed or damaged after it was written.")
-    segments = manifest.pop("segments", None)
-    if segments is None:
-        records, embeddings = _open_pair(path, manifest, manifest, manifest["num_captions"])
-    else:
-        records, embeddings = _join_segments(path, manifest, segments)
-    embeddings = Int8Embeddings(embeddings) if embeddings.dtype == np.int8 else embeddings
-    return records, embeddings, open_index(folder, manifest), manifest
 
 
-def _open_pair(path: Path, manifest: Mapping[str, Any], names: Any, count: int) -> tuple[Any, np.ndarray]:
+def open_pair(path: Path, manifest: Mapping[str, Any], names: Any, count: int) -> tuple[CaptionRecords, Any]:
     """Records and embeddings, `count` of each, in the files that `names` gives."""
-    array, shape = load_array(path.parent / names["embeddings"]), (count, manifest["dimension"])
+    embeddings, shape = open_embeddings(path.parent / names["embeddings"]), (count, manifest["dimension"])
     try:
         records = CaptionRecords.open(path.parent / names["captions"], count)
     except ValueError as error:
         raise ValueError(f"{path}: announces {count} captions, but {error}") from error
-    if array.shape != shape or array.dtype != np.dtype(manifest["dtype"]):
+    if embeddings.shape != shape or embeddings.dtype != np.dtype(manifest["dtype"]):
         raise ValueError(
             f"{path}: announces {count} captions of dimension {shape[1]} in {manifest['dtype']}, but there are "
-            f"embeddings of shape {array.shape} in {array.dtype}."
+            f"embeddings of shape {embeddings.shape} in {embeddings.dtype}."
         )
-    return records, array
-
-
-def _join_segments(path: Path, manifest: dict[str, Any], segments: Sequence[Any]) -> tuple[Any, np.ndarray]:
-    """Records and embeddings of format 2, which kept them in segments and listed removed rows. Several segments, or
-    one with removed rows, are copied into memory; its index is left out, since it counts removed rows."""
-    parts = [_open_pair(path, manifest, segment, segment["num_captions"]) for segment in segments]
-    kept = [np.ones(len(records), dtype=bool) for records, _ in parts]
-    for segment, mask in zip(segments, kept, strict=True):
-        if segment["deleted"] is not None:
-            name = path.parent / segment["deleted"]
-            rows = np.asarray(load_array(name))
-            fits = rows.ndim == 1 and rows.dtype == np.int64 and len(rows) > 0 and (np.diff(rows) > 0).all()
-            if not fits or rows[0] < 0 or rows[-1] >= len(mask):
-                raise ValueError(f"{name}: expected ascending rows below {len(mask)} in int64.")
-            mask[rows] = False
-    if sum(mask.sum() for mask in kept) != manifest["num_captions"]:
-        raise ValueError(
-            f"{path}: announces {manifest['num_captions']} captions, but there are {sum(mask.sum() for mask in kept)}."
-        )
-    if len(parts) == 1 and kept[0].all():
-        manifest |= {kind: segments[0][kind] for kind in ("captions", "embeddings")}
-        return parts[0]
-    logger.warning("%s: of an earlier format, it is read into memory. `recap datastore index` rewrites it.", path)
-    manifest["index"] = None
-    lines = [records.line(row) for (records, _), mask in zip(parts, kept, strict=True) for row in np.flatnonzero(mask)]
-    ends = np.cumsum([0, *map(len, lines)])
-    records = CaptionRecords(b"".join(lines), np.stack([ends[:-1], ends[1:]], axis=1), None)
-    return records, np.concatenate([array[mask] for (_, array), mask in zip(parts, kept, strict=True)])
-
-
-def read_reference(path: Path) -> dict[str, str] | None:
-    """Repository and revision of the datastore that a manifest only refers to, or `None` if it describes its own."""
-    try:
-        reference = json.loads(path.read_text(encoding="utf-8")).get("reference")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, RecursionError):
-        # No description of a datastore at all: the reading of the manifest says so.
-        return None
-    if reference is None:
-        return None
-    try:
-        return {"repo_id": str(reference["repo_id"]), "revision": str(reference["revision"])}
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: the reference to a datastore must name 'repo_id' and 'revision', got {reference!r:.200}."
-        ) from error
+    return records, embeddings
 
 
 def open_embeddings(path: Path) -> Any:
@@ -265,17 +310,6 @@ def load_array(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: not a NumPy array ({error}).") from error
 
 
-def check_file(path: Path, expected: Mapping[str, Any], verify: bool = True) -> None:
-    """Refuses a file that is missing, or has another size or, with `verify`, another checksum than expected."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing, the datastore is incomplete.")
-    size, whole = path.stat().st_size, expected["bytes"]
-    if size != whole:
-        raise ValueError(f"{path}: has {size} bytes, expected {whole}: truncated or not of this datastore.")
-    if verify and sha256(path) != expected["sha256"]:
-        raise ValueError(f"{path}: the checksum differs, the file was changed or damaged after it was written.")
-
-
 def sha256(path: Path) -> str:
     """Hash of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
@@ -285,239 +319,82 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_manifest_text(folder: Path) -> str:
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder}: not a datastore, it has no {MANIFEST_NAME}. Write one with CaptionDatastore.save_pretrained "
-            "or `recap datastore build`."
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not the description of a caption datastore ({error!r}).") from error
-
-
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     """Hash over all contents of a manifest but the hash itself."""
     contents = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(contents, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
-def parse_manifest(path: Path, text: str) -> dict[str, Any]:
-    """The contents of a manifest, its types and names checked. Formats 1 and 2 keep their `segments`.
-
-    Raises:
-        `ValueError`: naming `path` and what is wrong.
-    """
-    try:
-        manifest = json.loads(text)
-        version = manifest["format_version"]
-        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: the datastore has format version {version}, this package reads up to {FORMAT_VERSION}. "
-                "Update it: pip install -U recap-hf"
-            )
-        if version == 1:
-            pair = {"captions": "captions.jsonl", "embeddings": "embeddings.npy", "deleted": None}
-            segments = [{**pair, "num_captions": manifest["num_captions"]}]
-            manifest = {**manifest, "dtype": "float32", "segments": segments, "checksum": None}
-        defaults = {"index": None, "report": None, "generation": 0, "keys": TEXT_KEYS}
-        manifest = {**defaults, **manifest, "checksum": manifest["checksum"]}
-        if manifest["keys"] not in KEYS:
-            raise ValueError(f"{path}: the keys of a datastore are 'text' or 'audio', got {manifest['keys']!r}.")
-        manifest["num_captions"], manifest["dimension"] = int(manifest["num_captions"]), int(manifest["dimension"])
-        if manifest["dtype"] not in EMBEDDING_TYPES or manifest["dimension"] < 1:
-            raise ValueError(f"{path}: expected embeddings in {' or '.join(EMBEDDING_TYPES)} of a positive dimension.")
-        _check_names(path, manifest)
-        fingerprint = manifest["fingerprint"]
-        if fingerprint is not None and np.asarray(fingerprint, dtype=np.float32).shape[1:] != (manifest["dimension"],):
-            raise ValueError(f"{path}: the fingerprint does not have {manifest['dimension']} dimensions.")
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not the description of a caption datastore ({error!r}).") from error
-    return manifest
+def copy_files(source: Path, target: Path) -> None:
+    """Copies a datastore as it is, the manifest last."""
+    text = (source / MANIFEST_NAME).read_text(encoding="utf-8")
+    if not (target / MANIFEST_NAME).is_file() or (target / MANIFEST_NAME).read_text(encoding="utf-8") != text:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in (*json.loads(text)["files"], MANIFEST_NAME):
+            shutil.copyfile(source / name, target / f".{name}.tmp")
+            os.replace(target / f".{name}.tmp", target / name)
 
 
-def _check_names(path: Path, manifest: dict[str, Any]) -> None:
-    """Every file that is used is listed with its checksum, and is in the folder of the manifest."""
-    if manifest["format_version"] < 3:
-        if not manifest["segments"]:
-            raise ValueError(f"{path}: the datastore has no segment.")
-        used = [(kind, each[kind]) for each in manifest["segments"] for kind in ("captions", "embeddings", "deleted")]
-        for segment in manifest["segments"]:
-            segment["num_captions"] = int(segment["num_captions"])
-    else:
-        manifest.pop("segments", None)
-        used = [(kind, manifest[kind]) for kind in ("captions", "embeddings")]
-    if manifest["index"] is not None:
-        used.append(("index", manifest["index"]["file"]))
-    used = [(kind, name) for kind, name in used if name is not None]
-    for kind, name in used:
-        if not isinstance(name, str) or not _FILE_NAMES[kind].fullmatch(name):
-            raise ValueError(f"{path}: {name!r} cannot be the name of a datastore's {kind}.")
-    if {name for _, name in used} != set(manifest["files"]):
-        raise ValueError(f"{path}: the files that are used and those that have a checksum differ.")
-    manifest["files"] = {
-        name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
-        for name, entry in manifest["files"].items()
-    }
+# ---------------------------------------------------------------------- Hub
 
 
-# ------------------------------------------------------------------ writing
-
-
-@contextmanager
-def locked(folder: Path, timeout_s: float = 0.0) -> Iterator[None]:
-    """Holds the lock of a datastore's one writer; the system releases it when a process dies.
-
-    Raises:
-        `OSError`: if another process is writing.
-    """
-    lock = FileLock(folder / LOCK_NAME)
-    try:
-        lock.acquire(timeout=timeout_s)
-    except Timeout as error:
-        raise OSError(f"{folder}: another process is writing this datastore. Try again when it is done.") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def temporary(folder: Path, kind: str) -> Path:
-    """A name for an unfinished file; what a killed writer leaves under it, the next one deletes."""
-    return folder / f".{kind}.{os.getpid()}.tmp"
-
-
-def write_new(
-    folder: Path, records: Iterable[Any], blocks: Iterable[np.ndarray], shape: tuple[int, int], dtype: str
-) -> dict[str, Path]:
-    """Writes captions and embeddings beside those of a datastore, for [`publish`].
+def fetch_datastore(
+    repo_id: str, *, repo_type: str | None = None, revision: str | None = None, subfolder: str = "", **kwargs: Any
+) -> Path:
+    """Downloads a datastore into the cache of huggingface_hub and returns its local folder.
 
     Args:
-        folder: of the datastore.
-        records: mappings, or lines of JSON as bytes, which are copied.
-        blocks: of embeddings, in any number of rows.
-        shape: of all embeddings together.
-        dtype: "float32", "float16" or "int8".
+        repo_id: id of a dataset repository that is a datastore, or of a model repository that contains one.
+        repo_type: "dataset" or "model"; None tries both, in this order.
+        revision: branch, tag or commit id; default: main.
+        subfolder: the folder inside; default: the root of a dataset, "datastore" of a model.
+        kwargs: `token`, `cache_dir`, `local_files_only` and other arguments of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        `OSError`: it cannot be downloaded; the message names repository, revision and what to do.
     """
-    new = {kind: temporary(folder, kind) for kind in ("captions", "embeddings")}
-    write_captions(new["captions"], records)
-    with open(new["embeddings"], "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for block in blocks:
-            encoded = encode_int8(block) if dtype == "int8" and block.dtype != np.int8 else block
-            file.write(np.ascontiguousarray(encoded, dtype=dtype).tobytes())
-    return new
+    if Path(repo_id).is_file():
+        raise NotADirectoryError(
+            f"{repo_id}: a file, not the folder of a datastore. Make one of its captions: recap datastore build."
+        )
+    kinds = (repo_type,) if repo_type else ("dataset", "model")
+    repository = f"{' or '.join(kinds)} repository {repo_id!r}"
+    where = f"cannot load a datastore from the {repository}, revision {revision or 'main'!r}"
+    for kind in kinds:
+        inside = subfolder or ("datastore" if kind == "model" else "")
+        patterns = [f"{inside}/*"] if inside else None
+        options = {"repo_type": kind, "revision": revision, "allow_patterns": patterns, **kwargs}
+        try:
+            # The Parquet files are for the viewer; the datastore does not read them.
+            return Path(snapshot_download(repo_id, ignore_patterns=["data/*"], **options), inside)
+        except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+            if kind != kinds[-1] and not isinstance(error, GatedRepoError):
+                continue
+            remedy = "Check the spelling; for a private or gated repository run `hf auth login`."
+            if isinstance(error, LocalEntryNotFoundError):
+                remedy = "It is not in the local cache: check the connection and HF_HUB_OFFLINE."
+            raise OSError(f"{where}: not found. {remedy}") from error
+        except RevisionNotFoundError as error:
+            raise OSError(f"{where}: no such revision. Give a branch, a tag or a full commit id.") from error
+        except HFValidationError as error:
+            raise OSError(f"{where}: neither a folder nor a valid repository id. {error}") from error
+        except (HfHubHTTPError, HTTPError) as error:
+            raise OSError(f"{where}: {str(error).splitlines()[0]}") from error
+    raise AssertionError("unreachable: the last kind returns or raises")
 
 
-def write_captions(path: Path, records: Iterable[Any]) -> None:
-    """Writes records as JSON lines; lines that are bytes already are copied."""
-    records = records.lines() if isinstance(records, CaptionRecords) else records
-    with open(path, "wb") as file:
-        for record in records:
-            file.write(record if isinstance(record, bytes) else _record_line(record))
-
-
-def _record_line(record: Mapping[str, Any]) -> bytes:
-    """A record as a line of JSON. JSON knows no NaN and no infinity: they are missing values."""
+def read_reference(path: Path) -> dict[str, str] | None:
+    """Repository and revision of the datastore that a manifest only refers to, or `None` if it describes its own."""
     try:
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_without_nan(dict(record)), ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8") + b"\n"
+        reference = json.loads(path.read_text(encoding="utf-8")).get("reference")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        # No description of a datastore at all: `open_files` says so.
+        return None
+    if reference is None:
+        return None
+    if not isinstance(reference, dict) or not {"repo_id", "revision"} <= reference.keys():
+        raise ValueError(f"{path}: a reference must name 'repo_id' and 'revision', got {reference!r:.200}.")
+    return {name: str(reference[name]) for name in ("repo_id", "revision")}
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def array_blocks(array: Any, dtype: str | None = None, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
-    """Some or all rows of an array in blocks, in the type in which it is stored if that is `dtype`."""
-    raw = getattr(array, "codes", array)
-    array = raw if dtype is None or raw.dtype == dtype else array
-    for start in range(0, len(array) if rows is None else len(rows), BLOCK_ROWS):
-        part = slice(start, start + BLOCK_ROWS)
-        yield np.asarray(array[part if rows is None else rows[part]])
-
-
-def publish(folder: Path, contents: Mapping[str, Any], new: Mapping[str, Path], index: Any = None) -> None:
-    """Makes a new generation of a datastore visible, at once, and deletes the files that it does not use.
-
-    Args:
-        folder: of the datastore; the caller holds its lock.
-        contents: of the manifest: `num_captions`, `dimension`, `keys`, `dtype`, `fingerprint`, `report`, and for what
-            is not new, `captions`, `embeddings`, `index` and `files` as they were.
-        new: finished files in `folder`: "captions", "embeddings", both or neither.
-        index ([`StoredIndex`], *optional*): is written and replaces the old one.
-    """
-    manifest = {"index": None, "report": None, **contents, "format_version": FORMAT_VERSION}
-    before, generation = _previous(folder)
-    files: dict[str, Any] = {}
-    for kind, path in new.items():
-        manifest[kind] = _place(path, folder, kind, _SUFFIXES[kind], files)
-    if index is not None:
-        path = temporary(folder, "index")
-        index.write(path)
-        name = _place(path, folder, "index", index.suffix, files)
-        manifest["index"] = {"file": name, "backend": index.backend, **index.description, "num_rows": index.num_rows}
-    used = [manifest["captions"], manifest["embeddings"]]
-    if manifest["index"] is not None:
-        used.append(manifest["index"]["file"])
-    manifest["files"] = {name: files.get(name) or contents["files"][name] for name in used}
-    manifest["generation"] = generation + 1
-    manifest["checksum"] = manifest_checksum(json.loads(json.dumps(manifest)))
-    path = temporary(folder, "datastore")
-    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _flush(path)
-    os.replace(path, folder / MANIFEST_NAME)
-    _flush(folder)
-    for name in before | {each.name for each in folder.iterdir() if _LEFTOVER.fullmatch(each.name)}:
-        # A file that a reader has open cannot be deleted everywhere (Windows): the next writer tries again.
-        with suppress(PermissionError):
-            if name not in used:
-                (folder / name).unlink(missing_ok=True)
-
-
-def _place(path: Path, folder: Path, kind: str, suffix: str, files: dict[str, Any]) -> str:
-    """Gives a finished file its name and lists it in `files`. The name is one of the content where there is a
-    datastore or another file already, so that no file replaces another."""
-    digest, name = sha256(path), f"{kind}.{suffix}"
-    if (folder / MANIFEST_NAME).exists() or (folder / name).exists():
-        name = f"{kind}-{digest[:16]}.{suffix}"
-    files[name] = {"bytes": path.stat().st_size, "sha256": digest}
-    _flush(path)
-    os.replace(path, folder / name)
-    return name
-
-
-def _previous(folder: Path) -> tuple[set[str], int]:
-    """Files and generation of the datastore that a folder holds already."""
-    try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        names, generation = set(manifest.get("files", ())), int(manifest.get("generation", 0))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return set(), 0
-    # Whatever a damaged manifest lists: only files of a datastore are deleted.
-    return {name for name in names if any(known.fullmatch(name) for known in _FILE_NAMES.values())}, generation
-
-
-def _flush(path: Path) -> None:
-    """To the disk, so that a power cut does not leave a manifest without its files."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        # Folders cannot be opened everywhere (Windows); there the system orders the writes itself.
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "open_files", "publish", "read_reference"]
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "fetch_datastore", "open_files", "read_reference"]

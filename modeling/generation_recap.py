@@ -114,18 +114,10 @@ class RecapGenerationMixin(GenerationMixin):
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if cache is not None:
             kwargs[CACHE] = cache
-        input_features = kwargs.pop("input_features", inputs)
-        input_features_mask = kwargs.pop("input_features_mask", None)
-        encoder_outputs = kwargs.pop("encoder_outputs", None)
-        if encoder_outputs is None:
-            if input_features is None:
-                raise ValueError("Give either `input_features` or `encoder_outputs`; both are missing.")
-            encoder_outputs = self.encode_audio(input_features, input_features_mask)
-        elif isinstance(encoder_outputs, ModelOutput):
-            # `generate` repeats what is in it once per beam: in a copy, so that the caller's stays as it was.
-            encoder_outputs = RecapEncoderOutput(**encoder_outputs)
-        else:
-            encoder_outputs = RecapEncoderOutput(*encoder_outputs)
+        features = kwargs.pop("input_features", inputs)
+        mask, encoder_outputs = kwargs.pop("input_features_mask", None), kwargs.pop("encoder_outputs", None)
+        # `generate` repeats what is in it once per beam: in a copy, so that the caller's stays as it was.
+        encoder_outputs = RecapEncoderOutput(**self.encoding_of(features, mask, encoder_outputs))
         if kwargs.get("decoder_input_ids") is None:
             if processor is None:
                 raise ValueError(
@@ -148,6 +140,21 @@ class RecapGenerationMixin(GenerationMixin):
             _check_prefix(generation_config or self.generation_config, kwargs)
         generation_config = _take_penalties(generation_config, self.generation_config, kwargs)
         return super().generate(generation_config=generation_config, encoder_outputs=encoder_outputs, **kwargs)
+
+    def encoding_of(
+        self, input_features: Any, input_features_mask: Any, encoder_outputs: Any = None
+    ) -> RecapEncoderOutput:
+        """`encoder_outputs`, or what `encode_audio` gives for the features where there are none.
+
+        Raises:
+            `ValueError`: if both are missing.
+        """
+        if encoder_outputs is not None:
+            is_output = isinstance(encoder_outputs, ModelOutput)
+            return encoder_outputs if is_output else RecapEncoderOutput(*encoder_outputs)
+        if input_features is None:
+            raise ValueError("Give either `input_features` or `encoder_outputs`; both are missing.")
+        return self.encode_audio(input_features, input_features_mask)
 
     def _prepare_decoder_input_ids_for_generation(
         self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -1,9 +1,9 @@
-"""Search indexes of a caption datastore: one protocol, exact search, and FAISS.
+"""Search indexes of a caption datastore, exact and FAISS, and the choice of captions among what they find.
 
 An index proposes rows. The datastore computes their scores again in float64 from the stored embeddings, so an
 approximate index can cost recall, and never gives a wrong score.
 
-A further kind of index is a class with the members of [`SearchIndex`] and [`StoredIndex`], and a line in
+A further kind of index is a class with the members of `recap_hf.datastore.StoredIndex`, and a line in
 `INDEX_BACKENDS`.
 """
 
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,76 +24,43 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
+# A row and its cosine to the query.
+Hit = tuple[int, float]
+
 # Rows that are converted to float32 at a time, where embeddings are stored in another type.
 _BLOCK_ROWS = 1 << 15
 # Rows that are fetched at least, so that repeated and excluded captions seldom need a second search.
 _MIN_CANDIDATES = 32
+# Of an index's candidates an eighth, and no fewer than 32, are scored in float64.
+_RESCORED_SHARE, _RESCORED_AT_LEAST = 8, 32
 
 
-class SearchIndex(Protocol):
-    """What a datastore searches.
+def from_package(name: str, what: str) -> Any:
+    """The module `recap_hf.{name}`, which remote code alone does not have.
+
+    Raises:
+        `ImportError`: where the package is not installed: `what` needs it.
+    """
+    try:
+        return importlib.import_module(f"recap_hf.{name}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "recap_hf":
+            raise
+        raise ImportError(f"{what} needs the package: pip install recap-hf") from error
+
+
+class ExactIndex:
+    """Compares a query with every embedding. Every index has its attributes and its `search`.
+
+    Args:
+        embeddings: array of shape `(rows, dimension)`, float32, float16 or what is read as float32; may be
+            memory-mapped.
 
     Attributes:
         exact: whether `search` finds the true nearest rows.
         max_k: the largest `k` that `search` takes.
         num_candidates: rows that a search should fetch at least.
         description: kind, settings and measurements; `None` for exact search.
-    """
-
-    exact: bool
-    max_k: int
-    num_candidates: int
-    description: dict[str, Any] | None
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows with the largest dot products, in any order.
-
-        Args:
-            queries: float32 of shape `(num_queries, dimension)`.
-            k: rows per query, at most `max_k`.
-
-        Returns:
-            Rows (int64, -1 where fewer were found) and scores (float32), both of shape `(num_queries, k)`.
-        """
-
-
-class StoredIndex(SearchIndex, Protocol):
-    """An index that is built of embeddings and saved in the folder of a datastore.
-
-    Attributes:
-        backend: its name in `INDEX_BACKENDS` and in the manifest.
-        suffix: of its file: "faiss", "bin" or "npy".
-        kinds: the kinds that `build` makes.
-        num_rows, dimension: shape of the embeddings that it was made of.
-    """
-
-    backend: str
-    suffix: str
-    kinds: tuple[str, ...]
-    num_rows: int
-    dimension: int
-
-    @classmethod
-    def build(cls, embeddings: Any, kind: str, recall: float) -> StoredIndex:
-        """An index of unit vectors of shape `(rows, dimension)` that finds the share `recall` of the nearest rows."""
-
-    @classmethod
-    def read(cls, path: Path, description: Mapping[str, Any]) -> StoredIndex:
-        """The index in a file; a `ValueError` for a file that holds none."""
-
-    def write(self, path: Path) -> None:
-        """Writes the file."""
-
-    def refill(self, embeddings: Any, appended: bool) -> None:
-        """Takes over changed embeddings; `appended`: the first rows are those that the index has."""
-
-
-class ExactIndex:
-    """Compares a query with every embedding.
-
-    Args:
-        embeddings: array of shape `(rows, dimension)`, float32, float16 or what is read as float32; may be
-            memory-mapped.
     """
 
     exact = True
@@ -107,7 +74,15 @@ class ExactIndex:
         self.max_k = len(embeddings)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See [`SearchIndex.search`]."""
+        """The rows with the largest dot products, in any order.
+
+        Args:
+            queries: float32 of shape `(num_queries, dimension)`.
+            k: rows per query, at most `max_k`.
+
+        Returns:
+            Rows (int64, -1 where fewer were found) and scores (float32), both of shape `(num_queries, k)`.
+        """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if faiss is not None and self.embeddings.dtype == np.float32:
             vectors = np.ascontiguousarray(self.embeddings)
@@ -147,7 +122,7 @@ class FaissIndex:
     @classmethod
     def build(cls, embeddings: Any, kind: str, recall: float) -> FaissIndex:
         """Trains, fills and tunes an index; needs `recap_hf`."""
-        return importlib.import_module("recap_hf.datastore.indexing").build_faiss(embeddings, kind, recall)
+        return from_package("datastore.indexing", "building an index").build_faiss(embeddings, kind, recall)
 
     @classmethod
     def read(cls, path: Path, description: Mapping[str, Any]) -> FaissIndex:
@@ -191,7 +166,7 @@ class FaissIndex:
         self.description |= {"effort": effort, "num_candidates": num_candidates}
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See [`SearchIndex.search`]."""
+        """See [`ExactIndex.search`]."""
         return self.index.search(np.ascontiguousarray(queries, dtype=np.float32), k)[::-1]
 
     def refill(self, embeddings: Any, appended: bool) -> None:
@@ -212,7 +187,7 @@ class FaissIndex:
 INDEX_BACKENDS: dict[str, Any] = {"faiss": FaissIndex}
 
 
-def index_class(backend: str) -> type[StoredIndex]:
+def index_class(backend: str) -> type[Any]:
     """The class of a name in `INDEX_BACKENDS`."""
     found = INDEX_BACKENDS[backend]
     if isinstance(found, str):
@@ -221,7 +196,7 @@ def index_class(backend: str) -> type[StoredIndex]:
     return found
 
 
-def open_index(folder: Path, manifest: Mapping[str, Any]) -> StoredIndex | None:
+def open_index(folder: Path, manifest: Mapping[str, Any]) -> Any:
     """The index of an opened datastore; `None` where it has none or its package is missing: search is exact then.
 
     Raises:
@@ -251,4 +226,76 @@ def open_index(folder: Path, manifest: Mapping[str, Any]) -> StoredIndex | None:
     return index
 
 
-__all__ = ["INDEX_BACKENDS", "ExactIndex", "FaissIndex", "SearchIndex", "StoredIndex", "open_index"]
+def score_again(query: np.ndarray, vectors: Any, rows: np.ndarray, exact: bool) -> list[Hit]:
+    """The rows that an index proposes with their cosines, most similar first, ties to the lower row.
+
+    In float64 and row by row, so that a score does not depend on which rows or queries were computed with it. Of many
+    candidates that are not `exact` most are far off: those are dropped by their scores in float32.
+    """
+    vectors = vectors[rows]
+    if not exact and len(rows) > 2 * _RESCORED_AT_LEAST:
+        kept = max(_RESCORED_AT_LEAST, len(rows) // _RESCORED_SHARE)
+        rough = vectors.astype(np.float32, copy=False) @ query
+        chosen = np.flatnonzero(rough >= np.partition(rough, -kept)[-kept] - 1e-5)
+        rows, vectors = rows[chosen], vectors[chosen]
+    scores = np.round((vectors.astype(np.float64) * query.astype(np.float64)).sum(axis=1), 9)
+    order = np.lexsort((rows, -scores))
+    return list(zip(rows[order].tolist(), scores[order].tolist(), strict=True))
+
+
+def _by_similarity(hit: Hit) -> tuple[float, int]:
+    return -hit[1], hit[0]
+
+
+def merge_round_robin(found: Sequence[Sequence[Hit]], k: int, text_of: Callable[[int], str]) -> list[Hit]:
+    """Merges the windows' results: all first ones, then all second ones, until there are k texts.
+
+    Args:
+        found: for each window its hits (row, cosine), most similar first.
+        k: hits to give.
+        text_of: the text of a row; no text comes twice.
+    """
+    if len(found) == 1:
+        return list(found[0])
+    merged: dict[str, Hit] = {}
+    for rank in range(k):
+        for row, score in sorted((hits[rank] for hits in found if rank < len(hits)), key=_by_similarity):
+            text = text_of(row)
+            if text in merged:
+                # Another window found it too: its best similarity counts.
+                merged[text] = min(merged[text], (row, score), key=_by_similarity)
+            elif len(merged) < k:
+                merged[text] = (row, score)
+    return sorted(merged.values(), key=_by_similarity)
+
+
+def choose_diverse(hits: Sequence[Hit], embeddings: Any, k: int, diversity: float) -> list[Hit]:
+    """Maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): k of the hits that are near the query and far
+    from each other. Each next one has the largest `(1 - diversity) * cosine to the query - diversity * largest cosine
+    to those chosen before`.
+
+    Args:
+        hits: (row, cosine), most similar first; the first is always chosen.
+        embeddings: unit vectors of all rows.
+        k: how many.
+        diversity: 0 gives the first k, 1 looks at nothing but the distance from each other.
+
+    Returns:
+        Those chosen, most similar first.
+    """
+    if len(hits) <= k or not diversity:
+        return list(hits[:k])
+    vectors = np.asarray(embeddings[np.array([row for row, _ in hits])], dtype=np.float32)
+    relevance = (1 - diversity) * np.array([score for _, score in hits])
+    chosen = [0]
+    nearest = vectors @ vectors[0]
+    while len(chosen) < k:
+        gain = relevance - diversity * nearest
+        gain[chosen] = -np.inf
+        best = int(np.argmax(gain))
+        chosen.append(best)
+        nearest = np.maximum(nearest, vectors @ vectors[best])
+    return [hits[number] for number in sorted(chosen)]
+
+
+__all__ = ["INDEX_BACKENDS", "ExactIndex", "FaissIndex", "open_index"]

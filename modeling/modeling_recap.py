@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationConfig, GPT2LMHeadModel, PreTrainedModel
+from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput
 
 from .configuration_recap import PREFIX, RecapConfig, copy_remote_code, push_arguments
 from .encoder_recap import encoder_class
 from .generation_recap import CACHE, RecapEncoderOutput, RecapGenerationMixin, one_cache, position_ids_of
+from .index_recap import from_package
 
 
 class RecapCrossAttention(GPT2Attention):
@@ -41,12 +41,8 @@ class RecapCrossAttention(GPT2Attention):
 
 
 class PrefixLayer(nn.Module):
-    """One step of the mapping: the prefix attends to audio and to itself, then each of its places by itself.
-
-    Args:
-        width (`int`): of the language model's embeddings.
-        num_heads (`int`): of the attention.
-    """
+    """One layer of the mapping: the prefix attends to audio and to itself; a feed-forward network follows. `width` is
+    that of the language model's embeddings."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -74,13 +70,11 @@ class PrefixLayer(nn.Module):
 
 
 class PrefixMapper(nn.Module):
-    """The mapping network of `conditioning="prefix"`: CLAP's hidden states to `prefix_length` embeddings.
+    """The mapping network of `conditioning="prefix"`: CLAP's hidden states to `prefix_length` embeddings, after Kim et
+    al., "Prefix Tuning for Automated Audio Captioning", ICASSP 2023 (the paper's [6]).
 
-    The related method that tunes a prefix instead of adding cross-attention, after Kim et al., "Prefix Tuning for
-    Automated Audio Captioning", ICASSP 2023 (the paper's [6]), on CLAP's hidden states.
-
-    Learned embeddings, one a place of the prefix, gather what they need from all windows of a clip; what a mask leaves
-    out is not seen, so a clip has the same prefix alone and in a batch.
+    Learned embeddings, one for each place of the prefix, attend to all windows of a clip. What a mask leaves out is
+    not seen, so a clip has the same prefix alone and in a batch.
 
     Args:
         config ([`RecapConfig`]): `prefix_length`, `prefix_num_layers`, and the sizes of both parts.
@@ -144,16 +138,14 @@ class PrefixMapper(nn.Module):
             attention_mask = torch.cat([own, attention_mask], dim=1)
         if position_ids is not None:
             position_ids = position_ids + self.length
-        if prefix is None:
-            tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-            return {**tokens, "attention_mask": attention_mask, "position_ids": position_ids}
-        if inputs_embeds is None:
-            inputs_embeds = decoder.get_input_embeddings()(input_ids)
-        if position_ids is not None:
-            own = torch.arange(self.length, device=position_ids.device).expand(len(position_ids), -1)
-            position_ids = torch.cat([own, position_ids], dim=1)
-        embeds = torch.cat([prefix.to(inputs_embeds.dtype), inputs_embeds], dim=1)
-        return {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        if prefix is not None:
+            inputs_embeds = decoder.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            input_ids, inputs_embeds = None, torch.cat([prefix.to(inputs_embeds.dtype), inputs_embeds], dim=1)
+            if position_ids is not None:
+                own = torch.arange(self.length, device=position_ids.device).expand(len(position_ids), -1)
+                position_ids = torch.cat([own, position_ids], dim=1)
+        tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        return {**tokens, "attention_mask": attention_mask, "position_ids": position_ids}
 
     def logits_to_keep(self, wanted: int | torch.Tensor, length: int) -> int | torch.Tensor:
         """`logits_to_keep` of a pass over prefix and tokens, `length` places: a prefix predicts nothing."""
@@ -163,25 +155,7 @@ class PrefixMapper(nn.Module):
         return min(wanted, tokens) if wanted else tokens
 
 
-class RecapPreTrainedModel(PreTrainedModel):
-    """Loading, saving and placement of [`RecapForConditionalGeneration`]."""
-
-    config_class = RecapConfig
-    base_model_prefix = "recap"
-    cross_attention_class = RecapCrossAttention
-    main_input_name = "input_features"
-    input_modalities = ("audio",)
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["ClapAudioLayer", "ClapTextLayer", "GPT2Block"]  # noqa: RUF012
-    # The decoder is called with one, `forward` with either.
-    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-
-class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
+class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
     """Audio captioning by retrieval: a GPT-2 continues a prompt of retrieved captions, conditioned on audio.
 
     `clap` is a whole `ClapModel`: its audio tower gives the hidden states that the cross-attention reads and the
@@ -200,6 +174,20 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
         >>> model.freeze_base()
         7094016
     """
+
+    config_class = RecapConfig
+    base_model_prefix = "recap"
+    cross_attention_class = RecapCrossAttention
+    main_input_name = "input_features"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ClapAudioLayer", "ClapTextLayer", "GPT2Block"]  # noqa: RUF012
+    # The decoder is called with one, `forward` with either.
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     def __init__(self, config: RecapConfig) -> None:
         config.clap._attn_implementation = "eager"
@@ -239,7 +227,7 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
         decoder_kwargs: dict[str, Any] | None = None,
         **config_kwargs: Any,
     ) -> RecapForConditionalGeneration:
-        """Puts a pretrained CLAP and a pretrained GPT-2 together; only what conditions the one on the other is new.
+        """Puts a pretrained CLAP and a pretrained GPT-2 together; the cross-attention (or the prefix mapper) is new.
 
         Args:
             clap, decoder (`str`, path or module): Hub ids, folders, or loaded `ClapModel` and `GPT2LMHeadModel`.
@@ -248,26 +236,10 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
 
         Raises:
             `ValueError`: if the decoder's weights are not those of a GPT-2 language model; the keys are listed.
+            `ImportError`: where `recap_hf` is not installed.
         """
-        if not isinstance(clap, nn.Module):
-            clap = AutoModel.from_pretrained(clap, **(clap_kwargs or {}))
-        if not isinstance(decoder, GPT2LMHeadModel):
-            decoder = GPT2LMHeadModel.from_pretrained(decoder, **(decoder_kwargs or {}))
-        # Where the parts came from is as often a path of this machine as a Hub id: it stays out of what is saved.
-        parts = [{**part.config.to_dict(), "_name_or_path": ""} for part in (clap, decoder)]
-        config = RecapConfig(clap=parts[0], decoder=parts[1], **config_kwargs)
-        model = cls(config).to(decoder.dtype)
-        model.clap.load_state_dict(clap.state_dict())
-        missing, unexpected = model.decoder.load_state_dict(decoder.state_dict(), strict=False)
-        missing, unexpected = (
-            [key for key in keys if ".crossattention." not in key and ".ln_cross_attn." not in key]
-            for keys in (missing, unexpected)
-        )
-        if missing or unexpected:
-            raise ValueError(
-                f"The decoder's weights do not fit a GPT-2 language model: missing {missing}, unexpected {unexpected}."
-            )
-        return model.eval()
+        stock = from_package("conversion.stock", "making a captioner of a CLAP and a GPT-2")
+        return stock.join_parts(cls, clap, decoder, clap_kwargs, decoder_kwargs, **config_kwargs)
 
     # ---------------------------------------------------------------- parts
 
@@ -316,14 +288,11 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
         return [parameter for module in self.conditioning_modules() for parameter in module.parameters()]
 
     def freeze_base(self) -> int:
-        """Freezes CLAP and GPT-2, leaves exactly the conditioning trainable (paper, Section 3.1): the
-        cross-attention, or with `conditioning="prefix"` the mapping network.
+        """Freezes CLAP and GPT-2 and returns the number of parameters that remain trainable (paper, Section 3.1): of
+        the cross-attention, or with `conditioning="prefix"` of the mapping network.
 
         A frozen CLAP also stays in evaluation mode when the model is put in training mode: its dropout and its batch
         norm would otherwise change its output.
-
-        Returns:
-            `int`: the number of parameters that remain trainable.
         """
         self.requires_grad_(False)
         parameters = self.conditioning_parameters()
@@ -370,24 +339,21 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
         parameter = next(self.clap.audio_model.parameters())
         input_features = input_features.to(device=parameter.device)
         batch_size, num_windows = input_features.shape[:2]
-        if input_features_mask is None:
-            mask = torch.ones(batch_size, num_windows, dtype=torch.bool, device=parameter.device)
-        else:
-            mask = input_features_mask.to(device=parameter.device).bool()
+        mask = torch.ones(batch_size, num_windows) if input_features_mask is None else input_features_mask
+        mask = mask.to(device=parameter.device).bool()
         windows = input_features[mask].unsqueeze(1).to(parameter.dtype)
         encoded = [
             self.clap.encode_windows(chunk, self.config.audio_position_embedding)
             for chunk in windows.split(window_batch_size)
         ]
         state, embed = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-        positions = state.shape[1]
-        hidden = state.new_zeros(batch_size, num_windows, positions, state.shape[-1])
+        hidden = state.new_zeros(batch_size, num_windows, *state.shape[1:])
         hidden[mask] = state
         audio_embeds = embed.new_zeros(batch_size, num_windows, embed.shape[-1])
         audio_embeds[mask] = embed
         return RecapEncoderOutput(
             last_hidden_state=hidden.flatten(1, 2),
-            attention_mask=mask.long().repeat_interleave(positions, dim=1),
+            attention_mask=mask.long().repeat_interleave(state.shape[1], dim=1),
             audio_embeds=audio_embeds,
         )
 
@@ -457,12 +423,7 @@ class RecapForConditionalGeneration(RecapPreTrainedModel, RecapGenerationMixin):
                 "`decoder_input_ids` are missing: RECAP's decoder continues a prompt. Build one with "
                 "`processor.build_prompts(encoding.audio_embeds)`."
             )
-        if encoder_outputs is None:
-            if input_features is None:
-                raise ValueError("Give either `input_features` or `encoder_outputs`; both are missing.")
-            encoder_outputs = self.encode_audio(input_features, input_features_mask)
-        elif not isinstance(encoder_outputs, ModelOutput):
-            encoder_outputs = RecapEncoderOutput(*encoder_outputs)
+        encoder_outputs = self.encoding_of(input_features, input_features_mask, encoder_outputs)
         if attention_mask is None:
             attention_mask = encoder_outputs.get("attention_mask")
         if decoder_position_ids is None and decoder_attention_mask is not None and decoder_attention_mask.dim() == 2:

@@ -1,17 +1,17 @@
-"""What a caller can choose about a caption, written down once.
+"""What can be chosen about a caption, written down once: retrieval, decoding, reranking, and the words of the prompt.
 
-[`CaptionOptions`] is the one list of retrieval and decoding options. The flags of every command that captions, the
-keyword arguments of the pipeline, the keys of evaluation files, the settings that a resumed run compares and the lines
-of a model card are derived from its fields. A new option is one field here and its use in `captioning_recap.py`.
+[`CaptionOptions`] is the one list of options. The flags of every command that captions, the keyword arguments of the
+pipeline, the keys of evaluation files, the settings that a resumed run compares and the lines of a model card are
+derived from its fields. A new option is one field here and its use in `captioning_recap.py`.
 
 This file imports the standard library only: the console script reads it before torch is imported.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,6 +19,8 @@ RETRIEVAL, DECODING, RERANKING = "retrieval", "decoding", "reranking"
 # What turns off the reranking of a checkpoint that has it in its generation configuration.
 NO_RERANKING = "none"
 RERANKERS = ("clap", NO_RERANKING)
+PLACEHOLDER = "{captions}"
+_FINAL_PUNCTUATION = " .!?,;:"
 
 
 def _option(group: str, kind: type, text: str, **limits: Any) -> Any:
@@ -57,11 +59,7 @@ class CaptionOptions:
 
     k: int | None = _option(RETRIEVAL, int, "number of captions in the prompt", minimum=0)
     retrieval_diversity: float | None = _option(
-        RETRIEVAL,
-        float,
-        "0: the nearest captions; up to 1: captions that differ from each other",
-        minimum=0,
-        maximum=1,
+        RETRIEVAL, float, "0: the nearest captions; to 1: captions that differ from each other", minimum=0, maximum=1
     )
     retrieval_score_threshold: float | None = _option(
         RETRIEVAL, float, "leave out captions with a lower cosine to the recording", minimum=-1, maximum=1
@@ -73,10 +71,7 @@ class CaptionOptions:
     temperature: float | None = _option(DECODING, float, "of sampling", above=0)
     top_p: float | None = _option(DECODING, float, "share of probability to sample from", above=0, maximum=1)
     rerank: str | None = _option(
-        RERANKING,
-        str,
-        "clap: the candidate nearest to the recording; none: the first of the search",
-        choices=RERANKERS,
+        RERANKING, str, "clap: the candidate nearest to the recording; none: the search's first", choices=RERANKERS
     )
     candidates: int | None = _option(RERANKING, int, "captions to rerank; default: the beams", minimum=1)
     rerank_weight: float | None = _option(
@@ -93,6 +88,20 @@ class CaptionOptions:
                 "`candidates` and `rerank_weight` are options of reranking, and `rerank` is 'none': leave them out, "
                 "or set `rerank` to 'clap'."
             )
+
+    @classmethod
+    def check(cls, option: str, value: Any, name: str | None = None) -> Any:
+        """The value as the type of an option.
+
+        Args:
+            option: name of the field.
+            value: to be checked.
+            name: that the caller has for it; default: that of the option.
+
+        Raises:
+            `ValueError`: if it is outside the option's range.
+        """
+        return _checked(name or option, value, cls.__dataclass_fields__[option].metadata)
 
     @classmethod
     def names(cls, *groups: str) -> list[str]:
@@ -125,29 +134,7 @@ class CaptionOptions:
         return CaptionOptions(**{**self.to_dict(), **other.to_dict()})
 
     @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Adds a flag for each option to a parser: `--num-beams N`, in one group for each group of options."""
-        groups: dict[str, Any] = {}
-        for option in fields(cls):
-            data = option.metadata
-            group = groups.get(data["group"])
-            if group is None:
-                group = groups[data["group"]] = parser.add_argument_group(f"{data['group']} (default: the model's)")
-            flag = "--" + option.name.replace("_", "-")
-            if data["kind"] is bool:
-                group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=data["help"])
-            else:
-                metavar = None if "choices" in data else ("N" if data["kind"] is int else "X")
-                group.add_argument(
-                    flag,
-                    type=_parser(option.name, data),
-                    choices=data.get("choices"),
-                    metavar=metavar,
-                    help=data["help"],
-                )
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> CaptionOptions:
+    def from_args(cls, args: Any) -> CaptionOptions:
         """The options among parsed arguments.
 
         Raises:
@@ -156,44 +143,26 @@ class CaptionOptions:
         return cls(**{name: getattr(args, name, None) for name in cls.names()})
 
 
-def _parser(name: str, limits: Mapping[str, Any]) -> Any:
-    """A converter for argparse, whose errors say what was expected."""
-
-    def parse(text: str) -> Any:
-        try:
-            return _checked(name, limits["kind"](text), limits)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {_expected(limits)}, got {text!r}") from None
-
-    return parse
-
-
 def _checked(name: str, value: Any, limits: Mapping[str, Any]) -> Any:
     kind = limits["kind"]
     # NumPy's numbers are numbers; True is not one, and 3.0 is no integer.
-    fits = isinstance(value, kind) or (
-        kind is float and not isinstance(value, (str, bool)) and hasattr(value, "__float__")
-    )
-    fits = fits or (kind is int and hasattr(value, "__index__"))
-    if kind is not bool and isinstance(value, bool):
-        fits = False
-    if fits:
+    number = {int: "__index__", float: "__float__"}.get(kind)
+    fits = isinstance(value, kind) or (number is not None and hasattr(value, number))
+    if fits and (kind is bool or not isinstance(value, bool)):
         value = kind(value)
-        if kind is float and math.isnan(value):
-            fits = False
-        for limit, outside in (
-            ("minimum", lambda bound: value < bound),
-            ("maximum", lambda bound: value > bound),
-            ("above", lambda bound: value <= bound),
-            ("choices", lambda allowed: value not in allowed),
+        if (
+            not (kind is float and math.isnan(value))
+            and value in limits.get("choices", (value,))
+            and ("above" not in limits or value > limits["above"])
+            and ("minimum" not in limits or value >= limits["minimum"])
+            and ("maximum" not in limits or value <= limits["maximum"])
         ):
-            fits = fits and not (limit in limits and outside(limits[limit]))
-    if not fits:
-        raise ValueError(f"`{name}` must be {_expected(limits)}, got {value!r}.")
-    return value
+            return value
+    raise ValueError(f"`{name}` must be {expected(limits)}, got {value!r}.")
 
 
-def _expected(limits: Mapping[str, Any]) -> str:
+def expected(limits: Mapping[str, Any]) -> str:
+    """The values that the metadata of a field allow, in words."""
     if "choices" in limits:
         return "one of " + ", ".join(limits["choices"])
     text = {int: "an integer", float: "a number", bool: "True or False", str: "a text"}[limits["kind"]]
@@ -206,4 +175,113 @@ def _expected(limits: Mapping[str, Any]) -> str:
     return text
 
 
-__all__ = ["DECODING", "NO_RERANKING", "RERANKERS", "RERANKING", "RETRIEVAL", "CaptionOptions"]
+# ------------------------------------------------------------------- prompt
+
+
+def clean_caption(caption: str) -> str:
+    """A caption as it stands in a prompt: white space folded, final punctuation gone, the rest verbatim.
+
+    >>> clean_caption(" A dog  barks, twice. ")
+    'A dog barks, twice'
+    """
+    return " ".join(caption.split()).rstrip(_FINAL_PUNCTUATION)
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The words around the retrieved captions.
+
+    Args:
+        template (`str`): the prompt with `{captions}` once, where the captions go, and words after it.
+        separator (`str`): what stands between two captions.
+        without_captions (`str`): the prompt when nothing was retrieved. It ends as `template` does.
+        target_prefix (`str`): what joins prompt and caption when the target of the training is tokenized.
+
+    Raises:
+        `ValueError`: if the template has no place for the captions, no words after them, or another ending than
+            `without_captions`: the ending is what tells the caption from the prompt in a generated text.
+    """
+
+    template: str
+    separator: str
+    without_captions: str
+    target_prefix: str
+
+    def __post_init__(self) -> None:
+        if self.template.count(PLACEHOLDER) != 1:
+            raise ValueError(f"`prompt_template` must contain {PLACEHOLDER!r} exactly once, got {self.template!r}.")
+        if not self.ending:
+            raise ValueError(
+                f"`prompt_template` needs words after {PLACEHOLDER!r}, which tell the caption from the prompt; got "
+                f"{self.template!r}."
+            )
+        if not self.without_captions.rstrip().endswith(self.ending):
+            raise ValueError(
+                f"`prompt_without_captions` must end as `prompt_template` does, in {self.ending!r}; got "
+                f"{self.without_captions!r}."
+            )
+
+    @classmethod
+    def of(cls, settings: Any) -> PromptTemplate:
+        """The template in the fields `prompt_template`, `caption_separator`, ... of a configuration or a processor."""
+        return cls(
+            template=settings.prompt_template,
+            separator=settings.caption_separator,
+            without_captions=settings.prompt_without_captions,
+            target_prefix=settings.target_prefix,
+        )
+
+    @property
+    def ending(self) -> str:
+        """The words after the captions, without the punctuation and white space around them."""
+        return self.template.partition(PLACEHOLDER)[2].strip().lstrip(_FINAL_PUNCTUATION)
+
+    def build(self, captions: Sequence[str]) -> str:
+        """The prompt of `captions`, most similar first."""
+        cleaned = [text for text in map(self.cleaned, captions) if text]
+        if not cleaned:
+            return self.without_captions
+        # Not str.format: a caption or a template may hold braces.
+        return self.template.replace(PLACEHOLDER, self.separator.join(cleaned))
+
+    def strip(self, text: str) -> str:
+        """The caption in a generated `text`: what follows the first ending of a prompt, or all where there is none."""
+        _, found, caption = text.partition(self.ending)
+        return (caption if found else text).strip()
+
+    def cleaned(self, caption: str) -> str:
+        """A caption as it is in a prompt: `clean_caption` without the template's ending, at which `strip` cuts."""
+        return " ".join(re.sub(re.escape(self.ending), " ", clean_caption(caption)).split())
+
+
+PAPER_PROMPT = PromptTemplate(
+    template="Audios similar to this audio sounds like: {captions}. This audio sounds like:",
+    separator=", ",
+    without_captions="This audio sounds like:",
+    target_prefix=" ",
+)
+"""Section 3.1 of the paper, to the letter."""
+
+OFFICIAL_PROMPT = PromptTemplate(
+    template="Similar audios sound like\n\n{captions}\n\nThis audio sounds like ",
+    separator="\n\n",
+    without_captions="This audio sounds like ",
+    target_prefix="",
+)
+"""The authors' code (Sreyan88/RECAP, commit 832ad8a), which goes with pad token `!` and end token `.`."""
+
+PROMPT_PRESETS = {"paper": PAPER_PROMPT, "official": OFFICIAL_PROMPT}
+
+__all__ = [
+    "DECODING",
+    "NO_RERANKING",
+    "OFFICIAL_PROMPT",
+    "PAPER_PROMPT",
+    "PROMPT_PRESETS",
+    "RERANKERS",
+    "RERANKING",
+    "RETRIEVAL",
+    "CaptionOptions",
+    "PromptTemplate",
+    "clean_caption",
+]

@@ -15,6 +15,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .audio_recap import SILENCE_CAPTION
 from .captioning_recap import READ_ERRORS, Captioner
+from .index_recap import from_package
 from .options_recap import RETRIEVAL, CaptionOptions
 
 # Arguments of `generate` that are no settings of a GenerationConfig.
@@ -28,16 +29,14 @@ class AudioCaptioningPipeline(Pipeline):
 
     Args:
         model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): loaded by `pipeline(...)`.
-        datastore (*optional*): captions to retrieve from instead of the checkpoint's: a [`CaptionDatastore`], a
-            folder or Hub id of one, a file of captions (text with one a line, CSV, JSON or JSONL), or a list of
-            captions. The last two are embedded on the spot.
+        datastore (*optional*): captions to retrieve from instead of the checkpoint's: see [`open_datastore`].
         batch_size (`int`, *optional*): recordings that are captioned together.
         decoding_batch_size (`int`, *optional*): recordings that are decoded together, those with prompts of like
             lengths; default `batch_size`.
         on_error (`str`, *optional*, defaults to `"raise"`): `"skip"` returns `{"error": reason}` for a recording that
             cannot be read.
         options: every field of [`CaptionOptions`]: `k`, `num_beams`, `rerank`, ...
-        generation parameters (`no_repeat_ngram_size`, `num_return_sequences`, ...): passed to `generate`.
+        generation parameters (`no_repeat_ngram_size`, `num_return_sequences`, ...): of `generate`.
 
     Each input is a path, a URL, bytes, a waveform of shape `(samples,)` or `(channels, samples)` at the feature
     extractor's rate, `{"array", "sampling_rate"}`, or a `datasets` row or Audio value, decoded or not. Lists,
@@ -47,11 +46,10 @@ class AudioCaptioningPipeline(Pipeline):
     "retrieved": [{"caption": str, "score": float, ...}]}`, with `"similarity"` and `"candidates"` where captions are
     reranked.
 
-    With `return_timestamps=True` a recording of any length is read as it is needed and becomes a timeline:
-    `"segments"` has `{"start", "end", "caption", "score", "retrieved"}` of each, in seconds; `"caption"`, `"score"`,
-    `"retrieved"`, `"duration"` and `"sounds"` are those of `recap_hf.TimelineSummary`. `batch_size` then counts
-    segments. `timeline` takes the fields of `recap_hf.TimelineSettings` as a dictionary. It needs the package
-    `recap-hf`.
+    With `return_timestamps=True` a recording of any length becomes a timeline: `"segments"` has `{"start", "end",
+    "caption", "score", "retrieved"}` of each, in seconds; the other fields are those of `recap_hf.TimelineSummary`.
+    `batch_size` then counts segments. `timeline` takes the fields of `recap_hf.TimelineSettings` as a dictionary. It
+    needs the package `recap-hf`.
 
     Example:
         >>> import recap_hf
@@ -145,14 +143,10 @@ class AudioCaptioningPipeline(Pipeline):
         if return_timestamps:
             return {"result": [self._timeline(captioner, source, **timeline) for source in model_inputs["source"]]}
         waveforms = model_inputs["waveform"]
-        captions = iter(
-            captioner.caption([one for one in waveforms if not isinstance(one, Exception)], decoding_batch_size)
-        )
-        return {
-            "result": [
-                {"error": str(one)} if isinstance(one, Exception) else next(captions).to_dict() for one in waveforms
-            ]
-        }
+        readable = [one for one in waveforms if not isinstance(one, Exception)]
+        found = iter(captioner.caption(readable, decoding_batch_size))
+        results = [{"error": str(one)} if isinstance(one, Exception) else next(found).to_dict() for one in waveforms]
+        return {"result": results}
 
     def captioner_for(
         self, options: CaptionOptions | None = None, generate_kwargs: dict[str, Any] | None = None
@@ -171,19 +165,12 @@ class AudioCaptioningPipeline(Pipeline):
         timeline: dict[str, Any] | None = None,
         segment_batch_size: int | None = None,
     ) -> dict[str, Any]:
-        try:
-            from recap_hf.audio.timeline import (
-                DEFAULT_SEGMENT_BATCH,
-                TimelineSettings,
-                TimelineSummary,
-                caption_timeline,
-            )
-        except ImportError as error:
-            raise ImportError("`return_timestamps=True` needs the package: pip install recap-hf") from error
-        settings, summary = TimelineSettings(**(timeline or {})), TimelineSummary()
-        batch_size = segment_batch_size or self._batch_size or DEFAULT_SEGMENT_BATCH
-        segments = caption_timeline(captioner, source, settings=settings, summary=summary, batch_size=batch_size)
-        segments = list(segments)
+        module = from_package("audio.timeline", "`return_timestamps=True`")
+        settings, summary = module.TimelineSettings(**(timeline or {})), module.TimelineSummary()
+        batch_size = segment_batch_size or self._batch_size or module.DEFAULT_SEGMENT_BATCH
+        segments = list(
+            module.caption_timeline(captioner, source, settings=settings, summary=summary, batch_size=batch_size)
+        )
         return {**summary.result(), "segments": segments}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +186,7 @@ class AudioCaptioningPipeline(Pipeline):
         forward_params: dict[str, Any],
         postprocess_params: dict[str, Any],
     ) -> PipelineIterator:
-        # The stock collation pads features and refuses the decoder's left padding beside them; waveforms need none.
+        # The stock collation pads features; waveforms need none.
         if isinstance(inputs, collections.abc.Sized):
             dataset = PipelineDataset(inputs, self.preprocess, preprocess_params)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import os
 from collections.abc import Sequence
@@ -15,8 +16,7 @@ from transformers.utils import cached_file
 from .configuration_recap import AUTO_MAP, RecapConfig, copy_remote_code, push_arguments
 from .encoder_recap import encoder_class
 from .feature_extraction_recap import RecapFeatureExtractor
-from .options_recap import CaptionOptions
-from .prompt_recap import PAPER_PROMPT, PromptTemplate
+from .options_recap import PAPER_PROMPT, CaptionOptions, PromptTemplate
 from .retrieval_recap import MANIFEST_NAME, CaptionDatastore
 
 DATASTORE_FOLDER = "datastore"
@@ -69,10 +69,7 @@ class RecapProcessor(ProcessorMixin):
         # Not a named argument: transformers would take it for a part of the processor and write it as JSON.
         datastore = kwargs.pop("datastore", None)
         if kwargs.pop("retrieval_score_drop", None) is not None:
-            raise ValueError(
-                "`retrieval_score_drop` is gone: set `retrieval_score_threshold`, the lowest cosine of a caption that "
-                "is retrieved."
-            )
+            raise ValueError("`retrieval_score_drop` is now `retrieval_score_threshold`, the lowest cosine.")
         if tokenizer.pad_token_id is None:
             # In a copy: the caller's tokenizer stays as it is.
             tokenizer = copy.deepcopy(tokenizer)
@@ -102,12 +99,10 @@ class RecapProcessor(ProcessorMixin):
     ) -> RecapProcessor:
         """The processor that belongs to a model of `config`: its windows and its position limit.
 
-        The configuration of a CLAP does not say which frequencies its mel covers: for a published one pass
-        `feature_extractor=RecapFeatureExtractor.from_clap_pretrained(clap)`. Default: `ClapFeatureExtractor`'s
-        settings, 0 to 14 kHz.
-
         Args:
-            config ([`RecapConfig`]), tokenizer, clap_tokenizer, datastore, feature_extractor: the parts.
+            config ([`RecapConfig`]), tokenizer, clap_tokenizer, datastore: the parts.
+            feature_extractor (*optional*): for a published CLAP `RecapFeatureExtractor.from_clap_pretrained(clap)`,
+                since its configuration does not say which frequencies its mel covers. Default: 0 to 14 kHz.
             settings: `num_retrieved_captions`, `prompt_template` and the other settings of this class.
         """
         if feature_extractor is None:
@@ -165,14 +160,13 @@ class RecapProcessor(ProcessorMixin):
             text (`str` or `Sequence[str]`, *optional*): gives `input_ids` and `attention_mask`.
 
         Raises:
-            `ValueError`: if neither is given, or both: labels stand behind a prompt, whose captions are retrieved by
-                what the encoder makes of the audio; `build_training_inputs` makes them.
+            `ValueError`: if neither is given, or both: `build_training_inputs` makes labels.
         """
         if (audio is None) == (text is None):
             found = "neither was" if audio is None else "both were"
             raise ValueError(
-                f"Give `audio` or `text`, {found} given. Captions to train on follow a prompt of retrieved captions: "
-                "encode the audio, then `processor.build_training_inputs(retrieved, captions)`."
+                f"Give `audio` or `text`, {found} given. For captions to train on encode the audio, then call "
+                "`processor.build_training_inputs(retrieved, captions)`."
             )
         if text is not None:
             return self.tokenizer(text, return_tensors=return_tensors, padding=return_tensors is not None)
@@ -246,13 +240,8 @@ class RecapProcessor(ProcessorMixin):
         prompts = [self._fit_prompt(hits) for hits in retrieved]
         device = getattr(audio_embeds, "device", None)
         ids, mask = self._pad([tokens for tokens, _ in prompts], device, left=True)
-        return BatchFeature(
-            {
-                "decoder_input_ids": ids,
-                "decoder_attention_mask": mask,
-                "retrieved": [[hits[row] for row in rows] for hits, (_, rows) in zip(retrieved, prompts, strict=True)],
-            }
-        )
+        used = [[hits[row] for row in rows] for hits, (_, rows) in zip(retrieved, prompts, strict=True)]
+        return BatchFeature({"decoder_input_ids": ids, "decoder_attention_mask": mask, "retrieved": used})
 
     def build_training_inputs(
         self,
@@ -271,34 +260,18 @@ class RecapProcessor(ProcessorMixin):
             `BatchFeature` with `decoder_input_ids`, `decoder_attention_mask` and `labels`, all of shape
             `(batch_size, length)`; labels are -100 on prompt and padding.
         """
-        sequences, labels = [], []
-        for hits, caption in zip(retrieved, captions, strict=True):
-            prompt, _ = self._fit_prompt(hits)
-            target = self.encode_caption(caption, max_caption_tokens)
-            sequences.append(prompt + target)
-            labels.append([-100] * len(prompt) + target)
-        ids, mask = self._pad(sequences, None, left=False)
-        padded_labels = torch.full_like(ids, -100)
-        for row, label in enumerate(labels):
-            padded_labels[row, : len(label)] = torch.tensor(label)
-        return BatchFeature({"decoder_input_ids": ids, "decoder_attention_mask": mask, "labels": padded_labels})
+        prompts = [self._fit_prompt(hits)[0] for hits in retrieved]
+        targets = [self.encode_caption(caption, max_caption_tokens) for caption in captions]
+        ids, mask = self._pad([own + target for own, target in zip(prompts, targets, strict=True)], None, left=False)
+        labels = ids.masked_fill(mask == 0, -100)
+        for row, prompt in enumerate(prompts):
+            labels[row, : len(prompt)] = -100
+        return BatchFeature({"decoder_input_ids": ids, "decoder_attention_mask": mask, "labels": labels})
 
     def encode_caption(self, caption: str, max_caption_tokens: int = DEFAULT_MAX_CAPTION_TOKENS) -> list[int]:
         """Token ids of a caption as it follows a prompt: `target_prefix` before it, the end token behind it."""
         target = self._encode(self.target_prefix + " ".join(caption.split()))[:max_caption_tokens]
         return [*target, self.tokenizer.eos_token_id]
-
-    def caption_tokens(self, captions: Sequence[str]) -> list[slice]:
-        """Where in the token ids of their prompt the captions stand; an empty slice for one that the prompt lacks."""
-        prompt = self.prompt
-        places = prompt.places(captions)
-        encoded = self.tokenizer(prompt.build(captions), add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
-        slices = []
-        for start, end in places:
-            own = [index for index, (first, last) in enumerate(offsets) if first < end and last > start]
-            slices.append(slice(own[0], own[-1] + 1) if own else slice(0, 0))
-        return slices
 
     def _fit_prompt(self, hits: Sequence[dict[str, Any] | str]) -> tuple[list[int], list[int]]:
         """Token ids of the prompt, and which captions it has: as many of the nearest ones as fit, without those that
@@ -313,20 +286,17 @@ class RecapProcessor(ProcessorMixin):
                 f"A prompt without captions has {len(empty)} tokens, more than "
                 f"`max_prompt_tokens`={self.max_prompt_tokens}."
             )
+
+        def encoded(rows: Sequence[int]) -> list[int]:
+            return self._encode(self.prompt.build([captions[row] for row in rows]))
+
         # A caption has at least one token: of thousands only the first can fit.
-        rows = [
-            row
-            for row, caption in enumerate(captions[: self.max_prompt_tokens])
-            if len(self._encode(self.prompt.build([caption]))) <= self.max_prompt_tokens
-        ]
-        # Every further caption makes the prompt longer: bisect.
-        fits, too_many = 0, len(rows) + 1
-        while too_many - fits > 1:
-            count = (fits + too_many) // 2
-            longer = self._encode(self.prompt.build([captions[row] for row in rows[:count]]))
-            fits, too_many = (count, too_many) if len(longer) <= self.max_prompt_tokens else (fits, count)
-        rows = rows[:fits]
-        return self._encode(self.prompt.build([captions[row] for row in rows])), rows
+        rows = range(min(len(captions), self.max_prompt_tokens))
+        rows = [row for row in rows if len(encoded([row])) <= self.max_prompt_tokens]
+        # Every further caption makes the prompt longer.
+        counts = range(1, len(rows) + 1)
+        fits = bisect.bisect_right(counts, self.max_prompt_tokens, key=lambda count: len(encoded(rows[:count])))
+        return encoded(rows[:fits]), rows[:fits]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -357,28 +327,32 @@ class RecapProcessor(ProcessorMixin):
 
     # ---------------------------------------------------------- check, files
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: Any, check_datastore: bool = True) -> None:
         """Refuses a model that this processor or its datastore does not belong to.
+
+        Args:
+            model ([`RecapForConditionalGeneration`]): the model.
+            check_datastore (`bool`, *optional*, defaults to `True`): compare the encoder of the datastore, too, which
+                costs a pass of the text tower.
 
         Raises:
             `ValueError`: if the tokenizer knows more tokens than the decoder, the prompt leaves no room for a
                 caption, the windows differ, or the datastore comes from another encoder.
         """
-        config = model.config
-        if len(self.tokenizer) > config.decoder.vocab_size:
+        config, size, end = model.config, len(self.tokenizer), self.tokenizer.eos_token_id
+        if size > config.decoder.vocab_size:
             raise ValueError(
-                f"The tokenizer has {len(self.tokenizer)} tokens, the decoder's vocabulary "
-                f"{config.decoder.vocab_size}: they do not belong together."
+                f"The tokenizer has {size} tokens, the decoder's vocabulary {config.decoder.vocab_size}: they do not "
+                "belong together."
             )
-        if self.tokenizer.eos_token_id != config.eos_token_id:
+        if end != config.eos_token_id:
             raise ValueError(
-                f"The tokenizer's end token has the id {self.tokenizer.eos_token_id}, the model's configuration says "
-                f"{config.eos_token_id}."
+                f"The tokenizer's end token has the id {end}, the model's configuration says {config.eos_token_id}."
             )
-        if self.feature_extractor.max_length_s != config.window_length_s:
+        length = self.feature_extractor.max_length_s
+        if length != config.window_length_s:
             raise ValueError(
-                f"The feature extractor's windows have {self.feature_extractor.max_length_s} s, the model's "
-                f"{config.window_length_s} s."
+                f"The feature extractor's windows have {length} s, the model's {config.window_length_s} s."
             )
         if self.max_prompt_tokens + config.prefix_places >= config.decoder.n_positions:
             prefix = f" (prefix: {config.prefix_places})" if config.prefix_places else ""
@@ -386,7 +360,7 @@ class RecapProcessor(ProcessorMixin):
                 f"`max_prompt_tokens` is {self.max_prompt_tokens}, but the decoder has {config.decoder.n_positions} "
                 f"positions for prompt and caption together{prefix}."
             )
-        if self.datastore is not None:
+        if check_datastore and self.datastore is not None:
             self.datastore.check_encoder(model.embed_fingerprint(self))
 
     def to_dict(self) -> dict[str, Any]:
@@ -432,11 +406,8 @@ class RecapProcessor(ProcessorMixin):
 
 def _find_datastore(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> CaptionDatastore | None:
     """The datastore inside a checkpoint, or `None`: a processor without one is complete too."""
-    hub_kwargs = {
-        name: kwargs[name]
-        for name in ("cache_dir", "force_download", "local_files_only", "revision", "token")
-        if name in kwargs
-    }
+    names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+    hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
     subfolder = os.path.join(kwargs.get("subfolder", ""), DATASTORE_FOLDER)
     if Path(name_or_path).is_dir():
         found = Path(name_or_path, subfolder, MANIFEST_NAME).is_file()

@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,8 +31,29 @@ def _caption_options() -> ModuleType:
 
 
 def add_caption_options(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of `CaptionOptions`."""
-    _caption_options().CaptionOptions.add_arguments(parser)
+    """A flag for each field of `CaptionOptions`: `--num-beams N`, in one group for each group of options."""
+    module, groups = _caption_options(), {}
+    for option in fields(module.CaptionOptions):
+        data = option.metadata
+        if data["group"] not in groups:
+            groups[data["group"]] = parser.add_argument_group(f"{data['group']} (default: the model's)")
+        settings: dict[str, Any] = {"help": data["help"]}
+        if data["kind"] is bool:
+            settings |= {"action": argparse.BooleanOptionalAction, "default": None}
+        else:
+            settings |= {"type": _option_type(module, option.name, data), "choices": data.get("choices")}
+            settings["metavar"] = None if "choices" in data else ("N" if data["kind"] is int else "X")
+        groups[data["group"]].add_argument("--" + option.name.replace("_", "-"), **settings)
+
+
+def _option_type(module: ModuleType, name: str, data: Mapping[str, Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return module.CaptionOptions.check(name, data["kind"](text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {module.expected(data)}, got {text!r}") from None
+
+    return parse
 
 
 def check_caption_options(args: argparse.Namespace) -> None:

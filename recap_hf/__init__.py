@@ -14,17 +14,17 @@ else:
     from recap_hf.assets import default_model_path, examples_path
     from recap_hf.audio.stream import AudioStream
     from recap_hf.audio.timeline import TimelineSettings, TimelineSummary, caption_timeline
+    from recap_hf.data.caption_tables import read_captions
     from recap_hf.modeling.audio_recap import load_audio
     from recap_hf.modeling.captioning_recap import Captioner, CaptionResult
     from recap_hf.modeling.configuration_recap import RecapConfig
     from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
     from recap_hf.modeling.generation_recap import RecapEncoderOutput
     from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
-    from recap_hf.modeling.options_recap import CaptionOptions
+    from recap_hf.modeling.options_recap import PROMPT_PRESETS, CaptionOptions, PromptTemplate
     from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
     from recap_hf.modeling.processing_recap import RecapProcessor
-    from recap_hf.modeling.prompt_recap import PROMPT_PRESETS, PromptTemplate
-    from recap_hf.modeling.retrieval_recap import CaptionDatastore, open_datastore, read_captions
+    from recap_hf.modeling.retrieval_recap import CaptionDatastore, open_datastore
     from recap_hf.registration import register
 
     register()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from recap_hf.modeling.audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
-from recap_hf.modeling.prompt_recap import PromptTemplate
+from recap_hf.modeling.options_recap import PromptTemplate
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 try:

@@ -21,8 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recap_hf.modeling.captioning_recap import Captioner, CaptionResult, recordings_together
+from recap_hf.modeling.captioning_recap import Captioner, CaptionResult
 from recap_hf.recordings import reason_of
+from recap_hf.streaming import recordings_together
 
 LOG_NAME = "workers.log"
 Note = Callable[[str], None]

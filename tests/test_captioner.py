@@ -18,8 +18,8 @@ from recap_hf import (
     CaptionOptions,
     RecapForConditionalGeneration,
     RecapProcessor,
+    streaming,
 )
-from recap_hf.modeling import captioning_recap
 from recap_hf.modeling.captioning_recap import _decoding_batches
 from recap_hf.modeling.generation_recap import RecapEncoderOutput
 
@@ -271,7 +271,7 @@ def test_files_are_encoded_together_and_come_in_their_order(captioner, files, tm
 
 
 def test_long_recordings_are_not_gathered(captioner, files, encoded_together, monkeypatch):
-    monkeypatch.setattr(captioning_recap, "_SECONDS_TOGETHER", 0.8)
+    monkeypatch.setattr(streaming, "_SECONDS_TOGETHER", 0.8)
     results = list(captioner.caption_stream(files[:4], 2))
     assert not any(isinstance(result, Exception) for _, result in results)
     assert encoded_together == [2, 2]

@@ -11,8 +11,9 @@ import soundfile
 
 from recap_cli import main
 from recap_hf import CaptionDatastore
-from recap_hf.modeling.datastore_files_recap import Int8Embeddings, decode_int8, encode_int8
-from recap_hf.modeling.retrieval_recap import choose_diverse, merge_round_robin
+from recap_hf.datastore.files import encode_int8
+from recap_hf.modeling.datastore_files_recap import Int8Embeddings, decode_int8
+from recap_hf.modeling.index_recap import choose_diverse, merge_round_robin
 
 
 def unit(vectors):

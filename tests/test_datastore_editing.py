@@ -31,8 +31,8 @@ from recap_hf.datastore import (
     remove_captions,
 )
 from recap_hf.datastore.editing import editing
+from recap_hf.datastore.files import locked
 from recap_hf.hub.push import copy_files, datastore_files
-from recap_hf.modeling.datastore_files_recap import locked
 
 NO_LIMIT = FilterOptions(max_tokens=None)
 

@@ -15,7 +15,8 @@ from recap_hf import Captioner, CaptionOptions
 from recap_hf.explain import explain_caption
 from recap_hf.explain.attribution import METHODS, Passage, attribute, token_log_probs
 from recap_hf.explain.audio_grid import AudioGrid
-from recap_hf.modeling.prompt_recap import OFFICIAL_PROMPT, PAPER_PROMPT
+from recap_hf.explain.explanation import caption_places, caption_tokens
+from recap_hf.modeling.options_recap import OFFICIAL_PROMPT, PAPER_PROMPT
 
 CAPTION = "a dog barks twice"
 WORD_PIECE = re.compile("Ġ?[a-z]+")
@@ -33,7 +34,7 @@ def passage(tiny_model, tiny_processor) -> Passage:
     retrieved = ["rain falls on a roof", "a baby cries"]
     prompt = tiny_processor.build_prompts(retrieved=[retrieved])["decoder_input_ids"]
     target = torch.tensor([tiny_processor.encode_caption(CAPTION)])
-    places = tiny_processor.caption_tokens(retrieved)
+    places = caption_tokens(tiny_processor, retrieved)
     return Passage(states, torch.cat([prompt, target], 1), prompt.shape[1], places, (1, 2, 32))
 
 
@@ -41,9 +42,9 @@ def test_places_of_captions_in_the_prompt(tiny_processor):
     captions = ["A dog barks. ", "", "rain This audio sounds like: falls"]
     for template, last in ((PAPER_PROMPT, "rain falls"), (OFFICIAL_PROMPT, "rain : falls")):
         text = template.build(captions)
-        assert [text[start:end] for start, end in template.places(captions)] == ["A dog barks", "", last]
+        assert [text[start:end] for start, end in caption_places(template, captions)] == ["A dog barks", "", last]
     ids = tiny_processor.build_prompts(retrieved=[captions])["decoder_input_ids"][0]
-    texts = [tiny_processor.tokenizer.decode(ids[place]).strip() for place in tiny_processor.caption_tokens(captions)]
+    texts = [tiny_processor.tokenizer.decode(ids[place]).strip() for place in caption_tokens(tiny_processor, captions)]
     assert [text.removesuffix(",") for text in texts] == ["A dog barks", "", "rain falls"]
 
 

@@ -21,7 +21,7 @@ def fetch(repo="user/m", **kwargs):
     return {str(path.relative_to(folder)): path.read_bytes().hex() for path in folder.rglob("*") if path.is_file()}
 """
 STORE = """
-from recap_hf.modeling.hub_recap import fetch_datastore
+from recap_hf.modeling.datastore_files_recap import fetch_datastore
 """
 
 

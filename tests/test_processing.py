@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recap_hf import PROMPT_PRESETS, CaptionDatastore, PromptTemplate, RecapProcessor
-from recap_hf.modeling.prompt_recap import clean_caption
+from recap_hf.modeling.options_recap import clean_caption
 
 
 def test_the_papers_prompt_to_the_letter():

@@ -123,7 +123,7 @@ def test_bad_searches_are_refused(store, arguments, message):
 
 
 def test_bad_captions_are_refused(tiny_model, tiny_processor):
-    with pytest.raises(ValueError, match="Caption 1 is empty"):
+    with pytest.raises(ValueError, match="Row 1 has no caption"):
         CaptionDatastore.from_captions(["a dog", "  "], tiny_model, tiny_processor)
     with pytest.raises(ValueError, match="got 2 captions and embeddings of shape"):
         CaptionDatastore.from_embeddings(["a", "b"], on_circle(0))

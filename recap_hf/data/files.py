@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recap_hf.modeling.caption_tables_recap import read_rows
 from recap_hf.modeling.retrieval_recap import normalize_clip_id
 from recap_hf.recordings import AUDIO_SUFFIXES
 
+from .caption_tables import read_rows
 from .schema import listed, require_columns
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recap_hf.modeling.caption_tables_recap import caption_columns
-
+from .caption_tables import caption_columns
 from .files import read_table, renamed
 from .schema import SPLITS, CaptionData, ClipRecord, LoadOptions, build_caption_data, canonical_split, require_columns
 

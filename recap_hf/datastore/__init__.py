@@ -14,7 +14,7 @@ from .editing import (
 from .embedding import CaptionEmbedder
 from .exporting import export_datastore
 from .filters import FilterOptions, LeakGuard, read_blacklist
-from .indexing import build_index
+from .indexing import StoredIndex, build_index
 from .milvus import MilvusCaptionDatastore
 from .sources import SourceOptions, read_source
 from .summary import describe, verify_datastore
@@ -27,6 +27,7 @@ __all__ = [
     "MilvusCaptionDatastore",
     "Selection",
     "SourceOptions",
+    "StoredIndex",
     "add_captions",
     "build_audio_datastore",
     "build_datastore",

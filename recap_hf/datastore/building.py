@@ -19,18 +19,13 @@ import numpy as np
 
 from recap_hf.modeling.datastore_files_recap import (
     EMBEDDING_TYPES,
-    LOCK_NAME,
     MANIFEST_NAME,
     TEXT_KEYS,
     CaptionRecords,
-    array_blocks,
-    locked,
-    publish,
-    write_captions,
-    write_new,
 )
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
+from .files import LOCK_NAME, array_blocks, fingerprint_entry, locked, publish, write_captions, write_new
 from .filters import CaptionFilter, FilterOptions
 from .indexing import DEFAULT_RECALL, build_index, check_index
 from .processes import process_pool
@@ -164,7 +159,7 @@ def publish_build(
             "dimension": embeddings.shape[1],
             "keys": keys,
             "dtype": options.dtype,
-            "fingerprint": fingerprint.astype(float).round(7).tolist(),
+            "fingerprint": fingerprint_entry(fingerprint),
             "report": report | {"exact_search": options.index == "exact"},
         }
         publish(folder, contents, new, index)

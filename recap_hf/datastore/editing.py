@@ -16,16 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.modeling.datastore_files_recap import (
-    AUDIO_KEYS,
-    array_blocks,
-    locked,
-    open_embeddings,
-    publish,
-    write_new,
-)
+from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS, open_embeddings
 from recap_hf.modeling.retrieval_recap import CaptionDatastore, normalize_clip_id, normalize_text
 
+from .files import array_blocks, fingerprint_entry, locked, publish, write_new
 from .filters import CaptionFilter, FilterOptions
 from .indexing import DEFAULT_RECALL, EXACT_UP_TO, build_index
 from .milvus import MilvusCaptionDatastore, is_milvus_name, refuse_milvus
@@ -282,8 +276,12 @@ def reembed_datastore(
 
         new = write_new(edit.folder, store.records, blocks(), shape, manifest["dtype"])
         kind = "exact" if (manifest["report"] or {}).get("exact_search") else "auto"
-        fingerprint = embedder.fingerprint.astype(float).round(7).tolist()
-        contents = {**manifest, "index": None, "dimension": shape[1], "fingerprint": fingerprint}
+        contents = {
+            **manifest,
+            "index": None,
+            "dimension": shape[1],
+            "fingerprint": fingerprint_entry(embedder.fingerprint),
+        }
         publish(edit.folder, contents, new, build_index(open_embeddings(new["embeddings"]), kind))
 
 

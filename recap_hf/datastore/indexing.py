@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from recap_hf.modeling.index_recap import INDEX_BACKENDS, ExactIndex, FaissIndex, StoredIndex, index_class
+from recap_hf.modeling.index_recap import INDEX_BACKENDS, ExactIndex, FaissIndex, index_class
 
 # Up to here exact search takes about 2 ms at dimension 512, and an index saves little.
 EXACT_UP_TO = 20_000
@@ -40,6 +41,45 @@ _EFFORT_RANGE = 8
 _COARSE_REFINED = 2.0
 _GAP, _NOISE = 1.0, 0.5
 _BLOCK_ROWS = 1 << 17
+
+
+class StoredIndex(Protocol):
+    """An index that is built of embeddings and saved in the folder of a datastore.
+
+    Attributes:
+        exact, max_k, num_candidates, description: see [`ExactIndex`].
+        backend: its name in `INDEX_BACKENDS` and in the manifest.
+        suffix: of its file: "faiss", "bin" or "npy".
+        kinds: the kinds that `build` makes.
+        num_rows, dimension: shape of the embeddings that it was made of.
+    """
+
+    exact: bool
+    max_k: int
+    num_candidates: int
+    description: dict[str, Any]
+    backend: str
+    suffix: str
+    kinds: tuple[str, ...]
+    num_rows: int
+    dimension: int
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See [`ExactIndex.search`]."""
+
+    @classmethod
+    def build(cls, embeddings: Any, kind: str, recall: float) -> StoredIndex:
+        """An index of unit vectors of shape `(rows, dimension)` that finds the share `recall` of the nearest rows."""
+
+    @classmethod
+    def read(cls, path: Path, description: Mapping[str, Any]) -> StoredIndex:
+        """The index in a file; a `ValueError` for a file that holds none."""
+
+    def write(self, path: Path) -> None:
+        """Writes the file."""
+
+    def refill(self, embeddings: Any, appended: bool) -> None:
+        """Takes over changed embeddings; `appended`: the first rows are those that the index has."""
 
 
 def index_kinds() -> dict[str, type[StoredIndex]]:

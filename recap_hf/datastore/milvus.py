@@ -104,7 +104,7 @@ def connect(address: str, token: str | None = None) -> Any:
 
 class MilvusCollection:
     """Rows of one collection, read as they are asked for; those of the latest search are kept. It is the
-    [`SearchIndex`] of its datastore, which takes its results for complete, whatever index Milvus has."""
+    [`StoredIndex`] of its datastore, which takes its results for complete, whatever index Milvus has."""
 
     exact = True
     num_candidates = 32
@@ -199,7 +199,7 @@ class MilvusCollection:
         return {"backend": "milvus", "kind": self.kind, **known, "search": self.search_params}
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See [`SearchIndex.search`]."""
+        """See [`ExactIndex.search`]."""
         params = dict(self.search_params)
         if self.kind in _DEPTHS:
             depth = _DEPTHS[self.kind]

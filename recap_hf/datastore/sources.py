@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recap_hf.data.loading import NAMED_DATASETS
-from recap_hf.data.published import parse_abstract_captions
-from recap_hf.data.schema import SPLITS, canonical_split, listed
-from recap_hf.modeling.caption_tables_recap import (
+from recap_hf.data.caption_tables import (
     CAPTION_SUFFIXES,
     RESULT_COLUMNS,
     caption_columns,
     captions_in,
     read_rows,
 )
+from recap_hf.data.loading import NAMED_DATASETS
+from recap_hf.data.published import parse_abstract_captions
+from recap_hf.data.schema import SPLITS, canonical_split, listed
 from recap_hf.modeling.retrieval_recap import MANIFEST_NAME, CaptionDatastore
 
 CAPTION_CHOICES = ("all", "published", "weak")

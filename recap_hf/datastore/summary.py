@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from recap_hf.hub.licences import forbids_commercial_use
-from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS, BLOCK_ROWS
+from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
+from .files import BLOCK_ROWS
 from .filters import DuplicateCounter
 from .indexing import RECALL_AT, TUNING_QUERIES, Queries, answer, exact_rows, tuning_queries
 from .milvus import refuse_milvus

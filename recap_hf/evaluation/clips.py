@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.modeling.caption_tables_recap import read_rows
+from recap_hf.data.caption_tables import read_rows
 from recap_hf.scoring import match_clips, read_clip_list
 
 # Words that join two events in a caption: "a dog barks and a car passes, then rain falls".

@@ -13,6 +13,7 @@ import torch
 from recap_hf.modeling.audio_recap import resample, to_mono
 from recap_hf.modeling.captioning_recap import Captioner, evaluation_mode
 from recap_hf.modeling.generation_recap import RecapEncoderOutput
+from recap_hf.modeling.options_recap import PLACEHOLDER, PromptTemplate
 
 from .attribution import METHODS, Attribution, Passage, attribute, hidden_log_probs
 from .audio_grid import AudioGrid
@@ -211,7 +212,7 @@ def explain_caption(
             states=encoding.last_hidden_state.clone(),
             ids=torch.cat([prompt, prompt.new_tensor([target])], dim=1),
             start=prompt.shape[1],
-            captions=processor.caption_tokens([hit["caption"] for hit in hits]),
+            captions=caption_tokens(processor, [hit["caption"] for hit in hits]),
             grid=grid.shape,
         )
         text, words = _words_of(target, processor.tokenizer)
@@ -229,6 +230,30 @@ def explain_caption(
         band_edges_hz=np.array(grid.band_edges_hz),
         duration_s=grid.duration_s,
     )
+
+
+def caption_tokens(processor: Any, captions: Sequence[str]) -> list[slice]:
+    """Where the captions are in the token ids of their prompt; an empty slice for one that the prompt lacks."""
+    places = caption_places(processor.prompt, captions)
+    text = processor.prompt.build(captions)
+    offsets = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    slices = []
+    for start, end in places:
+        own = [index for index, (first, last) in enumerate(offsets) if first < end and last > start]
+        slices.append(slice(own[0], own[-1] + 1) if own else slice(0, 0))
+    return slices
+
+
+def caption_places(prompt: PromptTemplate, captions: Sequence[str]) -> list[tuple[int, int]]:
+    """First and last character (exclusive) of each caption in `prompt.build(captions)`; equal for an empty one."""
+    place = prompt.template.index(PLACEHOLDER)
+    places, separator = [], ""
+    for text in map(prompt.cleaned, captions):
+        start = place + len(separator) if text else place
+        place = start + len(text)
+        places.append((start, place))
+        separator = prompt.separator if text else separator
+    return places
 
 
 def _explain_word(

@@ -11,8 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recap_hf.modeling.options_recap import RETRIEVAL, CaptionOptions
-from recap_hf.modeling.prompt_recap import PAPER_PROMPT
+from recap_hf.modeling.options_recap import PAPER_PROMPT, RETRIEVAL, CaptionOptions
 
 from .cards import DatastoreFacts, ModelDescription
 from .facts import DataSource

@@ -179,6 +179,18 @@ def push_datastore(
         return upload(stage, repo_id, "dataset", options, DATASTORE_REPLACES)
 
 
+def push_store(store: Any, repo_id: str, **options: Any) -> CommitInfo:
+    """Saves a datastore and pushes its files; see `CaptionDatastore.push_to_hub`.
+
+    Args:
+        options: fields of `PushOptions`.
+    """
+    options.setdefault("commit_message", "Upload caption datastore")
+    with tempfile.TemporaryDirectory() as name:
+        store.save_pretrained(name)
+        return upload(Path(name), repo_id, "dataset", PushOptions(**options), DATASTORE_REPLACES[1:]).commit
+
+
 def datastore_files(folder: Path) -> tuple[str, ...]:
     """Names of the files of a datastore: its manifest, the files that the manifest names, card and licence."""
     from recap_hf.modeling.retrieval_recap import MANIFEST_NAME

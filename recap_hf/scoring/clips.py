@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recap_hf.modeling.caption_tables_recap import read_rows
+from recap_hf.data.caption_tables import read_rows
 from recap_hf.modeling.retrieval_recap import normalize_clip_id
 
 _EXTENSION = re.compile(r"\.(wav|flac|ogg|oga|opus|mp3|m4a|aac|webm|aiff?|npy|mp4|mkv)$", re.IGNORECASE)

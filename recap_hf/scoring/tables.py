@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recap_hf.modeling.caption_tables_recap import read_captions, read_rows
+from recap_hf.data.caption_tables import read_captions, read_rows
 
 from .clips import ID_COLUMNS
 

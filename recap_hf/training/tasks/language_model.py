@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recap_hf.modeling.prompt_recap import PAPER_PROMPT
+from recap_hf.modeling.options_recap import PAPER_PROMPT
 
 from ..collator import PromptedCaptions, with_targets
 from ..config import AT_LEAST_1, NOT_NEGATIVE, SHARE, TrainingConfig, option, other_default, require

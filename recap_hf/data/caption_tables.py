@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CAPTION_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".parquet")
+from recap_hf.modeling.retrieval_recap import CAPTION_SUFFIXES
+
 # Columns of the package's own results, which say nothing of a caption in a datastore.
 RESULT_COLUMNS = frozenset({"score", "row", "retrieved", "candidates", "similarity"})
 
@@ -68,13 +69,15 @@ def read_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             `.parquet`.
 
     Raises:
-        `OSError`: if there is no such file. `ValueError`: for another suffix, text that is not UTF-8 and what does
+        OSError: there is no such file. ValueError: for another suffix, text that is not UTF-8 and what does
             not parse, with the line; a row with more or fewer cells than the first line is refused.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in CAPTION_SUFFIXES:
         raise ValueError(f"{path}: captions are read from {', '.join(CAPTION_SUFFIXES)} files, not from {suffix!r}.")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file of captions.")
     try:
         if suffix == ".parquet":
             rows = _parquet_rows(path)

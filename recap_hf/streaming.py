@@ -1,0 +1,78 @@
+"""Captions of recordings of any number: read ahead by threads, encoded in groups, decoded in batches."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from recap_hf.modeling.captioning_recap import READ_ERRORS, Captioner, CaptionResult
+
+# Batches of the decoder that are encoded together, and the seconds of sound that are enough for less.
+_BATCHES_TOGETHER, _SECONDS_TOGETHER = 4, 640.0
+
+
+def recordings_together(batch_size: int) -> int:
+    """The number of readable recordings that `caption_stream` encodes together at the most. A run that is cut at
+    multiples of it gives the same captions to the last digit."""
+    return _BATCHES_TOGETHER * batch_size
+
+
+def caption_stream(
+    captioner: Captioner, sources: Iterable[Any], batch_size: int = 8
+) -> Iterator[tuple[Any, CaptionResult | Exception]]:
+    """See `Captioner.caption_stream`."""
+    waiting: list[tuple[Any, Any]] = []
+    together = recordings_together(batch_size)
+    for source, waveform in _read_ahead(captioner, sources, 2 * together):
+        waiting.append((source, waveform))
+        readable = [one for _, one in waiting if not isinstance(one, Exception)]
+        seconds = sum(map(len, readable)) / captioner.sampling_rate
+        whole = len(readable) and not len(readable) % batch_size
+        if whole and (len(readable) >= together or seconds >= _SECONDS_TOGETHER):
+            yield from _caption_batch(captioner, waiting, batch_size)
+            waiting = []
+    yield from _caption_batch(captioner, waiting, batch_size)
+
+
+def _caption_batch(
+    captioner: Captioner, waiting: list[tuple[Any, Any]], batch_size: int
+) -> Iterator[tuple[Any, CaptionResult | Exception]]:
+    waveforms = [one for _, one in waiting if not isinstance(one, Exception)]
+    results = iter(captioner.caption(waveforms, batch_size))
+    for source, one in waiting:
+        yield source, one if isinstance(one, Exception) else next(results)
+
+
+def _read_ahead(
+    captioner: Captioner, sources: Iterable[Any], ahead: int
+) -> Iterator[tuple[Any, np.ndarray | Exception]]:
+    def read(source: Any) -> np.ndarray | Exception:
+        try:
+            return captioner.read(source)
+        except READ_ERRORS as error:
+            return error
+
+    # One core is the model's; libsndfile and soxr release Python's lock.
+    with ThreadPoolExecutor(max_workers=max(1, min(8, (os.cpu_count() or 1) - 1))) as pool:
+        pending: deque[tuple[Any, Future[Any]]] = deque()
+        try:
+            for source in sources:
+                pending.append((source, pool.submit(read, source)))
+                if len(pending) > ahead:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            while pending:
+                first, future = pending.popleft()
+                yield first, future.result()
+        finally:
+            # A caller that stops early does not wait for recordings that it will not get.
+            for _, future in pending:
+                future.cancel()
+
+
+__all__ = ["caption_stream", "recordings_together"]

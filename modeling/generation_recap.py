@@ -122,13 +122,11 @@ class RecapGenerationMixin(GenerationMixin):
             if processor is None:
                 raise ValueError(
                     "RECAP's decoder continues a prompt and none was given: pass `decoder_input_ids` and "
-                    "`decoder_attention_mask` from `processor.build_prompts(encoding.audio_embeds)`, or "
-                    "`processor=processor` to have them built."
+                    "`decoder_attention_mask` from `processor.build_prompts(encoding.audio_embeds)`, or `processor`."
                 )
             processor.check_model(self)
             prompts = processor.build_prompts(encoder_outputs.audio_embeds)
-            kwargs["decoder_input_ids"] = prompts["decoder_input_ids"]
-            kwargs["decoder_attention_mask"] = prompts["decoder_attention_mask"]
+            kwargs |= {name: prompts[name] for name in ("decoder_input_ids", "decoder_attention_mask")}
         device = encoder_outputs.last_hidden_state.device
         for name in ("decoder_input_ids", "decoder_attention_mask"):
             if kwargs.get(name) is not None:
@@ -226,6 +224,13 @@ def _check_prefix(generation_config: GenerationConfig, kwargs: dict[str, Any]) -
             )
 
 
+# The setting that does nothing, and the processor, of each penalty on repetition.
+_PENALTIES = {
+    "repetition_penalty": (1.0, RepetitionPenaltyLogitsProcessor),
+    "no_repeat_ngram_size": (0, NoRepeatNGramLogitsProcessor),
+}
+
+
 def _take_penalties(
     given: GenerationConfig | None, default: GenerationConfig, kwargs: dict[str, Any]
 ) -> GenerationConfig | None:
@@ -233,26 +238,23 @@ def _take_penalties(
 
     Returns the configuration to generate with: `given`, copied where it has such a penalty.
     """
-    config = given or default
-    neutral = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-    values = {name: kwargs.pop(name, None) for name in neutral}
-    values = {name: getattr(config, name, None) if value is None else value for name, value in values.items()}
-    if not any(values[name] not in (None, value) for name, value in neutral.items()):
-        return given
-    if given is None:
-        # What is left out, `generate` would fill in from the model's own configuration.
-        kwargs |= neutral
-    else:
-        given = copy.deepcopy(given)
-        given.update(**neutral)
-    processors: list[LogitsProcessor] = []
-    if values["repetition_penalty"] not in (None, 1.0):
-        processors.append(RepetitionPenaltyLogitsProcessor(values["repetition_penalty"]))
-    if values["no_repeat_ngram_size"]:
-        processors.append(NoRepeatNGramLogitsProcessor(values["no_repeat_ngram_size"]))
-    length = kwargs["decoder_input_ids"].shape[1]
-    others = kwargs.get("logits_processor") or []
-    kwargs["logits_processor"] = LogitsProcessorList([*(_AfterPrompt(one, length) for one in processors), *others])
+    length, processors, configured = kwargs["decoder_input_ids"].shape[1], [], False
+    for name, (neutral, processor) in _PENALTIES.items():
+        in_config, value = getattr(given or default, name, None), kwargs.pop(name, None)
+        value = in_config if value is None else value
+        configured = configured or in_config not in (None, neutral)
+        if value not in (None, neutral):
+            processors.append(_AfterPrompt(processor(value), length))
+    if configured:
+        neutral = {name: value for name, (value, _) in _PENALTIES.items()}
+        if given is None:
+            # What is left out, `generate` would fill in from the model's own configuration.
+            kwargs |= neutral
+        else:
+            given = copy.deepcopy(given)
+            given.update(**neutral)
+    if processors:
+        kwargs["logits_processor"] = LogitsProcessorList([*processors, *(kwargs.get("logits_processor") or [])])
     return given
 
 

@@ -217,11 +217,11 @@ def open_index(folder: Path, manifest: Mapping[str, Any]) -> Any:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: missing, the datastore is incomplete.") from error
         raise
-    expected = (manifest["num_captions"], manifest["dimension"])
-    if (index.num_rows, index.dimension) != expected:
+    rows, dimension = manifest["num_captions"], manifest["dimension"]
+    if (index.num_rows, index.dimension) != (rows, dimension):
         raise ValueError(
-            f"{path}: holds {index.num_rows} rows of dimension {index.dimension}, expected {expected[0]} of dimension "
-            f"{expected[1]}: it is of another datastore."
+            f"{path}: of another datastore, it holds {index.num_rows} rows of dimension {index.dimension}, expected "
+            f"{rows} of dimension {dimension}."
         )
     return index
 

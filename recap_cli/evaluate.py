@@ -106,13 +106,15 @@ def _clap_scorer(args: argparse.Namespace, captioner: Any) -> Any:
     if not args.clap_score_model:
         return None
     from recap_hf.evaluation.clap_score import ClapScorer, clap_scores
-    from recap_hf.scoring import read_predictions
+    from recap_hf.evaluation.runner import read_predictions
 
     scorer = ClapScorer(args.clap_score_model, args.device)
     scorer.refuse_own(captioner)
 
     def score(clips: Any, folder: Any) -> dict[str, dict[str, Any]]:
-        captions = {name: read_predictions(folder.predictions_file(name)).predictions for name in folder.systems}
+        captions = {
+            name: [row["prediction"] for row in read_predictions(folder.path, name)] for name in folder.systems
+        }
         scores = clap_scores(scorer, clips, captions, args.batch_size)
         return {name: {"clap_score": values} for name, values in scores.items()}
 

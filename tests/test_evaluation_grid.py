@@ -15,7 +15,7 @@ from browser_parts import assert_there_is_something_to_see, look_at, needs_brows
 from recap_cli import main
 from recap_hf.evaluation.clips import estimate_events
 from recap_hf.evaluation.grid import Grid
-from recap_hf.evaluation.grid_config import make_grid, read_grid
+from recap_hf.evaluation.grid_config import Model, Run, make_grid, read_grid
 from recap_hf.scoring.bootstrap import gain_difference, mean_difference
 
 needs_scoring = pytest.mark.skipif(
@@ -68,7 +68,7 @@ def config(folder_of_domains, **values):
 
 def test_plan_holds_every_combination(domains, tmp_path):
     grid = Grid(make_grid(config(domains)), tmp_path)
-    runs = list(grid.runs())
+    runs = list(grid.config.runs())
     # 3 training sets x 2 seeds x 2 test sets; datastores: two domains and large, and for both together also both;
     # the main row once more for the second k.
     assert len(runs) == 2 * 2 * ((3 + 1) + (3 + 1) + (4 + 1))
@@ -90,8 +90,9 @@ def test_plan_holds_every_combination(domains, tmp_path):
 )
 def test_rows_are_named_as_in_the_paper(composition, training_set, test_set, label):
     grid = make_grid({"domains": {"clotho": {"dataset": "clotho"}, "audiocaps": {"dataset": "audiocaps"}}})
-    assert grid.datastore_label(composition, training_set, test_set) == label
-    assert grid.training_title(training_set) in ("Clotho", "Clotho & AudioCaps")
+    run = Run(Model(tuple(training_set), 42), test_set, tuple(composition), 4)
+    assert grid.label(run) == label
+    assert grid.title(run.model.training_set) in ("Clotho", "Clotho & AudioCaps")
 
 
 def test_example_is_a_grid(tmp_path, capsys):
@@ -133,7 +134,7 @@ def test_wrong_grids_are_refused(domains, change, message):
 def test_plan_holds_related_methods_shares_and_indexes(domains, tmp_path):
     axes = {"related_methods": ["prefix", "audio_to_audio"], "shares": [0.5, 0.1], "indexes": ["hnsw"]}
     grid = Grid(make_grid(config(domains, training_sets=["yard"], seeds=[1], **axes)), tmp_path)
-    folders = [run.folder for run in grid.runs()]
+    folders = [run.folder for run in grid.config.runs()]
     assert len(set(folders)) == len(folders)
     own = [folder for folder in folders if folder.startswith("runs/stage/")]
     assert own == [
@@ -148,15 +149,15 @@ def test_plan_holds_related_methods_shares_and_indexes(domains, tmp_path):
         "runs/stage/yard-seed1-audio_to_audio/yard-k2",
         "runs/stage/yard-seed1-audio_to_audio/stage-k2",
     ]
-    assert [method for _, _, method in grid.trainings()] == ["", "prefix", "audio_to_audio"]
-    labels = {grid.label(run) for run in grid.runs() if run.test_set == "stage"}
+    assert [model.method for model in grid.config.all_models()] == ["", "prefix", "audio_to_audio"]
+    labels = {grid.config.label(run) for run in grid.config.runs() if run.test_set == "stage"}
     assert "audio-to-audio on CLAP (after Koizumi et al. [7]) w/ DS of yard" in labels
     assert {"w/ DSlarge, 0.1 of it", "w/ DSlarge, index hnsw", "prefix on CLAP (after Kim et al. [6])"} <= labels
 
 
 def test_without_a_large_store_the_own_one_varies(domains, tmp_path):
     grid = Grid(make_grid(config(domains, training_sets=["yard"], seeds=[1], large=None, shares=[0.5])), tmp_path)
-    assert [run.folder for run in grid.runs() if run.share < 1] == [
+    assert [run.folder for run in grid.config.runs() if run.share < 1] == [
         "runs/yard/yard-seed1/yard-k2-share0.5",
         "runs/stage/yard-seed1/stage-k2-share0.5",
     ]

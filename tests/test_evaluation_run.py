@@ -17,7 +17,15 @@ import torch
 
 from recap_cli import main
 from recap_hf import Captioner, CaptionOptions, CaptionResult
-from recap_hf.evaluation import SYSTEMS, EvaluationFolder, Systems, caption_clips, load_test_clips
+from recap_hf.evaluation import (
+    SYSTEMS,
+    EvaluationFolder,
+    Systems,
+    caption_clips,
+    load_test_clips,
+    predictions_file,
+    read_predictions,
+)
 from recap_hf.evaluation.systems import EncodingCache
 
 needs_scoring = pytest.mark.skipif(
@@ -56,10 +64,6 @@ def checkpoint(tiny_model, tiny_processor, tmp_path):
     return str(tmp_path / "model")
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_the_captioner_is_the_pipeline(captioner, recordings, tmp_path):
     """The rows called recap are what `pipeline("audio-captioning")` says about the same files."""
     from recap_hf import AudioCaptioningPipeline
@@ -69,7 +73,7 @@ def test_the_captioner_is_the_pipeline(captioner, recordings, tmp_path):
     pipe = AudioCaptioningPipeline(model=captioner.model, processor=captioner.processor)
     paths = [str(recordings / f"clip {number}.wav") for number in range(NUM_CLIPS)]
     expected = pipe(paths, batch_size=4, k=2, max_new_tokens=6, num_beams=2)
-    rows = read(folder.predictions_file("recap"))
+    rows = read_predictions(folder.path, "recap")
     assert [row["prediction"] for row in rows] == [result["caption"] for result in expected]
     assert [row["retrieved"] for row in rows] == [result["retrieved"] for result in expected]
     assert rows[5]["prediction"] == "silence"
@@ -80,7 +84,7 @@ def test_baselines_get_what_they_should(captioner, recordings, tmp_path):
     clips = load_test_clips("audiofolder", recordings, max_clips=4)
     assert clips.name.endswith("test, first 4")
     folder = caption_clips(Systems(captioner), clips, tmp_path, batch_size=4)
-    rows = {name: read(folder.predictions_file(name)) for name in SYSTEMS}
+    rows = {name: read_predictions(folder.path, name) for name in SYSTEMS}
     for number in range(4):
         retrieved = rows["recap"][number]["retrieved"]
         assert len(retrieved) == 2
@@ -154,14 +158,14 @@ def test_folder_goes_on_at_a_whole_batch(tmp_path):
     folder = EvaluationFolder(tmp_path, settings, ["recap"], 2)
     folder.append(["a", "b"], [["x"], ["y"]], predictions(2))
     folder.append(["c", "d"], [["x"], ["y"]], predictions(2))
-    whole = folder.predictions_file("recap").read_bytes()
+    whole = predictions_file(folder.path, "recap").read_bytes()
     # Killed in the middle of the fourth line.
-    folder.predictions_file("recap").write_bytes(whole[:-10])
+    predictions_file(folder.path, "recap").write_bytes(whole[:-10])
     again = EvaluationFolder(tmp_path, settings, ["recap"], 2)
     assert again.done == 2
-    assert len(read(again.predictions_file("recap"))) == 2
+    assert len(read_predictions(again.path, "recap")) == 2
     again.append(["c", "d"], [["x"], ["y"]], predictions(2))
-    assert again.predictions_file("recap").read_bytes() == whole
+    assert predictions_file(again.path, "recap").read_bytes() == whole
     again.append(["e"], [["z"]], predictions(1))
     assert EvaluationFolder(tmp_path, settings, ["recap"], 2).done == 5
 
@@ -276,7 +280,7 @@ def test_kept_encodings_change_nothing(captioner, recordings, tmp_path):
     captioner.model.encode_audio = lambda **inputs: calls.append(1) or encode(**inputs)
     for name in ("first", "second"):
         run = caption_clips(sharing, clips, tmp_path / name, names=["recap"], batch_size=4)
-        assert run.predictions_file("recap").read_bytes() == plain.predictions_file("recap").read_bytes()
+        assert predictions_file(run.path, "recap").read_bytes() == predictions_file(plain.path, "recap").read_bytes()
     assert len(calls) == 3
     caption_clips(sharing, clips.select(range(1, 5)), tmp_path / "others", names=["recap"], batch_size=4)
     assert len(calls) == 4

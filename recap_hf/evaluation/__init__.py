@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from .clips import EvaluationClips, load_test_clips
-from .folder import EvaluationFolder
-from .runner import caption_clips, score_folder
+from .runner import EvaluationFolder, caption_clips, predictions_file, read_predictions, score_folder
 from .systems import SYSTEMS, Systems, load_captioner
 from .tables import markdown_table, result_tables
 
@@ -17,6 +16,8 @@ __all__ = [
     "load_captioner",
     "load_test_clips",
     "markdown_table",
+    "predictions_file",
+    "read_predictions",
     "result_tables",
     "score_folder",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +26,49 @@ RELATED_LABELS = {
 
 
 @dataclass(frozen=True)
+class Model:
+    """A captioner of the grid: its training set, its seed, and a key of `RELATED_METHODS` or empty for RECAP."""
+
+    training_set: tuple[str, ...]
+    seed: int
+    method: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name in `models` of the YAML file, which has one folder per seed."""
+        return "+".join(self.training_set) + (f":{self.method}" if self.method else "")
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{'+'.join(self.training_set)}-seed{self.seed}" + (f"-{self.method}" if self.method else "")
+
+
+@dataclass(frozen=True)
 class Run:
     """One evaluation of the grid.
 
     Args:
-        training_set, seed: of the captioner.
+        model: the captioner.
         test_set: domain that it captions.
         datastore: domains whose training captions it retrieves from, or `("large",)`; empty: no retrieval.
         k: captions in the prompt.
-        method: a key of `RELATED_METHODS`, or empty for RECAP.
         share: of the datastore's captions, drawn at random; smaller shares are part of larger ones.
         index: kind of the search index; empty: that of the datastore.
     """
 
-    training_set: tuple[str, ...]
-    seed: int
+    model: Model
     test_set: str
     datastore: tuple[str, ...]
     k: int
-    method: str = ""
     share: float = 1.0
     index: str = ""
-
-    @property
-    def model(self) -> str:
-        """Name of its captioner."""
-        return f"{'+'.join(self.training_set)}-seed{self.seed}" + (f"-{self.method}" if self.method else "")
 
     @property
     def folder(self) -> str:
         """Its path below the grid's folder."""
         variant = (f"-share{self.share:g}" if self.share < 1 else "") + (f"-{self.index}" if self.index else "")
-        return f"runs/{self.test_set}/{self.model}/{'+'.join(self.datastore) or 'none'}-k{self.k}{variant}"
+        return f"runs/{self.test_set}/{self.model.name}/{'+'.join(self.datastore) or 'none'}-k{self.k}{variant}"
 
     @property
     def varies_datastore(self) -> bool:
@@ -70,7 +81,6 @@ class Domain:
     """A dataset with a training and a test split.
 
     Args:
-        name: as in the tables; `clotho` and `audiocaps` add the published rows.
         dataset, data_dir, audio_dir, columns, allow_missing: see `recap_hf.data.load_captions`.
         split: the split that is captioned.
         clip_list, youtube_ids, max_clips: see `load_test_clips`.
@@ -78,7 +88,6 @@ class Domain:
             the words of the references.
     """
 
-    name: str
     dataset: str
     data_dir: str | None = None
     audio_dir: str | None = None
@@ -90,18 +99,13 @@ class Domain:
     max_clips: int = 0
     events: str | None = None
 
-    @property
-    def title(self) -> str:
-        """Name for people."""
-        return TEST_SETS.get(self.name, self.name)
-
 
 @dataclass(frozen=True)
 class GridConfig:
     """All settings of a grid; the fields are the keys of its YAML file.
 
     Args:
-        domains: by name.
+        domains: by their names in the tables; `clotho` and `audiocaps` add the published rows.
         training_sets: lists of names of domains; default: each alone, and all together.
         models: "a" or "a+b" (a training set), "a:prefix" (a related method on it) -> checkpoint folders, one per seed,
             instead of training.
@@ -139,36 +143,71 @@ class GridConfig:
         """The caption options in `evaluation`."""
         return CaptionOptions.from_dict({key: self.evaluation[key] for key in _OPTIONS if key in self.evaluation})
 
-    def datastores(self, training_set: Sequence[str]) -> list[tuple[str, ...]]:
-        """Datastores to retrieve from: the training set's, each domain's, and the large one."""
-        compositions = [tuple(training_set), *((name,) for name in self.domains)]
-        return list(dict.fromkeys(compositions + ([(LARGE,)] if self.large is not None else [])))
+    def all_models(self) -> list[Model]:
+        """Every captioner, given or trained."""
+        return [
+            Model(training_set, seed, method)
+            for training_set in self.training_sets
+            for seed in self.seeds
+            for method in ("", *self.related_methods)
+        ]
 
-    def training_title(self, training_set: Sequence[str]) -> str:
+    def runs(self) -> Iterator[Run]:
+        """Every evaluation, those of one model together.
+
+        RECAP has every datastore at the first k, the main row at every k, and one datastore in shares and by index. A
+        prefix retrieves nothing; audio-to-audio has the datastores of the training and the test set.
+        """
+        for model in self.all_models():
+            own, first_k = model.training_set, self.k[0]
+            for test_set in self.domains:
+                if model.method == PREFIX:
+                    yield Run(model, test_set, (), 0)
+                    continue
+                others = [(test_set,)] if model.method else [*((name,) for name in self.domains), *self._large]
+                runs = [Run(model, test_set, store, first_k) for store in dict.fromkeys([own, *others])]
+                for run in runs:
+                    all_k = self.k if self.is_main(run) else [first_k]
+                    yield from (replace(run, k=k) for k in all_k)
+                varied = next((run for run in runs if not model.method and self.is_varied(run)), None)
+                if varied:
+                    yield from (replace(varied, share=share) for share in self.shares)
+                    yield from (replace(varied, index=index) for index in self.indexes)
+
+    @property
+    def _large(self) -> list[tuple[str, ...]]:
+        return [] if self.large is None else [(LARGE,)]
+
+    def is_main(self, run: Run) -> bool:
+        """Whether a run belongs to the row that the paper calls DS."""
+        return self.label(run) == MAIN_ROW
+
+    def is_varied(self, run: Run) -> bool:
+        """Whether size and index of a run's datastore are varied: of the large one, or else of the main row's."""
+        return self.is_main(run) if self.large is None else run.datastore == (LARGE,)
+
+    def title(self, training_set: tuple[str, ...]) -> str:
         """Name of a training set as in the paper's first column."""
-        key = "+".join(training_set)
-        return TRAINING_SETS.get(key) or " & ".join(self.domains[name].title for name in training_set)
+        return TRAINING_SETS.get("+".join(training_set)) or " & ".join(
+            TEST_SETS.get(name, name) for name in training_set
+        )
 
-    def run_label(self, run: Run) -> str:
-        """Name of a run's row, by its datastore and what else distinguishes it."""
-        if run.method == PREFIX:
+    def label(self, run: Run) -> str:
+        """Name of a run's row: as in the paper, DS holds captions of the test set's own training split."""
+        own, store, test_set = run.model.training_set, run.datastore, run.test_set
+        if run.model.method == PREFIX:
             return RELATED_LABELS[PREFIX]
-        label = self.datastore_label(run.datastore, run.training_set, run.test_set)
-        if run.method:
-            label = f"{RELATED_LABELS[run.method]} {label}"
-        if run.share < 1:
-            label += f", {run.share:.3g} of it"
+        label = f"w/ DS of {self.title(store)}"
+        if store == (LARGE,):
+            label = LARGE_ROW
+        elif (store == own and test_set in own) or (store == (test_set,) and test_set not in own):
+            label = MAIN_ROW
+        elif store == (test_set,):
+            label += " alone"
+        if run.model.method:
+            label = f"{RELATED_LABELS[run.model.method]} {label}"
+        label += f", {run.share:.3g} of it" if run.share < 1 else ""
         return f"{label}, index {run.index}" if run.index else label
-
-    def datastore_label(self, composition: Sequence[str], training_set: Sequence[str], test_set: str) -> str:
-        """Name of a row by its datastore: as in the paper, DS holds captions of the test set's training split."""
-        if tuple(composition) == (LARGE,):
-            return LARGE_ROW
-        if tuple(composition) == tuple(training_set) and test_set in composition:
-            return MAIN_ROW
-        if tuple(composition) == (test_set,):
-            return MAIN_ROW if test_set not in training_set else f"w/ DS of {self.domains[test_set].title} alone"
-        return "w/ DS of " + self.training_title(composition)
 
 
 # k is an axis of the grid.
@@ -201,32 +240,36 @@ def make_grid(content: Any, where: str = "the grid") -> GridConfig:
         raise ValueError(f"{where}: expected a mapping with the key 'domains'")
     if "neighbours" in content:
         raise ValueError(f"{where}: the key 'neighbours' is now called 'related_methods'")
-    _refuse_unknown(content, {item.name for item in fields(GridConfig)}, where)
+    _refuse_unknown(content, [item.name for item in fields(GridConfig)], where)
     values = {key: value for key, value in content.items() if value is not None}
-    domains = {name: _domain(name, domain, where) for name, domain in values["domains"].items()}
+    domains = values["domains"] = {name: _domain(name, domain, where) for name, domain in values["domains"].items()}
     sets = values.get("training_sets") or [[name] for name in domains] + ([list(domains)] if len(domains) > 1 else [])
-    values |= {"domains": domains, "training_sets": tuple((s,) if isinstance(s, str) else tuple(s) for s in sets)}
+    values["training_sets"] = tuple((names,) if isinstance(names, str) else tuple(names) for names in sets)
     for names in values["training_sets"]:
         unknown = [name for name in names if name not in domains]
         if unknown:
             raise ValueError(f"{where}: training set {list(names)} names {unknown[0]!r}, which is no domain")
     for key, known in _KEYS.items():
-        _refuse_unknown(values.get(key) or {}, set(known), f"{where}, {key}")
+        _refuse_unknown(values.get(key) or {}, known, f"{where}, {key}")
     for key in ("seeds", "k"):
-        values[key] = _numbers(values, key, "whole numbers", lambda n: isinstance(n, int) and n >= 0, where)
-    between = "numbers between 0 and 1"
-    values["shares"] = _numbers(values, "shares", between, lambda n: isinstance(n, (int, float)) and 0 < n < 1, where)
-    values["shares"] = tuple(sorted(values["shares"]))
-    values["indexes"] = tuple(map(str, values.get("indexes", ())))
+        _check_list(values, key, "whole numbers", lambda n: isinstance(n, int) and n >= 0, where)
+    _check_list(values, "shares", "numbers between 0 and 1", lambda n: isinstance(n, int | float) and 0 < n < 1, where)
+    _check_list(values, "indexes", "names", lambda name: isinstance(name, str), where)
+    values["shares"] = tuple(sorted(values.get("shares", ())))
     methods = values.get("related_methods", {})
     methods = methods if isinstance(methods, Mapping) else dict.fromkeys(methods)
-    _refuse_unknown(methods, set(RELATED_METHODS), f"{where}, related_methods")
+    _refuse_unknown(methods, RELATED_METHODS, f"{where}, related_methods")
     values["related_methods"] = {name: dict(settings or {}) for name, settings in methods.items()}
     models = values.get("models", {}).items()
     values["models"] = {name: [paths] if isinstance(paths, str) else list(paths) for name, paths in models}
-    grid = GridConfig(**{key: value for key, value in values.items() if value != ()})
-    _check_models(grid, where)
+    grid = GridConfig(**values)
     grid.caption_options  # noqa: B018 (the options check themselves)
+    known = sorted({model.key for model in grid.all_models()})
+    for name, paths in grid.models.items():
+        if name not in known:
+            raise ValueError(f"{where}: models names the training set {name!r}; the grid has {', '.join(known)}")
+        if len(paths) != len(grid.seeds):
+            raise ValueError(f"{where}: {len(paths)} models for {name!r}, but {len(grid.seeds)} seeds")
     return grid
 
 
@@ -235,31 +278,19 @@ def _domain(name: str, values: Any, where: str) -> Domain:
         raise ValueError(f"{where}: the domain {name!r} needs a 'dataset'")
     if name == LARGE or "+" in name or "/" in name:
         raise ValueError(f"{where}: {name!r} cannot be the name of a domain: no '+', no '/', and not {LARGE!r}")
-    _refuse_unknown(values, {item.name for item in fields(Domain)} - {"name"}, f"{where}, domain {name!r}")
-    return Domain(name=name, **values)
+    _refuse_unknown(values, [item.name for item in fields(Domain)], f"{where}, domain {name!r}")
+    return Domain(**values)
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: set[str], where: str) -> None:
+def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     unknown = [key for key in values if key not in known]
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
 
 
-def _numbers(values: Mapping[str, Any], key: str, kind: str, fits: Any, where: str) -> tuple:
-    numbers = values.get(key, [])
-    numbers = [numbers] if isinstance(numbers, int) else numbers
-    if not isinstance(numbers, list) or not all(map(fits, numbers)):
-        raise ValueError(f"{where}: {key} must be a list of {kind}, got {numbers!r}")
-    return tuple(numbers)
-
-
-def _check_models(grid: GridConfig, where: str) -> None:
-    names = {"+".join(training_set) for training_set in grid.training_sets}
-    names |= {f"{name}:{method}" for name in names for method in grid.related_methods}
-    for name, paths in grid.models.items():
-        if name not in names:
-            raise ValueError(
-                f"{where}: models names the training set {name!r}; the grid has {', '.join(sorted(names))}"
-            )
-        if len(paths) != len(grid.seeds):
-            raise ValueError(f"{where}: {len(paths)} models for {name!r}, but {len(grid.seeds)} seeds")
+def _check_list(values: dict[str, Any], key: str, kind: str, fits: Callable[[Any], bool], where: str) -> None:
+    if key in values:
+        items = [values[key]] if isinstance(values[key], int) else values[key]
+        if not isinstance(items, list) or not all(map(fits, items)):
+            raise ValueError(f"{where}: {key} must be a list of {kind}, got {items!r}")
+        values[key] = tuple(items)

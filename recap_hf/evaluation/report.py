@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,111 +15,18 @@ from recap_hf.files import write_text
 from recap_hf.scoring import METRIC_LABELS
 
 from . import plots
-from .folder import RUN_FILE, SCORES_FILE, EvaluationFolder
-from .grid_config import MAIN_ROW
-from .grid_report import grid_section
+from .grid_config import LARGE_ROW, MAIN_ROW
+from .grid_results import ANALYSES, RESULT_FILE
+from .runner import RUN_FILE, SCORES_FILE, read_json, read_predictions, scores_file
+from .systems import MAIN_SYSTEM
 from .tables import scored_keys
 
 # The metric that ranks the clips: SPIDEr as in the paper, or the first of these that was computed.
 _MAIN_METRICS = ("spider", "cider_d", "rouge_l", "bleu_4", "meteor", "fense")
 _PLAYER_RATE = 32_000  # Hz: good enough to listen to, and a small page
 
-# From a clip's name to its recording (whatever `load_audio` takes), or None.
-Audio = Callable[[str], Any]
-
-
-def evaluation_section(
-    folder: Path, audio: Audio | None = None, num_clips: int = 8, title: str | None = None
-) -> dict[str, Any]:
-    """Content of the page about one evaluation.
-
-    Args:
-        folder: what `recap evaluate` wrote.
-        audio: finds the recordings; None: no players.
-        num_clips: number of best and of worst clips to show.
-        title: default: name of the clip list.
-
-    Raises:
-        FileNotFoundError: if the folder has no scores.
-    """
-    if not (folder / SCORES_FILE).is_file():
-        raise FileNotFoundError(f"{folder} has no {SCORES_FILE}: run `recap evaluate` there first")
-    scores = _read_json(folder / SCORES_FILE)
-    systems = scores["systems"]
-    lead = next(iter(systems))
-    metric = _main_metric(systems[lead]["corpus"])
-    per_clip = {name: _read_json(EvaluationFolder.scores_path(folder, name))["clips"] for name in systems}
-    rows = EvaluationFolder.read_predictions(folder, lead)
-    values = [clip[metric] for clip in per_clip[lead]]
-    order = np.argsort(values, kind="stable")
-    best, worst = order[::-1][:num_clips], order[: min(num_clips, max(0, len(order) - num_clips))]
-
-    def card(number: int) -> dict[str, Any]:
-        row = {key: rows[number][key] for key in ("clip_id", "references", "retrieved")}
-        captions = {name: clips[number]["prediction"] for name, clips in per_clip.items()}
-        player = _player(audio(row["clip_id"])) if audio else None
-        return {**row, "score": values[number], "captions": captions, "player": player}
-
-    return {
-        **scores,
-        "title": title or scores["clip_list"]["name"],
-        "metric": METRIC_LABELS[metric],
-        "columns": {key: METRIC_LABELS[key] for key in scored_keys(scores)},
-        "settings": _read_json(folder / RUN_FILE),
-        "statistics": systems[lead]["statistics"],
-        "plots": _plots(systems, metric, values, rows),
-        "sources": _sources(rows, values),
-        "best": [card(number) for number in best],
-        "worst": [card(number) for number in worst],
-    }
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _main_metric(corpus: dict[str, float | None]) -> str:
-    return next(key for key in (*_MAIN_METRICS, *corpus) if corpus.get(key) is not None)
-
-
-def _plots(systems: dict[str, Any], metric: str, values: list[float], rows: list[dict]) -> list[str]:
-    label = METRIC_LABELS[metric]
-    intervals = {name: (entry["corpus"][metric], *entry["intervals"][metric]) for name, entry in systems.items()}
-    drawn = [plots.interval_plot(intervals, label), plots.histogram(values, label)]
-    similar = [
-        (row["retrieved"][0]["score"], value) for row, value in zip(rows, values, strict=True) if row["retrieved"]
-    ]
-    if len(similar) > 1:
-        x_label = "cosine similarity of the first retrieved caption"
-        drawn.append(plots.scatter(*zip(*similar, strict=True), x_label, f"{label} of the caption"))
-    return drawn
-
-
-def _sources(rows: list[dict], values: list[float]) -> list[dict[str, Any]]:
-    """By source of the first retrieved caption: number of clips, and their mean score."""
-    groups: dict[str, list[float]] = defaultdict(list)
-    for row, value in zip(rows, values, strict=True):
-        first = row["retrieved"][0] if row["retrieved"] else {}
-        groups[str(first.get("source", "not stated" if first else "nothing retrieved"))].append(value)
-    return [
-        {"source": source, "clips": len(scores), "mean": float(np.mean(scores))}
-        for source, scores in sorted(groups.items(), key=lambda item: -len(item[1]))
-    ]
-
-
-def _player(source: Any) -> str | None:
-    """The recording as a data URI that every browser plays (MP3), or None if it was not found."""
-    if source is None:
-        return None
-    import soundfile
-
-    from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
-
-    waveform, rate = load_audio(source)
-    waveform = resample(to_mono(waveform), rate, _PLAYER_RATE)
-    buffer = io.BytesIO()
-    soundfile.write(buffer, waveform.clip(-1, 1), _PLAYER_RATE, format="MP3", subtype="MPEG_LAYER_III")
-    return "data:audio/mpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+# From test set and clip to its recording as a data URI, or None.
+Player = Callable[[str, str], str | None]
 
 
 def write_report(
@@ -146,43 +52,161 @@ def write_report(
     """
     from jinja2 import Environment, PackageLoader
 
-    folder, audio_of = Path(folder), _audio_finder(audio_dir)
-
-    def player(test_set: str, clip_id: str) -> str | None:
-        audio = audio_of(test_set)
-        return _player(audio(clip_id)) if audio else None
-
-    grid = grid_section(folder, _main_metric, player)
-    sections = [evaluation_section(folder, audio_of(""), num_clips)] if grid is None else []
-    shown: dict[str, dict[str, Any]] = {}
-    for run in grid["runs"] if grid else ():
-        if run["label"] == MAIN_ROW:
-            shown.setdefault(run["test_set"], run)
-    for test_set, run in shown.items():
-        name = f"{test_set}: trained on {' + '.join(run['training_set'])}, seed {run['seed']}, k = {run['k']}"
-        sections.append(evaluation_section(folder / run["folder"], audio_of(test_set), num_clips, name))
-    environment = Environment(
-        loader=PackageLoader("recap_hf.evaluation", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    folder, player = Path(folder), _player(audio_dir)
+    grid, sections = None, []
+    if (folder / RESULT_FILE).is_file():
+        grid = _grid_content(folder, player)
+        main_runs = [run for run in grid["runs"] if run["label"] == MAIN_ROW]
+        for test_set in dict.fromkeys(run["test_set"] for run in main_runs):
+            run = next(run for run in main_runs if run["test_set"] == test_set)
+            name = f"{test_set}: trained on {' + '.join(run['training_set'])}, seed {run['seed']}, k = {run['k']}"
+            sections.append(_section(folder / run["folder"], test_set, player, num_clips, name))
+    else:
+        sections.append(_section(folder, "", player, num_clips))
+    loader = PackageLoader("recap_hf.evaluation", "templates")
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html.j2").render(title=title, grid=grid, sections=sections)
     return write_text(output, page)
 
 
-def _audio_finder(folder: str | Path | None) -> Callable[[str], Audio | None]:
-    """From a test set to what finds its recordings by their names."""
+def _player(folder: str | Path | None) -> Player:
+    """Finds recordings by test set and name below `folder`, and gives them as MP3, which every browser plays."""
+    import soundfile
+
     from recap_hf.data.files import AudioIndex
+    from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
 
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(f"no folder {folder} (--audio-dir)")
-    found: dict[Path, Audio] = {}
+    found: dict[Path, AudioIndex] = {}
 
-    def audio_of(test_set: str) -> Audio | None:
+    def player(test_set: str, clip_id: str) -> str | None:
         if folder is None:
             return None
-        own = Path(folder, test_set)
-        own = own if own.is_dir() else Path(folder)
-        if own not in found:
-            found[own] = AudioIndex(own).find
-        return found[own]
+        place = Path(folder, test_set) if Path(folder, test_set).is_dir() else Path(folder)
+        found[place] = found.get(place) or AudioIndex(place)
+        source = found[place].find(clip_id)
+        if source is None:
+            return None
+        waveform, rate = load_audio(source)
+        waveform, buffer = resample(to_mono(waveform), rate, _PLAYER_RATE), io.BytesIO()
+        soundfile.write(buffer, waveform.clip(-1, 1), _PLAYER_RATE, format="MP3", subtype="MPEG_LAYER_III")
+        return "data:audio/mpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-    return audio_of
+    return player
+
+
+def _main_metric(corpus: dict[str, float | None]) -> str:
+    return next(key for key in (*_MAIN_METRICS, *corpus) if corpus.get(key) is not None)
+
+
+# ------------------------------------------------------------------ one evaluation
+
+
+def _section(folder: Path, test_set: str, player: Player, num_clips: int, title: str | None = None) -> dict[str, Any]:
+    """Content of the page about one evaluation, the name of its clip list as the default title.
+
+    Raises:
+        FileNotFoundError: if the folder has no scores.
+    """
+    if not (folder / SCORES_FILE).is_file():
+        raise FileNotFoundError(f"{folder} has no {SCORES_FILE}: run `recap evaluate` there first")
+    scores = read_json(folder / SCORES_FILE)
+    systems = scores["systems"]
+    lead = next(iter(systems))
+    metric = _main_metric(systems[lead]["corpus"])
+    per_clip = {name: read_json(scores_file(folder, name))["clips"] for name in systems}
+    rows = read_predictions(folder, lead)
+    values = [clip[metric] for clip in per_clip[lead]]
+    order = np.argsort(values, kind="stable")
+
+    def card(number: int) -> dict[str, Any]:
+        captions = {name: clips[number]["prediction"] for name, clips in per_clip.items()}
+        recording = player(test_set, rows[number]["clip_id"])
+        return {**rows[number], "score": values[number], "captions": captions, "player": recording}
+
+    return {
+        **scores,
+        "title": title or scores["clip_list"]["name"],
+        "metric": METRIC_LABELS[metric],
+        "columns": {key: METRIC_LABELS[key] for key in scored_keys(scores)},
+        "settings": read_json(folder / RUN_FILE),
+        "statistics": systems[lead]["statistics"],
+        "plots": _section_plots(systems, metric, values, rows),
+        "sources": _sources(rows, values),
+        "best": [card(number) for number in order[::-1][:num_clips]],
+        "worst": [card(number) for number in order[: min(num_clips, max(0, len(order) - num_clips))]],
+    }
+
+
+def _section_plots(systems: dict[str, Any], metric: str, values: list[float], rows: list[dict]) -> list[str]:
+    label = METRIC_LABELS[metric]
+    intervals = {name: (entry["corpus"][metric], *entry["intervals"][metric]) for name, entry in systems.items()}
+    drawn = [plots.interval_plot(intervals, label), plots.histogram(values, label)]
+    pairs = zip(rows, values, strict=True)
+    similar = [(row["retrieved"][0]["score"], value) for row, value in pairs if row["retrieved"]]
+    if len(similar) > 1:
+        x_label = "cosine similarity of the first retrieved caption"
+        drawn.append(plots.scatter(*zip(*similar, strict=True), x_label, f"{label} of the caption"))
+    return drawn
+
+
+def _sources(rows: list[dict], values: list[float]) -> list[dict[str, Any]]:
+    """By source of the first retrieved caption: number of clips, and their mean score."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row, value in zip(rows, values, strict=True):
+        first = row["retrieved"][0] if row["retrieved"] else {}
+        groups[str(first.get("source", "not stated" if first else "nothing retrieved"))].append(value)
+    means = [{"source": name, "clips": len(each), "mean": float(np.mean(each))} for name, each in groups.items()]
+    return sorted(means, key=lambda row: -row["clips"])
+
+
+# ------------------------------------------------------------------ a grid
+
+
+def _grid_content(folder: Path, player: Player) -> dict[str, Any]:
+    grid = read_json(folder / RESULT_FILE)
+    for setting in grid["settings"]:
+        for example in setting["examples"]:
+            example["player"] = player(setting["test_set"], example["clip_id"])
+    analyses = [grid[name] for name in ANALYSES if grid[name]["rows"]]
+    return {**grid, "analyses": analyses, "plots": _grid_plots(folder, grid["runs"])}
+
+
+def _grid_plots(folder: Path, runs: list[dict[str, Any]]) -> list[str]:
+    """Scores of RECAP against k, datastore size and search index, as far as the grid varies them."""
+    runs = [run for run in runs if not run["method"]]
+    if not runs:
+        return []
+    corpora = [read_json(folder / run["folder"] / SCORES_FILE)["systems"][MAIN_SYSTEM]["corpus"] for run in runs]
+    metric = _main_metric(corpora[0])
+    for run, corpus in zip(runs, corpora, strict=True):
+        run["score"] = corpus[metric]
+        run["captions"] = read_json(folder / run["folder"] / RUN_FILE)["captioner"]["datastore"]["captions"]
+    at_k = [run for run in runs if run["k"] == runs[0]["k"]]
+    exact, whole = [run for run in at_k if not run["index"]], [run for run in at_k if run["share"] == 1]
+    # Datastores that are parts of each other: random shares of one, or DS inside DSlarge.
+    varied = [run["datastore"] for run in exact if run["share"] < 1]
+    growing = [run for run in exact if run["datastore"] in varied]
+    growing = growing or [run for run in exact if run["label"] in (MAIN_ROW, LARGE_ROW)]
+    indexed = [run["datastore"] for run in whole if run["index"]]
+    label = METRIC_LABELS[metric]
+    by_k = _series((run, run["k"]) for run in runs if run["label"] == MAIN_ROW)
+    by_size = _series((run, run["captions"]) for run in growing)
+    by_index = _series((run, run["index"] or "exact") for run in whole if run["datastore"] in indexed)
+    drawn = []
+    if any(len(series) > 1 for series in by_k.values()):
+        drawn.append(plots.lines(by_k, "captions in the prompt (k)", label))
+    if any(len(series) > 1 for series in by_size.values()):
+        drawn.append(plots.lines(by_size, "captions in the datastore", label, log=True))
+    if any(len(series) > 1 for series in by_index.values()):
+        drawn.append(plots.categories(by_index, "search index of the datastore", label))
+    return drawn
+
+
+def _series(points: Iterable[tuple[dict[str, Any], Any]]) -> dict[str, list[tuple[Any, float]]]:
+    """Scores at each x, the mean over the seeds, by training and test set."""
+    values: dict[str, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run, x in points:
+        values[f"{' + '.join(run['training_set'])}, tested on {run['test_set']}"][x].append(run["score"])
+    return {name: [(x, float(np.mean(scores))) for x, scores in by_x.items()] for name, by_x in values.items()}

@@ -7,31 +7,25 @@ chosen by hand: the clips with the largest, the middle and the smallest gain ove
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from recap_hf.modeling.retrieval_recap import normalize_text
 from recap_hf.scoring import METRIC_LABELS
 from recap_hf.scoring.bootstrap import mean_difference
+from recap_hf.scoring.statistics import novel_words, words_of
 
-from .folder import EvaluationFolder
-from .grid_config import AUDIO_TO_AUDIO, MAIN_ROW, PREFIX, RELATED_LABELS
-from .systems import MAIN_SYSTEM
+from .grid_results import AUDIO_MAIN, MAIN, PREFIX_MAIN, GridResults, Setting
 from .tables import markdown_table
 
-if TYPE_CHECKING:
-    from .grid_results import GridResults, Row
-
-_PREFIX = RELATED_LABELS[PREFIX]
-_AUDIO = RELATED_LABELS[AUDIO_TO_AUDIO]
-# Rows of a setting: (label of the runs, system) -> name.
+# Rows of a setting, the captioner's first.
 _ROWS = {
-    (MAIN_ROW, MAIN_SYSTEM): "RECAP (w/ DS)",
-    (MAIN_ROW, "no_captions"): "RECAP without captions in its prompt",
-    (MAIN_ROW, "first_retrieved"): "first retrieved caption",
-    (_PREFIX, MAIN_SYSTEM): _PREFIX,
-    (f"{_AUDIO} {MAIN_ROW}", MAIN_SYSTEM): f"{_AUDIO} ({MAIN_ROW})",
+    MAIN: "RECAP (w/ DS)",
+    (MAIN[0], "no_captions"): "RECAP without captions in its prompt",
+    (MAIN[0], "first_retrieved"): "first retrieved caption",
+    PREFIX_MAIN: PREFIX_MAIN[0],
+    AUDIO_MAIN: AUDIO_MAIN[0].replace(MAIN[0], f"({MAIN[0]})"),
 }
 
 
@@ -54,81 +48,60 @@ def four_settings(results: GridResults) -> list[dict[str, Any]]:
     if len(same) == 2 and len(novel) == 2:
         # 1 compositional on the first domain, 2 and 3 novel, 4 compositional on the second.
         wanted = [same[0], *novel, same[1]]
-    settings = [_setting(results, trained, tested) for trained, tested in wanted]
-    return [{"number": number, **setting} for number, setting in enumerate(settings, start=1) if setting]
+    found = [_describe(results.settings[(trained,), tested]) for trained, tested in wanted]
+    return [{"number": number, **content} for number, content in enumerate(found, start=1) if content]
 
 
-def _setting(results: GridResults, trained: str, tested: str) -> dict[str, Any] | None:
-    found = {(row.label, row.system): row for row in results.rows((trained,), tested)}
-    rows = {name: found[key] for key, name in _ROWS.items() if key in found}
-    if (MAIN_ROW, MAIN_SYSTEM) not in found:
+def _describe(setting: Setting) -> dict[str, Any] | None:
+    if MAIN not in setting.runs_of:
         return None
-    metric = results.metric(found[MAIN_ROW, MAIN_SYSTEM].runs[0])
-    scores = {name: results.clip_scores(row, metric) for name, row in rows.items()}
-    clip_ids = next(iter(scores.values()))[0]
-    if trained == tested:
-        events = results.events(tested, clip_ids)
-        chosen = None if events is None else events > 1
+    trained, tested = setting.titles
+    if setting.test_set in setting.training_set:
+        what, chosen = "several events", setting.events is not None and setting.events > 1
     else:
-        chosen = _novel(results, trained, tested, clip_ids)
-    if chosen is None or not chosen.any():
+        what = f"a word that no training caption of {trained} has"
+        captions = setting.results.grid.training_captions(setting.training_set[0])
+        known = words_of(normalize_text(record["caption"]) for record in captions)
+        chosen = np.array(list(map(bool, novel_words(list(setting.clips.values()), known))))
+    if not np.any(chosen):
         return None
-    values = {name: clips for name, (_, clips) in scores.items()}
-    trained_title, tested_title = results.titles((trained,), tested)
-    what = "several events" if trained == tested else f"a word that no training caption of {trained_title} has"
+    values = {key: setting.values(key) for key in _ROWS if key in setting.runs_of}
+    best = values[MAIN][chosen]
+    rows: list[dict[str, Any]] = [{"name": _ROWS[MAIN], "mean": float(best.mean())}]
+    for key in list(values)[1:]:
+        other = values[key][chosen]
+        gain = mean_difference(other, best, setting.results.config.resamples)
+        interval = {"gain": gain.difference, "low": gain.low, "high": gain.high, "verdict": gain.verdict}
+        rows.append({"name": _ROWS[key], "mean": float(other.mean()), **interval})
     return {
-        "title": f"Trained on {trained_title}, tested on {tested_title}: {what}",
-        "test_set": tested,
+        "title": f"Trained on {trained}, tested on {tested}: {what}",
+        "test_set": setting.test_set,
         "clips": int(chosen.sum()),
         "of": len(chosen),
-        "metric": METRIC_LABELS[metric],
-        "rows": _scored({name: clips[chosen] for name, clips in values.items()}, results.config.resamples),
-        "examples": _examples(results, rows, values, np.flatnonzero(chosen)),
+        "metric": METRIC_LABELS[setting.metric],
+        "rows": rows,
+        "examples": _examples(setting, values, np.flatnonzero(chosen)),
     }
 
 
-def _novel(results: GridResults, trained: str, tested: str, clip_ids: Sequence[str]) -> np.ndarray:
-    captions = [record["caption"] for record in results.grid.training_captions(trained)]
-    known = {word for caption in captions for word in normalize_text(caption).split()}
-    references = results.references(tested)
-    words = [{word for text in references[name] for word in normalize_text(text).split()} for name in clip_ids]
-    return np.array([bool(own - known) for own in words])
-
-
-def _scored(values: dict[str, np.ndarray], resamples: int) -> list[dict[str, Any]]:
-    (main, best), *others = values.items()
-    rows: list[dict[str, Any]] = [{"name": main, "mean": float(best.mean())}]
-    for name, clips in others:
-        gain = mean_difference(clips, best, resamples)
-        interval = {"gain": gain.difference, "low": gain.low, "high": gain.high, "verdict": gain.verdict}
-        rows.append({"name": name, "mean": float(clips.mean()), **interval})
-    return rows
-
-
-def _examples(
-    results: GridResults, rows: dict[str, Row], values: dict[str, np.ndarray], chosen: np.ndarray
-) -> list[dict[str, Any]]:
-    """The clips with the largest, the middle and the smallest gain of the first seed's captioner."""
-    main, *others = rows
-    rival = _PREFIX if _PREFIX in rows else others[0]
-    gain = values[main] - values[rival]
+def _examples(setting: Setting, values: dict[tuple[str, str], np.ndarray], chosen: np.ndarray) -> list[dict[str, Any]]:
+    """The clips with the largest, the middle and the smallest gain, with the captions of the first seed."""
+    rival = PREFIX_MAIN if PREFIX_MAIN in values else list(values)[1]
+    gain = values[MAIN] - values[rival]
     ordered = chosen[np.argsort(-gain[chosen], kind="stable")]
-    predictions = {
-        name: EvaluationFolder.read_predictions(results.grid.path / row.runs[0].folder, row.system)
-        for name, row in rows.items()
-    }
     picked: dict[int, str] = {}
-    for which, number in (("largest", ordered[0]), ("middle", ordered[len(ordered) // 2]), ("smallest", ordered[-1])):
-        picked.setdefault(int(number), which)
+    for which, clip in (("largest", ordered[0]), ("middle", ordered[len(ordered) // 2]), ("smallest", ordered[-1])):
+        picked.setdefault(int(clip), which)
+    predictions = {key: setting.predictions(key) for key in values}
     return [
         {
-            "clip_id": predictions[main][number]["clip_id"],
-            "why": f"{which} gain over {rival}: {gain[number]:+.3f}",
-            "references": predictions[main][number]["references"],
-            "captions": {name: lines[number]["prediction"] for name, lines in predictions.items()},
-            "retrieved": [hit["caption"] for hit in predictions[main][number]["retrieved"]],
+            "clip_id": predictions[MAIN][clip]["clip_id"],
+            "why": f"{which} gain over {_ROWS[rival]}: {gain[clip]:+.3f}",
+            "references": predictions[MAIN][clip]["references"],
+            "captions": {_ROWS[key]: lines[clip]["prediction"] for key, lines in predictions.items()},
+            "retrieved": [hit["caption"] for hit in predictions[MAIN][clip]["retrieved"]],
         }
-        for number, which in picked.items()
+        for clip, which in picked.items()
     ]
 
 
@@ -148,6 +121,4 @@ def settings_markdown(settings: Sequence[dict[str, Any]]) -> str:
 
 
 def _gain(row: dict[str, Any]) -> str:
-    if "gain" not in row:
-        return ""
-    return f"{row['gain']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] {row['verdict']}"
+    return f"{row['gain']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] {row['verdict']}" if "gain" in row else ""

@@ -58,7 +58,7 @@ def _write_split(
 
     from benchmarks.grid_stand_ins import mix
     from benchmarks.sound_events import load_mono
-    from recipes.recap_tiny.grammar import Part, Scene, render
+    from recipes.recap_tiny.grammar21 import Part, Scene, render
 
     folder = output / split
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from benchmarks.sound_events import SAMPLING_RATE, Item, load_mono, mixture_hash
 from recap_cli.status import exit_status
 from recap_hf.explain import explain_caption
 from recap_hf.explain.picture import clip_spectrogram
-from recipes.recap_tiny.lexicon import phrases
+from recipes.recap_tiny.lexicon21 import phrases
 
 METHODS = ("gradient", "insertion", "occlusion", "attention")
 _LONGEST_S, _GAP_S = 4.5, 0.25

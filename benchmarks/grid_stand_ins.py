@@ -19,7 +19,7 @@ import soundfile
 import yaml
 
 from benchmarks.sound_events import load_mono, read_metadata
-from recipes.recap_tiny.grammar import Part, Scene, render
+from recipes.recap_tiny.grammar21 import Part, Scene, render
 
 DOMAINS = {
     "outdoors": ("dog_bark", "rain", "sea_waves", "helicopter", "chainsaw", "rooster", "fire_crackling"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from recap_hf.scoring.metrics import MetricScores
-from recipes.recap_tiny.lexicon import other_sounds
+from recipes.recap_tiny.lexicon21 import other_sounds
 
 # Words of which any names the event; a hyphen is a hyphen, a space or nothing.
 EVENT_WORDS: dict[str, str] = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.naming import NamingRules
-from recipes.recap_tiny.grammar import Caption, Part, Scene, answer, compatible, contradict, invented_sound, render
-from recipes.recap_tiny.lexicon import COUNTABLE, HEARD, SPECIAL, other_sounds, phrases, vocabulary_sounds
+from recipes.recap_tiny.grammar21 import Caption, Part, Scene, answer, compatible, contradict, invented_sound, render
+from recipes.recap_tiny.lexicon21 import COUNTABLE, HEARD, SPECIAL, other_sounds, phrases, vocabulary_sounds
 
 
 @pytest.fixture(scope="module")

@@ -1,250 +1,382 @@
-"""Captions of recap-tiny, written by a grammar from what the synthesis of a mixture did.
+"""Captions from what is known of a recording: its sounds, their attributes, and whether they overlap or follow.
 
-A `Scene` is the truth of a mixture: its sounds in order of their onsets, whether they overlap or follow one another,
-and for each sound the attributes that the synthesis caused. `render` words a scene; it may leave attributes and order
-unsaid, but never says what is not in the scene. `answer` words it in the one way that the captioner is taught: with
-the words of its prompt.
+`describe` words them as people do in captions of everyday sounds: "A dog barks while rain falls on a roof", "An engine
+idles, then a horn honks twice", "Birds chirp in the distance as a man speaks". It never says an attribute or an order
+that it was not given, and names no sound twice.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from random import Random
 
 import numpy as np
 
-from .lexicon import COUNTABLE, phrases
-
-__all__ = [
-    "ATTRIBUTES",
-    "Caption",
-    "Part",
-    "Scene",
-    "answer",
-    "compatible",
-    "contradict",
-    "invented_sound",
-    "render",
-]
-
-# far: low-passed, smeared along time and attenuated.  background: at least 9 dB below the loudest sound of an overlap.
-# once, twice, repeatedly: a burst cut from its clip and placed one, two or at least four times.
-ATTRIBUTES = ("far", "background", "once", "twice", "repeatedly")
-
-_ATTRIBUTE_WORDS = {
-    "far": ("in the distance", "far away"),
-    "background": ("in the background",),
-    "once": ("once",),
-    "twice": ("twice",),
-    "repeatedly": ("repeatedly", "again and again"),
-}
-_COUNTS = ("once", "twice", "repeatedly")
-
-
-@dataclass(frozen=True)
-class Part:
-    """One sound of a scene: a key of the lexicon (or an invented phrase) and its attributes."""
-
-    key: str
-    attributes: frozenset[str] = frozenset()
-    phrases: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Sounds in order of onset; `relation` is "overlap" or "sequence" (a single sound is an overlap of one)."""
-
-    parts: tuple[Part, ...]
-    relation: str = "overlap"
-
-    @property
-    def keys(self) -> frozenset[str]:
-        return frozenset(part.key for part in self.parts)
-
-    @property
-    def order(self) -> tuple[str, ...] | None:
-        """Keys in order of onset where the order can be heard, else None."""
-        return tuple(part.key for part in self.parts) if self.relation == "sequence" and len(self.parts) > 1 else None
-
-    @property
-    def attributes(self) -> frozenset[tuple[str, str]]:
-        return frozenset((part.key, name) for part in self.parts for name in part.attributes)
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A worded scene with what it claims: the sounds, an order (or None) and (sound, attribute) pairs."""
-
-    text: str
-    keys: frozenset[str]
-    order: tuple[str, ...] | None = None
-    attributes: frozenset[tuple[str, str]] = frozenset()
-
-
-def compatible(caption: Caption, scene: Scene) -> bool:
-    """Whether a caption is true of a scene: the same sounds, and no order or attribute that the scene has not."""
-    return (
-        caption.keys == scene.keys
-        and (caption.order is None or caption.order == scene.order)
-        and caption.attributes <= scene.attributes
-    )
-
-
-def _word_part(part: Part, rng: np.random.Generator, detail: float) -> tuple[str, frozenset[tuple[str, str]]]:
-    said = [name for name in ATTRIBUTES if name in part.attributes and rng.random() < detail]
-    choices = part.phrases or phrases(part.key)
-    if any(name in _COUNTS for name in said):
-        countable = COUNTABLE.get(part.key)
-        if countable is None:
-            said = [name for name in said if name not in _COUNTS]
-        else:
-            choices = countable
-    words = [choices[rng.integers(len(choices))]]
-    # The count belongs to the verb, so it is said first.
-    for name in sorted(said, key=lambda name: name not in _COUNTS):
-        options = _ATTRIBUTE_WORDS[name]
-        words.append(options[rng.integers(len(options))])
-    return " ".join(words), frozenset((part.key, name) for name in said)
-
-
-def _join_overlap(texts: list[str], rng: np.random.Generator) -> str:
-    if len(texts) == 1:
-        return texts[0]
-    last = (" and ", " along with ", " together with ", " while there is ")
-    joined = ", ".join(texts[:-1])
-    return joined + last[rng.choice(len(last), p=(0.55, 0.15, 0.15, 0.15))] + texts[-1]
-
-
-def _join_sequence(texts: list[str], rng: np.random.Generator) -> str:
-    form = rng.integers(4)
-    if len(texts) == 2 and form == 0:
-        return f"{texts[1]} after {texts[0]}"
-    if form == 1:
-        return ", then ".join(texts)
-    if form == 2:
-        return f"{texts[0]} and then " + ", then ".join(texts[1:])
-    return " followed by ".join(texts)
-
-
-def render(scene: Scene, rng: np.random.Generator, detail: float = 0.6, say_order: float = 0.8) -> Caption:
-    """Word a scene.
-
-    Args:
-        scene: The truth.
-        rng: Source of every choice.
-        detail: Probability that an attribute is said.
-        say_order: Probability that the order of a sequence is said.
-    """
-    worded = [_word_part(part, rng, detail) for part in scene.parts]
-    claims = frozenset().union(*(claim for _, claim in worded))
-    if scene.order is not None and rng.random() < say_order:
-        return Caption(_join_sequence([text for text, _ in worded], rng), scene.keys, scene.order, claims)
-    texts = [worded[index][0] for index in rng.permutation(len(worded))]
-    # What is in the background is said last, as people do.
-    texts.sort(key=lambda text: text.endswith("in the background"))
-    return Caption(_join_overlap(texts, rng), scene.keys, None, claims)
-
-
-def _quoted(part: Part, said: list[str], captions: list[str]) -> tuple[str, tuple[int, int]]:
-    """The words of a part in the first caption that has any (else its first phrase), and where they stand."""
-    choices = part.phrases or phrases(part.key)
-    if any(name in _COUNTS for name in said):
-        choices = COUNTABLE[part.key]
-    for index, caption in enumerate(captions):
-        found = [phrase for phrase in choices if phrase in caption.lower()]
-        if found:
-            phrase = max(found, key=len)
-            return phrase, (index, caption.lower().find(phrase))
-    return choices[0], (len(captions), 0)
-
-
-def answer(scene: Scene, captions: list[str]) -> str:
-    """The caption of a scene after a prompt of `captions`: all that the scene holds, in the words of the prompt.
-
-    One wording for each scene and prompt, without a choice: where several were right, each would have only a share of
-    the probability, and the end of the caption would win against a second sound that is said in many ways. Sounds that
-    follow one another are joined by "and then", others by "and" in the order of the prompt: whether there is another
-    sound is told by one word.
-
-    Args:
-        scene: The truth.
-        captions: The retrieved captions, most similar first; none when audio alone is to speak.
-    """
-    worded = []
-    for part in scene.parts:
-        said = [name for name in ATTRIBUTES if name in part.attributes]
-        if part.key not in COUNTABLE:
-            said = [name for name in said if name not in _COUNTS]
-        phrase, place = _quoted(part, said, captions)
-        said.sort(key=lambda name: name not in _COUNTS)
-        text = " ".join([phrase, *(_ATTRIBUTE_WORDS[name][0] for name in said)])
-        worded.append(("background" in said, place, text))
-    if scene.order is not None:
-        return " and then ".join(text for _, _, text in worded)
-    texts = [text for _, _, text in sorted(worded, key=lambda item: item[:2])]
-    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
-
-
-def contradict(scene: Scene, rng: np.random.Generator, keys: tuple[str, ...]) -> Scene:
-    """A scene that is close but wrong: one sound more, one fewer, one exchanged, or the order reversed."""
-    kinds = ["exchange", "exchange"]
-    if len(scene.parts) < 3:
-        kinds += ["more", "more"]
-    if len(scene.parts) > 1:
-        kinds += ["fewer", "fewer"]
-    if scene.order is not None:
-        kinds += ["reverse", "reverse", "reverse"]
-    kind = kinds[rng.integers(len(kinds))]
-    parts = list(scene.parts)
-    if kind == "reverse":
-        return replace(scene, parts=tuple(reversed(parts)))
-    if kind == "fewer":
-        del parts[rng.integers(len(parts))]
-        return replace(scene, parts=tuple(parts))
-    other = [key for key in keys if key not in scene.keys]
-    new = Part(other[rng.integers(len(other))])
-    if kind == "more":
-        parts.insert(int(rng.integers(len(parts) + 1)), new)
-    else:
-        parts[rng.integers(len(parts))] = new
-    return replace(scene, parts=tuple(parts), relation=scene.relation)
-
-
-_ONSETS = (
-    "b",
-    "bl",
-    "d",
-    "dr",
-    "f",
-    "fl",
-    "g",
-    "gl",
-    "h",
-    "k",
-    "kl",
-    "l",
-    "m",
-    "n",
-    "p",
-    "pr",
-    "r",
-    "s",
-    "sk",
-    "t",
-    "tr",
-    "v",
-    "w",
-    "z",
+from .inflection import base_form, gerund, plural, with_article
+from .lexicon import (
+    HUMAN_KINDS,
+    Label,
+    Phrase,
+    SoundClass,
+    caption_classes,
+    classes,
+    find,
+    implied,
+    names_person,
 )
-_VOWELS = ("a", "e", "i", "o", "u", "ai", "oo", "ea")
-_CODAS = ("", "b", "ck", "d", "g", "l", "m", "n", "p", "r", "sh", "st", "t", "x", "zz")
+
+__all__ = ["Sound", "caption_classes", "describe", "inflect", "merge", "word_clause"]
+
+FINITE, PROGRESSIVE, PARTICIPLE = "finite", "progressive", "participle"
+
+_DISTANCE = {
+    "far": ("in the distance", "in the distance", "in the distance", "far away", "off in the distance"),
+    "near": ("nearby", "nearby", "close by"),
+    "background": ("in the background",),
+}
+_LEVEL = {"loud": ("loudly",), "soft": ("softly", "quietly", "faintly")}
+_COUNT = {
+    1: ("once",),
+    2: ("twice",),
+    3: ("three times",),
+    "several": ("several times", "a few times"),
+    "repeated": ("repeatedly", "again and again", "over and over"),
+}
+_STEADY = ("steadily", "continuously")
+# Words that two clauses of a caption may share without seeming to name a sound twice.
+_COMMON_WORDS = """
+a an the of in on at to from with and as is are be being it its their they some several few into onto over by up down
+out off away something someone people person while through against sound sounds noise play plays played playing music
+"""
+_COMMON = frozenset(_COMMON_WORDS.split())
+_LASTING = frozenset({"continuous", "music", "machine", "scene", "quality"})
 
 
-def invented_sound(rng: np.random.Generator) -> Part:
-    """A sound with a made-up name ("a troob flaining"): nothing can be known of it, so it can only be copied."""
+@dataclass(frozen=True)
+class Sound:
+    """A sound to word.
 
-    def syllable() -> str:
-        return "".join(pool[rng.integers(len(pool))] for pool in (_ONSETS, _VOWELS, _CODAS))
+    Attributes:
+        name: Index or name of a class, or a label.
+        distance: "far", "near", "background" or None (not known, or not worth a word).
+        count: 1, 2, 3, "several", "repeated" or None.
+        level: "loud", "soft" or None.
+        steady: Whether it goes on without a pause.
+        throughout: In a sequence, whether it is there all the time, under the others.
+    """
 
-    noun = "".join(syllable() for _ in range(rng.integers(1, 3)))
-    verb = syllable() + "ing"
-    return Part(noun, phrases=(f"a {noun} {verb}", f"the {verb} of a {noun}", f"a {noun}"))
+    name: int | str
+    distance: str | None = None
+    count: int | str | None = None
+    level: str | None = None
+    steady: bool = False
+    throughout: bool = False
+
+    def __post_init__(self) -> None:
+        for value, table, field in (
+            (self.distance, _DISTANCE, "distance"),
+            (self.count, _COUNT, "count"),
+            (self.level, _LEVEL, "level"),
+        ):
+            if value is not None and value not in table:
+                raise ValueError(f"expected a {field} of {', '.join(map(str, table))} or None, got {value!r}")
+
+
+Generator = Random | np.random.Generator
+
+
+def _pick(rng: Generator, options: Sequence, weights: Sequence[float] | None = None):
+    """One of `options`, by `weights` where given; one call of `rng.random`, the same for both kinds of generator."""
+    if weights is None:
+        return options[min(int(rng.random() * len(options)), len(options) - 1)]
+    left = rng.random() * sum(weights)
+    for option, weight in zip(options, weights, strict=True):
+        left -= weight
+        if left < 0:
+            return option
+    return options[-1]
+
+
+def _head(entry: SoundClass | Label) -> SoundClass:
+    return classes()[entry.classes[0]] if isinstance(entry, Label) else entry
+
+
+@cache
+def _includes(index: int) -> frozenset[int]:
+    """Classes that a caption of this one has named as well: what it implies, and what most of its phrases name."""
+    phrases = classes()[index].phrases
+    named: dict[int, int] = {}
+    for phrase in phrases:
+        for other in caption_classes(inflect(phrase, FINITE, False)):
+            named[int(other)] = named.get(int(other), 0) + 1
+    usual = {other for other, times in named.items() if 2 * times >= len(phrases) and other != index}
+    return implied(index) | usual
+
+
+def merge(sounds: Sequence[Sound]) -> list[Sound]:
+    """`sounds` without those that another one of them names as well ("animal" beside "dog"), in order."""
+    kept: list[Sound] = []
+    for sound in sounds:
+        index = _head(find(sound.name)).index
+        others = [_head(find(other.name)).index for other in kept]
+        if any(index == other or index in _includes(other) for other in others):
+            continue
+        kept = [entry for entry, other in zip(kept, others, strict=True) if other not in _includes(index)]
+        kept.append(sound)
+    return kept
+
+
+def inflect(phrase: Phrase, form: str, many: bool, extra: str = "") -> str:
+    """A phrase in a form of its verbs: `many` sets the number of a free subject, `extra` is an adverb of the verb."""
+    subject = phrase.subject
+    if phrase.free_number:
+        subject = plural(subject) if many else with_article(subject)
+    words = [subject]
+    for position, (verb, rest) in enumerate(phrase.verbs):
+        first, _, after = verb.partition(" ")
+        is_be = first in ("is", "are")
+        plural_verb = many if phrase.free_number else base_form(first) == first or first == "are"
+        be = "are" if plural_verb else "is"
+        if form == FINITE or subject == "it":
+            finite = be if is_be else (base_form(first) if many and phrase.free_number else first)
+            words += [finite, after]
+        elif is_be and after.endswith("ing"):
+            words += [be if form == PROGRESSIVE and not position else "", after]
+        else:
+            going = "" if after.startswith("being ") and is_be else gerund(base_form(first))
+            words += [be if form == PROGRESSIVE and not position else "", going, after]
+        words += [extra if not position and _adverb_first(rest) else "", rest]
+    if extra and (not phrase.verbs or not _adverb_first(phrase.verbs[0][1])):
+        words.append(extra)
+    return " ".join(word for word in words if word)
+
+
+def _adverb_first(rest: str) -> bool:
+    """Whether an adverb stands before the words that follow a verb, not after them."""
+    place = r"(?:on|in|from|through|against|over|at|into|onto|under|to|around|along|across)\b .+ "
+    return re.match(place, rest) is not None
+
+
+def _phrase_weights(phrases: Sequence[Phrase], human: bool) -> list[float]:
+    return [0.25 if not human and names_person(phrase.subject) else 1.0 for phrase in phrases]
+
+
+def _said(sound: Sound, head: SoundClass, rng: Generator, detail: float) -> tuple:
+    """Level, count, distance and steadiness to say: what the class can have, and seldom two at once."""
+    level = sound.level if sound.level in head.attributes and rng.random() < detail else None
+    count = sound.count if "count" in head.attributes and rng.random() < detail else None
+    distance = sound.distance if "far" in head.attributes and rng.random() < detail else None
+    if distance and level and rng.random() < 0.8:
+        distance, level = _pick(rng, ((distance, None), (None, level)))
+    if count is not None:
+        level = None
+    steady = sound.steady and "steady" in head.attributes and not level and count is None and rng.random() < detail / 2
+    return level, count, distance, steady
+
+
+def word_clause(sound: Sound, rng: Generator, forms: Sequence[str], detail: float = 0.8) -> str:
+    """A clause, participle or noun phrase for one sound, without a capital.
+
+    Args:
+        sound: The sound and its attributes.
+        rng: Source of every choice.
+        forms: Forms to choose from: "finite", "progressive" or "participle"; a noun phrase counts as a participle.
+        detail: Probability that an attribute is said.
+    """
+    entry = find(sound.name)
+    head = _head(entry)
+    level, count, distance, steady = _said(sound, head, rng, detail)
+    form = _pick(rng, forms)
+    pool = [phrase for phrase in entry.phrases if phrase.verbs or form == PARTICIPLE]
+    if form == FINITE:
+        pool = [phrase for phrase in pool if not phrase.is_progressive] or pool
+    else:
+        pool = [phrase for phrase in pool if phrase.subject != "it"]
+    if count is not None:
+        pool = [phrase for phrase in pool if phrase.can_be_counted] or pool
+    if level or count is not None or steady:
+        pool = [phrase for phrase in pool if phrase.takes_adverb] or pool
+    elif distance:
+        pool = [phrase for phrase in pool if phrase.takes_distance] or pool
+    if not pool:
+        # Only noun phrases, where a clause is asked for: they stand with the verb that suits any of them.
+        noun = _pick(rng, entry.phrases).subject
+        return f"{noun} can be heard"
+    phrase = _pick(rng, pool, _phrase_weights(pool, head.kind in HUMAN_KINDS))
+    single = count is not None or head.kind == "voice"
+    many = phrase.free_number and rng.random() < (0.0 if count is not None else 0.12 if single else 0.35)
+    if count is not None and form == PROGRESSIVE:
+        form = FINITE
+    adverb = ""
+    if phrase.takes_adverb and level:
+        adverb = _pick(rng, _LEVEL[level])
+    elif phrase.takes_adverb and steady:
+        adverb = _pick(rng, _STEADY)
+    text = inflect(phrase, form, many, adverb)
+    if many and rng.random() < 0.25:
+        text = _pick(rng, ("several ", "some ", "a few ")) + text
+    if count is not None and phrase.can_be_counted:
+        text += " " + _pick(rng, _COUNT[count])
+    if distance and phrase.takes_distance:
+        text += " " + _pick(rng, _DISTANCE[distance])
+    return text
+
+
+def _content(text: str) -> set[str]:
+    """Stems of the words that carry a caption's meaning."""
+    words = set(re.findall(r"[a-z]+", text.lower())) - _COMMON
+    return {re.sub(r"(?:ing|ed|es|s|e)$", "", word) for word in words}
+
+
+def _clash(texts: Sequence[str], sounds: Sequence[Sound]) -> int:
+    """How much the clauses repeat one another: shared words count most, then naming another's class."""
+    penalty = 0
+    named = [set(map(int, caption_classes(text))) for text in texts]
+    heads = [_head(find(sound.name)).index for sound in sounds]
+    for i in range(len(texts)):
+        for j in range(i):
+            penalty += 10 * len(_content(texts[i]) & _content(texts[j]))
+            penalty += (heads[i] in named[j]) + (heads[j] in named[i])
+            first = texts[i].split()[0]
+            penalty += 3 * (first in ("someone", "something") and first == texts[j].split()[0])
+    return penalty
+
+
+# Patterns of overlapping sounds: weight, joining words, and the forms of each clause ("F" finite, "P" participle).
+_OVERLAP = {
+    2: (
+        (0.24, "{F} while {G}"),
+        (0.22, "{F} as {G}"),
+        (0.18, "{F} and {F}"),
+        (0.12, "{F} with {P}"),
+        (0.10, "{P} and {P}"),
+        (0.05, "{P} while {G}"),
+        (0.04, "as {F}, {F}"),
+        (0.03, "{P} along with {P}"),
+        (0.02, "{P} with {P}"),
+    ),
+    3: (
+        (0.3, "{F} and {F} while {G}"),
+        (0.25, "{F} while {F} and {F}"),
+        (0.2, "{F}, {F}, and {F}"),
+        (0.1, "{F} with {P} and {P}"),
+        (0.15, "{P}, {P}, and {P}"),
+    ),
+}
+_SEQUENCE = {
+    2: (
+        (0.25, "{F}, then {F}"),
+        (0.18, "{F} and then {F}"),
+        (0.10, "{F}, and then {F}"),
+        (0.12, "{F} followed by {P}"),
+        (0.08, "{P} followed by {P}"),
+        (0.08, "{F}, followed by {P}"),
+        (0.06, "{F} before {F}"),
+        (0.03, "first {F}, then {F}"),
+        (0.06, "after {F}, {F}"),
+        (0.04, "{P}, then {P}"),
+    ),
+    3: (
+        (0.35, "{F}, then {F}, and then {F}"),
+        (0.25, "{F}, {F}, and then {F}"),
+        (0.2, "{F}, followed by {P} and then {P}"),
+        (0.2, "{F}, then {F}, and finally {F}"),
+    ),
+}
+_THROUGHOUT = ("as {0}, {1}", "{1} while {0}", "{1}, while {0} throughout")
+_SLOT = re.compile(r"\{([FGP])\}")
+_FORMS = {"F": (FINITE,) * 3 + (PROGRESSIVE,), "G": (FINITE, PROGRESSIVE), "P": (PARTICIPLE,)}
+
+
+def _fill(pattern: str, sounds: Sequence[Sound], rng: Generator, detail: float, sequence: bool) -> tuple[str, int]:
+    slots = _SLOT.findall(pattern)
+    texts = []
+    for slot, sound in zip(slots, sounds, strict=True):
+        forms = _FORMS[slot]
+        if sequence and slot == "F":
+            # What comes next happens; only what lasts was going on before it.
+            forms = _FORMS["G"] if not texts and _head(find(sound.name)).kind in _LASTING else (FINITE,)
+        texts.append(word_clause(sound, rng, forms, detail))
+    left = iter(texts)
+    return _SLOT.sub(lambda _: next(left), pattern), _clash(texts, sounds)
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def describe(
+    sounds: Sequence[Sound | int | str],
+    rng: Generator,
+    relation: str = "overlap",
+    detail: float = 0.8,
+    tries: int = 8,
+) -> str:
+    """One natural caption of the sounds, with a capital and without a full stop.
+
+    Args:
+        sounds: One to four sounds: `Sound`, or the index or name of a class or a label. In a sequence, in order of
+            onset. Sounds that another one names as well are left out (see `merge`).
+        rng: A `random.Random` or `numpy.random.Generator`, the source of every choice.
+        relation: "overlap" or "sequence".
+        detail: Probability that an attribute is said.
+        tries: Wordings to try; the one that repeats fewest words is taken.
+
+    Raises:
+        KeyError: No class or label has such a name.
+        ValueError: There is no sound, or more than four, or the relation is another.
+    """
+    if relation not in ("overlap", "sequence"):
+        raise ValueError(f'expected the relation "overlap" or "sequence", got {relation!r}')
+    entries = merge([sound if isinstance(sound, Sound) else Sound(sound) for sound in sounds])
+    if not 1 <= len(entries) <= 4:
+        raise ValueError(f"expected one to four different sounds, got {len(entries)}")
+    if len(entries) == 1:
+        forms = (FINITE,) * 5 + (PROGRESSIVE,) * 2 + (PARTICIPLE,) * 4
+        return _sentence(word_clause(entries[0], rng, forms, detail))
+    best: tuple[int, str] | None = None
+    for _ in range(tries):
+        text, clash = _several(entries, rng, relation, detail)
+        if best is None or clash < best[0]:
+            best = (clash, text)
+        if clash == 0:
+            break
+    assert best is not None
+    return _sentence(best[1])
+
+
+def _several(sounds: list[Sound], rng: Generator, relation: str, detail: float) -> tuple[str, int]:
+    under = [sound for sound in sounds if sound.throughout and relation == "sequence"]
+    over = [sound for sound in sounds if sound not in under]
+    if under and over:
+        first, clash = _several(over, rng, relation, detail) if len(over) > 1 else ("", 0)
+        if not first:
+            first = word_clause(over[0], rng, (FINITE,), detail)
+        base = word_clause(replace(under[0], distance=None), rng, (FINITE,), detail)
+        pattern = _pick(rng, _THROUGHOUT[:1] if re.search(r"\b(?:while|after|followed)\b", first) else _THROUGHOUT)
+        return pattern.format(base, first), clash + _clash([first, base], [over[0], under[0]])
+    if len(sounds) == 4:
+        half = 2
+        one, clash = _several(sounds[:half], rng, relation, detail)
+        two, more = _several(sounds[half:], rng, relation, detail)
+        join = ", and then " if relation == "sequence" else ", while "
+        return one + join + two, clash + more + _clash([one, two], [sounds[0], sounds[half]])
+    patterns = (_SEQUENCE if relation == "sequence" else _OVERLAP)[len(sounds)]
+    pattern = _pick(rng, [text for _, text in patterns], [weight for weight, _ in patterns])
+    if relation == "overlap":
+        sounds = _natural_order(sounds, rng, pattern)
+    return _fill(pattern, sounds, rng, detail, relation == "sequence")
+
+
+def _natural_order(sounds: list[Sound], rng: Generator, pattern: str) -> list[Sound]:
+    """Overlapping sounds in a random order; what lasts, is far or is in the background tends to come last."""
+
+    def key(sound: Sound) -> float:
+        lasting = _head(find(sound.name)).kind in _LASTING
+        return rng.random() + (0.7 if lasting and "as {F}," not in pattern else 0) + (0.5 if sound.distance else 0)
+
+    keys = [key(sound) for sound in sounds]
+    return [sounds[place] for place in sorted(range(len(sounds)), key=keys.__getitem__)]

@@ -5,6 +5,7 @@ from .laion_clap import clap_config_from_laion, convert_laion_clap, convert_laio
 from .recap_original import convert_recap_original_state_dict, recap_config_from_original
 from .state_dicts import ConversionError
 from .stock import split_state_dict, stock_decoder, stock_parts, widen_cross_attention
+from .yamnet import convert_yamnet
 
 __all__ = [
     "ConversionError",
@@ -15,6 +16,7 @@ __all__ = [
     "convert_recap_original_state_dict",
     "convert_stock",
     "convert_to_stock",
+    "convert_yamnet",
     "read_cross_attention",
     "recap_config_from_original",
     "split_state_dict",

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import ClapConfig, GPT2Config, PretrainedConfig
 
-from .encoder_recap import AUDIO_POSITIONS, SINUSOIDAL, encoder_class
+from .encoder_recap import AUDIO_POSITIONS, SINUSOIDAL, RecapClapEncoder
+from .mobilenet_clap_recap import MobileNetClapModel
 
 AUTO_MAP = {
     "AutoConfig": "configuration_recap.RecapConfig",
@@ -43,13 +44,31 @@ _PROCESSOR_SETTINGS = (
 )
 
 
+# The encoder classes by the `model_type` of their configurations.
+ENCODERS: dict[str, Any] = {cls.config_class.model_type: cls for cls in (RecapClapEncoder, MobileNetClapModel)}
+
+
+def encoder_class(config: PretrainedConfig | dict[str, Any] | None) -> Any:
+    """The encoder class for a configuration; default: LAION's CLAP.
+
+    Raises:
+        `ValueError`: for a `model_type` without a class.
+    """
+    if config is None:
+        return RecapClapEncoder
+    name = config.get("model_type", ClapConfig.model_type) if isinstance(config, dict) else config.model_type
+    if name not in ENCODERS:
+        raise ValueError(f"`clap` must be the configuration of one of {', '.join(ENCODERS)}, got one of {name!r}.")
+    return ENCODERS[name]
+
+
 class RecapConfig(PretrainedConfig):
     r"""
     Configuration of [`RecapForConditionalGeneration`]: shapes. Prompt and retrieval are settings of
     [`RecapProcessor`], decoding stands in `generation_config.json`.
 
     Args:
-        clap (`ClapConfig` or `dict`, *optional*, defaults to `ClapConfig()`):
+        clap (`ClapConfig`, `MobileNetClapConfig` or `dict`, *optional*, defaults to `ClapConfig()`):
             The audio and the text tower. The audio tower's last hidden state conditions the decoder, both towers'
             projections make the queries and the datastore. Copied.
         decoder (`GPT2Config` or `dict`, *optional*, defaults to `GPT2Config()`):
@@ -66,8 +85,9 @@ class RecapConfig(PretrainedConfig):
             `"sinusoidal"` adds fixed position embeddings along time to the audio tower's last hidden state, so that
             the decoder can tell what came first: cross-attention does not know the order of what it attends to, and
             CLAP's audio tower keeps little of it. `None`, the default, is the paper's model.
-        window_length_s (`float`, *optional*, defaults to 10.0):
-            Length in seconds of one window of the audio tower. A longer clip becomes several windows.
+        window_length_s (`float`, *optional*):
+            Length in seconds of one window of the audio tower; default: the encoder's, 10.0 for `ClapConfig`. A longer
+            clip becomes several windows.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*):
             Special tokens of the decoder; they default to the decoder configuration's. GPT-2 has no padding token:
             its end-of-text token then pads, and masks alone tell what is padding.
@@ -97,7 +117,7 @@ class RecapConfig(PretrainedConfig):
         prefix_length: int = 10,
         prefix_num_layers: int = 2,
         audio_position_embedding: str | None = None,
-        window_length_s: float = 10.0,
+        window_length_s: float | None = None,
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
@@ -109,7 +129,8 @@ class RecapConfig(PretrainedConfig):
                 f"RecapConfig has no {', '.join(moved)}: prompt and retrieval are settings of RecapProcessor. Pass "
                 "them to RecapProcessor.from_config(config, ...)."
             )
-        self.clap = _sub_config("clap", clap, encoder_class(clap if clap else None).config_class)
+        encoder = encoder_class(clap if clap else None)
+        self.clap = _sub_config("clap", clap, encoder.config_class)
         self.decoder = _sub_config("decoder", decoder, GPT2Config)
         self.decoder.add_cross_attention = conditioning == CROSS_ATTENTION
         self.decoder.is_decoder = True
@@ -118,7 +139,7 @@ class RecapConfig(PretrainedConfig):
         self.prefix_length = prefix_length
         self.prefix_num_layers = prefix_num_layers
         self.audio_position_embedding = audio_position_embedding
-        self.window_length_s = window_length_s
+        self.window_length_s = encoder.window_seconds(self.clap) if window_length_s is None else window_length_s
         eos_token_id = self.decoder.eos_token_id if eos_token_id is None else eos_token_id
         bos_token_id = self.decoder.bos_token_id if bos_token_id is None else bos_token_id
         pad_token_id = self.decoder.pad_token_id if pad_token_id is None else pad_token_id
@@ -246,9 +267,11 @@ __all__ = [
     "CONDITIONINGS",
     "CROSS_ATTENTION",
     "CUSTOM_PIPELINES",
+    "ENCODERS",
     "PIPELINE_TASK",
     "PREFIX",
     "RecapConfig",
     "copy_remote_code",
+    "encoder_class",
     "push_arguments",
 ]

@@ -1,8 +1,7 @@
 """The audio and text encoder behind a captioner: the one place that knows how a CLAP is built.
 
 The model, the processor, timelines and explanations ask an encoder for hidden states, embeddings and geometry, and
-know nothing of HTSAT or RoBERTa. Another CLAP is another class in `ENCODERS`, under the `model_type` of its
-configuration.
+know nothing of HTSAT or RoBERTa. Another CLAP is another class in `ENCODERS` of the configuration's file.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import ClapConfig, ClapModel, PretrainedConfig
+from transformers import ClapConfig, ClapModel
 
 # CLAP's text branch was trained on at most this many tokens (LAION-AI/CLAP, training/data.py).
 MAX_TEXT_TOKENS = 77
@@ -28,72 +27,9 @@ FINGERPRINT_TEXTS = (
 )
 
 
-class RecapClapEncoder(ClapModel):
-    """LAION's CLAP: an HTSAT audio tower over 10 s windows of log-mel features, a RoBERTa text tower.
-
-    Attributes that every encoder class has:
-        config_class: its configuration.
-    """
-
-    @staticmethod
-    def hidden_size(config: ClapConfig) -> int:
-        """d, the width of the audio tower's last hidden state."""
-        audio = config.audio_config
-        return audio.patch_embeds_hidden_size * 2 ** (len(audio.depths) - 1)
-
-    @staticmethod
-    def grid(config: ClapConfig) -> tuple[int, int]:
-        """(F, T): frequency bands and time cells of one window. State `band * T + cell` of a window belongs to them.
-
-        HTSAT lays four stretches of time above each other as a square picture and halves it between stages: 2 x 32
-        for the published sizes, so that a cell spans half of the mel bins and 0.31 s.
-        """
-        audio = config.audio_config
-        ratio = audio.spec_size // audio.num_mel_bins
-        stride = audio.patch_stride[0] if isinstance(audio.patch_stride, (list, tuple)) else audio.patch_stride
-        side = audio.spec_size // stride // 2 ** (len(audio.depths) - 1)
-        return side // ratio, side * ratio
-
-    @staticmethod
-    def feature_settings(config: ClapConfig) -> dict[str, Any]:
-        """What the configuration says about the feature extractor."""
-        audio = config.audio_config
-        return {
-            "truncation": "fusion" if audio.enable_fusion else "rand_trunc",
-            "feature_size": audio.num_mel_bins,
-        }
-
-    def encode_windows(
-        self, windows: torch.Tensor, position_embedding: str | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and embeddings of windows.
-
-        Fused checkpoints get each window as a short clip, which is their path without fusion: the result depends on
-        nothing but the window. (The stock extractor declares a random clip of a batch to be a long one.)
-
-        Args:
-            windows (`torch.Tensor` of shape `(N, 1, num_frames, num_mel_bins)`): log-mel features in dB.
-            position_embedding (`str`, *optional*): `"sinusoidal"` adds fixed position embeddings along time.
-
-        Returns:
-            `tuple`: states of shape `(N, n, d)` and L2-normalised float32 embeddings of shape `(N, projection_dim)`.
-        """
-        is_longer = None
-        if self.config.audio_config.enable_fusion:
-            windows = windows.expand(-1, 4, -1, -1)
-            is_longer = torch.zeros(windows.shape[0], 1, dtype=torch.bool, device=windows.device)
-        output = self.audio_model(input_features=windows, is_longer=is_longer)
-        embeds = self.audio_projection(output.pooler_output).float()
-        # (N, d, F, T)
-        states = output.last_hidden_state
-        if position_embedding == SINUSOIDAL:
-            states = states + sinusoidal_positions(states.shape[-1], states.shape[1]).T[:, None].to(states)
-        return states.flatten(2).transpose(1, 2), nn.functional.normalize(embeds, dim=-1)
-
-    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Text embeddings of shape `(batch_size, projection_dim)`, L2-normalised, float32."""
-        pooled = self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
-        return nn.functional.normalize(self.text_projection(pooled).float(), dim=-1)
+class TextEmbedder:
+    """Embeds captions with the text tower of an encoder, which has `text_model`, `encode_text` and a configuration
+    with `text_config` and `projection_dim`."""
 
     @torch.no_grad()
     def embed_captions(self, captions: Sequence[str], tokenizer: Any, batch_size: int = 64) -> np.ndarray:
@@ -135,6 +71,96 @@ class RecapClapEncoder(ClapModel):
         return self.embed_captions(FINGERPRINT_TEXTS, tokenizer)
 
 
+class RecapClapEncoder(TextEmbedder, ClapModel):
+    """LAION's CLAP: an HTSAT audio tower over 10 s windows of log-mel features, a RoBERTa text tower.
+
+    Attributes that every encoder class has:
+        config_class: its configuration.
+    """
+
+    @staticmethod
+    def hidden_size(config: ClapConfig) -> int:
+        """d, the width of the audio tower's last hidden state."""
+        audio = config.audio_config
+        return audio.patch_embeds_hidden_size * 2 ** (len(audio.depths) - 1)
+
+    @staticmethod
+    def grid(config: ClapConfig) -> tuple[int, int]:
+        """(F, T): frequency bands and time cells of one window. State `band * T + cell` of a window belongs to them.
+
+        HTSAT lays four stretches of time above each other as a square picture and halves it between stages: 2 x 32
+        for the published sizes, so that a cell spans half of the mel bins and 0.31 s.
+        """
+        audio = config.audio_config
+        ratio = audio.spec_size // audio.num_mel_bins
+        stride = audio.patch_stride[0] if isinstance(audio.patch_stride, (list, tuple)) else audio.patch_stride
+        side = audio.spec_size // stride // 2 ** (len(audio.depths) - 1)
+        return side // ratio, side * ratio
+
+    @property
+    def input_normalisation(self) -> nn.Module | None:
+        """The batch norm of the tower's input, if it has one: its statistics are not trained."""
+        return self.audio_model.audio_encoder.batch_norm
+
+    @staticmethod
+    def window_seconds(config: ClapConfig) -> float:
+        """Length of a window, if nothing else is asked for."""
+        return 10.0
+
+    @staticmethod
+    def feature_settings(config: ClapConfig) -> dict[str, Any]:
+        """What the configuration says about the feature extractor."""
+        audio = config.audio_config
+        return {
+            "truncation": "fusion" if audio.enable_fusion else "rand_trunc",
+            "feature_size": audio.num_mel_bins,
+        }
+
+    def encode_windows(
+        self, windows: torch.Tensor, position_embedding: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and embeddings of windows.
+
+        Fused checkpoints get each window as a short clip, which is their path without fusion: the result depends on
+        nothing but the window. (The stock extractor declares a random clip of a batch to be a long one.)
+
+        Args:
+            windows (`torch.Tensor` of shape `(N, 1, num_frames, num_mel_bins)`): log-mel features in dB.
+            position_embedding (`str`, *optional*): `"sinusoidal"` adds fixed position embeddings along time.
+
+        Returns:
+            `tuple`: states of shape `(N, n, d)`, all zero where the decoder shall not attend, and L2-normalised
+            float32 embeddings of shape `(N, projection_dim)`.
+        """
+        output = self._audio_output(windows)
+        # (N, d, F, T)
+        states = output.last_hidden_state
+        if position_embedding == SINUSOIDAL:
+            states = states + sinusoidal_positions(states.shape[-1], states.shape[1]).T[:, None].to(states)
+        return states.flatten(2).transpose(1, 2), self.embed_features(output.pooler_output[:, None])
+
+    def audio_features(self, windows: torch.Tensor) -> torch.Tensor:
+        """What `embed_features` reads: the pooled output of windows, `(N, 1, num_frames, num_mel_bins)` ->
+        `(N, 1, d)`."""
+        return self._audio_output(windows).pooler_output[:, None]
+
+    def embed_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Audio embeddings of `audio_features`: `(N, projection_dim)`, L2-normalised, float32."""
+        return nn.functional.normalize(self.audio_projection(features[:, 0]).float(), dim=-1)
+
+    def _audio_output(self, windows: torch.Tensor) -> Any:
+        is_longer = None
+        if self.config.audio_config.enable_fusion:
+            windows = windows.expand(-1, 4, -1, -1)
+            is_longer = torch.zeros(windows.shape[0], 1, dtype=torch.bool, device=windows.device)
+        return self.audio_model(input_features=windows, is_longer=is_longer)
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Text embeddings of shape `(batch_size, projection_dim)`, L2-normalised, float32."""
+        pooled = self.text_model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return nn.functional.normalize(self.text_projection(pooled).float(), dim=-1)
+
+
 def sinusoidal_positions(num_steps: int, width: int) -> torch.Tensor:
     """The fixed position embeddings of Vaswani et al., "Attention Is All You Need" (2017), Section 3.5.
 
@@ -151,29 +177,11 @@ def sinusoidal_positions(num_steps: int, width: int) -> torch.Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
 
 
-ENCODERS: dict[str, Any] = {ClapConfig.model_type: RecapClapEncoder}
-
-
-def encoder_class(config: PretrainedConfig | dict[str, Any] | None) -> Any:
-    """The encoder class for a configuration; default: LAION's CLAP.
-
-    Raises:
-        `ValueError`: for a `model_type` without a class.
-    """
-    if config is None:
-        return RecapClapEncoder
-    name = config.get("model_type", ClapConfig.model_type) if isinstance(config, dict) else config.model_type
-    if name not in ENCODERS:
-        raise ValueError(f"`clap` must be the configuration of one of {', '.join(ENCODERS)}, got one of {name!r}.")
-    return ENCODERS[name]
-
-
 __all__ = [
     "AUDIO_POSITIONS",
-    "ENCODERS",
     "FINGERPRINT_TEXTS",
     "SINUSOIDAL",
     "RecapClapEncoder",
-    "encoder_class",
+    "TextEmbedder",
     "sinusoidal_positions",
 ]

@@ -1,7 +1,8 @@
-"""CLAP's log-mel features in torch: batched, on any device, the same for a clip wherever it stands."""
+"""Log-mel features of CLAP and of YAMNet in torch: batched, on any device, the same for a clip wherever it stands."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,20 @@ _CLAP_SETTINGS = (
     "truncation",
     "padding",
 )
+CLAP_SPECTROGRAM, YAMNET_SPECTROGRAM = "clap", "yamnet"
+# YAMNet's log-mel (tensorflow/models, research/audioset/yamnet/params.py): 25 ms of 16 kHz audio each 10 ms, HTK
+# filters on magnitudes. Its 1,008 frames of 10.08 s begin 120 samples before the frame's own 10 ms.
+_YAMNET_SETTINGS = {
+    "sampling_rate": 16_000,
+    "fft_window_size": 512,
+    "hop_length": 160,
+    "frequency_min": 125,
+    "frequency_max": 7_500,
+    "max_length_s": 10.08,
+    "padding": "pad",
+    "truncation": "fusion",
+}
+_YAMNET_FRAME, _YAMNET_OFFSET = 400, 1e-3
 
 
 class RecapFeatureExtractor(ClapFeatureExtractor):
@@ -44,6 +59,9 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
     float64 within 1e-4 dB.
 
     Args:
+        spectrogram (`str`, *optional*, defaults to `"clap"`):
+            `"clap"`, or `"yamnet"`: the features of a [`MobileNetClapModel`], `log(mel + 0.001)` of 64 bins from 125
+            to 7,500 Hz at 16 kHz, 25 ms each 10 ms, in windows of 10.08 s that are padded with silence.
         max_length_s (`int`, *optional*, defaults to 10): length of a window in seconds.
         truncation (`str`, *optional*, defaults to `"rand_trunc"`):
             Named so because CLAP's own configurations say which mel filters they go with in this field: the Slaney
@@ -58,7 +76,18 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
 
     model_input_names = ["input_features", "input_features_mask"]  # noqa: RUF012
 
-    def __init__(self, truncation: str = "rand_trunc", compute_dtype: str = "float32", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        truncation: str = "rand_trunc",
+        compute_dtype: str = "float32",
+        spectrogram: str = CLAP_SPECTROGRAM,
+        **kwargs: Any,
+    ) -> None:
+        if spectrogram not in (CLAP_SPECTROGRAM, YAMNET_SPECTROGRAM):
+            raise ValueError(f"`spectrogram` must be 'clap' or 'yamnet', got {spectrogram!r}.")
+        if spectrogram == YAMNET_SPECTROGRAM:
+            kwargs = {**_YAMNET_SETTINGS, **kwargs}
+            truncation = kwargs.pop("truncation")
         # `top_db` is read by nobody in CLAP; `nb_max_samples` and the like are derived and come back from JSON.
         super().__init__(truncation=truncation, **kwargs)
         if truncation not in ("rand_trunc", "fusion"):
@@ -68,6 +97,7 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         if compute_dtype not in ("float32", "float64"):
             raise ValueError(f"`compute_dtype` must be 'float32' or 'float64', got {compute_dtype!r}.")
         self.compute_dtype = compute_dtype
+        self.spectrogram = spectrogram
 
     @classmethod
     def from_clap_pretrained(cls, clap: str | os.PathLike, **kwargs: Any) -> RecapFeatureExtractor:
@@ -80,6 +110,8 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         Raises:
             `OSError`: if there are no such settings.
         """
+        if "spectrogram" in cls.get_feature_extractor_dict(clap)[0]:
+            return cls.from_pretrained(clap, **kwargs)
         stock = ClapFeatureExtractor.from_pretrained(clap)
         return cls(**{**{name: getattr(stock, name) for name in _CLAP_SETTINGS}, **kwargs})
 
@@ -99,14 +131,15 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
                 `(num_samples, channels)` (the shorter side is the channels'); they are averaged. Floats are expected
                 in [-1, 1]; integers are scaled from the range of their type.
             sampling_rate (`int` or a list of one per clip):
-                In Hz. Clips at other rates than 48 kHz are resampled (soxr, high quality).
+                In Hz. Clips at other rates than the extractor's `sampling_rate` (48 kHz) are resampled (soxr, high
+                quality).
             return_tensors (`str`, *optional*): `"pt"` or `"np"`.
             device (*optional*, defaults to the CPU): where the features are computed and left, for `"pt"`.
 
         Returns:
-            `BatchFeature` with `input_features`, float32 of shape `(batch_size, num_windows, num_frames, 64)` in dB,
-            and `input_features_mask` of shape `(batch_size, num_windows)`, 1 for the windows of a clip that hold
-            sound (all of them for a silent clip).
+            `BatchFeature` with `input_features`, float32 of shape `(batch_size, num_windows, num_frames, 64)` in dB
+            (`"yamnet"`: natural logarithms), and `input_features_mask` of shape `(batch_size, num_windows)`, 1 for the
+            windows of a clip that hold sound (all of them for a silent clip).
 
         Raises:
             `ValueError`: without a sampling rate, or for a clip that is empty or holds NaN or infinity.
@@ -149,17 +182,27 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
             batch = {name: value.cpu().numpy() for name, value in batch.items()}
         return BatchFeature(batch, tensor_type=return_tensors)
 
+    @property
+    def silence_level(self) -> float:
+        """The value of digital silence in `input_features`."""
+        return math.log(_YAMNET_OFFSET) if self.spectrogram == YAMNET_SPECTROGRAM else 10 * math.log10(_MEL_FLOOR)
+
+    @property
+    def decibel(self) -> float:
+        """What a change of level by 1 dB adds to `input_features`."""
+        return math.log(10) / 20 if self.spectrogram == YAMNET_SPECTROGRAM else 1.0
+
     def split_windows(self, waveform: np.ndarray) -> list[np.ndarray]:
         """Consecutive windows of `max_length_s` seconds, the last one aligned to the clip's end.
 
         Args:
-            waveform (`np.ndarray` of shape `(num_samples,)`): one channel at 48 kHz.
+            waveform (`np.ndarray` of shape `(num_samples,)`): one channel at `sampling_rate`.
         """
         length = int(self.nb_max_samples)
         return [waveform[start : start + length] for start in self.window_starts(len(waveform))]
 
     def window_starts(self, num_samples: int) -> list[int]:
-        """First samples of the windows of a clip of `num_samples` samples at 48 kHz."""
+        """First samples of the windows of a clip of `num_samples` samples at `sampling_rate`."""
         length = int(self.nb_max_samples)
         if num_samples <= length:
             return [0]
@@ -167,6 +210,10 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         if starts[-1] != num_samples - length:
             starts.append(num_samples - length)
         return starts
+
+    def log_mel(self, waveform: np.ndarray) -> torch.Tensor:
+        """Features of the whole frames in a waveform, `(num_samples,)` -> `(num_frames, num_mel_bins)`: no padding."""
+        return self._log_mel(torch.from_numpy(waveform[None]), *self._taper_and_filters(None))[0]
 
     def _prepare_clip(self, clip: Any, sampling_rate: int, index: int) -> np.ndarray:
         waveform = to_mono(clip)
@@ -177,36 +224,45 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         return resample(waveform, sampling_rate, self.sampling_rate)
 
     def _pad_window(self, window: np.ndarray) -> np.ndarray:
-        """The window at its full length, as `padding` says, with half a frame mirrored at either end."""
+        """The window at its full length, as `padding` says, with half a frame mirrored at either end (`"yamnet"`: with
+        silence, so that a frame is centred on its own 10 ms)."""
         length, half = int(self.nb_max_samples), self.fft_window_size // 2
+        if self.spectrogram == YAMNET_SPECTROGRAM:
+            half = (_YAMNET_FRAME - self.hop_length) // 2
         padded = np.zeros(length + 2 * half, dtype=window.dtype)
         inner = padded[half : half + length]
         times = {"repeat": -(-length // len(window)), "repeatpad": length // len(window), "pad": 1}[self.padding]
         for number in range(times):
             part = inner[number * len(window) : (number + 1) * len(window)]
             part[:] = window[: len(part)]
-        padded[:half] = inner[half:0:-1]
-        padded[half + length :] = inner[-2 : -2 - half : -1]
+        if self.spectrogram == CLAP_SPECTROGRAM:
+            padded[:half] = inner[half:0:-1]
+            padded[half + length :] = inner[-2 : -2 - half : -1]
         return padded
 
     def _log_mel(self, windows: torch.Tensor, taper: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
-        """(N, samples with both margins) -> (N, frames, mels) in dB, float32, where taper and filters are."""
+        """(N, samples with both margins) -> (N, frames, mels), float32, where taper and filters are."""
         windows = windows.to(device=taper.device, dtype=taper.dtype)
         # A view: frames that overlap are not copied before the window function is laid on them.
-        frames = windows.unfold(1, self.fft_window_size, self.hop_length)
+        frames = windows.unfold(1, len(taper), self.hop_length)
         mels = torch.empty(*frames.shape[:2], filters.shape[1], dtype=windows.dtype, device=windows.device)
         at_once = _FRAMES_AT_ONCE_CPU if windows.device.type == "cpu" else frames.shape[1]
         for part, of in zip(mels.split(at_once, dim=1), frames.split(at_once, dim=1), strict=True):
-            spectrum = torch.fft.rfft(of * taper)[..., : len(filters)]
+            spectrum = torch.fft.rfft(of * taper, n=self.fft_window_size)[..., : len(filters)]
             # Frame by frame in memory: `torch.stft` and a sum over (real, imaginary) take four times as long.
             power = spectrum.real.square().addcmul_(spectrum.imag, spectrum.imag)
+            if self.spectrogram == YAMNET_SPECTROGRAM:
+                power.sqrt_()
             part.copy_(torch.matmul(power, filters))
+        if self.spectrogram == YAMNET_SPECTROGRAM:
+            return mels.add_(_YAMNET_OFFSET).log_().float()
         return mels.clamp_(min=_MEL_FLOOR).log10_().mul_(10.0).float()
 
     def _taper_and_filters(self, device: str | torch.device | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The Hann window, and the mel filters down to their last bin: nothing above 14 kHz is used."""
+        """The Hann window, and the mel filters down to their last bin: nothing above it is used."""
         dtype = getattr(torch, self.compute_dtype)
-        taper = torch.hann_window(self.fft_window_size, dtype=dtype, device=device)
+        length = _YAMNET_FRAME if self.spectrogram == YAMNET_SPECTROGRAM else self.fft_window_size
+        taper = torch.hann_window(length, dtype=dtype, device=device)
         filters = self.mel_filters_slaney if self.truncation == "rand_trunc" else self.mel_filters
         num_bins = int(np.flatnonzero(filters.any(axis=1)).max()) + 1
         return taper, torch.from_numpy(filters[:num_bins]).to(device=device, dtype=dtype)

@@ -50,6 +50,13 @@ class RecapEncoderOutput(ModelOutput):
         return RecapEncoderOutput(**{name: None if part is None else part[rows] for name, part in self.items()})
 
 
+def states_mask(states: torch.Tensor) -> torch.LongTensor:
+    """1 for the states that are attended to, `(batch_size, n, d)` -> `(batch_size, n)`: those that hold more than
+    zeros, or all of a clip that has no other."""
+    holds = (states != 0).any(dim=-1)
+    return (holds | ~holds.any(dim=1, keepdim=True)).long()
+
+
 def position_ids_of(attention_mask: torch.Tensor) -> torch.LongTensor:
     """Positions of the tokens that a mask leaves, counted from 0; padding gets 0.
 
@@ -258,4 +265,4 @@ def _take_penalties(
     return given
 
 
-__all__ = ["CACHE", "RecapEncoderOutput", "RecapGenerationMixin", "one_cache", "position_ids_of"]
+__all__ = ["CACHE", "RecapEncoderOutput", "RecapGenerationMixin", "one_cache", "position_ids_of", "states_mask"]

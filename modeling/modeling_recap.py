@@ -13,9 +13,15 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
-from .configuration_recap import PREFIX, RecapConfig, copy_remote_code, push_arguments
-from .encoder_recap import encoder_class
-from .generation_recap import CACHE, RecapEncoderOutput, RecapGenerationMixin, one_cache, position_ids_of
+from .configuration_recap import PREFIX, RecapConfig, copy_remote_code, encoder_class, push_arguments
+from .generation_recap import (
+    CACHE,
+    RecapEncoderOutput,
+    RecapGenerationMixin,
+    one_cache,
+    position_ids_of,
+    states_mask,
+)
 from .index_recap import from_package
 
 
@@ -353,7 +359,7 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
         audio_embeds[mask] = embed
         return RecapEncoderOutput(
             last_hidden_state=hidden.flatten(1, 2),
-            attention_mask=mask.long().repeat_interleave(state.shape[1], dim=1),
+            attention_mask=states_mask(hidden.flatten(1, 2)),
             audio_embeds=audio_embeds,
         )
 

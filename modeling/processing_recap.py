@@ -13,8 +13,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
-from .configuration_recap import AUTO_MAP, RecapConfig, copy_remote_code, push_arguments
-from .encoder_recap import encoder_class
+from .configuration_recap import AUTO_MAP, RecapConfig, copy_remote_code, encoder_class, push_arguments
 from .feature_extraction_recap import RecapFeatureExtractor
 from .options_recap import PAPER_PROMPT, CaptionOptions, PromptTemplate
 from .retrieval_recap import MANIFEST_NAME, CaptionDatastore

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         added = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         added.set_defaults(function=function)
         if source:
-            added.add_argument("source", metavar="FILE" if name == "laion-clap" else "FOLDER", help=source)
+            added.add_argument("source", metavar="FILE" if name in ("laion-clap", "yamnet") else "FOLDER", help=source)
         added.add_argument("out", metavar="OUT", help="folder to make")
         added.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
         return added.add_argument
@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = "LAION-CLAP checkpoint: HTSAT audio branch, RoBERTa text branch"
     add = kind("laion-clap", text, "convert_laion_clap", source=source)
     add("--tokenizer", help="folder or Hub id of RoBERTa's tokenizer (roberta-base), saved with the model")
+
+    text = "YAMNet's TFLite file to a small CLAP whose text tower is untrained, for `recap pretrain clap --clap`"
+    add = kind("yamnet", text, "convert_yamnet", source="TFLite file of YAMNet for classification")
+    text = "recordings of anything, on which the file and the folder must agree"
+    add("--recordings", nargs="+", metavar="FILE", required=True, help=text)
 
     text = "a checkpoint folder of the RECAP authors' code to a RECAP folder"
     add = kind("recap-original", text, "convert_recap_original", source="folder with config.json and the weights")

@@ -54,7 +54,7 @@ def test_unknown_keys_are_kept():
         ({"cross_attention_reduce_factor": 0}, "must be a positive integer"),
         ({"window_length_s": 0}, "positive number of seconds, got 0"),
         ({"pad_token_id": 50257}, "`pad_token_id` is 50257, outside the decoder's vocabulary of 50257"),
-        ({"clap": {"model_type": "bert"}}, "must be the configuration of one of clap, got one of 'bert'"),
+        ({"clap": {"model_type": "bert"}}, "must be the configuration of one of clap, mobilenet_clap, got"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(arguments, message):
@@ -87,4 +87,4 @@ def test_documented_defaults_are_the_signatures():
         if "Config()" not in value:
             assert str(signature[name].default) == value, name
             checked += 1
-    assert checked >= 5
+    assert checked >= 4

@@ -49,7 +49,10 @@ def clotho_folder(tmp_path: Path) -> Path:
 
 def test_clotho_as_published(clotho_folder: Path):
     data = load_captions("clotho", clotho_folder)
-    assert data.dataset.column_names == ["clip_id", "audio", "captions", "split", "source", "licence"]
+    assert data.dataset.column_names == [
+        *("clip_id", "audio", "captions", "split", "source", "licence"),
+        *("classes", "class_scores"),
+    ]
     assert data.dataset["clip_id"][:] == ["Rain on a roof.wav", "null.wav"]
     assert data.dataset[0]["captions"] == ["a", "b, with comma", "c", "d", "e"]
     assert data.dataset[0]["audio"]["path"] == str(clotho_folder / "development" / "Rain on a roof.wav")

@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from conftest import tiny_clap_config
 from training_parts import captions_of, make_tokenizer
 
+from recap_hf.modeling.encoder_recap import RecapClapEncoder
 from recap_hf.training.data import Clip
 from recap_hf.training.task import Key
 from recap_hf.training.tasks.bases import new_clap_config, train_tokenizer
-from recap_hf.training.tasks.clap import ClapTask, ClapTrainingConfig
+from recap_hf.training.tasks.clap import ClapTask, ClapTrainingConfig, Targets
 from recap_hf.training.tasks.clap_data import PairCollator, PairedClips, Variation, paired_clips, positives
 from recap_hf.training.tasks.contrastive import (
     Towers,
@@ -27,10 +28,8 @@ from recap_hf.training.tasks.contrastive import (
 
 @pytest.fixture(scope="module")
 def clap():
-    from transformers import ClapModel
-
     torch.manual_seed(0)
-    return ClapModel(tiny_clap_config()).eval()
+    return RecapClapEncoder(tiny_clap_config()).eval()
 
 
 def test_the_loss_is_the_cross_entropy_of_transformers_logits_where_each_clip_has_one_caption(clap):
@@ -43,7 +42,7 @@ def test_the_loss_is_the_cross_entropy_of_transformers_logits_where_each_clip_ha
         each = torch.arange(3)
         logits = (output.logits_per_audio, output.logits_per_text)
         expected = sum(torch.nn.functional.cross_entropy(rows, each) for rows in logits) / 2
-        audio, texts = Towers(clap)(mels, ids, mask)
+        audio, texts, _ = Towers(clap)(mels, ids, mask)
         loss = contrastive_loss(audio, texts, torch.eye(3).bool(), clap.logit_scale_a, clap.logit_scale_t)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -68,18 +67,18 @@ def test_embeddings_do_not_depend_on_the_batch(clap):
     mels = torch.randn(4, 1001, 64) * 10 - 40
     ids = torch.randint(5, 300, (4, 6))
     with torch.no_grad():
-        together, _ = towers(mels, ids, torch.ones_like(ids))
-        alone, _ = towers(mels[2:3], ids[:1], torch.ones_like(ids[:1]))
+        together, *_ = towers(mels, ids, torch.ones_like(ids))
+        alone, *_ = towers(mels[2:3], ids[:1], torch.ones_like(ids[:1]))
     torch.testing.assert_close(together[2], alone[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("frozen", ["audio", "text"])
+@pytest.mark.parametrize("frozen", ["audio", "text", "audio_model"])
 def test_a_frozen_tower_has_no_gradient(frozen: str):
-    from transformers import ClapModel
-
-    trained = {name for name, p in Towers(ClapModel(tiny_clap_config()), frozen).named_parameters() if p.requires_grad}
-    assert trained
-    assert not any(name.startswith(f"clap.{frozen}_") for name in trained)
+    towers = Towers(RecapClapEncoder(tiny_clap_config()), frozen)
+    trained = {name for name, p in towers.named_parameters() if p.requires_grad}
+    untrained = f"clap.{frozen}." if frozen == "audio_model" else f"clap.{frozen}_"
+    assert not any(name.startswith(untrained) for name in trained)
+    assert ("clap.audio_projection.linear1.weight" in trained) == (frozen != "audio")
     assert "clap.logit_scale_a" in trained
 
 
@@ -121,7 +120,7 @@ def test_what_is_right_for_a_clip():
     """By recording (the same clip of another dataset) and by text (case and punctuation apart)."""
     captions = [["A dog barks.", "dog"], ["rain"], ["a dog barks"], ["other words"]]
     ids = ["a.wav", "b.wav", "c.wav", "x/A.flac"]
-    clips = paired_clips([Clip(*pair) for pair in zip(ids, captions, strict=True)], make_tokenizer("clap"), 9)
+    clips, _ = paired_clips([Clip(*pair) for pair in zip(ids, captions, strict=True)], make_tokenizer("clap"), 9)
     pairs = [(clip, number) for clip in clips for number in range(len(clip.tokens))]
     expected = [[1, 1, 0, 1, 1], [0, 0, 1, 0, 0], [1, 0, 0, 1, 0], [1, 1, 0, 0, 1]]
     assert positives(clips, pairs).astype(int).tolist() == expected
@@ -138,13 +137,13 @@ class _Store:
         self._frames = {"a": rng.normal(size=(1, 1001, 64)), "b": rng.normal(size=(3, 1001, 64))}
 
     def read(self, key: str, name: str) -> np.ndarray:
-        assert name == "mel"
+        assert name == "audio"
         return self._frames[key].astype(np.float16)
 
 
 def test_variation_is_keyed_by_seed_epoch_and_clip():
     clips = [Clip("a", ["u", "v", "w"], key="a"), Clip("b", ["x", "y", "z"], key="b")]
-    clips = paired_clips(clips, make_tokenizer("clap"), 9)
+    clips, _ = paired_clips(clips, make_tokenizer("clap"), 9)
 
     settings = {"captions": 2, "crop": True, "gain_db": 6.0, "mask_frames": 90, "mask_bins": 9}
 
@@ -163,7 +162,7 @@ def test_variation_is_keyed_by_seed_epoch_and_clip():
         assert not torch.equal(mels, other)
     # Without variation, a clip is its first window.
     plain, _, _ = build(1, 4, crop=False, gain_db=0.0, mask_frames=0, mask_bins=0)
-    windows = _Store().read("b", "mel").astype(np.float32)
+    windows = _Store().read("b", "audio").astype(np.float32)
     assert np.array_equal(plain[1], windows[0])
     # Cut at random, it is one of its windows, and each of them in some epoch.
     cut = [build(1, epoch, gain_db=0.0, mask_frames=0, mask_bins=0)[0][1] for epoch in range(20)]
@@ -176,7 +175,7 @@ def test_steps_are_full_and_no_clip_stands_twice(clap):
         config = ClapTrainingConfig(batch_size=5, seed=seed)
         examples = PairedClips([None] * clips, None, Variation())
         return ClapTask(
-            config, Accelerator(cpu=True), (clap, make_tokenizer("clap"), None), examples, None, None
+            config, Accelerator(cpu=True), (clap, make_tokenizer("clap"), None), examples, None, None, Targets()
         ).plan(epoch)
 
     steps = plan(23, 3, 1)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from .caption_tables import caption_columns
 from .files import read_table, renamed
-from .schema import SPLITS, CaptionData, ClipRecord, LoadOptions, build_caption_data, canonical_split, require_columns
+from .schema import (
+    SPLITS,
+    CaptionData,
+    ClipRecord,
+    LoadOptions,
+    build_caption_data,
+    canonical_split,
+    class_columns,
+    require_columns,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,7 +29,8 @@ def load_audiofolder(options: LoadOptions) -> CaptionData:
     """Clips of one split: `<data_dir>/<split>/metadata.*`, or `<data_dir>/metadata.*` with a column `split`.
 
     A metadata file at the top without such a column is the training split. Further columns that are read where
-    present: `clip_id`, `captions` or `caption_1`, `caption_2`, ..., `source`, `licence` (or `license`).
+    present: `clip_id`, `captions` or `caption_1`, `caption_2`, ..., `source`, `licence` (or `license`),
+    `classes` and `class_scores`.
 
     Raises:
         ValueError: for missing columns or a split that is not there.
@@ -77,8 +87,8 @@ def load_hub_dataset(name: str, options: LoadOptions) -> CaptionData:
 def from_dataset(table: Dataset, options: LoadOptions, source: str) -> CaptionData:
     """A `datasets.Dataset` as caption data; audio is not decoded (path or bytes).
 
-    Optional columns: `clip_id`, `source`, `licence` or `license`; without `clip_id`, the audio's file
-    name is the id, and without that the row number.
+    Optional columns: `clip_id`, `source`, `licence` or `license`, `classes` and `class_scores`; without `clip_id`, the
+    audio's file name is the id, and without that the row number.
     """
     from datasets import Audio
 
@@ -112,4 +122,5 @@ def _record(row: Mapping[str, Any], clip_id: str, audio: Any, source: str, wante
     values = [row[name] if isinstance(row[name], list) else [row[name]] for name in caption_columns(row)]
     captions = values[0] + [text for value in values[1:] for text in value if text and text.strip()]
     licence = row.get("licence") or row.get("license")
-    return ClipRecord(clip_id, audio, captions, str(row.get("source") or source), licence, wanted)
+    classes = class_columns(row, f"{source}: {clip_id}")
+    return ClipRecord(clip_id, audio, captions, str(row.get("source") or source), licence, wanted, *classes)

@@ -1,6 +1,7 @@
 """The one table that all training and evaluation code reads, whatever a dataset looked like on disk.
 
-A row is a clip: `clip_id`, `audio` (undecoded: path or bytes), `captions` (a list), `split`, `source`, `licence`.
+A row is a clip: `clip_id`, `audio` (undecoded: path or bytes), `captions` (a list), `split`, `source`, `licence`, and
+where a tagger or labels say so, `classes` (names of sounds) and `class_scores` (a number from 0 to 1 for each).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COLUMNS = ("clip_id", "audio", "captions", "split", "source", "licence")
+COLUMNS = ("clip_id", "audio", "captions", "split", "source", "licence", "classes", "class_scores")
 
 SPLITS = {
     "train": ("train", "training", "development"),
@@ -66,6 +67,8 @@ class ClipRecord:
     source: str
     licence: str | None = None
     wanted: str = ""
+    classes: list[str] = field(default_factory=list)
+    class_scores: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -107,14 +110,38 @@ def build_caption_data(records: Iterable[ClipRecord], options: LoadOptions) -> C
             key = (record.source, record.clip_id)
             merged.setdefault(key, replace(record, captions=[])).captions.extend(kept)
     clips = list(merged.values())
-    columns = {name: [getattr(clip, name) for clip in clips] for name in ("clip_id", "captions", "source", "licence")}
+    named = [name for name in COLUMNS if name not in ("audio", "split")]
+    columns = {name: [getattr(clip, name) for clip in clips] for name in named}
     columns["split"] = [options.split] * len(clips)
     columns["audio"] = [_undecoded(clip.audio) if options.needs_audio else None for clip in clips]
-    kinds = dict.fromkeys(COLUMNS, Value("string")) | {"captions": List(Value("string"))}
+    kinds = dict.fromkeys(COLUMNS, Value("string")) | dict.fromkeys(("captions", "classes"), List(Value("string")))
+    kinds["class_scores"] = List(Value("float32"))
     # `Audio` refuses to encode even a path without torchcodec; casting the plain struct to it asks for no codec.
     stored = Features(kinds | {"audio": {"bytes": Value("binary"), "path": Value("string")}})
     table = Dataset.from_dict({name: columns[name] for name in COLUMNS}, features=stored)
     return CaptionData(table.cast(Features(kinds | {"audio": Audio(decode=False)})), [*missing, *empty])
+
+
+def class_columns(row: Mapping, where: str) -> tuple[list[str], list[float]]:
+    """`classes` and `class_scores` of a row of a table: lists, or texts with `;`. Without scores, each class has 1.
+
+    Raises:
+        ValueError: if their numbers differ, or a score is not from 0 to 1; the message begins with `where`.
+    """
+    classes, scores = (row.get(name) or [] for name in ("classes", "class_scores"))
+    if isinstance(classes, str):
+        # A cell of a CSV file.
+        classes, scores = (
+            [part.strip() for part in (cell or "").split(";") if part.strip()] for cell in (classes, scores)
+        )
+        scores = [float(score) for score in scores]
+    scores = list(scores) or [1.0] * len(classes)
+    if len(scores) != len(classes) or not all(0 <= score <= 1 for score in scores):
+        raise ValueError(
+            f"{where}: `class_scores` must hold a number from 0 to 1 for each of the {len(classes)} `classes`, got "
+            f"{scores[:5]}{'...' if len(scores) > 5 else ''}"
+        )
+    return list(classes), scores
 
 
 def _undecoded(audio: str | dict | None) -> dict | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.modeling.encoder_recap import encoder_class
+from recap_hf.modeling.configuration_recap import encoder_class
 
 # Sampled moments per cell in `to_clip`: 64 are 5 ms apart in CLAP's cells of 0.31 s.
 _SAMPLES_PER_CELL = 64

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from recap_hf.modeling.generation_recap import states_mask
+
 from .data import Clip
 from .features import FeatureStore
 from .neighbours import Neighbours
@@ -142,7 +144,7 @@ class Batch:
         targets: int64 of shape `(tokens,)`: the target tokens.
         weights: float32 of shape `(tokens,)`: of each target's loss.
         hidden: fp16 of shape `(rows, positions, d)`, the audio; hidden audio is all zero. None for text alone.
-        hidden_mask: int64 of shape `(rows, positions)`, or None if all clips have the same length.
+        hidden_mask: int64 of shape `(rows, positions)`, or None if no position is masked.
         shared: whether a prompt has several captions.
         padded: whether rows differ in length.
     """
@@ -220,9 +222,10 @@ class CaptionCollator:
     def _audio(examples: Sequence[Example]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if examples[0].states is None:
             return None, None
-        lengths = torch.tensor([len(item.states) for item in examples])
-        hidden = np.zeros((len(examples), int(lengths.max()), examples[0].states.shape[1]), dtype=np.float16)
+        length = max(len(item.states) for item in examples)
+        hidden = np.zeros((len(examples), length, examples[0].states.shape[1]), dtype=np.float16)
         for row, item in enumerate(examples):
             hidden[row, : len(item.states)] = item.states
-        mask = (torch.arange(hidden.shape[1]) < lengths[:, None]).long()
-        return torch.from_numpy(hidden), None if mask.all() else mask
+        states = torch.from_numpy(hidden)
+        mask = states_mask(states)
+        return states, None if mask.all() else mask

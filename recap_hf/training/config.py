@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .task import Task
 
 # The order of the groups in the help.
-_GROUPS = ("data", "model", "retrieval", "prompts", "optimisation", "validation", "running")
+_GROUPS = ("data", "targets", "model", "retrieval", "prompts", "optimisation", "validation", "running")
 
 # Checks of a value: what must hold, and how the error message says it.
 AT_LEAST_1 = (lambda value: value >= 1, "at least 1")

@@ -28,6 +28,7 @@ class Clip:
         source, licence: of the dataset.
         key: of its encoded audio; empty for text alone.
         targets: token ids of each caption, as far as they are known.
+        classes: names and scores of sounds that a tagger or labels tell.
     """
 
     clip_id: str
@@ -36,6 +37,7 @@ class Clip:
     licence: str | None = None
     key: str = ""
     targets: list[list[int]] = field(default_factory=list)
+    classes: dict[str, float] = field(default_factory=dict)
 
     def records(self) -> list[dict[str, Any]]:
         """Records for a datastore, one per caption."""
@@ -141,9 +143,13 @@ def _divide(data: CaptionData, share: float, seed: int) -> dict[str, CaptionData
 def clips_of(data: CaptionData, keys: list[str | None] | None = None) -> list[Clip]:
     """The clips of a table; with `keys` (one per row), those that have one."""
     table = data.dataset
-    columns = (table[name][:] for name in ("clip_id", "captions", "source", "licence"))
-    rows = zip(*columns, keys or [""] * len(table), strict=True)
-    return [Clip(*row) for row in rows if row[-1] is not None]
+    names = ("clip_id", "captions", "source", "licence", "classes", "class_scores")
+    rows = zip(*(table[name][:] for name in names), keys or [""] * len(table), strict=True)
+    return [
+        Clip(*row[:4], key, classes=dict(zip(classes, scores, strict=True)))
+        for *row, classes, scores, key in rows
+        if key is not None
+    ]
 
 
 def load_encoded(

@@ -80,14 +80,20 @@ def mel_windows(feature_extractor: Any, waveforms: list[np.ndarray], device: Any
 def encoder_identity(model: Any, feature_extractor: Any) -> dict[str, Any]:
     """All that encoded audio depends on: a hash of the audio tower's weights, their dtype, what is added to the hidden
     states, and the settings of the mel spectrogram."""
+    weights = weights_hash(model.clap, "audio_model", "audio_projection")
+    positions = {"audio_position_embedding": model.config.audio_position_embedding}
+    return mel_identity(feature_extractor) | positions | {"weights": weights}
+
+
+def weights_hash(model: Any, *parts: str) -> str:
+    """Hash of the weights of some modules of a model, and of their dtype."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in ("audio_model", "audio_projection"):
-        for name, tensor in sorted(getattr(model.clap, part).state_dict().items()):
+    for part in parts:
+        for name, tensor in sorted(getattr(model, part).state_dict().items()):
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             # As bytes: NumPy has no bfloat16.
             digest.update(tensor.detach().cpu().contiguous().flatten().view(dtype=torch.uint8).numpy().tobytes())
-    positions = {"audio_position_embedding": model.config.audio_position_embedding}
-    return mel_identity(feature_extractor) | positions | {"weights": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def mel_identity(feature_extractor: Any) -> dict[str, Any]:

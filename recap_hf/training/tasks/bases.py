@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 from ..config import TrainingConfig, option, other_default
 
 if TYPE_CHECKING:
-    from transformers import ClapConfig, ClapModel, GPT2LMHeadModel, PreTrainedTokenizerBase
+    from transformers import ClapConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
 
@@ -121,8 +122,8 @@ def set_dropout(model: nn.Module, share: float) -> None:
             module.drop_prob = 0.0
 
 
-def load_clap(name: str) -> tuple[ClapModel, PreTrainedTokenizerBase, Any]:
-    """An existing CLAP with its tokenizer and its mel settings (a `RecapFeatureExtractor`).
+def load_clap(name: str) -> tuple[Any, PreTrainedTokenizerBase | None, Any]:
+    """An existing CLAP (an encoder class) with its tokenizer, if it has one, and its `RecapFeatureExtractor`.
 
     Args:
         name: Hub id or folder of a CLAP, or of a RECAP checkpoint; `embedded` for the embedded default.
@@ -130,16 +131,33 @@ def load_clap(name: str) -> tuple[ClapModel, PreTrainedTokenizerBase, Any]:
     Raises:
         OSError, ValueError: if there is no such model.
     """
-    from transformers import AutoTokenizer, ClapModel
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import cached_file
 
     from recap_hf import RecapFeatureExtractor
+    from recap_hf.modeling.configuration_recap import encoder_class
 
     captioner = _load_captioner(name)
     if captioner is not None:
         model, processor = captioner
         return model.clap, processor.clap_tokenizer, processor.feature_extractor
-    clap = ClapModel.from_pretrained(name, dtype="float32")
-    return clap, AutoTokenizer.from_pretrained(name), RecapFeatureExtractor.from_clap_pretrained(name)
+    clap = encoder_class(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype="float32")
+    # A converted audio tower has no tokenizer.
+    has_tokenizer = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    tokenizer = AutoTokenizer.from_pretrained(name) if has_tokenizer else None
+    return clap, tokenizer, RecapFeatureExtractor.from_clap_pretrained(name)
+
+
+def with_new_text_tower(clap: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The CLAP with an untrained text tower for another tokenizer; its text projection is new, too."""
+    config = copy.deepcopy(clap.config)
+    config.text_config.vocab_size = len(tokenizer)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config.text_config, name, getattr(tokenizer, name))
+    new = type(clap)(config)
+    kept = {name: tensor for name, tensor in clap.state_dict().items() if not name.startswith("text_")}
+    new.load_state_dict(kept, strict=False)
+    return new
 
 
 def load_gpt2(name: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:

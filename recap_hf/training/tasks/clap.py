@@ -11,12 +11,30 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..config import AT_LEAST_1, NOT_NEGATIVE, AudioTrainingConfig, option, other_default
-from ..data import DataSummary, load_encoded, load_splits
+from ..data import Clip, DataSummary, load_encoded, load_splits
 from ..task import Step, Task
-from .bases import BaseTrainingConfig, load_clap, new_clap_config, set_dropout, train_tokenizer
-from .clap_data import ORDER, Mels, PairCollator, PairedClips, Variation, paired_clips, positives
+from .bases import (
+    BaseTrainingConfig,
+    load_clap,
+    new_clap_config,
+    set_dropout,
+    train_tokenizer,
+    with_new_text_tower,
+)
+from .caption_classes import CaptionClasses
+from .clap_data import (
+    ORDER,
+    PairCollator,
+    PairedClips,
+    SoftTargets,
+    StoredAudio,
+    Variation,
+    paired_clips,
+    positives,
+)
 from .contrastive import Towers, contrastive_loss, fix_input_statistics, gather_rows, retrieval_metrics
 
 # What CLAP's text tower is given at most (LAION's setting), if it has room for it.
@@ -41,7 +59,11 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
     )
     clap_config: str = option("model", "", "from scratch: JSON of a ClapConfig, instead of --size")
     freeze: str = option(
-        "model", "none", "tower that is not trained: none, audio or text", choices=["none", "audio", "text"]
+        "model",
+        "none",
+        "what is not trained: none, audio, text, or audio_model (the audio tower but not its projection); a frozen "
+        "audio tower runs once for each recording",
+        choices=["none", "audio", "text", "audio_model"],
     )
 
     captions_per_clip: int = option(
@@ -51,6 +73,16 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
     random_gain_db: float = option("data", 0.0, "change the level by at most this, in dB", check=NOT_NEGATIVE)
     mask_frames: int = option("data", 0, "hide at most this number of frames (10 ms) in a row", check=NOT_NEGATIVE)
     mask_bins: int = option("data", 0, "hide at most this number of mel bins in a row", check=NOT_NEGATIVE)
+
+    caption_classes: str = option(
+        "targets",
+        "",
+        "CSV with the columns name, words (a regular expression) and parents: classes of sounds that captions name. A "
+        "caption is then right for every clip whose classes, in the columns classes and class_scores, it names",
+    )
+    class_loss_weight: float = option(
+        "targets", 0.0, "weight of the loss of the classification head against class_scores", check=NOT_NEGATIVE
+    )
 
     learning_rate: float = other_default(AudioTrainingConfig, "learning_rate", 1e-4)
     batch_size: int = other_default(
@@ -66,42 +98,93 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
         super().check()
         if self.clap and self.clap_config:
             raise ValueError("give either --clap (to fine-tune it), or --clap-config (to start from scratch)")
+        if self.audio_is_frozen and (self.random_gain_db or self.mask_frames or self.mask_bins):
+            raise ValueError(
+                f"--freeze {self.freeze} encodes each recording once: --random-gain-db, --mask-frames and --mask-bins "
+                "need an audio tower that is trained"
+            )
+
+    @property
+    def audio_is_frozen(self) -> bool:
+        """Whether the audio tower's outputs never change."""
+        return self.freeze in ("audio", "audio_model")
 
     def build_task(self, accelerator: Any) -> ClapTask:
         with accelerator.main_process_first():
             splits = load_splits(self)
         texts = chain.from_iterable(splits["train"].dataset["captions"])
         clap, tokenizer, extractor = self._start(texts, accelerator)
-        clips, store, summary = load_encoded(self, Mels(extractor, accelerator.device), splits)
+        clap.to(accelerator.device)
+        stored = StoredAudio(extractor, clap.eval() if self.audio_is_frozen else None, accelerator.device)
+        clips, store, summary = load_encoded(self, stored, splits)
         limit = min(_MAX_TEXT_TOKENS, clap.config.text_config.max_position_embeddings - 2)
         paired = {split: paired_clips(own, tokenizer, limit) for split, own in clips.items()}
-        if len(paired["train"]) < 2:
+        train, texts = paired["train"]
+        if len(train) < 2:
             raise ValueError("contrastive training needs at least two clips: it compares them")
-        plain = {split: PairedClips(own, store, Variation()) for split, own in paired.items()}
+        plain = {split: PairedClips(own, store, Variation()) for split, (own, _) in paired.items()}
         if not self.clap:
-            chosen = np.unique(np.linspace(0, len(paired["train"]) - 1, _CLIPS_FOR_STATISTICS).astype(int))
-            mels = np.stack([plain["train"].mel(clip, 0) for clip in chosen])
+            chosen = np.unique(np.linspace(0, len(train) - 1, _CLIPS_FOR_STATISTICS).astype(int))
+            mels = np.stack([plain["train"].audio(clip, 0) for clip in chosen])
             fix_input_statistics(clap, torch.from_numpy(mels))
         set_dropout(clap, self.dropout)
-        clap.to(accelerator.device)
         varied = (self.captions_per_clip, self.random_crop, self.random_gain_db, self.mask_frames, self.mask_bins)
-        examples = PairedClips(paired["train"], store, Variation(*varied, self.seed))
-        saved = (clap, tokenizer, _stock_extractor(extractor))
-        return ClapTask(self, accelerator, saved, examples, plain.get("validation"), summary)
+        varied += (self.seed, extractor.silence_level, extractor.decibel)
+        examples = PairedClips(train, store, Variation(*varied))
+        targets = self._targets(clap, clips["train"], texts)
+        saved = (clap, tokenizer, extractor)
+        return ClapTask(self, accelerator, saved, examples, plain.get("validation"), summary, targets)
 
     def _start(self, texts: Iterable[str], accelerator: Any) -> tuple[Any, Any, Any]:
         """The CLAP to train, its tokenizer and its feature extractor."""
-        from transformers import ClapModel
-
         from recap_hf import RecapFeatureExtractor
+        from recap_hf.modeling.encoder_recap import RecapClapEncoder
 
         torch.manual_seed(self.seed)
-        if self.clap:
-            return load_clap(self.clap)
-        folder = Path(self.output_dir) / "tokenizer"
-        tokenizer = train_tokenizer(texts, "clap", self.vocab_size, _MAX_TEXT_TOKENS + 1, folder, accelerator)
-        settings = new_clap_config(self.size, self.clap_config, tokenizer)
-        return ClapModel(settings), tokenizer, RecapFeatureExtractor(feature_size=settings.audio_config.num_mel_bins)
+        clap, tokenizer, extractor = load_clap(self.clap) if self.clap else (None, None, None)
+        if tokenizer is None:
+            folder = Path(self.output_dir) / "tokenizer"
+            tokenizer = train_tokenizer(texts, "clap", self.vocab_size, _MAX_TEXT_TOKENS + 1, folder, accelerator)
+            if clap is not None:
+                return with_new_text_tower(clap, tokenizer), tokenizer, extractor
+            settings = new_clap_config(self.size, self.clap_config, tokenizer)
+            extractor = RecapFeatureExtractor(feature_size=settings.audio_config.num_mel_bins)
+            clap = RecapClapEncoder(settings)
+        return clap, tokenizer, extractor
+
+    def _targets(self, clap: Any, clips: list[Clip], texts: list[str]) -> Targets:
+        """What the audio is trained towards, besides its own captions."""
+        heard = any(clip.classes for clip in clips)
+        if (self.caption_classes or self.class_loss_weight) and not heard:
+            raise ValueError("--caption-classes and --class-loss-weight need the columns classes and class_scores")
+        soft = scores = None
+        if self.caption_classes:
+            soft = SoftTargets(CaptionClasses.from_csv(self.caption_classes), clips, texts)
+        if self.class_loss_weight:
+            names = clap.config.id2label.items() if hasattr(clap, "classifier") else ()
+            numbers = {name: number for number, name in names}
+            unknown = {name for clip in clips for name in clip.classes} - set(numbers)
+            if unknown:
+                raise ValueError(
+                    f"--class-loss-weight: the CLAP has no class {sorted(unknown)[0]!r}; it has {len(numbers)} classes"
+                )
+            scores = np.zeros((len(clips), len(numbers)), dtype=np.float32)
+            for row, clip in zip(scores, clips, strict=True):
+                row[[numbers[name] for name in clip.classes]] = list(clip.classes.values())
+        return Targets(soft, scores)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Targets by the classes of clips.
+
+    Args:
+        soft: how well captions fit clips, or None.
+        scores: class scores `(clips, classes)` for the classification head, or None.
+    """
+
+    soft: SoftTargets | None = None
+    scores: np.ndarray | None = None
 
 
 def _stock_extractor(extractor: Any) -> Any:
@@ -117,9 +200,10 @@ class ClapTask(Task):
 
     Args:
         config, accelerator: see `Task`.
-        saved: the CLAP, its tokenizer and its stock feature extractor.
+        saved: the CLAP, its tokenizer and its feature extractor.
         examples, validation: training and validation clips; the latter may be None.
         data: what they consist of.
+        targets: besides the clips' own captions.
     """
 
     kind = "clap"
@@ -136,8 +220,10 @@ class ClapTask(Task):
         examples: PairedClips,
         validation: PairedClips | None,
         data: DataSummary,
+        targets: Targets,
     ) -> None:
-        self.towers = Towers(saved[0], config.freeze)
+        self.towers = Towers(saved[0], config.freeze, config.audio_is_frozen, bool(config.class_loss_weight))
+        self.targets = targets
         super().__init__(config, accelerator, saved[0], self.towers, data)
         self.examples, self.validation, self._saved = examples, validation, saved
         self.collator = PairCollator(saved[1].pad_token_id)
@@ -165,12 +251,16 @@ class ClapTask(Task):
         under Memory Limited Setup", RepL4NLP 2021).
         """
         accelerator, world, passes = self.accelerator, self.accelerator.num_processes, len(step.batches)
-        scales, clips = (self.model.logit_scale_a, self.model.logit_scale_t), self.examples.clips
+        clap, clips = self.model, self.examples.clips
+        scales = (clap.logit_scale_a, clap.logit_scale_t)
         captions = [[(k.example, n) for k in part for n in self.examples.captions(*k[:2])] for part in step.parts]
         pairs = [(clips[clip], number) for part in captions for clip, number in part]
-        positive = positives([clips[key.example] for part in step.parts for key in part], pairs)
+        chosen = [clips[key.example] for part in step.parts for key in part]
+        target = positives(chosen, pairs).astype(np.float32)
+        if self.targets.soft is not None:
+            target = np.maximum(target, self.targets.soft(chosen, pairs))
 
-        def embed(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def embed(number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
             return self.module(*(tensor.to(accelerator.device) for tensor in step.batches[number]))
 
         outputs = []
@@ -178,27 +268,39 @@ class ClapTask(Task):
             # With one pass, these are the embeddings that the gradient continues from.
             with step.one_pass(number), torch.set_grad_enabled(passes == 1):
                 outputs.append(embed(number))
-        audio, texts = (torch.cat(blocks).detach().requires_grad_() for blocks in zip(*outputs, strict=True))
+        audio, texts = (
+            torch.cat(blocks).detach().requires_grad_() for blocks in zip(*(own[:2] for own in outputs), strict=True)
+        )
         loss = contrastive_loss(
             gather_rows(audio, _per_process(step.parts, passes), accelerator),
             gather_rows(texts, _per_process(captions, passes), accelerator),
-            torch.from_numpy(positive).to(accelerator.device),
+            torch.from_numpy(target).to(accelerator.device),
             *scales,
             self.config.max_logit_scale,
         )
         audio_gradient, text_gradient, *scale_gradients = torch.autograd.grad(loss, [audio, texts, *scales])
-        audio_rows = audio_gradient.split([len(own) for own, _ in outputs])
-        text_rows = text_gradient.split([len(own) for _, own in outputs])
+        audio_rows = audio_gradient.split([len(own) for own, *_ in outputs])
+        text_rows = text_gradient.split([len(own) for _, own, _ in outputs])
+        reported = loss.detach() / world
         for number in range(passes):
             with step.one_pass(number):
-                own_audio, own_texts = embed(number) if passes > 1 else outputs[number]
+                own_audio, own_texts, scores = embed(number) if passes > 1 else outputs[number]
                 total = (own_audio * audio_rows[number]).sum() + (own_texts * text_rows[number]).sum()
                 # Every process and pass has the scales' whole gradient, and adds its share of it.
                 for scale, gradient in zip(scales, scale_gradients, strict=True):
                     total = total + scale * gradient / (world * passes)
+                if scores is not None:
+                    part = step.parts[accelerator.process_index * passes + number]
+                    class_loss = self._class_loss(scores, [key.example for key in part]) / len(chosen)
+                    total, reported = total + class_loss, reported + class_loss.detach()
                 # Processes average their gradients: the factor turns that into a sum.
                 accelerator.backward(total * world)
-        return loss.detach() / world, 1.0
+        return reported, 1.0
+
+    def _class_loss(self, scores: torch.Tensor, clips: list[int]) -> torch.Tensor:
+        """Weighted binary cross-entropy of class scores `(N, classes)`, summed over clips and classes."""
+        target = torch.from_numpy(self.targets.scores[clips]).to(scores.device)
+        return F.binary_cross_entropy(scores, target, reduction="sum") * self.config.class_loss_weight
 
     def validate(self, before_training: bool = False) -> dict[str, float]:
         if self.validation is None:
@@ -209,11 +311,12 @@ class ClapTask(Task):
 
         def embed_texts(rows: range) -> np.ndarray:
             arrays = self.collator.pad([captions[row][0].tokens[captions[row][1]] for row in rows])
-            return self.towers.embed_texts(*(array.to(device) for array in arrays)).cpu().numpy()
+            return self.model.encode_text(*(array.to(device) for array in arrays)).cpu().numpy()
 
         def embed_windows(rows: range) -> list[np.ndarray]:
             mels = [torch.from_numpy(self.validation.windows(row)).float() for row in rows]
-            embeds = [self.towers.embed_mels(part.to(device)) for part in torch.cat(mels).split(size)]
+            parts = (self.towers.features(part.to(device)) for part in torch.cat(mels).split(size))
+            embeds = [self.model.embed_features(part) for part in parts]
             return [own.cpu().numpy() for own in torch.cat(embeds).split(list(map(len, mels)))]
 
         with self.accelerator.autocast():
@@ -238,8 +341,15 @@ class ClapTask(Task):
         return total / len(audio)
 
     def save(self, folder: Path) -> None:
-        """A folder that `ClapModel`, `AutoTokenizer` and `ClapFeatureExtractor` load."""
-        for part in self._saved:
+        """A folder that `AutoModel`, `AutoTokenizer` and `AutoFeatureExtractor` load; LAION's CLAP as `ClapModel`."""
+        from transformers import ClapConfig, ClapModel
+
+        clap, tokenizer, extractor = self._saved
+        if isinstance(clap.config, ClapConfig):
+            state, extractor = clap.state_dict(), _stock_extractor(extractor)
+            clap = ClapModel(clap.config)
+            clap.load_state_dict(state)
+        for part in (clap, tokenizer, extractor):
             part.save_pretrained(folder)
 
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-if TYPE_CHECKING:
-    from transformers import ClapModel
+from recap_hf.modeling.mobilenet_clap_recap import clip_scores
 
 DEPTHS = (1, 5, 10)
 
 
 def soft_cross_entropy(logits: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with the target spread evenly over the positives of each row; rows without any are left out.
+    """Cross-entropy with the target spread over each row in proportion to its weights; rows without any are left out.
 
     Args:
         logits: shape `(rows, columns)`.
-        positive: the same shape, 1 for a positive.
+        positive: weights of the same shape; 1 for a positive, 0 for a negative.
     """
     count = positive.sum(dim=1)
     rows = count > 0
@@ -43,7 +42,7 @@ def contrastive_loss(
     Args:
         audio: `(N, P)` normalised.
         texts: `(M, P)` normalised.
-        positive: `(N, M)` bool.
+        positive: `(N, M)`, bool, or from 0 to 1: how well the caption fits the audio.
         audio_scale, text_scale: logarithms of the two factors, as `ClapModel` holds them.
         max_logit_scale: upper bound of the factors.
     """
@@ -61,58 +60,59 @@ class Towers(nn.Module):
     The statistics of the input's normalisation are not trained: an embedding must not depend on its batch.
 
     Args:
-        clap: the model.
-        frozen: the tower that is not trained: `none`, `audio` or `text`.
+        clap: one of the encoder classes.
+        frozen: what is not trained: `none`, `audio`, `text`, or `audio_model` (the audio tower but not its
+            projection).
+        from_features: audio is given as the outputs of the audio tower.
+        with_classes: also give scores of the classes of the CLAP's classification head.
     """
 
-    def __init__(self, clap: ClapModel, frozen: str = "none") -> None:
+    def __init__(
+        self, clap: Any, frozen: str = "none", from_features: bool = False, with_classes: bool = False
+    ) -> None:
         super().__init__()
-        self.clap = clap
-        clap.audio_model.audio_encoder.batch_norm.requires_grad_(False)
-        if frozen != "none":
-            for part in ("model", "projection"):
-                getattr(clap, f"{frozen}_{part}").requires_grad_(False)
+        self.clap, self.from_features, self.with_classes = clap, from_features, with_classes
+        if clap.input_normalisation is not None:
+            clap.input_normalisation.requires_grad_(False)
+        parts = {"audio": ("audio_model", "audio_projection"), "text": ("text_model", "text_projection")}
+        for part in parts.get(frozen, () if frozen == "none" else (frozen,)):
+            getattr(clap, part).requires_grad_(False)
+        if not with_classes and hasattr(clap, "classifier"):
+            clap.classifier.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Towers:
         super().train(mode)
-        self.clap.audio_model.audio_encoder.batch_norm.eval()
+        if self.clap.input_normalisation is not None:
+            self.clap.input_normalisation.eval()
         return self
 
     def forward(
-        self, mels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Audio embeddings of mels `(N, frames, bins)`, text embeddings of token ids `(M, length)`."""
-        return self.embed_mels(mels), self.embed_texts(input_ids, attention_mask)
+        self, audio: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Embeddings of audio and of token ids `(M, length)`, each `(n, P)`, L2-normalised, float32; class scores.
 
-    def embed_texts(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """L2-normalised text embeddings `(N, P)`, float32."""
-        output = self.clap.text_model(input_ids=input_ids, attention_mask=attention_mask)
-        return F.normalize(self.clap.text_projection(output.pooler_output).float(), dim=-1)
-
-    def embed_mels(self, mels: torch.Tensor) -> torch.Tensor:
-        """L2-normalised audio embeddings `(N, P)`, float32, of mel windows `(N, frames, bins)` in dB.
-
-        To a fused CLAP each window is a short clip, as in a RECAP captioner.
+        Args:
+            audio: log-mel windows `(N, frames, bins)`, or outputs of the audio tower `(N, n, d)`.
         """
-        windows, longer = mels[:, None], None
-        if self.clap.config.audio_config.enable_fusion:
-            windows = windows.expand(-1, 4, -1, -1)
-            longer = torch.zeros(len(mels), 1, dtype=torch.bool, device=mels.device)
-        output = self.clap.audio_model(input_features=windows, is_longer=longer)
-        return F.normalize(self.clap.audio_projection(output.pooler_output).float(), dim=-1)
+        features = self.features(audio)
+        scores = clip_scores(self.clap.classify_features(features)) if self.with_classes else None
+        return self.clap.embed_features(features), self.clap.encode_text(input_ids, attention_mask), scores
+
+    def features(self, audio: torch.Tensor) -> torch.Tensor:
+        """Outputs of the audio tower."""
+        return audio if self.from_features else self.clap.audio_features(audio[:, None])
 
 
-def fix_input_statistics(clap: ClapModel, mels: torch.Tensor) -> None:
+def fix_input_statistics(clap: Any, mels: torch.Tensor) -> None:
     """Give the audio tower's input normalisation the statistics of mels `(N, frames, bins)`.
 
     With constant statistics a clip's embedding does not depend on its batch, and no gradient passes the interpolation
     of the input (a quarter of a step's time on a CPU).
     """
-    normalisation = clap.audio_model.audio_encoder.batch_norm
     with torch.no_grad():
-        normalisation.running_mean.copy_(mels.mean(dim=(0, 1)))
-        normalisation.running_var.copy_(mels.var(dim=(0, 1)))
-    normalisation.requires_grad_(False)
+        clap.input_normalisation.running_mean.copy_(mels.mean(dim=(0, 1)))
+        clap.input_normalisation.running_var.copy_(mels.var(dim=(0, 1)))
+    clap.input_normalisation.requires_grad_(False)
 
 
 def gather_rows(own: torch.Tensor, counts: Sequence[int], accelerator: Any) -> torch.Tensor:

@@ -1,0 +1,277 @@
+"""Recordings, mixtures and captions for the trainings: `python -m recipes.recap_tiny.prepare DATA OUT --teacher DIR`.
+
+Writes `OUT/train/metadata.jsonl` (an `audiofolder` with captions, classes and class scores), `OUT/audio/` (mixtures
+and degraded recordings) and `OUT/caption_classes.csv`. What is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from recap_hf.training.tasks.caption_classes import CaptionClasses, agreement
+
+from . import lexicon
+from .grammar import Sound, describe
+from .recordings import (
+    RATE,
+    Recording,
+    degrade,
+    labelled_recordings,
+    plan_mixtures,
+    read,
+    render,
+    teacher_scores,
+)
+
+# A class that the teacher gives less than this is not told.
+_MIN_SCORE = 0.1
+# The teacher's other classes of a labelled recording count half: where it disagrees with a label it is often wrong.
+_BESIDE_LABEL = 0.5
+# An unlabelled recording takes part in mixtures if the teacher is this sure of a class that can be described.
+_SURE = 0.6
+_OWN_CAPTIONS, _CORPUS_CAPTIONS, _CORPUS_POOL, _MIN_FIT = 8, 12, 120, 0.3
+_VAGUE = frozenset({"music", "scene", "quality", "silence"})
+
+
+@dataclass
+class Example:
+    """A row of the table.
+
+    Args:
+        clip_id, path, source, licence: of the audio.
+        classes: names and scores.
+        captions: the texts.
+    """
+
+    clip_id: str
+    path: str
+    source: str
+    licence: str
+    classes: dict[str, float]
+    captions: list[str] = field(default_factory=list)
+
+    def row(self) -> dict[str, object]:
+        """The line of `metadata.jsonl`."""
+        names = sorted(self.classes, key=self.classes.get, reverse=True)
+        return {
+            "file_name": self.path,
+            "clip_id": self.clip_id,
+            "captions": self.captions,
+            "classes": names,
+            "class_scores": [round(self.classes[name], 3) for name in names],
+            "source": self.source,
+            "licence": self.licence,
+        }
+
+
+def caption_classes() -> CaptionClasses:
+    """The lexicon's classes for `recap pretrain clap --caption-classes`."""
+    entries = lexicon.classes()
+    parents = [[entries[number].name for number in entry.parents] for entry in entries]
+    return CaptionClasses([entry.name for entry in entries], [entry.words.pattern for entry in entries], parents)
+
+
+def write_caption_classes(path: Path) -> None:
+    """The same as a CSV file."""
+    with open(path, "w", encoding="utf-8", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(("name", "words", "parents"))
+        for entry in lexicon.classes():
+            parents = ";".join(lexicon.classes()[number].name for number in entry.parents)
+            writer.writerow((entry.name, entry.words.pattern, parents))
+
+
+def class_scores(scores: np.ndarray, label: str) -> dict[str, float]:
+    """Names and scores of what a recording holds: the teacher's, and its label's classes with 1."""
+    names = [entry.name for entry in lexicon.classes()]
+    found = {names[number]: float(scores[number]) for number in np.flatnonzero(scores >= _MIN_SCORE)}
+    if label:
+        head, *others = lexicon.labels()[label].classes
+        found = {name: score * _BESIDE_LABEL for name, score in found.items()}
+        found[names[head]] = 1.0
+        for number in lexicon.implied(head):
+            found[names[number]] = 1.0
+        # The label's further classes are often there as well, and never wrong.
+        for number in others:
+            found[names[number]] = max(found.get(names[number], 0.0), 0.5)
+    return found
+
+
+def sound_of(scores: np.ndarray, label: str) -> str | int | None:
+    """What a recording is described as: its label, or the specific class that the teacher is surest of."""
+    if label:
+        return label
+    entries = lexicon.classes()
+    order = [int(number) for number in np.argsort(-scores) if scores[number] >= _SURE]
+    candidates = [number for number in order if entries[number].kind not in _VAGUE and entries[number].phrases]
+    vaguer = set().union(*(lexicon.implied(number) for number in candidates)) if candidates else set()
+    return next((number for number in candidates if number not in vaguer), None)
+
+
+class Corpus:
+    """Captions of a corpus, found by the classes that they name.
+
+    Args:
+        classes: the classes.
+        captions: the texts.
+    """
+
+    def __init__(self, classes: CaptionClasses, captions: Sequence[str]) -> None:
+        self._classes, self.captions = classes, list(captions)
+        self._named, self._covered = (array.astype(np.float32) for array in classes.named(self.captions))
+
+    def fitting(self, clip: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:
+        """At most `count` captions that fit the classes of a clip, drawn from the best."""
+        fit = agreement(self._classes.scores([clip]), self._named, self._covered)[0]
+        best = np.argsort(-fit, kind="stable")[:_CORPUS_POOL]
+        best = best[fit[best] >= _MIN_FIT]
+        chosen = rng.choice(best, size=min(count, len(best)), replace=False)
+        return [self.captions[int(number)] for number in chosen]
+
+
+def read_corpus(path: Path) -> list[str]:
+    """The different captions of a CSV file with the column `caption`."""
+    with open(path, encoding="utf-8", newline="") as handle:
+        return list(dict.fromkeys(row["caption"].strip() for row in csv.DictReader(handle)))
+
+
+def load_scores(
+    recordings: Sequence[Recording], waveforms: Sequence[np.ndarray], teacher: str, cache: Path
+) -> np.ndarray:
+    """The teacher's scores, `(recordings, 521)`; kept in `cache`."""
+    ids = np.array([recording.clip_id for recording in recordings])
+    if cache.exists():
+        stored = np.load(cache)
+        if np.array_equal(stored["ids"], ids):
+            return stored["scores"]
+    from recap_hf import RecapFeatureExtractor
+    from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapModel
+
+    model, extractor = (
+        MobileNetClapModel.from_pretrained(teacher).eval(),
+        RecapFeatureExtractor.from_pretrained(teacher),
+    )
+    scores = np.stack(list(teacher_scores(model, extractor, waveforms)))
+    np.savez(cache, ids=ids, scores=scores)
+    return scores
+
+
+def attributes(rng: np.random.Generator, gain_db: float, seconds: float) -> dict[str, str]:
+    """What the synthesis knows of a part of a mixture, as attributes of a `Sound`."""
+    if gain_db < -14.0:
+        return {"distance": "far" if rng.random() < 0.5 else "background"}
+    return {}
+
+
+def own_captions(sounds: Sequence[Sound], relation: str, count: int, rng: np.random.Generator) -> list[str]:
+    """At most `count` different captions by the grammar."""
+    found = {describe(sounds, rng, relation): None for _ in range(count)}
+    return list(found)
+
+
+def describable(first: str | int, second: str | int) -> bool:
+    """Whether a caption can name both: neither names the other as well."""
+    heads = [lexicon.labels()[part].classes[0] if isinstance(part, str) else part for part in (first, second)]
+    return heads[0] != heads[1] and not any(
+        one in lexicon.implied(other) for one, other in (tuple(heads), tuple(reversed(heads)))
+    )
+
+
+def build(arguments: argparse.Namespace) -> list[Example]:
+    """All examples; renders audio that is not there yet."""
+    from .synthetic import synthetic_examples
+
+    out = Path(arguments.out)
+    audio = out / "audio"
+    audio.mkdir(parents=True, exist_ok=True)
+    recordings = labelled_recordings(Path(arguments.data), arguments.folds, "train", arguments.hidden)
+    waveforms = [read(recording.path) for recording in recordings]
+    scores = load_scores(recordings, waveforms, arguments.teacher, out / "teacher.npz")
+    corpus = Corpus(caption_classes(), read_corpus(Path(arguments.data) / "captions" / "audiocaps_train.csv"))
+    heard = [class_scores(row, recording.label) for row, recording in zip(scores, recordings, strict=True)]
+    sounds = [sound_of(row, recording.label) for row, recording in zip(scores, recordings, strict=True)]
+    examples = []
+    for number, recording in enumerate(recordings):
+        rng = np.random.default_rng([arguments.seed, 2, number])
+        captions = corpus.fitting(heard[number], _CORPUS_CAPTIONS, rng)
+        if sounds[number] is not None:
+            captions += own_captions([Sound(sounds[number])], "overlap", _OWN_CAPTIONS, rng)
+        if not captions:
+            continue
+        same = (recording.source, recording.licence, heard[number], captions)
+        examples.append(Example(recording.clip_id, str(Path(recording.path).resolve()), *same))
+        if recording.label:
+            path = audio / f"degraded-{number:05d}.flac"
+            write_once(path, lambda rng=rng, number=number: degrade(waveforms[number], rng))
+            examples.append(Example(f"degraded/{recording.clip_id}", str(path.resolve()), *same))
+    # Labelled recordings take part three times as often.
+    usable = [
+        number for number, sound in enumerate(sounds) if sound is not None and len(waveforms[number]) >= RATE // 3
+    ]
+    usable += 2 * [number for number in usable if recordings[number].label]
+    durations = [len(waveform) / RATE for waveform in waveforms]
+    planned = plan_mixtures(recordings, durations, usable, 2 * arguments.mixtures, arguments.seed)
+    planned = [mixture for mixture in planned if describable(*(sounds[part] for part in mixture.parts))]
+    for number, mixture in enumerate(planned[: arguments.mixtures]):
+        rng = np.random.default_rng([arguments.seed, 3, number])
+        path = audio / f"{mixture.clip_id}.flac"
+        write_once(path, lambda rng=rng, mixture=mixture: render(mixture, waveforms, rng))
+        classes: dict[str, float] = {}
+        for part in mixture.parts:
+            for name, score in heard[part].items():
+                classes[name] = max(classes.get(name, 0.0), score)
+        parts = [
+            Sound(sounds[part], **attributes(rng, gain - max(mixture.gains), durations[part]))
+            for part, gain in zip(mixture.parts, mixture.gains, strict=True)
+        ]
+        captions = own_captions(parts, "sequence" if mixture.in_sequence else "overlap", _OWN_CAPTIONS, rng)
+        if not mixture.in_sequence:
+            captions += corpus.fitting(classes, _CORPUS_CAPTIONS // 3, rng)
+        sources = " + ".join(dict.fromkeys(recordings[part].source for part in mixture.parts))
+        licences = " + ".join(dict.fromkeys(recordings[part].licence for part in mixture.parts))
+        examples.append(Example(mixture.clip_id, str(path.resolve()), sources, licences, classes, captions))
+    return examples + synthetic_examples(audio, arguments.seed)
+
+
+def write_once(path: Path, make: object) -> None:
+    """Write what `make` returns as 16 kHz FLAC, unless it is there."""
+    if path.exists():
+        return
+    import soundfile
+
+    scratch = path.with_suffix(".part")
+    soundfile.write(scratch, make(), RATE, format="FLAC")
+    scratch.rename(path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", help="folder with recordings/, sound_events/ and captions/")
+    parser.add_argument("out", help="folder to write to")
+    parser.add_argument("--teacher", required=True, help="folder of `recap convert yamnet`")
+    parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], help="of the labelled collections (1 2 3)")
+    parser.add_argument("--hidden", nargs="*", default=[], help="labels that are not told")
+    parser.add_argument("--mixtures", type=int, default=6000, help="mixtures of two recordings (6000)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    out = Path(arguments.out)
+    examples = build(arguments)
+    (out / "train").mkdir(exist_ok=True)
+    with open(out / "train" / "metadata.jsonl", "w", encoding="utf-8") as handle:
+        for example in examples:
+            handle.write(json.dumps(example.row()) + "\n")
+    write_caption_classes(out / "caption_classes.csv")
+    captions = {text for example in examples for text in example.captions}
+    print(f"{len(examples)} recordings and mixtures with {len(captions)} different captions in {out}")
+
+
+if __name__ == "__main__":
+    main()

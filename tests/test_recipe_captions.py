@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from recipes.recap_tiny.grammar import Sound, describe, inflect, merge, word_clause
+from recipes.recap_tiny import datastore
+from recipes.recap_tiny.grammar import Sound, describe, inflect, merge, repeated_words, word_clause
 from recipes.recap_tiny.inflection import base_form, gerund, plural, third_person, with_article
 from recipes.recap_tiny.lexicon import (
     HUMAN_KINDS,
@@ -115,9 +116,10 @@ def test_no_sound_twice():
     for _ in range(400):
         text = describe(rng.sample(sorted(labels()), 2), rng, rng.choice(["overlap", "sequence"]))
         words = [re.sub(r"(?:ing|s|es)$", "", word) for word in re.findall(r"[a-z]{4,}", text.lower())]
-        common = {"someth", "someone", "while", "with", "then", "play", "person", "people", "from", "into", "water"}
+        common = {"someth", "someone", "while", "with", "then", "play", "person", "people", "from", "into"}
         repeated += any(words.count(word) > 1 for word in set(words) - common)
     assert repeated <= 4
+    assert repeated_words("Rain falling and rain falling") == {"rain", "fall"} and not repeated_words("Rain falls")
 
 
 def test_sentences_are_well_formed():
@@ -135,6 +137,39 @@ def test_sentences_are_well_formed():
         texts.add(text)
     assert persons <= 0.05 * 600
     assert 5 <= np.median(lengths) <= 14 and len(texts) >= 560
+
+
+def test_datastore_covers_all_classes():
+    texts = datastore.captions()
+    assert 10_000 <= len(texts) <= 13_000
+    assert len({datastore.normalised(text) for text in texts}) == len(texts)
+    persons = 0
+    for text in texts[::5]:
+        human = any(classes()[index].kind in HUMAN_KINDS for index in caption_classes(text))
+        persons += names_person(text) and not human
+    assert persons <= 0.05 * len(texts[::5])
+    special = [text for group in datastore.special_captions().values() for text in group]
+    assert not {datastore.normalised(text) for text in special} & {datastore.normalised(text) for text in texts}
+    joined = "\n".join(text.lower() for text in [*texts, *special])
+    assert [entry.name for entry in classes() if not entry.words.search(joined)] == []
+
+
+def test_datastore_is_deterministic_and_keeps_copies_out(tmp_path, capsys):
+    texts = list(datastore.captions())
+    long = next(text for text in texts if len(text.split()) > 5)
+    short = next(text for text in texts if len(text.split()) == 4)
+    rows = f"caption,abstract_captions\n\"{long.upper()}.\",\"[['{short}'], ['Something else']]\"\n"
+    (tmp_path / "corpus.csv").write_text(rows)
+    outs = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for out in outs:
+        datastore.captions.cache_clear()
+        assert datastore.main([str(out), "--special", str(tmp_path / "s.txt"), "--corpora", str(tmp_path)]) == 0
+    assert "left out 1 captions" in capsys.readouterr().out
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert outs[0].read_text().splitlines() == [text for text in texts if text != long]
+    assert "An unrecognised sound" in (tmp_path / "s.txt").read_text().splitlines()
+    with pytest.raises(FileNotFoundError, match="expected CSV files with a column caption"):
+        datastore.corpus_captions(tmp_path / "empty")
 
 
 def test_same_generator_same_caption():

@@ -7,6 +7,7 @@ that it was not given, and names no sound twice.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from .lexicon import (
     names_person,
 )
 
-__all__ = ["Sound", "caption_classes", "describe", "inflect", "merge", "word_clause"]
+__all__ = ["Sound", "caption_classes", "describe", "inflect", "merge", "repeated_words", "word_clause"]
 
 FINITE, PROGRESSIVE, PARTICIPLE = "finite", "progressive", "participle"
 
@@ -105,28 +106,23 @@ def _head(entry: SoundClass | Label) -> SoundClass:
 
 
 @cache
-def _includes(index: int) -> frozenset[int]:
-    """Classes that a caption of this one has named as well: what it implies, and what most of its phrases name."""
-    phrases = classes()[index].phrases
-    named: dict[int, int] = {}
-    for phrase in phrases:
-        for other in caption_classes(inflect(phrase, FINITE, False)):
-            named[int(other)] = named.get(int(other), 0) + 1
-    usual = {other for other, times in named.items() if 2 * times >= len(phrases) and other != index}
-    return implied(index) | usual
+def _includes(index: int, other: int) -> bool:
+    """Whether a caption of class `index` names `other` as well: it implies it, or most of its phrases name it."""
+    phrases = [inflect(phrase, FINITE, False).lower() for phrase in classes()[index].phrases]
+    naming = sum(classes()[other].words.search(phrase) is not None for phrase in phrases)
+    return index == other or other in implied(index) or 2 * naming >= len(phrases)
 
 
 def merge(sounds: Sequence[Sound]) -> list[Sound]:
     """`sounds` without those that another one of them names as well ("animal" beside "dog"), in order."""
-    kept: list[Sound] = []
+    kept: list[tuple[Sound, int]] = []
     for sound in sounds:
         index = _head(find(sound.name)).index
-        others = [_head(find(other.name)).index for other in kept]
-        if any(index == other or index in _includes(other) for other in others):
+        if any(_includes(other, index) for _, other in kept):
             continue
-        kept = [entry for entry, other in zip(kept, others, strict=True) if other not in _includes(index)]
-        kept.append(sound)
-    return kept
+        kept = [(entry, other) for entry, other in kept if not _includes(index, other)]
+        kept.append((sound, index))
+    return [sound for sound, _ in kept]
 
 
 def inflect(phrase: Phrase, form: str, many: bool, extra: str = "") -> str:
@@ -160,8 +156,13 @@ def _adverb_first(rest: str) -> bool:
     return re.match(place, rest) is not None
 
 
-def _phrase_weights(phrases: Sequence[Phrase], human: bool) -> list[float]:
-    return [0.25 if not human and names_person(phrase.subject) else 1.0 for phrase in phrases]
+def _phrase_weight(phrase: Phrase, human: bool) -> float:
+    """Seldom a person for what is no human sound, seldom a bare "something" or a single word."""
+    if not human and names_person(phrase.subject):
+        return 0.25
+    if phrase.subject == "something":
+        return 0.6
+    return 1.0 if phrase.verbs or " " in phrase.subject else 0.5
 
 
 def _said(sound: Sound, head: SoundClass, rng: Generator, detail: float) -> tuple:
@@ -205,7 +206,7 @@ def word_clause(sound: Sound, rng: Generator, forms: Sequence[str], detail: floa
         # Only noun phrases, where a clause is asked for: they stand with the verb that suits any of them.
         noun = _pick(rng, entry.phrases).subject
         return f"{noun} can be heard"
-    phrase = _pick(rng, pool, _phrase_weights(pool, head.kind in HUMAN_KINDS))
+    phrase = _pick(rng, pool, [_phrase_weight(phrase, head.kind in HUMAN_KINDS) for phrase in pool])
     single = count is not None or head.kind == "voice"
     many = phrase.free_number and rng.random() < (0.0 if count is not None else 0.12 if single else 0.35)
     if count is not None and form == PROGRESSIVE:
@@ -213,7 +214,7 @@ def word_clause(sound: Sound, rng: Generator, forms: Sequence[str], detail: floa
     adverb = ""
     if phrase.takes_adverb and level:
         adverb = _pick(rng, _LEVEL[level])
-    elif phrase.takes_adverb and steady:
+    elif phrase.takes_adverb and steady and not phrase.verbs[0][0].startswith("is "):
         adverb = _pick(rng, _STEADY)
     text = inflect(phrase, form, many, adverb)
     if many and rng.random() < 0.25:
@@ -231,21 +232,27 @@ def _content(text: str) -> set[str]:
     return {re.sub(r"(?:ing|ed|es|s|e)$", "", word) for word in words}
 
 
+def repeated_words(text: str) -> set[str]:
+    """Stems of the words that a caption says twice, other than function words: a sound named twice shows here."""
+    stems = [stem for word in re.findall(r"[a-z]+", text.lower()) for stem in _content(word)]
+    return {stem for stem in stems if stems.count(stem) > 1}
+
+
 def _clash(texts: Sequence[str], sounds: Sequence[Sound]) -> int:
     """How much the clauses repeat one another: shared words count most, then naming another's class."""
+    words = [_head(find(sound.name)).words for sound in sounds]
+    content = [_content(text) for text in texts]
+    first = [text.split(" ")[0] for text in texts]
     penalty = 0
-    named = [set(map(int, caption_classes(text))) for text in texts]
-    heads = [_head(find(sound.name)).index for sound in sounds]
-    for i in range(len(texts)):
-        for j in range(i):
-            penalty += 10 * len(_content(texts[i]) & _content(texts[j]))
-            penalty += (heads[i] in named[j]) + (heads[j] in named[i])
-            first = texts[i].split()[0]
-            penalty += 3 * (first in ("someone", "something") and first == texts[j].split()[0])
+    for i, j in itertools.permutations(range(len(texts)), 2):
+        penalty += 5 * len(content[i] & content[j])
+        penalty += words[i].search(texts[j].lower()) is not None
+        penalty += first[i] == first[j] and first[i] in ("someone", "something")
     return penalty
 
 
-# Patterns of overlapping sounds: weight, joining words, and the forms of each clause ("F" finite, "P" participle).
+# Patterns of overlapping sounds: weight, joining words, and the forms of each clause ("S" finite,
+# "F" and "G" finite or progressive, "P" participle or noun phrase).
 _OVERLAP = {
     2: (
         (0.24, "{F} while {G}"),
@@ -276,7 +283,7 @@ _SEQUENCE = {
         (0.08, "{F}, followed by {P}"),
         (0.06, "{F} before {F}"),
         (0.03, "first {F}, then {F}"),
-        (0.06, "after {F}, {F}"),
+        (0.06, "after {S}, {F}"),
         (0.04, "{P}, then {P}"),
     ),
     3: (
@@ -287,8 +294,8 @@ _SEQUENCE = {
     ),
 }
 _THROUGHOUT = ("as {0}, {1}", "{1} while {0}", "{1}, while {0} throughout")
-_SLOT = re.compile(r"\{([FGP])\}")
-_FORMS = {"F": (FINITE,) * 3 + (PROGRESSIVE,), "G": (FINITE, PROGRESSIVE), "P": (PARTICIPLE,)}
+_SLOT = re.compile(r"\{([FGPS])\}")
+_FORMS = {"F": (FINITE,) * 3 + (PROGRESSIVE,), "G": (FINITE, PROGRESSIVE), "P": (PARTICIPLE,), "S": (FINITE,)}
 
 
 def _fill(pattern: str, sounds: Sequence[Sound], rng: Generator, detail: float, sequence: bool) -> tuple[str, int]:
@@ -301,7 +308,9 @@ def _fill(pattern: str, sounds: Sequence[Sound], rng: Generator, detail: float, 
             forms = _FORMS["G"] if not texts and _head(find(sound.name)).kind in _LASTING else (FINITE,)
         texts.append(word_clause(sound, rng, forms, detail))
     left = iter(texts)
-    return _SLOT.sub(lambda _: next(left), pattern), _clash(texts, sounds)
+    text = _SLOT.sub(lambda _: next(left), pattern)
+    subordinate = len(re.findall(r"\b(?:while|as|after|before)\b", text))
+    return text, _clash(texts, sounds) + 3 * max(subordinate - 1, 0)
 
 
 def _sentence(text: str) -> str:
@@ -348,23 +357,28 @@ def describe(
     return _sentence(best[1])
 
 
-def _several(sounds: list[Sound], rng: Generator, relation: str, detail: float) -> tuple[str, int]:
+def _several(
+    sounds: list[Sound], rng: Generator, relation: str, detail: float, plain: bool = False
+) -> tuple[str, int]:
+    """A caption of two to four sounds and how much it repeats itself; `plain` keeps it fit to be part of another."""
     under = [sound for sound in sounds if sound.throughout and relation == "sequence"]
     over = [sound for sound in sounds if sound not in under]
     if under and over:
-        first, clash = _several(over, rng, relation, detail) if len(over) > 1 else ("", 0)
-        if not first:
-            first = word_clause(over[0], rng, (FINITE,), detail)
+        first, clash = word_clause(over[0], rng, (FINITE,), detail), 0
+        if len(over) > 1:
+            first, clash = _several(over, rng, relation, detail, plain=True)
         base = word_clause(replace(under[0], distance=None), rng, (FINITE,), detail)
-        pattern = _pick(rng, _THROUGHOUT[:1] if re.search(r"\b(?:while|after|followed)\b", first) else _THROUGHOUT)
+        pattern = _pick(rng, _THROUGHOUT[:1] if re.search(r"\b(?:while|followed)\b", first) else _THROUGHOUT)
         return pattern.format(base, first), clash + _clash([first, base], [over[0], under[0]])
     if len(sounds) == 4:
-        half = 2
-        one, clash = _several(sounds[:half], rng, relation, detail)
-        two, more = _several(sounds[half:], rng, relation, detail)
+        one, clash = _several(sounds[:2], rng, relation, detail, plain=True)
+        two, more = _several(sounds[2:], rng, relation, detail, plain=True)
         join = ", and then " if relation == "sequence" else ", while "
-        return one + join + two, clash + more + _clash([one, two], [sounds[0], sounds[half]])
+        return one + join + two, clash + more + _clash([one, two], [sounds[0], sounds[2]])
     patterns = (_SEQUENCE if relation == "sequence" else _OVERLAP)[len(sounds)]
+    if plain:
+        fit = [entry for entry in patterns if re.fullmatch(r"\{F\},? (?:and|then|followed).*", entry[1])]
+        patterns = fit or patterns
     pattern = _pick(rng, [text for _, text in patterns], [weight for weight, _ in patterns])
     if relation == "overlap":
         sounds = _natural_order(sounds, rng, pattern)

@@ -1,6 +1,6 @@
 """English inflection for the recipe's phrases: verb forms, plurals and articles.
 
-The rules cover regular words; the tables below hold the irregular ones among the words that `classes_*.csv` use.
+The rules cover regular words; the tables below hold the irregular ones among the words that `classes/*.csv` use.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ index 521 on for classes that YAMNet lacks. Columns:
 
 - `kind`: voice, person, animal, instrument, music, machine, event, continuous, signal, quality, scene or silence.
 - `attributes`: what a caption can say of it: far, loud, soft, count (it happens once, twice), steady (it goes on).
-- `places`: where it is met; sounds of one place make a plausible pair. "any" fits all.
 - `parents`: indices of less specific classes that the class implies (a dog is an animal).
 - `words`: an expression that finds the words by which a caption names the class, in lower case.
 - `phrases`: what captions say, separated by ";". The notation is that of `Phrase`.
@@ -92,7 +91,8 @@ class Phrase:
         """Whether "in the distance" can be added: a noun phrase or simple clause that tells no place already."""
         if not self.verbs:
             return True
-        return self.is_simple and not re.search(r"\b(?:overhead|past|by|away|off|up|in|apart|over)$", self.verbs[0][1])
+        words = " ".join(self.verbs[0]).strip()
+        return self.is_simple and not re.search(r"\b(?:overhead|past|by|away|off|up|in|apart|over)$", words)
 
     @property
     def takes_adverb(self) -> bool:
@@ -121,7 +121,6 @@ class SoundClass:
     name: str
     kind: str
     attributes: frozenset[str]
-    places: frozenset[str]
     parents: tuple[int, ...]
     words: re.Pattern[str]
     phrases: tuple[Phrase, ...]
@@ -167,7 +166,6 @@ def classes() -> tuple[SoundClass, ...]:
             name=row["name"],
             kind=row["kind"],
             attributes=frozenset(row["attributes"].split()),
-            places=frozenset(row["places"].split()),
             parents=tuple(int(parent) for parent in row["parents"].split()),
             words=re.compile(row["words"]),
             phrases=_parse_phrases(row["phrases"]),

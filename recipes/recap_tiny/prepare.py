@@ -37,6 +37,8 @@ _BESIDE_LABEL = 0.5
 # An unlabelled recording takes part in mixtures if the teacher is this sure of a class that can be described.
 _SURE = 0.6
 _OWN_CAPTIONS, _CORPUS_CAPTIONS, _CORPUS_POOL, _MIN_FIT = 8, 12, 120, 0.3
+# Clips whose fit is computed at once.
+_BLOCK = 64
 _VAGUE = frozenset({"music", "scene", "quality", "silence"})
 
 
@@ -127,13 +129,26 @@ class Corpus:
         self._classes, self.captions = classes, list(captions)
         self._named, self._covered = (array.astype(np.float32) for array in classes.named(self.captions))
 
-    def fitting(self, clip: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:
-        """At most `count` captions that fit the classes of a clip, drawn from the best."""
-        fit = agreement(self._classes.scores([clip]), self._named, self._covered)[0]
-        best = np.argsort(-fit, kind="stable")[:_CORPUS_POOL]
-        best = best[fit[best] >= _MIN_FIT]
-        chosen = rng.choice(best, size=min(count, len(best)), replace=False)
-        return [self.captions[int(number)] for number in chosen]
+    def fitting(
+        self, clips: Sequence[Mapping[str, float]], count: int, seeds: Sequence[Sequence[int]]
+    ) -> list[list[str]]:
+        """For each clip at most `count` captions that fit its classes, drawn from the best.
+
+        Args:
+            clips: names and scores of classes.
+            count: captions for each.
+            seeds: of the draws, one for each clip.
+        """
+        found = []
+        for start in range(0, len(clips), _BLOCK):
+            scores = self._classes.scores(clips[start : start + _BLOCK])
+            for fit in agreement(scores, self._named, self._covered):
+                best = np.argpartition(-fit, _CORPUS_POOL)[:_CORPUS_POOL]
+                best = np.sort(best[fit[best] >= _MIN_FIT])
+                rng = np.random.default_rng(seeds[len(found)])
+                chosen = rng.choice(best, size=min(count, len(best)), replace=False)
+                found.append([self.captions[int(number)] for number in chosen])
+        return found
 
 
 def read_corpus(path: Path) -> list[str]:
@@ -163,9 +178,16 @@ def load_scores(
     return scores
 
 
-def attributes(rng: np.random.Generator, gain_db: float, seconds: float) -> dict[str, str]:
-    """What the synthesis knows of a part of a mixture, as attributes of a `Sound`."""
-    if gain_db < -14.0:
+def _union(*clips: Mapping[str, float]) -> dict[str, float]:
+    """Classes of what several clips hold together."""
+    return {
+        name: max(clip.get(name, 0.0) for clip in clips) for name in dict.fromkeys(n for clip in clips for n in clip)
+    }
+
+
+def attributes(rng: np.random.Generator, gain_db: float) -> dict[str, str]:
+    """What is known of a part that is `gain_db` below the other, as attributes of a `Sound`."""
+    if gain_db < -4.0:
         return {"distance": "far" if rng.random() < 0.5 else "background"}
     return {}
 
@@ -197,10 +219,11 @@ def build(arguments: argparse.Namespace) -> list[Example]:
     corpus = Corpus(caption_classes(), read_corpus(Path(arguments.data) / "captions" / "audiocaps_train.csv"))
     heard = [class_scores(row, recording.label) for row, recording in zip(scores, recordings, strict=True)]
     sounds = [sound_of(row, recording.label) for row, recording in zip(scores, recordings, strict=True)]
+    seeds = [[arguments.seed, 5, number] for number in range(len(recordings))]
+    fitting = corpus.fitting(heard, _CORPUS_CAPTIONS, seeds)
     examples = []
     for number, recording in enumerate(recordings):
-        rng = np.random.default_rng([arguments.seed, 2, number])
-        captions = corpus.fitting(heard[number], _CORPUS_CAPTIONS, rng)
+        rng, captions = np.random.default_rng([arguments.seed, 2, number]), fitting[number]
         if sounds[number] is not None:
             captions += own_captions([Sound(sounds[number])], "overlap", _OWN_CAPTIONS, rng)
         if not captions:
@@ -219,24 +242,25 @@ def build(arguments: argparse.Namespace) -> list[Example]:
     durations = [len(waveform) / RATE for waveform in waveforms]
     planned = plan_mixtures(recordings, durations, usable, 2 * arguments.mixtures, arguments.seed)
     planned = [mixture for mixture in planned if describable(*(sounds[part] for part in mixture.parts))]
-    for number, mixture in enumerate(planned[: arguments.mixtures]):
+    planned = planned[: arguments.mixtures]
+    together = [_union(*(heard[part] for part in mixture.parts)) for mixture in planned]
+    seeds = [[arguments.seed, 6, number] for number in range(len(planned))]
+    fitting = corpus.fitting(together, _CORPUS_CAPTIONS // 3, seeds)
+    for number, mixture in enumerate(planned):
         rng = np.random.default_rng([arguments.seed, 3, number])
         path = audio / f"{mixture.clip_id}.flac"
         write_once(path, lambda rng=rng, mixture=mixture: render(mixture, waveforms, rng))
-        classes: dict[str, float] = {}
-        for part in mixture.parts:
-            for name, score in heard[part].items():
-                classes[name] = max(classes.get(name, 0.0), score)
         parts = [
-            Sound(sounds[part], **attributes(rng, gain - max(mixture.gains), durations[part]))
+            Sound(sounds[part], **attributes(rng, gain - max(mixture.gains)))
             for part, gain in zip(mixture.parts, mixture.gains, strict=True)
         ]
         captions = own_captions(parts, "sequence" if mixture.in_sequence else "overlap", _OWN_CAPTIONS, rng)
-        if not mixture.in_sequence:
-            captions += corpus.fitting(classes, _CORPUS_CAPTIONS // 3, rng)
+        # A caption of the corpus says little of an order, and that may be the wrong one.
+        captions += [] if mixture.in_sequence else fitting[number]
         sources = " + ".join(dict.fromkeys(recordings[part].source for part in mixture.parts))
         licences = " + ".join(dict.fromkeys(recordings[part].licence for part in mixture.parts))
-        examples.append(Example(mixture.clip_id, str(path.resolve()), sources, licences, classes, captions))
+        known = (mixture.clip_id, str(path.resolve()), sources, licences, together[number], captions)
+        examples.append(Example(*known))
     return examples + synthetic_examples(audio, arguments.seed)
 
 

@@ -208,7 +208,7 @@ def word_clause(sound: Sound, rng: Generator, forms: Sequence[str], detail: floa
         return f"{noun} can be heard"
     phrase = _pick(rng, pool, [_phrase_weight(phrase, head.kind in HUMAN_KINDS) for phrase in pool])
     single = count is not None or head.kind == "voice"
-    many = phrase.free_number and rng.random() < (0.0 if count is not None else 0.12 if single else 0.35)
+    many = phrase.free_number and not single and rng.random() < 0.35
     if count is not None and form == PROGRESSIVE:
         form = FINITE
     adverb = ""
@@ -242,12 +242,12 @@ def _clash(texts: Sequence[str], sounds: Sequence[Sound]) -> int:
     """How much the clauses repeat one another: shared words count most, then naming another's class."""
     words = [_head(find(sound.name)).words for sound in sounds]
     content = [_content(text) for text in texts]
-    first = [text.split(" ")[0] for text in texts]
+    vague = [re.match(r"someone|something|a person|people", text) for text in texts]
     penalty = 0
     for i, j in itertools.permutations(range(len(texts)), 2):
         penalty += 5 * len(content[i] & content[j])
         penalty += words[i].search(texts[j].lower()) is not None
-        penalty += first[i] == first[j] and first[i] in ("someone", "something")
+        penalty += vague[i] is not None and vague[j] is not None and vague[i][0] == vague[j][0]
     return penalty
 
 
@@ -310,7 +310,9 @@ def _fill(pattern: str, sounds: Sequence[Sound], rng: Generator, detail: float, 
     left = iter(texts)
     text = _SLOT.sub(lambda _: next(left), pattern)
     subordinate = len(re.findall(r"\b(?:while|as|after|before)\b", text))
-    return text, _clash(texts, sounds) + 3 * max(subordinate - 1, 0)
+    # "Teeth are brushed with waves breaking": after a passive, "with" tells the means.
+    means = re.search(r"\b(?:is|are)(?: being)? \w+(?<!ing)\b.* with ", text) is not None
+    return text, _clash(texts, sounds) + 3 * max(subordinate - 1, 0) + 3 * means
 
 
 def _sentence(text: str) -> str:

@@ -110,7 +110,7 @@ class Phrase:
         verb, rest = self.verbs[0]
         first = verb.split(" ")[0]
         is_plural = first == "are" or ((first.endswith("ss") or not first.endswith("s")) and first != "is")
-        return not is_plural and not (first in ("plays", "keeps", "holds") and rest)
+        return not is_plural and not (first in ("plays", "keeps", "holds", "has") and rest)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ _SPECIAL = {
 }
 # Classes whose captions are in `_SPECIAL`: silence, tones, noise.
 _SPECIAL_CLASSES = frozenset({494, 495, 496, 497, 507, 514, 515})
+_STEADY_KINDS = frozenset({"animal", "continuous", "event", "machine", "quality", "signal"})
 _WORDINGS = {"instrument": 13, "music": 6, "scene": 3, "quality": 5}
 
 
@@ -143,7 +144,7 @@ def _with_attributes(name: int | str, rng: Random) -> Iterator[Sound]:
         yield Sound(name, level="loud")
     if "soft" in attributes:
         yield Sound(name, level="soft")
-    if "steady" in attributes and _kind(name) not in ("instrument", "music"):
+    if "steady" in attributes and _kind(name) in _STEADY_KINDS:
         yield Sound(name, steady=True)
     if {"count", "far"} <= attributes:
         yield Sound(name, count=rng.choice([1, 2, 3, "several", "repeated"]), distance=rng.choice(["far", "near"]))

@@ -169,7 +169,8 @@ def _said(sound: Sound, head: SoundClass, rng: Generator, detail: float) -> tupl
     """Level, count, distance and steadiness to say: what the class can have, and seldom two at once."""
     level = sound.level if sound.level in head.attributes and rng.random() < detail else None
     count = sound.count if "count" in head.attributes and rng.random() < detail else None
-    distance = sound.distance if "far" in head.attributes and rng.random() < detail else None
+    can_be_far = "far" in head.attributes or sound.distance == "background"
+    distance = sound.distance if can_be_far and rng.random() < detail else None
     if distance and level and rng.random() < 0.8:
         distance, level = _pick(rng, ((distance, None), (None, level)))
     if count is not None:
@@ -207,7 +208,7 @@ def word_clause(sound: Sound, rng: Generator, forms: Sequence[str], detail: floa
         noun = _pick(rng, entry.phrases).subject
         return f"{noun} can be heard"
     phrase = _pick(rng, pool, [_phrase_weight(phrase, head.kind in HUMAN_KINDS) for phrase in pool])
-    single = count is not None or head.kind == "voice"
+    single = count is not None or head.kind in HUMAN_KINDS
     many = phrase.free_number and not single and rng.random() < 0.35
     if count is not None and form == PROGRESSIVE:
         form = FINITE

@@ -90,7 +90,8 @@ def third_person(base: str) -> str:
 def _doubles(base: str) -> bool:
     if base in _DOUBLED:
         return _DOUBLED[base]
-    return re.fullmatch(r"[^aeiou]*(?:qu)?[aeiou][bdglmnprtv]", base) is not None
+    last = base.rsplit("-", 1)[-1]
+    return re.fullmatch(r"[^aeiou]*(?:qu)?[aeiou][bdglmnprtv]", last) is not None
 
 
 def gerund(base: str) -> str:

@@ -92,7 +92,7 @@ class Phrase:
         if not self.verbs:
             return True
         words = " ".join(self.verbs[0]).strip()
-        return self.is_simple and not re.search(r"\b(?:overhead|past|by|away|off|up|in|apart|over)$", words)
+        return self.is_simple and not re.search(r"\b(?:overhead|past|by|away|off|up|in|apart|over|room)$", words)
 
     @property
     def takes_adverb(self) -> bool:
@@ -100,7 +100,7 @@ class Phrase:
         if not self.is_simple:
             return False
         words = " ".join(self.verbs[0])
-        return not re.search(r"^is \w+ing\b|ly\b|\b(?:hard|once|together|loud)\b|\b(?:low|clear) voice", words)
+        return not re.search(r"^is \w+ing\b|ly\b|\b(?:hard|fast|once|together|loud)\b|\b(?:low|clear) voice", words)
 
     @property
     def can_be_counted(self) -> bool:

@@ -22,8 +22,8 @@ from functools import lru_cache
 from pathlib import Path
 from random import Random
 
-from .grammar import Sound, describe, merge, repeated_words
-from .lexicon import Label, classes, find, labels
+from .grammar import Sound, describe, inflect, merge, repeated_words
+from .lexicon import Label, Phrase, classes, find, labels
 
 __all__ = ["captions", "corpus_captions", "normalised", "special_captions", "without_copies"]
 
@@ -84,7 +84,9 @@ _SPECIAL = {
 # Classes whose captions are in `_SPECIAL`: silence, tones, noise.
 _SPECIAL_CLASSES = frozenset({494, 495, 496, 497, 507, 514, 515})
 _STEADY_KINDS = frozenset({"animal", "continuous", "event", "machine", "quality", "signal"})
-_WORDINGS = {"instrument": 13, "music": 6, "scene": 3, "quality": 5}
+# Wordings of a label or an instrument beyond one of each phrase.
+_MORE_WORDINGS = 4
+_FORMS = ("finite",) * 5 + ("progressive",) * 2 + ("participle",) * 4
 
 
 def normalised(text: str) -> str:
@@ -120,12 +122,19 @@ def _kind(name: int | str) -> str:
     return (classes()[entry.classes[0]] if isinstance(entry, Label) else entry).kind
 
 
+def _one_wording(phrase: Phrase, rng: Random) -> str:
+    text = inflect(phrase, rng.choice(_FORMS), phrase.free_number and rng.random() < 0.3)
+    return text[0].upper() + text[1:]
+
+
 def _singles(found: _Collection, rng: Random) -> None:
     names = [entry.index for entry in classes() if entry.index not in _SPECIAL_CLASSES]
     for name in [*names, *labels()]:
         entry = find(name)
-        wanted = 10 if isinstance(entry, Label) else _WORDINGS.get(entry.kind, 7)
-        found.collect(wanted, 4 * wanted, lambda name=name: describe([name], rng))
+        for phrase in entry.phrases:
+            found.add(_one_wording(phrase, rng))
+        if isinstance(entry, Label) or entry.kind == "instrument":
+            found.collect(_MORE_WORDINGS, 4 * _MORE_WORDINGS, lambda name=name: describe([name], rng))
         for sound in _with_attributes(name, rng):
             found.collect(1, 4, lambda sound=sound: describe([sound], rng, detail=1.0))
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from random import Random
 
 from .grammar import Sound, describe, inflect, merge, repeated_words
-from .lexicon import Label, Phrase, classes, find, labels
+from .lexicon import Label, Phrase, classes, find, labels, names_person
 
 __all__ = ["captions", "corpus_captions", "normalised", "special_captions", "without_copies"]
 
@@ -123,7 +123,8 @@ def _kind(name: int | str) -> str:
 
 
 def _one_wording(phrase: Phrase, rng: Random) -> str:
-    text = inflect(phrase, rng.choice(_FORMS), phrase.free_number and rng.random() < 0.3)
+    many = phrase.free_number and not names_person(phrase.subject) and rng.random() < 0.3
+    text = inflect(phrase, rng.choice(_FORMS), many)
     return text[0].upper() + text[1:]
 
 

@@ -199,7 +199,9 @@ def word_clause(sound: Sound, rng: Generator, forms: Sequence[str], detail: floa
         pool = [phrase for phrase in pool if phrase.subject != "it"]
     if count is not None:
         pool = [phrase for phrase in pool if phrase.can_be_counted] or pool
-    if level or count is not None or steady:
+    if steady:
+        pool = [phrase for phrase in pool if phrase.can_be_steady] or pool
+    if level or count is not None:
         pool = [phrase for phrase in pool if phrase.takes_adverb] or pool
     elif distance:
         pool = [phrase for phrase in pool if phrase.takes_distance] or pool
@@ -215,7 +217,7 @@ def word_clause(sound: Sound, rng: Generator, forms: Sequence[str], detail: floa
     adverb = ""
     if phrase.takes_adverb and level:
         adverb = _pick(rng, _LEVEL[level])
-    elif phrase.takes_adverb and steady and not phrase.verbs[0][0].startswith("is "):
+    elif phrase.can_be_steady and steady:
         adverb = _pick(rng, _STEADY)
     text = inflect(phrase, form, many, adverb)
     if many and rng.random() < 0.25:

@@ -100,7 +100,18 @@ class Phrase:
         if not self.is_simple:
             return False
         words = " ".join(self.verbs[0])
-        return not re.search(r"^is \w+ing\b|ly\b|\b(?:hard|fast|once|together|loud)\b|\b(?:low|clear) voice", words)
+        return not re.search(
+            r"^is \w+ing\b|ly\b|\b(?:aloud|hard|fast|once|together|loud)\b|\b(?:low|clear) voice", words
+        )
+
+    @property
+    def can_be_steady(self) -> bool:
+        """Whether "continuously" can be added: its verb tells what goes on, not what happens."""
+        momentary = (
+            r"is|plays|pass|goes|takes|lands?|starts|stops|opens|closes|shuts|departs|arrives|builds|speeds|pulls|"
+            r"moves|drives|fl(?:y|ies)|turns?|approach|zips|drops|falls?\b.* with|whooshes|zings|breaks"
+        )
+        return self.takes_adverb and not re.match(momentary, " ".join(self.verbs[0]))
 
     @property
     def can_be_counted(self) -> bool:

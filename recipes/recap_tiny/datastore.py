@@ -83,7 +83,7 @@ _SPECIAL = {
 }
 # Classes whose captions are in `_SPECIAL`: silence, tones, noise.
 _SPECIAL_CLASSES = frozenset({494, 495, 496, 497, 507, 514, 515})
-_STEADY_KINDS = frozenset({"animal", "continuous", "event", "machine", "quality", "signal"})
+_STEADY_KINDS = frozenset({"continuous", "machine", "quality", "signal"})
 # Wordings of a label or an instrument beyond one of each phrase.
 _MORE_WORDINGS = 4
 _FORMS = ("finite",) * 5 + ("progressive",) * 2 + ("participle",) * 4

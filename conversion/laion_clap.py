@@ -61,7 +61,7 @@ _RENAMED = (
 )
 _QKV = re.compile(r"^audio_branch\.(layers\.\d+\.blocks\.\d+)\.attn\.qkv\.(weight|bias)$")
 
-# A key that only this architecture has: what the message says.
+# A key that only this architecture has, and the message.
 _UNSUPPORTED = {
     r"audio_branch\.conv_block1\.": "its audio branch is PANN; only HTSAT has a counterpart in ClapModel",
     r"text_branch\.resblocks\.": "its text branch is CLIP's transformer; only RoBERTa has a counterpart in ClapModel",
@@ -124,7 +124,7 @@ def convert_laion_clap_state_dict(state: Mapping[str, torch.Tensor]) -> LaionCon
 
 
 def _rename(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The target keys of one source key; empty where no rule knows it."""
+    """The target keys of one source key; empty if no rule matches."""
     if match := _QKV.match(key):
         block, kind = match.groups()
         if tensor.shape[0] % 3:

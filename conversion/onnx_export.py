@@ -195,7 +195,7 @@ def _settings(model: RecapForConditionalGeneration, processor: RecapProcessor) -
     }
     if unknown or generation.early_stopping == "never":
         raise ConversionError(
-            f"the ONNX runner knows greedy and beam search; this model's generation config also asks for {unknown}"
+            f"the ONNX runner has greedy and beam search; this model's generation config also asks for {unknown}"
         )
     extractor, config = processor.feature_extractor, model.config
     return {

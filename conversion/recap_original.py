@@ -79,7 +79,7 @@ def recap_config_from_original(state: Mapping[str, torch.Tensor], original: dict
     factor = decoder.n_embd // width
     if original["decoder"].get("cross_attention_reduce_factor", factor) != factor:
         raise ConversionError(
-            f"config.json says cross_attention_reduce_factor {original['decoder']['cross_attention_reduce_factor']}, "
+            f"config.json has cross_attention_reduce_factor {original['decoder']['cross_attention_reduce_factor']}, "
             f"but the cross-attention is {width} wide in a decoder of {decoder.n_embd}: a factor of {factor}"
         )
     return RecapConfig(

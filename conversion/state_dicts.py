@@ -200,8 +200,8 @@ def require_cross_attention(config: Any, purpose: str) -> None:
     """
     if config.conditioning != "cross_attention":
         raise ConversionError(
-            f"{purpose} knows captioners with cross-attention; this one has conditioning={config.conditioning!r}. Run "
-            "it with transformers (AudioCaptioningPipeline), or train one with --conditioning cross_attention"
+            f"{purpose} needs a captioner with cross-attention; this one has conditioning={config.conditioning!r}. "
+            "Run it with transformers (AudioCaptioningPipeline), or train one with --conditioning cross_attention"
         )
 
 

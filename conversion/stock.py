@@ -1,7 +1,7 @@
 """Stock transformers parts into a RECAP model, and a RECAP model into stock parts.
 
 The parts are a `ClapModel`, a `GPT2LMHeadModel` and the tensors of the cross-attention between them. The stock GPT-2
-knows only a cross-attention of its own width; `widen_cross_attention` writes a narrower one into it without changing
+has only a cross-attention of its own width; `widen_cross_attention` writes a narrower one into it without changing
 what it computes, so that a trained RECAP decoder runs in plain transformers.
 """
 

@@ -14,25 +14,25 @@ from importlib import metadata
 
 from recap_cli.status import EXIT_USAGE, exit_status
 
-# name: (module with `add_arguments(parser)` and `run(args) -> int`, one line of help)
-COMMANDS: dict[str, tuple[str, str]] = {
-    "caption": ("recap_cli.caption", "describe recordings in a sentence"),
-    "timeline": ("recap_cli.timeline", "describe what happens when, in recordings of any length"),
-    "live": ("recap_cli.live", "describe sound while it comes in, from a pipe or a microphone"),
-    "explain": ("recap_cli.explain", "show where in a recording each word of its caption comes from"),
-    "datastore": ("recap_cli.datastore", "build, search and edit the captions to retrieve from"),
-    "train": ("recap_cli.train", "train a captioner on recordings and captions"),
-    "pretrain": ("recap_cli.pretrain", "train the bases of a captioner: a CLAP, a GPT-2"),
-    "score": ("recap_cli.score", "score predicted captions against their references"),
-    "compare": ("recap_cli.compare", "compare two systems on the clips that both captioned"),
-    "evaluate": ("recap_cli.evaluate", "caption a test split and score it beside its baselines"),
-    "grid": ("recap_cli.grid", "the paper's tables: train, evaluate and print them in one go"),
-    "report": ("recap_cli.report", "a page about an evaluation: tables, plots, clips to listen to"),
-    "convert": ("recap_cli.convert", "bring weights of other layouts in, and back"),
-    "export": ("recap_cli.export", "write a captioner as ONNX graphs"),
-    "onnx": ("recap_cli.onnx", "describe recordings with an exported captioner, without torch"),
-    "push": ("recap_cli.push", "push a checkpoint or a datastore to the Hugging Face Hub"),
-    "demo": ("recap_cli.demo", "a page to play with: record or upload, and change what is looked up"),
+# The line of help of each command. Its module `recap_cli.NAME` has `add_arguments(parser)` and `run(args) -> int`.
+COMMANDS = {
+    "caption": "generate a caption for each recording",
+    "timeline": "caption what happens when, in recordings of any length",
+    "live": "caption sound as it arrives, from a pipe or a microphone",
+    "explain": "show which regions of a recording each word of its caption depends on",
+    "datastore": "build, search and edit the captions to retrieve from",
+    "train": "train a captioner on recordings and captions",
+    "pretrain": "train the parts of a captioner: a CLAP, a GPT-2",
+    "score": "score predicted captions against their references",
+    "compare": "compare two systems on the clips that both captioned",
+    "evaluate": "caption a test split and score it beside its baselines",
+    "grid": "the paper's tables: train, evaluate and print them in one run",
+    "report": "write an evaluation as a web page: tables, plots, clips to listen to",
+    "convert": "convert weights of other layouts, and back",
+    "export": "write a captioner as ONNX graphs",
+    "onnx": "caption recordings with an exported captioner, without torch",
+    "push": "push a checkpoint or a datastore to the Hugging Face Hub",
+    "demo": "serve a web page: record or upload a sound, change the captions to retrieve from",
 }
 
 
@@ -56,10 +56,10 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     parser = _Parser(prog="recap", description="Retrieval-augmented audio captioning.")
     parser.add_argument("--version", action="version", version=f"recap_hf {metadata.version('recap-hf')}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    for name, (module, text) in COMMANDS.items():
+    for name, text in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name == command:
-            loaded = importlib.import_module(module)
+            loaded = importlib.import_module(f"recap_cli.{name}")
             loaded.add_arguments(subparser)
             subparser.set_defaults(run=loaded.run)
     return parser

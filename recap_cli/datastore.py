@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merge.add_argument("--output", metavar="NEW", help="do not change DIR either, and write the result there")
     action("filter", _filter, "remove the captions that the filters leave out", filters, model, form)
     _add_model(action("reembed", _reembed, "move a datastore to another encoder"), required=True)
-    action("index", _index, "make the search index anew, of another kind or for another recall", index, form)
+    action("index", _index, "make the search index again, of another kind or for another recall", index, form)
     _add_export(action("export", _export, "write the captions as a file, or copy them into a vector database"))
     verify = action("verify", _verify, "read every byte of a datastore and report what is wrong with it", model)
     verify.add_argument("--encoder", action="store_true", help="embed some captions again and compare")

@@ -1,4 +1,4 @@
-"""Flags that the commands share. Nothing here imports torch: a wrong call is told before anything heavy is loaded."""
+"""Flags that the commands share. Nothing here imports torch, so that a wrong call is reported at once."""
 
 from __future__ import annotations
 

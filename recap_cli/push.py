@@ -16,8 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--datastore-repo",
         metavar="REPO",
-        help="put the datastore of the checkpoint into a dataset repository of its own and refer to it "
-        "(default: inside the checkpoint)",
+        help="push the datastore of the checkpoint to this dataset repository and refer to it (default: inside)",
     )
     parser.add_argument("--private", action="store_true", help="make new repositories private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--card-facts",
         metavar="FILE",
-        help="JSON or YAML with what the card is to say (default: FOLDER/card_facts.json)",
+        help="JSON or YAML with facts for the card (default: FOLDER/card_facts.json)",
     )
     parser.add_argument(
         "--scores",
@@ -60,14 +59,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_facts(args: argparse.Namespace) -> CardFacts:
-    """What the card is to say: the facts of the file or the folder, and the figures of `--scores`."""
+    """The facts for the card: those of the file or the folder, and the figures of `--scores`."""
     from pathlib import Path
 
     from recap_hf.hub import CardFacts, read_scores
-    from recap_hf.hub.facts import FACTS_FILE
+    from recap_hf.hub.prepare import read_facts as facts_of
 
-    path = Path(args.card_facts or Path(args.folder, FACTS_FILE))
-    facts = CardFacts.from_file(path) if args.card_facts or path.is_file() else CardFacts()
+    facts = CardFacts.from_file(args.card_facts) if args.card_facts else facts_of(Path(args.folder))
     for each in args.scores:
         dataset, _, file = each.rpartition("=")
         results, notes = read_scores(file, dataset or None)

@@ -138,7 +138,7 @@ def test_factor_that_contradicts_the_weights_is_refused(parts, tmp_path):
     config = json.loads(path.read_text())
     config["decoder"]["cross_attention_reduce_factor"] = 8
     path.write_text(json.dumps(config))
-    with pytest.raises(ConversionError, match=r"says cross_attention_reduce_factor 8, .* a factor of 4"):
+    with pytest.raises(ConversionError, match=r"has cross_attention_reduce_factor 8, .* a factor of 4"):
         convert_recap_original(folder, tmp_path / "out", clap=parts["clap"])
 
 

@@ -278,12 +278,12 @@ def test_conversions_refuse_it(model, processor, tmp_path):
 
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    with pytest.raises(ConversionError, match="stock layouts knows captioners with cross-attention; this one has"):
+    with pytest.raises(ConversionError, match="stock layouts needs a captioner with cross-attention; this one"):
         convert_to_stock(tmp_path / "model", tmp_path / "out")
     pytest.importorskip("onnxscript", reason="the ONNX export needs onnxscript: pip install 'recap-hf[onnx]'")
     from recap_hf.conversion.onnx_export import export_onnx
 
-    with pytest.raises(ConversionError, match="the ONNX export knows captioners with cross-attention"):
+    with pytest.raises(ConversionError, match="the ONNX export needs a captioner with cross-attention"):
         export_onnx(tmp_path / "model", tmp_path / "out")
 
 

@@ -95,7 +95,7 @@ class AudioStream:
         if isinstance(source, Mapping):
             source = source.get("audio", source)
         if isinstance(source, Mapping) and source.get("array", source.get("raw")) is None:
-            # An undecoded Audio value; of a mapping without any audio `load_audio` says what is missing.
+            # An undecoded Audio value; of a mapping without any audio `load_audio` reports what is missing.
             source = next((source[key] for key in ("bytes", "path") if source.get(key) is not None), source)
         if isinstance(source, _FILE_TYPES) or hasattr(source, "read"):
             for block, rate in read_blocks(source, _READ_FRAMES):

@@ -205,7 +205,7 @@ class SubtitleFile:
         return joined
 
     def with_cues(self, cues: Iterable[Cue]) -> str:
-        """The text of the file with more cues in it, in order of time. SubRip cues are numbered anew."""
+        """The text of the file with more cues in it, in order of time. SubRip cues are numbered again."""
         waiting, parts, number = sorted(cues, key=lambda cue: cue.start), [], 0
         for block in [*self.blocks, None]:
             while waiting and (block is None or (block.start is not None and waiting[0].start < block.start)):

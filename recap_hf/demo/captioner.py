@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.audio.timeline import caption_timeline
 from recap_hf.explain import CaptionExplanation, draw_explanation, explain_caption
 from recap_hf.modeling.audio_recap import is_silent
 from recap_hf.modeling.captioning_recap import Captioner
@@ -65,32 +64,20 @@ class DemoCaptioner:
         fingerprint = model.embed_fingerprint(processor)
         yield CaptionDatastore.from_embeddings(list(captions), np.concatenate(blocks), fingerprint)
 
-    def caption(self, captioner: Captioner, recording: Recording) -> dict[str, Any]:
-        """Caption, score and retrieved captions of a recording."""
-        return captioner.caption([recording.waveform])[0].to_dict()
-
-    def timeline(self, captioner: Captioner, recording: Recording) -> Iterator[dict[str, Any]]:
-        """Segments of a recording, each as soon as it is final; see [`caption_timeline`]."""
-        source = {"array": recording.waveform, "sampling_rate": self.feature_extractor.sampling_rate}
-        # In small batches: the first segments are shown early.
-        return caption_timeline(captioner, source, batch_size=2)
-
     def explain(
         self, captioner: Captioner, recording: Recording, result: Mapping[str, Any]
-    ) -> CaptionExplanation | None:
-        """The explanation of the caption in `result`; `None` for silence, for a caption without words, and for a model
-        without cross-attention."""
+    ) -> tuple[CaptionExplanation | None, bytes]:
+        """The explanation of the caption in `result`, and its picture as PNG.
+
+        `None` and no picture for silence, for a caption without words, and for a model without cross-attention.
+        """
         cross_attention = captioner.model.config.decoder.add_cross_attention
         if is_silent(recording.waveform) or not cross_attention or not result["caption"].strip():
-            return None
-        rate = self.feature_extractor.sampling_rate
+            return None, b""
+        rate, buffer = self.feature_extractor.sampling_rate, io.BytesIO()
         texts = {"caption": result["caption"], "retrieved": result["retrieved"]}
         explanation = explain_caption(captioner, recording.waveform, rate, **texts)
-        return explanation if explanation.words else None
-
-    def picture(self, recording: Recording, explanation: CaptionExplanation) -> bytes:
-        """The explanation of all words as PNG, as `recap explain --output` draws it."""
-        rate, buffer = self.feature_extractor.sampling_rate, io.BytesIO()
-        figure = draw_explanation(explanation, recording.waveform, self.feature_extractor, rate)
-        figure.savefig(buffer, format="png")
-        return buffer.getvalue()
+        if not explanation.words:
+            return None, b""
+        draw_explanation(explanation, recording.waveform, self.feature_extractor, rate).savefig(buffer, format="png")
+        return explanation, buffer.getvalue()

@@ -12,6 +12,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from recap_hf.audio.timeline import caption_timeline
+
 from . import views
 from .captioner import DemoCaptioner
 from .pictures import clock
@@ -45,6 +47,10 @@ def _reporting_errors(handler: Callable[..., Iterator[Update]]) -> Callable[...,
     return reporting
 
 
+def _step(message: str, number: int) -> Update:
+    return {"status": views.status(message, "busy", number, _STEPS)}
+
+
 class Handlers:
     """The handlers of the page. `examples` are recordings by their name on the page."""
 
@@ -70,7 +76,7 @@ class Handlers:
     def _read(self, key: str, data: bytes, name: str) -> Iterator[Update]:
         session = self.sessions[key]
         session.recording, session.captions = None, {}
-        yield {**_EMPTY, "status": views.status("Reading the recording …", "busy", 1, _STEPS)}
+        yield {**_EMPTY, **_step("Reading the recording …", 1)}
         extractor = self.captioner.feature_extractor
         waveform = read_waveform(data, name, self.settings.max_seconds, extractor.sampling_rate)
         session.recording = Recording(name, waveform, extractor)
@@ -138,32 +144,26 @@ class Handlers:
         if session.recording is None:
             yield {"status": views.status(f"Retrieving from: {choice}. Now record or upload a sound.")}
             return
-        yield {
-            "timeline": "",
-            "explanation": "",
-            "status": views.status("Retrieving captions and generating …", "busy", 2, _STEPS),
-        }
+        yield {"timeline": "", "explanation": "", **_step("Retrieving captions and generating …", 2)}
         own = choice == self._own_choice(session)
         captioner = self.captioner.captioner_of(session.own if own else choice)
         recording = session.recording
-        result = self.captioner.caption(captioner, recording)
+        result = captioner.caption([recording.waveform])[0].to_dict()
         session.captions[choice] = result["caption"]
         yield {
             "caption": views.render("caption", result=result, choice=choice),
             "comparison": views.render("comparison", captions=session.captions, current=choice),
-            "status": views.status("Captioning the segments …", "busy", 3, _STEPS),
+            **_step("Captioning the segments …", 3),
         }
         segments = []
-        for segment in self.captioner.timeline(captioner, recording):
+        # In small batches: the first segments are shown early.
+        for segment in caption_timeline(captioner, recording.waveform, batch_size=2):
             segments.append(segment)
             message = f"Captioning the segments: {clock(segment['end'])} of {clock(recording.seconds)} …"
-            yield {
-                "timeline": views.render("timeline", segments=segments, seconds=recording.seconds),
-                "status": views.status(message, "busy", 3, _STEPS),
-            }
-        yield {"status": views.status("Explaining the caption …", "busy", 4, _STEPS)}
-        explanation = self.captioner.explain(captioner, recording, result)
-        picture = self.captioner.picture(recording, explanation) if explanation is not None else b""
+            strip = views.render("timeline", segments=segments, seconds=recording.seconds)
+            yield {"timeline": strip, **_step(message, 3)}
+        yield _step("Explaining the caption …", 4)
+        explanation, picture = self.captioner.explain(captioner, recording, result)
         yield {
             "explanation": views.explanation(explanation, recording, picture),
             "status": views.status(f"Done: “{recording.name}” is described.", "done"),

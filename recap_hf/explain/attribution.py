@@ -93,12 +93,10 @@ def attribute(model: Any, passage: Passage, groups: Sequence[Sequence[int]], met
         log_probs, audio, captions = _from_gradient(model, passage, groups)
     else:
         log_probs, audio, captions = _from_hiding(model, passage, groups, insertion=method == "insertion")
-    empty = log_probs.new_zeros
-    return Attribution(
-        log_probs,
-        torch.stack(audio).view(-1, *passage.grid) if audio else empty(0, *passage.grid),
-        torch.stack(captions) if captions else empty(0, len(passage.captions)),
-    )
+    # Without groups, as for a caption without words, there is nothing to stack.
+    audio = torch.stack(audio) if audio else log_probs.new_zeros(0, passage.states.shape[1])
+    captions = torch.stack(captions) if captions else log_probs.new_zeros(0, len(passage.captions))
+    return Attribution(log_probs, audio.view(-1, *passage.grid), captions)
 
 
 # Log-probabilities, and a list with one tensor per group for the audio and for the captions.

@@ -19,6 +19,9 @@ from .attribution import METHODS, Attribution, Passage, attribute, hidden_log_pr
 from .audio_grid import AudioGrid
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+# Fields of a word in `CaptionExplanation.to_dict`, and their decimals.
+_DIGITS = dict.fromkeys(("log_probability", "audio_effect", "captions_effect"), 4)
+_DIGITS |= dict.fromkeys(("audio_map", "outside", "caption_weights"), 5)
 # Regions of a word in `CaptionExplanation.to_text`.
 _TOP_REGIONS = 2
 
@@ -93,20 +96,11 @@ class CaptionExplanation:
             "caption": self.caption,
             "method": self.method,
             "duration": self.duration_s,
-            "time_edges": _rounded(self.time_edges_s, 4),
-            "band_edges_hz": _rounded(self.band_edges_hz, 1),
+            "time_edges": np.round(self.time_edges_s, 4).tolist(),
+            "band_edges_hz": np.round(self.band_edges_hz, 1).tolist(),
             "words": [
-                {
-                    "word": word.text,
-                    "start": word.start,
-                    "end": word.end,
-                    "log_probability": round(word.log_probability, 4),
-                    "audio_effect": round(word.audio_effect, 4),
-                    "captions_effect": round(word.captions_effect, 4),
-                    "audio_map": [_rounded(band, 5) for band in word.audio_map],
-                    "outside": round(word.outside, 5),
-                    "caption_weights": _rounded(word.caption_weights, 5),
-                }
+                {"word": word.text, "start": word.start, "end": word.end}
+                | {name: np.round(getattr(word, name), digits).tolist() for name, digits in _DIGITS.items()}
                 for word in self.words
             ],
             "retrieved": self.retrieved,
@@ -300,7 +294,3 @@ def _words_of(tokens: list[int], tokenizer: Any) -> tuple[str, list[tuple[int, i
         if own:
             words.append((match.start() - offset, match.end() - offset, own))
     return text.strip(), words
-
-
-def _rounded(values: np.ndarray, digits: int) -> list[float]:
-    return [round(float(value), digits) for value in values]

@@ -21,7 +21,7 @@ from .licences import forbids_commercial_use, licence_identifier
 if TYPE_CHECKING:
     from huggingface_hub import DatasetCard, EvalResult, ModelCard
 
-MARK = "<!-- rendered by recap_hf; a push renders it anew until somebody edits it ({}) -->"
+MARK = "<!-- rendered by recap_hf; a push renders it again until somebody edits it ({}) -->"
 PIPELINE_TAG = "audio-text-to-text"
 MODEL_TAGS = ("audio-captioning", "recap", "clap", "gpt2", "retrieval-augmented-generation")
 DATASTORE_TAGS = ("audio-captioning", "recap", "caption-datastore")
@@ -32,7 +32,7 @@ SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"
 
 @dataclass(frozen=True)
 class DatastoreFacts:
-    """What a card says about a datastore.
+    """The description of a datastore on a card.
 
     Args:
         captions: number of captions.
@@ -338,7 +338,7 @@ def save_card(card: ModelCard | DatasetCard, folder: str | Path) -> Path:
 
 
 def is_unedited(path: str | Path) -> bool:
-    """Whether a card is as it was rendered: nobody's words are lost when it is rendered again."""
+    """Whether a card is as it was rendered, so that rendering it again loses no edit."""
     text, _, mark = Path(path).read_text(encoding="utf-8").rstrip().rpartition("\n\n")
     return mark == MARK.format(_digest(text + "\n"))
 

@@ -147,7 +147,7 @@ def byte_text(number: int) -> str:
 
 
 def describe_datastore(datastore: CaptionDatastore) -> DatastoreFacts:
-    """What a card says about a datastore: one source per name and licence, the largest first."""
+    """The description of a datastore on a card: one source per name and licence, the largest first."""
     counts = Counter((record.get("source") or UNNAMED, record.get("licence")) for record in datastore.records)
     sources = tuple(
         DataSource(str(name), licence=None if licence is None else str(licence), captions=number)

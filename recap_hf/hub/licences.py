@@ -1,4 +1,4 @@
-"""Licence names as people write them, as the identifiers that the Hub knows.
+"""The Hub's identifiers of licences, from their usual names.
 
 The identifiers are those of the Hub's documentation (huggingface.co/docs/hub/repositories-licenses).
 """
@@ -40,7 +40,7 @@ _LONG_NAMES = (
 
 
 def licence_identifier(name: str | None) -> str | None:
-    """The Hub's identifier of a licence, or None where the Hub knows no such licence.
+    """The Hub's identifier of a licence, or None if the Hub has none.
 
     Args:
         name: an identifier, a usual spelling ("CC BY-NC 4.0", "Apache 2.0", "CC0") or a Creative Commons URL.

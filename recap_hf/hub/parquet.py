@@ -25,7 +25,7 @@ def write_parquet(
     Args:
         records: one mapping per caption; keys that only some of them have are null in the others.
         folder: made if need be.
-        rows_per_file: rows of one file; only so many are in memory at a time.
+        rows_per_file: rows of one file; only these are in memory at a time.
 
     Returns:
         The columns: `caption` first, then those with a meaning of their own, then the others by name.

@@ -12,7 +12,7 @@ from recap_hf.scoring.metrics import METRIC_LABELS
 from .facts import Result
 
 MAIN_SYSTEM = "recap"
-# BLEU's first and last order speak for it on a card.
+# Of BLEU a card shows the first and the last order.
 METRICS = {key: label for key, label in METRIC_LABELS.items() if key not in ("bleu_2", "bleu_3")}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, ClapModel, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, ClapModel, GPT2LMHeadModel
 
 from recap_hf.modeling.configuration_recap import RecapConfig
 from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
@@ -66,7 +66,10 @@ def convert_recap_original(
     config = recap_config_from_original(state, original, clap_model)
     settings = processor_settings_from_original(original)
     converted = convert_recap_original_state_dict(state, clap_model, config)
-    model = _build(config, converted)
+    with torch.device("meta"):
+        model = RecapForConditionalGeneration(config)
+    model = fill(model, converted, floating_dtype(converted))
+    model.tie_weights()
     processor = None
     if tokenizer is not None:
         ids = {"pad_token": config.pad_token_id, "eos_token": config.eos_token_id}
@@ -178,7 +181,7 @@ def read_cross_attention(path: str | Path) -> tuple[dict[str, torch.Tensor], dic
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     if "cross_attention_reduce_factor" not in metadata:
-        raise ConversionError(f"{path} does not say its cross_attention_reduce_factor: not written by `to-stock`")
+        raise ConversionError(f"{path} has no cross_attention_reduce_factor: it was not written by `to-stock`")
     kinds = _CONFIG_SETTINGS | _PROCESSOR_SETTINGS
     return tensors, {key: kinds[key](value) for key, value in metadata.items() if key in kinds}
 
@@ -212,23 +215,14 @@ def _settings_of(config: RecapConfig, source: str | Path) -> dict[str, str]:
 
 def _has_processor(source: str | Path) -> bool:
     """Whether a folder has the settings of a feature extractor; a Hub id is assumed to."""
-    return not Path(source).is_dir() or any((Path(source) / name).is_file() for name in _EXTRACTOR_FILES)
-
-
-def _build(config: RecapConfig, state: dict[str, torch.Tensor]) -> RecapForConditionalGeneration:
-    with torch.device("meta"):
-        model = RecapForConditionalGeneration(config)
-    model = fill(model, state, floating_dtype(state))
-    model.tie_weights()
-    return model
+    files = ("preprocessor_config.json", "processor_config.json")
+    return not Path(source).is_dir() or any((Path(source) / name).is_file() for name in files)
 
 
 def _beside(name: str | Path) -> str | Path | None:
-    """`name` where a tokenizer is kept there; a Hub id is assumed to have one."""
+    """`name` if a tokenizer is kept there; a Hub id is assumed to have one."""
     folder = Path(name)
-    if not folder.is_dir():
-        return name
-    return name if (folder / "tokenizer_config.json").is_file() else None
+    return name if not folder.is_dir() or (folder / "tokenizer_config.json").is_file() else None
 
 
 def _processor(
@@ -241,26 +235,12 @@ def _processor(
 ) -> RecapProcessor:
     """The processor of `config`, with the mel settings of the CLAP folder and the special tokens of the model."""
     decoder_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    _set_special_tokens(decoder_tokenizer, special_ids)
-    extractor = None
-    if _has_processor(clap):
-        extractor = RecapFeatureExtractor.from_clap_pretrained(clap)
-    return RecapProcessor.from_config(
-        config,
-        decoder_tokenizer,
-        AutoTokenizer.from_pretrained(clap_tokenizer),
-        feature_extractor=extractor,
-        **settings,
-    )
-
-
-_EXTRACTOR_FILES = ("preprocessor_config.json", "processor_config.json")
-
-
-def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, ids: dict[str, int | None]) -> None:
-    for name, index in ids.items():
-        if index is not None and getattr(tokenizer, f"{name}_id") != index:
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
+    for name, index in special_ids.items():
+        if index is not None and getattr(decoder_tokenizer, f"{name}_id") != index:
+            setattr(decoder_tokenizer, name, decoder_tokenizer.convert_ids_to_tokens(index))
+    extractor = RecapFeatureExtractor.from_clap_pretrained(clap) if _has_processor(clap) else None
+    texts = AutoTokenizer.from_pretrained(clap_tokenizer)
+    return RecapProcessor.from_config(config, decoder_tokenizer, texts, feature_extractor=extractor, **settings)
 
 
 def _save(

@@ -265,11 +265,11 @@ def _build(args: argparse.Namespace) -> None:
     )
     if args.keys == "audio" and (args.num_processes > 1 or args.engine != "local"):
         raise ValueError("--num-processes and --engine embed captions; recordings are embedded by one process")
-    build, batch = (build_datastore, {}) if args.keys == "text" else (build_audio_datastore, {})
-    if args.keys == "audio":
-        batch["batch_size"] = min(args.batch_size, 16)
     known = {"source_options": _source_options(args), "filter_options": _filter_options(args), "options": options}
-    _show(describe(build(args.files, args.output, _embedder(args), **known, **batch), queries=0), args.format)
+    if args.keys == "audio":
+        known["batch_size"] = min(args.batch_size, 16)
+    build = build_datastore if args.keys == "text" else build_audio_datastore
+    _show(describe(build(args.files, args.output, _embedder(args), **known), queries=0), args.format)
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
 
 from recap_hf.modeling.options_recap import PAPER_PROMPT, RETRIEVAL, CaptionOptions
 
@@ -45,7 +46,7 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
             f"{RecapConfig.model_type!r}"
         )
     config = RecapConfig.from_pretrained(folder)
-    sizes, dtypes, num_bytes, num_files = read_weights(folder)
+    sizes, dtypes = read_weights(folder)
     conditioning = sum(
         size for name, size in sizes.items() if ".crossattention." in name or name.startswith("prefix_mapper.")
     )
@@ -59,8 +60,7 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
         "audio": f"48 kHz mono, in windows of {config.window_length_s:g} s; a longer recording is several windows",
     }
     if sizes:
-        files = f", {num_files} files" if num_files > 1 else ""
-        parts["parameters"] = f"{sum(sizes.values()):,} in {' and '.join(dtypes)} ({byte_text(num_bytes)}{files})"
+        parts["parameters"] = f"{sum(sizes.values()):,} in {' and '.join(dtypes)}"
     processor = _read_json(folder, "processor_config.json")
     number = processor.get("num_retrieved_captions", 4)
     captions = [f"caption {rank}" for rank in range(1, number + 1)]
@@ -120,30 +120,18 @@ def conditioning_part(config: RecapConfig, num_parameters: int) -> dict[str, str
     return {"cross-attention": text}
 
 
-def read_weights(folder: str | Path) -> tuple[dict[str, int], list[str], int, int]:
-    """Sizes of all parameters by name, their types, and bytes and number of the safetensors files."""
+def read_weights(folder: str | Path) -> tuple[dict[str, int], list[str]]:
+    """Sizes of all parameters by name, and their types, the most frequent first; only the files' heads are read."""
     sizes: dict[str, int] = {}
     dtypes: Counter[str] = Counter()
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    for path in files:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        for name, tensor in header.items():
-            if name != "__metadata__" and tensor["dtype"] in DTYPES and not name.endswith(BUFFERS):
-                sizes[name] = math.prod(tensor["shape"])
-                dtypes[DTYPES[tensor["dtype"]]] += sizes[name]
-    names = [name for name, _ in dtypes.most_common()]
-    return sizes, names, sum(path.stat().st_size for path in files), len(files)
-
-
-def byte_text(number: int) -> str:
-    """A number of bytes with a unit: 1.2 GB, 11 MB, 300 kB."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if number >= size:
-            value = number / size
-            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
-    return f"{number} bytes"
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                tensor = file.get_slice(name)
+                if tensor.get_dtype() in DTYPES and not name.endswith(BUFFERS):
+                    sizes[name] = math.prod(tensor.get_shape())
+                    dtypes[DTYPES[tensor.get_dtype()]] += sizes[name]
+    return sizes, [name for name, _ in dtypes.most_common()]
 
 
 def describe_datastore(datastore: CaptionDatastore) -> DatastoreFacts:

@@ -12,13 +12,7 @@ from typing import Any
 
 from recap_cli.files import check_output, open_output, printable, standard_input
 from recap_cli.numbers import positive
-from recap_cli.options import (
-    add_captioner_arguments,
-    add_engine_arguments,
-    check_caption_options,
-    load_captioner,
-    prepare_ray,
-)
+from recap_cli.options import add_captioner_arguments, add_engine_arguments, check_caption_options, load_captioner
 
 # As in recap_cli.formats, which needs recap_hf.
 FORMATS = ("text", "json", "jsonl", "csv")
@@ -116,7 +110,6 @@ def _captioned_by_ray(args: argparse.Namespace, names: list[str]) -> Iterator[tu
         raise ValueError("--engine ray cannot read standard input in its processes: give files, or leave it out")
     if not (args.work_dir or args.output):
         raise ValueError("--engine ray needs --output FILE, or --work-dir DIR for the finished parts")
-    prepare_ray()
     work = Path(args.work_dir or f"{args.output}.parts").resolve()
     named = {name: getattr(args, name) for name in ("model", "datastore", "dtype") if getattr(args, name) is not None}
     settings = {**named, **CaptionOptions.from_args(args).to_dict()}

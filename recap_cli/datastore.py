@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recap_cli.numbers import count, positive
-from recap_cli.options import add_engine_arguments, prepare_ray
+from recap_cli.options import add_engine_arguments
 
 _FILES = {
     "nargs": "+",
@@ -250,8 +250,6 @@ def _text_lines(contents: Any, indent: str = "") -> list[str]:
 def _build(args: argparse.Namespace) -> None:
     from recap_hf.datastore import BuildOptions, build_audio_datastore, build_datastore, describe
 
-    if args.engine == "ray":
-        prepare_ray()
     options = BuildOptions(
         index=args.index,
         recall=args.recall,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -86,12 +85,6 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--num-workers", type=positive, default=2, metavar="N", help="processes of Ray (default: 2)")
     group.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster; auto: this machine's")
-
-
-def prepare_ray() -> None:
-    """Turns Ray's usage statistics off, unless the user has turned them on: Ray has an environment variable alone for
-    that. To be called by a command, which owns its process, before Ray starts."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def load_captioner(args: argparse.Namespace) -> Any:

@@ -47,9 +47,6 @@ def run_parts(
         address: of a Ray cluster; "auto" is the cluster of this machine, and by default Ray starts here.
         note: receives a message about parts that were begun again because a process died.
 
-    Ray sends usage statistics unless the environment variable `RAY_USAGE_STATS_ENABLED` is 0: it has no argument for
-    that.
-
     Raises:
         ImportError: without Ray.
     """

@@ -249,9 +249,9 @@ def licence_metadata(name: str | None) -> dict[str, str]:
     if not name:
         return {}
     identifier = licence_identifier(name)
-    if identifier:
-        return {"license": identifier}
-    return {"license": "other", "license_name": slug(name).replace("_", "-")}
+    return (
+        {"license": identifier} if identifier else {"license": "other", "license_name": slug(name).replace("_", "-")}
+    )
 
 
 # figures

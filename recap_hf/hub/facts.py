@@ -110,11 +110,10 @@ class CardFacts:
         Raises:
             ValueError: a key is unknown or a required one is missing; the message names it and the ones that exist.
         """
-        values = dict(checked(cls, values, "the card's facts"))
+        facts = _build(cls, values, "the card's facts")
         for name, kind in (("training_data", DataSource), ("results", Result), ("sections", Section)):
-            if name in values:
-                values[name] = [kind(**checked(kind, item, f"an entry of {name!r}")) for item in values[name]]
-        return cls(**values)
+            setattr(facts, name, [_build(kind, item, f"an entry of {name!r}") for item in getattr(facts, name)])
+        return facts
 
     @classmethod
     def from_file(cls, path: str | Path) -> CardFacts:
@@ -139,16 +138,14 @@ class CardFacts:
             raise ValueError(f"{path}: {error}") from error
 
 
-def checked(kind: type, values: Mapping[str, Any], what: str) -> Mapping[str, Any]:
-    """`values`, if its keys are fields of the dataclass `kind` and none that has no default is missing."""
+def _build(kind: type, values: Mapping[str, Any], what: str) -> Any:
+    """An instance of a dataclass; its error names the keys that are unknown or missing."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{what} must be a mapping, got {values!r}")
     names = [entry.name for entry in fields(kind)]
-    unknown = sorted(set(values) - set(names))
-    if unknown:
+    if unknown := sorted(set(values) - set(names)):
         raise ValueError(f"{what} has unknown keys {', '.join(unknown)}; known are {', '.join(names)}")
     try:
-        kind(**values)
+        return kind(**values)
     except TypeError as error:
         raise ValueError(f"{what} is incomplete: {error}") from error
-    return values

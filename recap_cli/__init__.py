@@ -77,4 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return EXIT_USAGE
+    # What a command starts again in other processes.
+    args.argv = argv
     return exit_status(f"recap {args.command}", lambda: args.run(args))

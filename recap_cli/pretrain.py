@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+from recap_cli.train import run
+
+__all__ = ["add_arguments", "run"]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `recap pretrain`: every field of the settings of the base."""
@@ -19,11 +23,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         base = bases.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         add_config_arguments(base, kind)
         base.set_defaults(settings=kind)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Train, or start the processes that do."""
-    from recap_hf.training.config import load_config
-    from recap_hf.training.launch import launch
-
-    return launch(load_config(args, args.settings))

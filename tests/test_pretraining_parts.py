@@ -215,5 +215,5 @@ def test_sizes(tmp_path):
     # HTSAT and RoBERTa without most of its vocabulary (50,265 tokens of 768 are 38.6 M).
     assert counts["base"] == pytest.approx(153.5 - 38.6, abs=1.5)
     (tmp_path / "x.json").write_text("[1]")
-    with pytest.raises(ValueError, match="expected the fields of a ClapConfig, found list"):
+    with pytest.raises(ValueError, match="expected the fields of a ClapConfig, got list"):
         new_clap_config("tiny", str(tmp_path / "x.json"), tokenizer)

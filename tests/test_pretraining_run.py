@@ -18,8 +18,8 @@ from recap_hf import CaptionDatastore, RecapFeatureExtractor
 from recap_hf.training.checkpoints import load_checkpoint
 from recap_hf.training.config import load_config
 from recap_hf.training.run import train
+from recap_hf.training.tasks.bases import new_captioner
 from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
-from recap_hf.training.tasks.captioner_model import new_captioner
 from recap_hf.training.tasks.clap import ClapTrainingConfig
 from recap_hf.training.tasks.language_model import LanguageModelTrainingConfig
 
@@ -247,20 +247,23 @@ def test_prompts_of_nearest_captions(start: Path, clap, tmp_path: Path):
     captioner = new_captioner(config)
     captions = [{"caption": text, "clip_id": str(n)} for n in range(12) for text in captions_of(n)]
     CaptionDatastore.from_captions(captions, *captioner).save_pretrained(tmp_path / "store")
-    settings = {"dataset": [], "data_dir": [], "datastore": str(tmp_path / "store")}
+    # The datastore as the corpus, without recordings.
+    store = str(tmp_path / "store")
+    settings = {"dataset": [store], "data_dir": [], "datastore": store, "clap": str(clap[0])}
     report = train(lm_config(start, tmp_path / "b", **settings, validation_share=0.25, max_steps=2))
     assert report["data"]["splits"] == {
         "validation": {"clips": 3, "captions": 15},
         "train": {"clips": 9, "captions": 45},
     }
-    with pytest.raises(ValueError, match=r"need a text tower\. Give --clap"):
-        train(lm_config(start, tmp_path / "c", datastore=str(tmp_path / "store")))
+    with pytest.raises(ValueError, match="--datastore is searched by embeddings of captions: give --clap"):
+        lm_config(start, tmp_path / "c", datastore=store)
 
 
 def test_a_file_of_captions_and_an_existing_decoder(start: Path, clap, language_model, tmp_path: Path):
     path = tmp_path / "captions.txt"
     path.write_text("\n".join(text for number in range(12) for text in captions_of(number)) + "\n")
-    settings = {"dataset": [], "data_dir": [], "datastore": str(path), "clap": str(clap[0])}
+    settings = {"dataset": [str(path)], "data_dir": [], "datastore": str(path), "clap": str(clap[0])}
+    settings |= {"validation_share": 0.05}
     report = train(lm_config(start, tmp_path / "out", **settings, decoder=str(language_model[0]), max_steps=1))
     assert report["data"]["splits"]["train"]["captions"] + report["data"]["splits"]["validation"]["captions"] == 60
     # It goes on where the given one was: far from a die of 400 faces.

@@ -111,7 +111,8 @@ rng = np.random.default_rng(0)
 for start in range(0, clips, CLIPS_PER_SHARD):
     keys = [f"{number:032x}" for number in range(start, min(clips, start + CLIPS_PER_SHARD))]
     states = rng.integers(0, 15360, (len(keys), 1, 64, 768), dtype=np.uint16).view(np.float16)
-    store.add_shard(keys, [{"states": own, "embeds": np.ones((1, 512), dtype=np.float32)} for own in states])
+    embeds = np.ones((1, 512), dtype=np.float32)
+    store.add_shard({key: {"states": own, "embeds": embeds} for key, own in zip(keys, states)})
 """
 
 READER = """

@@ -17,9 +17,8 @@ from recap_hf import RecapForConditionalGeneration, RecapProcessor
 from recap_hf.training.collator import PromptOptions
 from recap_hf.training.plans import Row
 from recap_hf.training.run import train
-from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
-from recap_hf.training.tasks.captioner_data import build_corpus
-from recap_hf.training.tasks.captioner_model import new_captioner
+from recap_hf.training.tasks.bases import new_captioner
+from recap_hf.training.tasks.captioner import CaptionerTrainingConfig, build_corpus
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +73,10 @@ def test_validation_loss_falls(finished):
 
 def test_training_prompts_hold_the_nearest_captions_and_options_arrive(start: Path, tmp_path: Path):
     settings = config(start, tmp_path, draw_from=6, shuffle_prompt=True, audio_dropout=0.25, seed=11)
-    builder = build_corpus(settings, *new_captioner(settings)).train
+    builder = build_corpus(settings, *new_captioner(settings))[0]["train"]
     assert builder.options == PromptOptions(k=4, draw_from=6, shuffle=True, audio_dropout=0.25, seed=11)
     plain = config(start, tmp_path)
-    builder = build_corpus(plain, *new_captioner(plain)).train
+    builder = build_corpus(plain, *new_captioner(plain))[0]["train"]
     assert all(len(builder.retrieved(row, epoch=0)) == 4 for row in (Row(0, (0,)), Row(5, (2,)), Row(7, (4,))))
 
 
@@ -136,11 +135,6 @@ def test_the_report_tells_what_happened(finished):
     assert "Tampere University" in card
 
 
-def test_the_losses_are_drawn(finished):
-    pytest.importorskip("matplotlib", reason="the extra [train] brings matplotlib")
-    assert (finished[0] / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize("step", [3, 5, 6])
 def test_a_resumed_run_ends_with_the_same_weights(start: Path, finished, tmp_path: Path, step: int):
     """The state in which a SIGKILL after the checkpoint of `step` leaves the folder."""
@@ -149,13 +143,13 @@ def test_a_resumed_run_ends_with_the_same_weights(start: Path, finished, tmp_pat
     for kept in (3, 5, 6):
         if kept <= step:
             shutil.copy(finished[0] / "checkpoints" / f"checkpoint-{kept}.pt", checkpoints)
-    (checkpoints / "checkpoint-9.pt.partial").write_bytes(b"half")
+    (checkpoints / ".checkpoint-9.pt.1.tmp").write_bytes(b"half")
     report = train(config(start, tmp_path, resume=True))
     assert same(weights(tmp_path), weights(finished[0]))
     # Losses too, those from before the kill included.
     assert report["losses"] == finished[1]["losses"]
     assert report["evaluations"] == finished[1]["evaluations"]
-    assert not list(checkpoints.glob("*.partial"))
+    assert not list(checkpoints.glob(".*.tmp"))
 
 
 def test_a_folder_with_checkpoints_is_not_overwritten_by_accident(start: Path, finished):
@@ -170,6 +164,12 @@ def test_a_changed_setting_is_named_on_resume(start: Path, finished, tmp_path: P
     checkpoint = str(finished[0] / "checkpoints" / "checkpoint-6.pt")
     train(config(start, tmp_path, resume_from_checkpoint=checkpoint, learning_rate=1e-3, max_steps=7))
     assert "learning_rate 0.005 -> 0.001" in caplog.text
+
+
+def test_a_checkpoint_of_another_run_is_refused(start: Path, finished, tmp_path: Path):
+    checkpoint = str(finished[0] / "checkpoints" / "checkpoint-6.pt")
+    with pytest.raises(ValueError, match="was written by a run that trained other parts of the model"):
+        train(config(start, tmp_path, resume_from_checkpoint=checkpoint, train_decoder=True))
 
 
 def test_accumulated_passes_give_the_same_losses(start: Path, finished, tmp_path: Path):
@@ -189,7 +189,6 @@ def test_the_options_for_transfer_run_and_repeat(start: Path, tmp_path: Path):
         "train_decoder": True,
         "share_prompts": True,
         "gradient_checkpointing": True,
-        "generation_clips": 2,
         "max_steps": 3,
         "warmup_steps": 1,
         "lr_scheduler_type": "cosine",
@@ -199,7 +198,6 @@ def test_the_options_for_transfer_run_and_repeat(start: Path, tmp_path: Path):
     second = train(config(start, tmp_path / "b", **changes))
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert first["losses"] == second["losses"]
-    assert {"rouge_l", "cider_d"} <= set(first["evaluations"][-1])
     before, after = weights(start / "untrained"), weights(tmp_path / "a")
     assert not torch.equal(before["decoder.transformer.wte.weight"], after["decoder.transformer.wte.weight"])
     assert torch.equal(before["clap.audio_projection.linear1.weight"], after["clap.audio_projection.linear1.weight"])
@@ -232,19 +230,6 @@ def test_early_stopping(start: Path, tmp_path: Path):
     assert report["steps"] < 45
     # What is saved is the best, not the last.
     assert report["best"]["step"] < report["steps"]
-
-
-def test_held_out_events_are_left_out_and_scored(start: Path, tmp_path: Path):
-    events = tmp_path / "events.json"
-    events.write_text(json.dumps({"dog": r"\bdogs?\b"}))
-    report = train(
-        config(start, tmp_path / "out", held_out_events=str(events), metric_for_best_model="held_out_f1", max_steps=2)
-    )
-    processor = RecapProcessor.from_pretrained(tmp_path / "out")
-    assert processor.datastore.captions
-    assert not any("dog" in caption.lower() for caption in processor.datastore.captions)
-    assert {"held_out_precision", "held_out_recall", "held_out_f1"} <= set(report["evaluations"][-1])
-    assert report["best"]["metric"] == "held_out_f1"
 
 
 def test_missing_and_broken_clips_are_counted(start: Path, tmp_path: Path):

@@ -89,15 +89,21 @@ class AudioIndex:
         return sorted(path for paths in self._by_id.values() for path in paths)
 
 
-def first_existing(folder: Path, names: list[str], what: str) -> Path:
-    """First of `names` that exists below `folder`.
+def find_one(folder: str | Path, patterns: list[str], what: str) -> Path:
+    """`folder` if it is a file; else what fits the first of the patterns that anything below it fits.
 
     Raises:
-        FileNotFoundError: naming the paths that were tried.
+        FileNotFoundError: naming the patterns, if nothing fits. ValueError: if several files do.
     """
+    folder = Path(folder)
+    if folder.is_file():
+        return folder
     if not folder.exists():
         raise FileNotFoundError(f"no folder {folder}")
-    found = next((folder / name for name in names if (folder / name).exists()), None)
-    if found is None:
-        raise FileNotFoundError(f"{folder} holds no {what}: looked for {', '.join(names)}")
-    return found
+    found = next(filter(None, (sorted(folder.glob(pattern)) for pattern in patterns)), [])
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"{folder} holds several files that may be the {what} ({names}): give one as --data-dir")
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no {what}: looked for {', '.join(patterns)}")
+    return found[0]

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recap_hf.modeling.retrieval_recap import CaptionDatastore
+
 from .caption_tables import caption_columns
-from .files import read_table, renamed
+from .files import find_one, read_table, renamed
 from .schema import (
     SPLITS,
     CaptionData,
@@ -35,13 +37,16 @@ def load_audiofolder(options: LoadOptions) -> CaptionData:
     Raises:
         ValueError: for missing columns or a split that is not there.
     """
-    table, split_is_column = _find_metadata(Path(options.data_dir), options.split)
+    folder = Path(options.data_dir)
+    places = [f"{part}/{name}" for part in SPLITS[options.split] for name in _METADATA]
+    table = find_one(folder, [*places, *_METADATA], "metadata file")
+    split_is_column = table in (folder, folder / table.name)
     rows = read_table(table, {}, options.columns)
     _require(rows[0], {"file_name": "path of the audio file, from the metadata file"}, table)
     if split_is_column and "split" not in rows[0] and options.split != "train":
         raise ValueError(
             f"{table} has no column 'split', so all of it is training data: for a {options.split} split add the "
-            f"column, or put the clips in {options.data_dir}/{options.split}/ with a metadata file of their own"
+            f"column, or put the clips in {folder}/{options.split}/ with a metadata file of their own"
         )
     root = Path(options.audio_dir or table.parent)
     records = []
@@ -51,24 +56,25 @@ def load_audiofolder(options: LoadOptions) -> CaptionData:
         path = root / row["file_name"]
         clip_id = row.get("clip_id") or row["file_name"]
         audio = str(path) if path.is_file() else None
-        default_source = Path(options.data_dir).resolve().name
-        records.append(_record(row, clip_id, audio, default_source, f"no audio file {path}"))
+        records.append(_record(row, clip_id, audio, folder.resolve().name, f"no audio file {path}"))
     return build_caption_data(records, options)
 
 
-def _find_metadata(folder: Path, split: str) -> tuple[Path, bool]:
-    """The metadata file, and whether it may hold several splits."""
-    if folder.is_file():
-        return folder, True
-    if not folder.exists():
-        raise FileNotFoundError(f"no folder {folder}")
-    for part in (*SPLITS[split], ""):
-        for name in _METADATA:
-            if (folder / part / name).is_file():
-                return folder / part / name, not part
-    raise FileNotFoundError(
-        f"{folder} holds no metadata file: looked for {', '.join(_METADATA)} there and in {split}/"
+def load_caption_list(path: Path, options: LoadOptions) -> CaptionData:
+    """Captions without audio, of a datastore or of a file (see `read_rows`), as the training split.
+
+    Raises:
+        ValueError: for another split, or if recordings are needed.
+    """
+    if options.needs_audio or options.split != "train":
+        wanted = "recordings" if options.needs_audio else f"{options.split} split"
+        raise ValueError(f"{path} holds captions to train on, and no {wanted}")
+    rows: Any = (
+        read_table(path, {}, options.columns) if path.is_file() else CaptionDatastore.from_pretrained(path).records
     )
+    _require(rows[0], {}, path)
+    named = ((row.get("clip_id") or f"caption-{number}", row) for number, row in enumerate(rows))
+    return build_caption_data((_record(row, clip_id, None, path.name, "") for clip_id, row in named), options)
 
 
 def load_hub_dataset(name: str, options: LoadOptions) -> CaptionData:

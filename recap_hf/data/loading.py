@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .general import load_audiofolder, load_hub_dataset
+from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
+
+from .general import load_audiofolder, load_caption_list, load_hub_dataset
 from .published import load_audiocaps, load_clotho, load_recap, load_wavcaps
-from .schema import CaptionData, LoadOptions, Problem, canonical_split
+from .schema import CaptionData, LoadOptions, canonical_split
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,8 @@ def load_captions(
     """A captioned dataset in the common table (see `recap_hf.data.schema`).
 
     Args:
-        name: `clotho`, `audiocaps`, `recap`, `wavcaps`, `audiofolder`, or a Hub dataset (`user/name[:config]`).
+        name: `clotho`, `audiocaps`, `recap`, `wavcaps`, `audiofolder`, or a Hub dataset (`user/name[:config]`); for
+            captions alone also a file of captions or the folder of a datastore.
         data_dir: folder of the dataset; needed for the five named ones.
         split: `train`, `validation` or `test`, or the dataset's own name for it.
         audio_dir: folder with the audio, if it is not with the captions.
@@ -50,12 +54,27 @@ def load_captions(
     options = LoadOptions(data_dir, canonical_split(split), audio_dir, columns, needs_audio)
     if name in NAMED_DATASETS and data_dir is None:
         raise ValueError(f"dataset {name!r} is read from a folder: give it with --data-dir")
-    data = _LOADERS[name](options) if name in NAMED_DATASETS else load_hub_dataset(name, options)
-    refuse_missing(data.problems, len(data.dataset), name, allow_missing)
-    if not len(data.dataset):
-        raise ValueError(
-            f"dataset {name!r} has no usable clip in its {options.split} split ({_summary(data.problems)})"
+    if name in NAMED_DATASETS:
+        data = _LOADERS[name](options)
+    elif (path := Path(name)).is_file() or (path / MANIFEST_NAME).is_file():
+        data = load_caption_list(path, options)
+    else:
+        data = load_hub_dataset(name, options)
+    missing = [problem.detail for problem in data.problems if problem.kind == "missing"]
+    for detail in missing:
+        logger.info("%s: %s", name, detail)
+    shown = "; ".join(missing[:5]) + ("; ..." if len(missing) > 5 else "")
+    if missing and not allow_missing:
+        raise FileNotFoundError(
+            f"dataset {name!r}: {len(missing)} clips have no audio file, {len(data.dataset)} have ({shown}). "
+            "To go on without them, give --allow-missing"
         )
+    if missing:
+        logger.warning("dataset %r: going on without %d clips that have no audio file (%s)", name, len(missing), shown)
+    if not len(data.dataset):
+        counts = Counter(problem.kind for problem in data.problems)
+        reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "no rows"
+        raise ValueError(f"dataset {name!r} has no usable clip in its {options.split} split ({reasons})")
     return data
 
 
@@ -66,24 +85,3 @@ def join(parts: Iterable[CaptionData]) -> CaptionData:
     parts = list(parts)
     problems = [problem for part in parts for problem in part.problems]
     return CaptionData(concatenate_datasets([part.dataset for part in parts]), problems)
-
-
-def refuse_missing(problems: list[Problem], clips: int, name: str, allow_missing: bool) -> None:
-    """Stop at missing audio unless that is allowed; a list of all of them goes to the log either way."""
-    missing = [problem for problem in problems if problem.kind == "missing"]
-    if not missing:
-        return
-    for problem in missing:
-        logger.info("%s: %s", name, problem.detail)
-    shown = "; ".join(problem.detail for problem in missing[:5]) + ("; ..." if len(missing) > 5 else "")
-    if not allow_missing:
-        raise FileNotFoundError(
-            f"dataset {name!r}: {len(missing)} clips have no audio file, {clips} have ({shown}). "
-            "To go on without them, give --allow-missing"
-        )
-    logger.warning("dataset %r: going on without %d clips that have no audio file (%s)", name, len(missing), shown)
-
-
-def _summary(problems: list[Problem]) -> str:
-    kinds = [problem.kind for problem in problems]
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))) or "no rows"

@@ -7,8 +7,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from .files import AudioIndex, first_existing, read_table
+from .files import AudioIndex, find_one, read_table
 from .schema import CaptionData, ClipRecord, LoadOptions, build_caption_data
 
 LICENCES = {
@@ -24,14 +25,14 @@ def load_clotho(options: LoadOptions) -> CaptionData:
     Audio is in `development/`, `clotho_audio_development/` or beside.
     """
     split = {"train": "development", "validation": "validation", "test": "evaluation"}[options.split]
-    folder = Path(options.data_dir)
     names = [f"clotho_captions_{split}.csv", f"{split}.csv", f"clotho_captions_{options.split}.csv"]
+    table = find_one(options.data_dir, names, "caption file")
     expected = {"file_name": "name of the audio file", "caption_1": "first of up to five captions"}
-    rows = read_table(first_existing(folder, names, "caption file"), expected, options.columns)
+    rows = read_table(table, expected, options.columns)
     audio = None
     if options.needs_audio:
         places = [split, f"clotho_audio_{split}", f"audio/{split}", f"clotho_audio_{split}/{split}", "audio"]
-        audio = AudioIndex(options.audio_dir or first_existing(folder, places, "audio folder"))
+        audio = AudioIndex(options.audio_dir or find_one(table.parent, places, "audio folder"))
 
     def record(row: dict) -> ClipRecord:
         name = row["file_name"]
@@ -48,9 +49,8 @@ def load_audiocaps(options: LoadOptions) -> CaptionData:
     under another start time is another clip.
     """
     split = {"train": "train", "validation": "val", "test": "test"}[options.split]
-    folder = Path(options.data_dir)
     names = [f"{split}.csv", f"audiocaps_{split}.csv", f"dataset/{split}.csv"]
-    table = folder if folder.is_file() else first_existing(folder, names, "caption file")
+    table = find_one(options.data_dir, names, "caption file")
     expected = {"youtube_id": "11 characters", "start_time": "seconds into the video", "caption": "the caption"}
     rows = read_table(table, expected, options.columns)
     index = YouTubeIndex(AudioIndex(options.audio_dir or table.parent).paths()) if options.needs_audio else None
@@ -85,20 +85,9 @@ def load_recap(options: LoadOptions) -> CaptionData:
 
 
 def find_recap_table(options: LoadOptions) -> Path:
-    """The CSV of a split: the file that `data_dir` is, or the one in that folder.
-
-    Raises:
-        ValueError: if several fit. FileNotFoundError: if none does.
-    """
-    folder = Path(options.data_dir)
-    if folder.is_file():
-        return folder
+    """The CSV of a split: the file that `data_dir` is, or the one in that folder; see `find_one` for errors."""
     split = {"train": "train", "validation": "dev", "test": "test"}[options.split]
-    fitting = sorted(folder.glob(f"recap_{split}_*.csv"))
-    if len(fitting) > 1:
-        names = ", ".join(path.name for path in fitting)
-        raise ValueError(f"{folder} holds several RECAP files of this split ({names}): give one as --data-dir")
-    return fitting[0] if fitting else first_existing(folder, [f"{split}.csv", f"recap_{split}.csv"], "caption file")
+    return find_one(options.data_dir, [f"recap_{split}_*.csv", f"{split}.csv", f"recap_{split}.csv"], "caption file")
 
 
 def parse_abstract_captions(cell: str) -> list[str]:
@@ -107,18 +96,16 @@ def parse_abstract_captions(cell: str) -> list[str]:
     Raises:
         ValueError: if the cell is not a Python list of lists of strings.
     """
+
+    def flat(item: Any) -> list[str]:
+        if isinstance(item, str):
+            return [item.strip()] if item.strip() else []
+        return [text for part in item for text in flat(part)]
+
     try:
-        pending = [ast.literal_eval(cell)] if cell.strip() else []
-    except (SyntaxError, ValueError) as error:
+        return list(dict.fromkeys(flat(ast.literal_eval(cell)))) if cell.strip() else []
+    except (SyntaxError, ValueError, TypeError) as error:
         raise ValueError(f"abstract_captions: expected a list of lists of captions, got {cell[:80]!r}") from error
-    flat: list[str] = []
-    while pending:
-        item = pending.pop(0)
-        if isinstance(item, (list, tuple)):
-            pending = [*item, *pending]
-        elif isinstance(item, str) and item.strip():
-            flat.append(item.strip())
-    return list(dict.fromkeys(flat))
 
 
 def load_wavcaps(options: LoadOptions) -> CaptionData:

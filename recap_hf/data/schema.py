@@ -37,15 +37,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What every loader is given.
-
-    Args:
-        data_dir: folder with the caption files as published, or one caption file.
-        split: `train`, `validation` or `test`.
-        audio_dir: folder with the audio, if it is not with the captions.
-        columns: our column name -> the dataset's.
-        needs_audio: False reads captions alone (for datastores and language models).
-    """
+    """What every loader is given; see `load_captions`. `split` is `train`, `validation` or `test`."""
 
     data_dir: str | Path | None = None
     split: str = "train"
@@ -113,7 +105,8 @@ def build_caption_data(records: Iterable[ClipRecord], options: LoadOptions) -> C
     named = [name for name in COLUMNS if name not in ("audio", "split")]
     columns = {name: [getattr(clip, name) for clip in clips] for name in named}
     columns["split"] = [options.split] * len(clips)
-    columns["audio"] = [_undecoded(clip.audio) if options.needs_audio else None for clip in clips]
+    audio = [clip.audio for clip in clips]
+    columns["audio"] = [{"path": each, "bytes": None} if isinstance(each, str) else each for each in audio]
     kinds = dict.fromkeys(COLUMNS, Value("string")) | dict.fromkeys(("captions", "classes"), List(Value("string")))
     kinds["class_scores"] = List(Value("float32"))
     # `Audio` refuses to encode even a path without torchcodec; casting the plain struct to it asks for no codec.
@@ -144,14 +137,8 @@ def class_columns(row: Mapping, where: str) -> tuple[list[str], list[float]]:
     return list(classes), scores
 
 
-def _undecoded(audio: str | dict | None) -> dict | None:
-    if isinstance(audio, dict):
-        return {"bytes": audio.get("bytes"), "path": audio.get("path")}
-    return {"bytes": None, "path": str(audio)}
-
-
 def require_columns(found: Sequence[str], expected: Mapping[str, str], where: str) -> None:
-    """Raise an error that says what to map, if columns are missing.
+    """Refuses a table without the needed columns.
 
     Args:
         found: the columns that the table has, after mapping.
@@ -162,14 +149,13 @@ def require_columns(found: Sequence[str], expected: Mapping[str, str], where: st
         ValueError: naming what was expected, what was found and what to map.
     """
     missing = [name for name in expected if name not in found]
-    if not missing:
-        return
-    wanted = "; ".join(f"{name} ({meaning})" for name, meaning in expected.items())
-    example = " ".join(f"{name}=YOURS" for name in missing)
-    raise ValueError(
-        f"{where} has the columns {listed(found)}. Expected: {wanted}. Not found: {listed(missing)}. "
-        f"If the same thing stands under another name, map it: --columns {example}"
-    )
+    if missing:
+        wanted = "; ".join(f"{name} ({meaning})" for name, meaning in expected.items())
+        example = " ".join(f"{name}=YOURS" for name in missing)
+        raise ValueError(
+            f"{where} has the columns {listed(found)}. Expected: {wanted}. Not found: {listed(missing)}. "
+            f"If the same thing stands under another name, map it: --columns {example}"
+        )
 
 
 def listed(names: Sequence[str]) -> str:

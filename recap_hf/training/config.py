@@ -8,15 +8,25 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from recap_hf.data import NAMED_DATASETS
 
 if TYPE_CHECKING:
     from .task import Task
 
+# Other spellings of settings: those of the examples of transformers and Accelerate, and the paper's k.
+ALIASES = {
+    "batch_size": ["train_batch_size"],
+    "eval_batch_size": ["per_device_eval_batch_size"],
+    "max_steps": ["max_train_steps"],
+    "num_retrieved": ["k"],
+    "num_workers": ["dataloader_num_workers"],
+    "save_steps": ["checkpointing_steps"],
+    "warmup_steps": ["num_warmup_steps"],
+}
 # The order of the groups in the help.
 _GROUPS = ("data", "targets", "model", "retrieval", "prompts", "optimisation", "validation", "running")
 
@@ -34,8 +44,8 @@ def option(group: str, default: Any, help: str, **metadata: Any) -> Any:
         group: heading in the command's help.
         default: the value where neither flag nor recipe gives one; a list is copied.
         help: text of the flag's help.
-        metadata: `alias` (list of other spellings), `choices` (list), `check` (predicate, text of the error) and
-            `free` (True where a resumed run may change the value: it does not change what is computed).
+        metadata: `choices` (list), `check` (predicate, text of the error) and `free` (True where a resumed run may
+            change the value: it does not change what is computed).
     """
     metadata |= {"group": group, "help": help}
     if isinstance(default, list):
@@ -56,9 +66,7 @@ Config = TypeVar("Config", bound="TrainingConfig")
 class TrainingConfig:
     """Data, optimisation, validation and running: the settings of every kind of training."""
 
-    dataset: list[str] = option(
-        "data", [], "clotho, audiocaps, recap, wavcaps, audiofolder or a Hub id; give several to join them"
-    )
+    dataset: list[str] = option("data", [], f"{', '.join(NAMED_DATASETS)} or a Hub id; several are joined")
     data_dir: list[str] = option("data", [], "folder of each dataset that is not on the Hub, in the same order")
     columns: list[str] = option("data", [], "OURS=THEIRS: columns of the dataset under other names")
     train_split: str = option("data", "train", "split to train on")
@@ -68,19 +76,15 @@ class TrainingConfig:
     max_validation_clips: int = option("data", 0, "validation clips to use (0: all)", check=NOT_NEGATIVE)
 
     learning_rate: float = option("optimisation", 5e-5, "peak learning rate", check=POSITIVE)
-    batch_size: int = option(
-        "optimisation", 32, "captions in a step of all processes", alias=["train_batch_size"], check=AT_LEAST_1
-    )
+    batch_size: int = option("optimisation", 32, "captions in a step of all processes", check=AT_LEAST_1)
     per_device_train_batch_size: int = option(
         "optimisation", 0, "captions in a pass of one process, instead of --batch-size (0)", check=NOT_NEGATIVE
     )
     gradient_accumulation_steps: int = option("optimisation", 1, "passes of each process in a step", check=AT_LEAST_1)
     num_train_epochs: float = option("optimisation", 100.0, "passes over the data")
-    max_steps: int = option("optimisation", -1, "number of steps (-1: by epochs)", alias=["max_train_steps"])
+    max_steps: int = option("optimisation", -1, "number of steps (-1: by epochs)")
     lr_scheduler_type: str = option("optimisation", "linear", "schedule of the learning rate, a name of transformers")
-    warmup_steps: int = option(
-        "optimisation", 0, "steps of linear warm-up", alias=["num_warmup_steps"], check=NOT_NEGATIVE
-    )
+    warmup_steps: int = option("optimisation", 0, "steps of linear warm-up", check=NOT_NEGATIVE)
     weight_decay: float = option("optimisation", 0.0, "decoupled weight decay (0: Adam)")
     adam_beta1: float = option("optimisation", 0.9, "first decay rate of Adam")
     adam_beta2: float = option("optimisation", 0.999, "second decay rate of Adam")
@@ -89,12 +93,8 @@ class TrainingConfig:
     dropout: float = option("optimisation", 0.0, "dropout in the trained parts; keyed by seed and step", check=SHARE)
     seed: int = option("optimisation", 42, "seed of initialisation, order and draws")
 
-    eval_batch_size: int = option(
-        "validation", 32, "captions in a validation batch", alias=["per_device_eval_batch_size"], check=AT_LEAST_1
-    )
-    metric_for_best_model: str = option(
-        "validation", "loss", "metric that selects the best checkpoint and stops the run", choices=["loss"]
-    )
+    eval_batch_size: int = option("validation", 32, "captions in a validation batch", check=AT_LEAST_1)
+    metric_for_best_model: str = option("validation", "loss", "selects the best checkpoint", choices=["loss"])
     early_stopping_patience: int = option("validation", 0, "validations without gain before the run stops (0: never)")
 
     output_dir: str = option("running", "", "folder for the trained model and its checkpoints", free=True)
@@ -102,26 +102,13 @@ class TrainingConfig:
     resume_from_checkpoint: str = option("running", "", "continue from this checkpoint, or 'latest'", free=True)
     overwrite_output_dir: bool = option("running", False, "start again in a folder with checkpoints", free=True)
     save_steps: int = option(
-        "running",
-        0,
-        "steps between two checkpoints within an epoch (0: none; there is one after each epoch)",
-        alias=["checkpointing_steps"],
-        check=NOT_NEGATIVE,
-        free=True,
+        "running", 0, "steps between checkpoints, beside those after an epoch (0: none)", check=NOT_NEGATIVE, free=True
     )
     save_total_limit: int = option("running", 2, "checkpoints to keep besides the best", free=True)
     logging_steps: int = option("running", 10, "steps between two log lines", check=AT_LEAST_1, free=True)
-    num_processes: int = option(
-        "running", 0, "processes to start on this machine (0: as launched)", check=NOT_NEGATIVE, free=True
-    )
+    num_processes: int = option("running", 0, "processes to start (0: as launched)", check=NOT_NEGATIVE, free=True)
     num_threads: int = option("running", 0, "torch threads of each process (0: as launched)", free=True)
-    num_workers: int = option(
-        "running",
-        -1,
-        "worker processes that read recordings and prepare batches (-1: 2 with a GPU, else none)",
-        alias=["dataloader_num_workers", "decode_threads"],
-        free=True,
-    )
+    num_workers: int = option("running", -1, "worker processes for data (-1: 2 with a GPU, else none)", free=True)
     mixed_precision: str | None = option(
         "running", None, "no, bf16 or fp16 (default: as launched)", choices=["no", "bf16", "fp16"]
     )
@@ -135,25 +122,18 @@ class TrainingConfig:
             ValueError: naming the flag, its value and the values it accepts.
         """
         for item in fields(self):
-            if "check" in item.metadata:
-                holds, expected = item.metadata["check"]
-                require(holds(getattr(self, item.name)), item.name, getattr(self, item.name), expected)
-        if self.max_steps <= 0:
-            require(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "more than 0")
+            holds, expected = item.metadata.get("check", (bool, ""))
+            require(not expected or holds(getattr(self, item.name)), item.name, getattr(self, item.name), expected)
+        require(self.max_steps > 0 or self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "positive")
         self.check()
         if not self.output_dir:
             raise ValueError("no --output-dir given: the folder for the trained model")
-        if not self.dataset and self.needs_dataset:
+        if not self.dataset:
             raise ValueError(f"no --dataset given: one of {', '.join(NAMED_DATASETS)}, or a Hub id")
         return self
 
     def check(self) -> None:
         """Raises a `ValueError` if the settings of the task do not fit each other."""
-
-    @property
-    def needs_dataset(self) -> bool:
-        """Whether the run cannot start without `--dataset`."""
-        return True
 
     def workers(self, device: Any) -> int:
         """Worker processes of a run on `device`."""
@@ -200,9 +180,7 @@ class AudioTrainingConfig(TrainingConfig):
     audio_dir: list[str] = option("data", [], "folder of the audio, if it is not with the captions")
     allow_missing: bool = option("data", False, "train without the clips that have no audio file; they are listed")
     feature_cache: str = option("data", "", "folder of encoded audio (default: OUTPUT_DIR/features)", free=True)
-    encode_batch_size: int = option(
-        "data", 16, "10-second windows in one pass of the audio encoder", check=AT_LEAST_1, free=True
-    )
+    encode_batch_size: int = option("data", 8, "recordings in one pass of the encoder", check=AT_LEAST_1, free=True)
 
     def cache_folder(self) -> Path:
         """Folder of the encoded audio."""
@@ -224,37 +202,25 @@ def changed_settings(old: Mapping[str, Any], new: Config) -> list[str]:
 
 def add_config_arguments(parser: argparse.ArgumentParser, kind: type[TrainingConfig]) -> None:
     """Add every field of `kind` as a flag; a flag that is not given does not change the recipe's value."""
-    parser.add_argument("--config", metavar="FILE", help="recipe in YAML or JSON; flags override it")
-    hints = get_type_hints(kind)
-    present = {item.metadata["group"] for item in fields(kind)}
+    recipe = {"metavar": "FILE", "default": argparse.SUPPRESS, "help": "recipe in YAML or JSON; flags override it"}
+    parser.add_argument("--config", **recipe)
+    present, hints = {item.metadata["group"] for item in fields(kind)}, get_type_hints(kind)
     groups = {name: parser.add_argument_group(name) for name in _GROUPS if name in present}
     for item in fields(kind):
-        flags = [f"--{name.replace('_', '-')}" for name in _names(item)]
-        groups[item.metadata["group"]].add_argument(
-            *flags, dest=item.name, default=argparse.SUPPRESS, **_argparse_kind(item, hints[item.name])
-        )
-
-
-def _names(item: Field) -> list[str]:
-    return [item.name, *item.metadata.get("alias", [])]
-
-
-def _plain(hint: Any) -> type:
-    """The type of a field, without the None of an optional one."""
-    return next((part for part in get_args(hint) if part is not type(None)), hint)
-
-
-def _argparse_kind(item: Field, hint: Any) -> dict[str, Any]:
-    default = item.default_factory() if item.default_factory is not MISSING else item.default
-    shown = "" if default in (None, "", []) else f" (default: {default})"
-    help_text = {"help": (item.metadata["help"] + shown).replace("%", "%%")}
-    if hint == list[str]:
-        action = {"nargs": "+", "action": "extend"} if item.name == "columns" else {"action": "append"}
-        return {**action, "metavar": "VALUE", **help_text}
-    kind, choices = _plain(hint), item.metadata.get("choices")
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction, **help_text}
-    return {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper(), **help_text}
+        # The type of an optional field without its None.
+        plain = next((part for part in get_args(hints[item.name]) if part is not type(None)), hints[item.name])
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        shown = "" if default in (None, "", []) else f" (default: {default})"
+        options: dict[str, Any] = {"help": (item.metadata["help"] + shown).replace("%", "%%")}
+        if hints[item.name] == list[str]:
+            options |= {"nargs": "+", "action": "extend", "metavar": "VALUE"}
+        elif plain is bool:
+            options |= {"action": argparse.BooleanOptionalAction}
+        else:
+            choices = item.metadata.get("choices")
+            options |= {"type": plain, "choices": choices, "metavar": None if choices else plain.__name__.upper()}
+        flags = [f"--{name.replace('_', '-')}" for name in (item.name, *ALIASES.get(item.name, []))]
+        groups[item.metadata["group"]].add_argument(*flags, dest=item.name, default=argparse.SUPPRESS, **options)
 
 
 def load_config(given: argparse.Namespace | Mapping[str, Any], kind: type[Config]) -> Config:
@@ -270,8 +236,13 @@ def load_config(given: argparse.Namespace | Mapping[str, Any], kind: type[Config
     return kind(**values | {name: value for name, value in given.items() if name in known}).validate()
 
 
+class _RecipeParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}")
+
+
 def read_recipe(path: str | Path, kind: type[TrainingConfig]) -> dict[str, Any]:
-    """Fields of `kind` from a YAML or JSON file; aliases and kebab-case spellings are accepted.
+    """Fields of `kind` from a YAML or JSON file, whose keys are the flags; see `add_config_arguments`.
 
     Raises:
         ValueError: for a file that does not parse, unknown keys, or values of the wrong kind.
@@ -279,43 +250,21 @@ def read_recipe(path: str | Path, kind: type[TrainingConfig]) -> dict[str, Any]:
     import yaml
 
     try:
-        # JSON is YAML.
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # JSON is YAML. Of the base loader every value is text, as on the command line.
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} does not parse: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected names and values ('learning_rate: 5e-5'), found {type(raw).__name__}")
-    hints = get_type_hints(kind)
-    known = {name: item for item in fields(kind) for name in _names(item)}
-    values = {}
+    if not isinstance(raw, dict) or "config" in raw:
+        raise ValueError(f"{path}: expected names and values ('learning_rate: 5e-5'), got {type(raw).__name__}")
+    flags: list[str] = []
     for key, value in raw.items():
-        item = known.get(str(key).replace("-", "_"))
-        if item is None:
-            raise ValueError(f"{path}: unknown setting {key!r}; known: {', '.join(sorted(known))}")
-        values[item.name] = _converted(value, item, hints[item.name], f"{path}: {key}")
-    return values
-
-
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-
-
-def _converted(value: Any, item: Field, hint: Any, where: str) -> Any:
-    """A value of a recipe in the kind of its field."""
-    choices = item.metadata.get("choices", [])
-    if hint == list[str]:
-        return [str(one) for one in (value if isinstance(value, list) else [value])]
-    if value is None and type(None) in get_args(hint):
-        return None
-    # YAML reads `no` as false and 5e-5 as text.
-    value = "no" if value is False and "no" in choices else value
-    kind = _plain(hint)
-    try:
-        converted = kind(float(value)) if kind in (int, float) else kind(value)
-        wrong = isinstance(value, bool) != (kind is bool) or isinstance(value, (list, dict))
-        if wrong or (kind is int and converted != float(value)):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: expected {_KINDS[kind]}, got {value!r}") from None
-    if choices and converted not in choices:
-        raise ValueError(f"{where}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-    return converted
+        name = key.replace("_", "-")
+        if value in ("true", "false"):
+            flags.append(f"--{name}" if value == "true" else f"--no-{name}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *value] if value else []
+        elif value != "null":
+            flags.append(f"--{name}={value}")
+    parser = _RecipeParser(prog=str(path), allow_abbrev=False)
+    add_config_arguments(parser, kind)
+    return vars(parser.parse_args(flags))

@@ -64,8 +64,13 @@ class DataSummary:
         captions = sum(len(clip.captions) for clip in clips)
         self.counts[split] = {"clips": len(clips), "captions": captions, **counts}
         self.problems += [(split, problem) for problem in problems]
-        if split == "train":
-            self.sources = _sources(clips)
+        found: dict[tuple, dict[str, Any]] = {}
+        for clip in clips if split == "train" else []:
+            empty = {"name": clip.source, "licence": clip.licence, "clips": 0, "captions": 0}
+            entry = found.setdefault((clip.source, clip.licence), empty)
+            entry["clips"] += 1
+            entry["captions"] += len(clip.captions)
+        self.sources += found.values()
 
     def log(self) -> None:
         """Write counts and problems to the log."""
@@ -76,24 +81,17 @@ class DataSummary:
             logger.warning("left out (%s, %s): %s", split, problem.kind, problem.detail)
 
 
-def _sources(clips: list[Clip]) -> list[dict[str, Any]]:
-    found: dict[tuple, dict[str, Any]] = {}
-    for clip in clips:
-        empty = {"name": clip.source, "licence": clip.licence, "clips": 0, "captions": 0}
-        entry = found.setdefault((clip.source, clip.licence), empty)
-        entry["clips"] += 1
-        entry["captions"] += len(clip.captions)
-    return list(found.values())
-
-
 def load_splits(config: TrainingConfig) -> dict[str, CaptionData]:
     """`train` and, unless turned off, `validation`, with all datasets of the settings joined.
 
     Tasks without audio get the captions alone.
+
+    Raises:
+        ValueError, OSError: if a split is not there, or has no clips to train on.
     """
-    options: dict[str, Any] = {"columns": config.column_mapping() or None}
     audio = isinstance(config, AudioTrainingConfig)
-    options |= {"allow_missing": config.allow_missing} if audio else {"needs_audio": False}
+    options = {"columns": config.column_mapping() or None, "needs_audio": audio}
+    options |= {"allow_missing": audio and config.allow_missing}
 
     def load(split: str) -> CaptionData:
         return join(
@@ -101,9 +99,14 @@ def load_splits(config: TrainingConfig) -> dict[str, CaptionData]:
             for name, folder, audio_dir in config.sources()
         )
 
-    splits = {"train": load(config.train_split)}
-    if config.validation_share:
-        splits = _divide(splits["train"], config.validation_share, config.seed)
+    splits, share = {"train": load(config.train_split)}, config.validation_share
+    if share:
+        whole, count = splits["train"], len(splits["train"].dataset)
+        order, held = np.random.default_rng([config.seed, 2]).permutation(count), max(1, round(share * count))
+        if held >= count:
+            raise ValueError(f"--validation-share {share} of {count} clips leaves none to train on")
+        splits = {"train": CaptionData(whole.dataset.select(np.sort(order[held:])), whole.problems)}
+        splits["validation"] = CaptionData(whole.dataset.select(np.sort(order[:held])))
     elif config.validation_split != "none":
         try:
             splits["validation"] = load(config.validation_split)
@@ -114,30 +117,9 @@ def load_splits(config: TrainingConfig) -> dict[str, CaptionData]:
             ) from error
     limits = {"train": config.max_train_clips, "validation": config.max_validation_clips}
     for split, data in splits.items():
-        if 0 < limits[split] < len(data.dataset):
-            splits[split] = CaptionData(data.dataset.select(range(limits[split])), data.problems)
+        if limits[split]:
+            data.dataset = data.dataset.take(min(limits[split], len(data.dataset)))
     return splits
-
-
-def divide(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the items to train on and to validate on, each in order.
-
-    Raises:
-        ValueError: if none is left to train on.
-    """
-    order = np.random.default_rng([seed, 2]).permutation(count)
-    held = max(1, round(share * count))
-    if held >= count:
-        raise ValueError(f"--validation-share {share} of {count} clips leaves none to train on")
-    return np.sort(order[held:]), np.sort(order[:held])
-
-
-def _divide(data: CaptionData, share: float, seed: int) -> dict[str, CaptionData]:
-    train, validation = divide(len(data.dataset), share, seed)
-    return {
-        "train": CaptionData(data.dataset.select(train), data.problems),
-        "validation": CaptionData(data.dataset.select(validation)),
-    }
 
 
 def clips_of(data: CaptionData, keys: list[str | None] | None = None) -> list[Clip]:
@@ -163,7 +145,7 @@ def load_encoded(
     from accelerate import PartialState
 
     clips, summary = {}, DataSummary()
-    options = {"batch_windows": config.encode_batch_size, "workers": config.workers(PartialState().device)}
+    options = {"batch_size": config.encode_batch_size, "workers": config.workers(PartialState().device)}
     for split, data in splits.items():
         encoded = store_features(data.dataset, encoder, config.cache_folder(), **options)
         clips[split] = clips_of(data, encoded.keys)

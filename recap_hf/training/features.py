@@ -12,15 +12,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from recap_hf.data.schema import Problem
 from recap_hf.files import replacing, write_text
@@ -38,7 +38,7 @@ class Encoder(Protocol):
 
     Args:
         identity: all that they depend on, as plain data.
-        feature_extractor: knows the sampling rate, and the windows of a clip.
+        feature_extractor: knows the sampling rate.
     """
 
     identity: dict[str, Any]
@@ -151,22 +151,18 @@ class FeatureStore:
         """The array `name` of a clip, `(windows, ...)`, from the memory-mapped file."""
         return _open_shard(self.folder / self._shards[key]).get_tensor(f"{key}/{name}")
 
-    def add_shard(self, keys: list[str], clips: list[dict[str, np.ndarray]]) -> None:
-        """Write a shard: the named arrays of each clip.
+    def add_shard(self, clips: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Write a shard: for each key the named arrays of its clip.
 
         Raises:
             ValueError: if one holds NaN or a value beyond its type.
         """
         from safetensors.numpy import save_file
 
-        arrays = {
-            f"{key}/{name}": np.ascontiguousarray(array)
-            for key, clip in zip(keys, clips, strict=True)
-            for name, array in clip.items()
-        }
+        arrays = {f"{key}/{name}": np.ascontiguousarray(array) for key in clips for name, array in clips[key].items()}
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ValueError("the encoder's output holds NaN or exceeds fp16 (65,504): this CLAP is not usable")
-        digest = hashlib.blake2b("\n".join(keys).encode(), digest_size=12).hexdigest()
+        digest = hashlib.blake2b("\n".join(clips).encode(), digest_size=12).hexdigest()
         with replacing(self.folder / f"shard-{digest}.safetensors") as path:
             save_file(arrays, path)
 
@@ -194,7 +190,7 @@ class EncodedDataset:
 
 
 def store_features(
-    dataset: Any, encoder: Encoder, cache: str | Path, *, batch_windows: int = 16, workers: int = 0
+    dataset: Any, encoder: Encoder, cache: str | Path, *, batch_size: int = 8, workers: int = 0
 ) -> EncodedDataset:
     """Features of every clip of a dataset; only what is not stored yet is computed.
 
@@ -204,60 +200,64 @@ def store_features(
         dataset: has the columns `clip_id` and `audio`.
         encoder: makes the features.
         cache: folder of the feature stores.
-        batch_windows: 10-second windows in a pass of the encoder.
+        batch_size: recordings in a pass of the encoder.
         workers: processes that read, decode and resample recordings; 0: this one does.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     started, state = time.monotonic(), PartialState()
-    store = FeatureStore(cache, encoder.identity)
-    keys, failed = _content_keys(dataset["audio"], store.folder.parent)
+    store, audio = FeatureStore(cache, encoder.identity), dataset["audio"]
+    keys, failed = _content_keys(audio, store.folder.parent)
     rows = {key: row for row, key in reversed(list(enumerate(keys))) if key is not None}
     # Which clips share a shard depends on the clips alone: a resumed run writes the same numbers.
     wanted = sorted(rows)
     shards = [wanted[start : start + CLIPS_PER_SHARD] for start in range(0, len(wanted), CLIPS_PER_SHARD)]
     shards = [pending for shard in shards if (pending := [key for key in shard if key not in store])]
-    missing = sum(map(len, shards))
-    state.wait_for_everyone()
+    missing, own = sum(map(len, shards)), shards[state.process_index :: state.num_processes]
     if state.is_main_process:
-        for path in store.folder.glob(".*.tmp"):
+        for path in store.folder.glob(".shard-*.tmp"):
             # Of a killed run.
             path.unlink()
     state.wait_for_everyone()
-    own = shards[state.process_index :: state.num_processes]
-    recordings = _Recordings([(key, rows[key]) for shard in own for key in shard], dataset["audio"], encoder)
-    broken = _encode(own, recordings, encoder, store, batch_windows, workers)
+    broken: dict[str, str] = {}
+    done, total = 0, sum(map(len, own))
+    reader = partial(_read_batch, audio, encoder.feature_extractor.sampling_rate)
+    for shard in own:
+        pairs, encoded = [(key, rows[key]) for key in shard], {}
+        # The workers read and decode in their collator.
+        for batch in DataLoader(pairs, batch_size=batch_size, num_workers=workers, collate_fn=reader):
+            broken |= {key: reason for key, waveform, reason in batch if waveform is None}
+            read = {key: waveform for key, waveform, _ in batch if waveform is not None}
+            encoded |= zip(read, encoder.encode(list(read.values())) if read else (), strict=True)
+        if encoded:
+            store.add_shard(encoded)
+        done += len(shard)
+        logger.info("Encoding audio: %d of %d clips", done, total)
     state.wait_for_everyone()
     reasons = dict(gather_object(list(broken.items())))
     failed |= {row: reasons[key] for row, key in enumerate(keys) if key in reasons}
     store.refresh()
     clip_ids = dataset["clip_id"][:]
     problems = [Problem(clip_ids[row], "unreadable", failed[row]) for row in sorted(failed)]
-    encoded, reused = missing - len(reasons), len(wanted) - missing
+    fresh, reused = missing - len(reasons), len(wanted) - missing
     logger.info(
         "Features: %d clips read from the cache, %d encoded, %d failed, %.1f s",
-        reused, encoded, len(problems), time.monotonic() - started,
+        reused, fresh, len(problems), time.monotonic() - started,
     )  # fmt: skip
     keys = [None if row in failed else key for row, key in enumerate(keys)]
-    return EncodedDataset(store, keys, problems, encoded, reused)
+    return EncodedDataset(store, keys, problems, fresh, reused)
 
 
-class _Recordings(Dataset):
-    """Waveforms of clips: (key, waveform, None) or (key, None, reason)."""
-
-    def __init__(self, rows: list[tuple[str, int]], audio: Any, encoder: Encoder) -> None:
-        self._rows, self._audio, self._rate = rows, audio, encoder.feature_extractor.sampling_rate
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, number: int) -> tuple[str, np.ndarray | None, str | None]:
-        key, row = self._rows[number]
+def _read_batch(audio: Any, rate: int, batch: list[tuple[str, int]]) -> list[tuple[str, np.ndarray | None, str]]:
+    """(key, waveform, "") or (key, None, reason) of each (key, row)."""
+    found: list[tuple[str, np.ndarray | None, str]] = []
+    for key, row in batch:
         try:
-            return key, read_clip(self._audio[row], self._rate), None
+            found.append((key, read_clip(audio[row], rate), ""))
         except (ValueError, OSError, ImportError) as error:
-            return key, None, str(error)
+            found.append((key, None, str(error)))
+    return found
 
 
 def read_clip(audio: dict[str, Any], sampling_rate: int) -> np.ndarray:
@@ -274,56 +274,6 @@ def read_clip(audio: dict[str, Any], sampling_rate: int) -> np.ndarray:
         name = audio.get("path") or "<bytes>"
         raise ValueError(f"{name}: {samples} samples ({samples / rate * 1000:.3g} ms) are too short to be a clip")
     return resample(to_mono(waveform), rate, sampling_rate)
-
-
-def _encode(
-    shards: list[list[str]],
-    recordings: _Recordings,
-    encoder: Encoder,
-    store: FeatureStore,
-    batch_windows: int,
-    workers: int,
-) -> dict[str, str]:
-    """Encode and write the shards; key -> reason for the clips that do not decode."""
-    broken: dict[str, str] = {}
-    # Arrays stay arrays: a `DataLoader` without a collator makes tensors.
-    workers = workers if len(recordings) else 0
-    loaded, done = iter(DataLoader(recordings, batch_size=None, num_workers=workers, collate_fn=_as_is)), 0
-    for shard in shards:
-        keys, clips = [], []
-        recorded = (next(loaded) for _ in shard)
-        for batch in _batches(recorded, encoder.feature_extractor, batch_windows, broken):
-            keys += [key for key, _ in batch]
-            clips += encoder.encode([waveform for _, waveform in batch])
-        if keys:
-            store.add_shard(keys, clips)
-        done += len(shard)
-        logger.info("Encoding audio: %d of %d clips", done, len(recordings))
-    return broken
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-def _batches(
-    clips: Iterable[tuple], feature_extractor: Any, batch_windows: int, broken: dict[str, str]
-) -> Iterator[list[tuple[str, np.ndarray]]]:
-    batch, windows = [], 0
-    for key, waveform, reason in clips:
-        if waveform is None:
-            broken[key] = reason
-            continue
-        batch.append((key, waveform))
-        windows += len(feature_extractor.window_starts(len(waveform)))
-        if windows >= batch_windows:
-            yield batch
-            batch, windows = [], 0
-    if batch:
-        yield batch
-
-
-# -------------------------------------------------------- keys of recordings
 
 
 def content_key(audio: dict[str, Any]) -> str:
@@ -343,19 +293,13 @@ def content_key(audio: dict[str, Any]) -> str:
 def _content_keys(audio: Any, folder: Path) -> tuple[list[str | None], dict[int, str]]:
     """Key of every row (each process hashes its share), and reason for the rows that cannot be read.
 
-    Hashes of files are kept in `folder/content-keys.jsonl`, and hold as long as path, size and time of change do.
+    Hashes of files are kept in `folder/content-keys.json`, and hold as long as path, size and time of change do.
     """
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    state, index = PartialState(), folder / "content-keys.jsonl"
-    known: dict[str, str] = {}
-    for line in index.read_text(encoding="utf-8").splitlines() if index.is_file() else []:
-        try:
-            known.update(json.loads(line))
-        except ValueError:
-            # The last line of a killed run; the file is hashed again.
-            continue
+    state, index = PartialState(), folder / "content-keys.json"
+    known: dict[str, str] = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
     own: list[tuple[int, str | None, str]] = []
     fresh: dict[str, str] = {}
     for row in range(state.process_index, len(audio), state.num_processes):
@@ -372,8 +316,6 @@ def _content_keys(audio: Any, folder: Path) -> tuple[list[str | None], dict[int,
             own.append((row, None, f"{path}: {error.strerror or error}"))
     added = gather_object([fresh])
     if state.is_main_process and any(added):
-        with open(index, "a", encoding="utf-8") as file:
-            # A line break first: the line before may be half of one.
-            file.write("\n" + "\n".join(json.dumps(entries) for entries in added) + "\n")
+        write_text(index, json.dumps(known | {name: key for part in added for name, key in part.items()}))
     found = sorted(gather_object(own))
     return [key for _, key, _ in found], {row: reason for row, _, reason in found if reason}

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .checkpoints import Checkpoints, load_checkpoint, load_weights
+from .checkpoints import Checkpoints, load_checkpoint
 from .config import TrainingConfig, changed_settings
 from .task import Key, Step, StepSampler, Task
 
@@ -60,22 +60,16 @@ class TrainingLoop:
 
         self.config, self.task, self.accelerator = config, task, accelerator
         self.trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
-        self.total_steps = config.max_steps
-        if config.max_steps <= 0:
-            self.total_steps = math.ceil(config.num_train_epochs * task.steps_per_epoch)
+        steps = math.ceil(config.num_train_epochs * task.steps_per_epoch)
+        self.total_steps = config.max_steps if config.max_steps > 0 else steps
         optimizer = make_optimizer(list(self.trained.values()), config, accelerator.device)
         # Not prepared: Accelerate would move the schedule once per process.
         self.scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, self.total_steps)
         task.module, self.optimizer = accelerator.prepare(task.module, optimizer)
         self.sampler = StepSampler(task, config.gradient_accumulation_steps)
         workers = config.workers(accelerator.device)
-        self.loader = DataLoader(
-            task.examples,
-            batch_sampler=self.sampler,
-            collate_fn=task.collator,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-        )
+        options = {"batch_sampler": self.sampler, "collate_fn": task.collator, "num_workers": workers}
+        self.loader = DataLoader(task.examples, persistent_workers=workers > 0, **options)
         self.checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.save_total_limit)
         self.progress = Progress(settings=asdict(config))
         # This process's sum since the last log line, left on the device: nothing waits for it.
@@ -83,41 +77,37 @@ class TrainingLoop:
         self._since = 0.0
         logger.info("Training %s parameters", f"{sum(p.numel() for p in self.trained.values()):,}")
 
-    # ------------------------------------------------------------------ run
-
     def run(self) -> Progress:
         """Train to the end, from the current progress; afterwards the model has the best weights."""
-        progress = self.progress
+        config, progress = self.config, self.progress
         started = time.monotonic() - progress.seconds
         if progress.step == 0:
             self._evaluate()
         self.task.module.train()
         while progress.step < self.total_steps and not progress.stopped_early:
-            for _ in self._steps():
+            self._since = time.monotonic()
+            self.sampler.set_epoch(progress.epoch, progress.step_in_epoch)
+            batches = iter(self.loader)
+            for parts in self.sampler.steps:
+                self._step(parts, [next(batches) for _ in range(config.gradient_accumulation_steps)])
                 progress.seconds = time.monotonic() - started
-                if progress.step % self.config.logging_steps == 0 or progress.step == self.total_steps:
+                ended = progress.step == self.total_steps
+                if ended or progress.step % config.logging_steps == 0:
                     self._log()
-                if self._save_is_due():
+                if ended or progress.step_in_epoch == self.task.steps_per_epoch:
+                    # At the end of an epoch there is always a checkpoint, after the validation.
+                    break
+                if config.save_steps and progress.step % config.save_steps == 0:
                     self._save()
-            progress.epoch += 1
-            progress.step_in_epoch = 0
+            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
             self._evaluate()
             progress.seconds = time.monotonic() - started
             self._save()
-        self._restore_best()
+        self.accelerator.wait_for_everyone()
+        best = self.checkpoints.load_best() if progress.best_value is not None else None
+        self.task.model.load_state_dict(best or {}, strict=False)
+        self.task.model.eval()
         return progress
-
-    def _steps(self) -> Iterator[None]:
-        """The rest of an epoch, step by step."""
-        progress, self._since = self.progress, time.monotonic()
-        self.sampler.set_epoch(progress.epoch, progress.step_in_epoch)
-        batches = iter(self.loader)
-        for parts in self.sampler.steps:
-            self._step(parts, [next(batches) for _ in range(self.config.gradient_accumulation_steps)])
-            progress.step_in_epoch += 1
-            yield
-            if progress.step >= self.total_steps:
-                return
 
     def _step(self, parts: list[list[Key]], batches: list[Any]) -> None:
         accelerator, progress = self.accelerator, self.progress
@@ -130,7 +120,7 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         size = self.task.size([key.example for part in parts for key in part if key.weight])
         self._loss += loss
-        progress.step += 1
+        progress.step, progress.step_in_epoch = progress.step + 1, progress.step_in_epoch + 1
         progress.size += size
         for name, count in (("weight", weight), ("size", size), ("steps", 1)):
             progress.unlogged[name] += count
@@ -145,15 +135,11 @@ class TrainingLoop:
         with nullcontext() if last else self.accelerator.no_sync(self.task.module):
             yield
 
-    # ------------------------------------------------------------- reporting
-
     def _log(self) -> None:
         progress, unit, counts = self.progress, self.task.unit, self.progress.unlogged
-        loss = self._total_loss() / max(1e-9, counts["weight"])
-        now = time.monotonic()
-        speed = counts["size"] / max(1e-9, now - self._since)
-        rate = self.scheduler.get_last_lr()[0]
-        left = timedelta(seconds=int((self.total_steps - progress.step) * (now - self._since) / counts["steps"]))
+        loss, seconds = self._total_loss() / max(1e-9, counts["weight"]), max(1e-9, time.monotonic() - self._since)
+        speed, rate = counts["size"] / seconds, self.scheduler.get_last_lr()[0]
+        left = timedelta(seconds=int((self.total_steps - progress.step) * seconds / counts["steps"]))
         epoch = progress.epoch + progress.step_in_epoch / self.task.steps_per_epoch
         progress.losses.append({"step": progress.step, "epoch": epoch, "loss": loss, "learning_rate": rate})
         logger.info(
@@ -164,7 +150,7 @@ class TrainingLoop:
         self.accelerator.log(figures, step=progress.step)
         self._loss.zero_()
         progress.unlogged = dict.fromkeys(counts, 0)
-        self._since = now
+        self._since = time.monotonic()
 
     def _total_loss(self) -> float:
         """Sum of the losses since the last log line, of all processes."""
@@ -172,53 +158,38 @@ class TrainingLoop:
 
     def _evaluate(self) -> None:
         config, progress, metric = self.config, self.progress, self.config.metric_for_best_model
-        # The metrics from before the training are to compare with, and never the best.
-        untrained = progress.step == 0
-        figures = self.task.validate(before_training=untrained)
+        figures = self.task.validate()
         self.task.module.train()
         if not figures:
             return
         progress.evaluations.append({"step": progress.step, "epoch": progress.epoch, **figures})
-        best, gained = progress.best_value, False
-        if not untrained:
-            value = figures[metric]
+        best, value, gained = progress.best_value, figures.get(metric), False
+        # The metrics from before the training are to compare with, and never the best.
+        if progress.step:
             gained = best is None or (value < best if metric in self.task.lower_is_better else value > best)
             progress.without_gain = 0 if gained else progress.without_gain + 1
             progress.stopped_early = 0 < config.early_stopping_patience <= progress.without_gain
         if gained:
             progress.best_value, progress.best_step = value, progress.step
             if self.accelerator.is_main_process:
-                self.checkpoints.save_best(self._weights(), {"step": progress.step, **figures})
+                self.checkpoints.save_best(self._weights())
         shown = "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         logger.info("validation after step %d: %s%s", progress.step, shown, "  (best)" if gained else "")
         if progress.stopped_early:
             logger.info("Stopping: no gain in %d validations", progress.without_gain)
         self.accelerator.log({f"validation/{name}": figure for name, figure in figures.items()}, step=progress.step)
 
-    # ----------------------------------------------------------- checkpoints
-
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().cpu() for name, parameter in self.trained.items()}
 
-    def _save_is_due(self) -> bool:
-        """Whether to save within an epoch; at its end there is always a checkpoint, after the validation."""
-        every, progress = self.config.save_steps, self.progress
-        inside = progress.step_in_epoch < self.task.steps_per_epoch and progress.step < self.total_steps
-        return inside and every > 0 and progress.step % every == 0
-
     def _save(self) -> None:
-        loss = self._total_loss()
+        loss, scaler = self._total_loss(), self.accelerator.scaler
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = {
-                "weights": self._weights(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "scaler": scaler.state_dict() if scaler else {},
-                "progress": asdict(self.progress) | {"loss": loss},
-            }
-            self.checkpoints.save(self.progress.step, state)
+            states = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+            state = {name: part.state_dict() for name, part in states.items()}
+            state |= {"weights": self._weights(), "scaler": scaler.state_dict() if scaler else {}}
+            self.checkpoints.save(self.progress.step, state | {"progress": asdict(self.progress) | {"loss": loss}})
         self.accelerator.wait_for_everyone()
 
     def resume(self, path: str | Path) -> None:
@@ -230,17 +201,16 @@ class TrainingLoop:
         state = load_checkpoint(path)
         if set(state["weights"]) != set(self.trained):
             raise ValueError(f"{path} was written by a run that trained other parts of the model")
-        load_weights(self.task.model, state["weights"])
+        self.task.model.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        progress = dict(state["progress"])
-        loss = progress.pop("loss")
-        changed = changed_settings(progress["settings"], self.config)
+        loss, settings = (state["progress"].pop(name) for name in ("loss", "settings"))
+        self.progress = Progress(**state["progress"], settings=asdict(self.config))
+        changed = changed_settings(settings, self.config)
         if changed:
             logger.warning("Settings differ from those of the checkpoint, so the run will too: %s", "; ".join(changed))
-        self.progress = Progress(**{**progress, "settings": asdict(self.config)})
         if self.progress.step_in_epoch >= self.task.steps_per_epoch:
             raise ValueError(f"{path} is from a run with more steps in an epoch: data or batch size have changed")
         if self.accelerator.is_main_process:
@@ -248,23 +218,10 @@ class TrainingLoop:
             self._loss += loss
         logger.info("Continuing from %s (step %d)", path, self.progress.step)
 
-    def _restore_best(self) -> None:
-        self.accelerator.wait_for_everyone()
-        best = self.checkpoints.load_best() if self.progress.best_value is not None else None
-        if best is not None:
-            load_weights(self.task.model, best)
-        self.task.model.eval()
-
 
 def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig, device: Any) -> torch.optim.Optimizer:
     """Adam (AdamW without decay is Adam), fused; decay is not applied to biases and norms."""
-    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-    others = [parameter for parameter in parameters if parameter.dim() < 2]
+    matrices, others = ([p for p in parameters if (p.dim() >= 2) is large] for large in (True, False))
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=torch.device(device).type in ("cpu", "cuda"),
-    )
+    betas, fused = (config.adam_beta1, config.adam_beta2), torch.device(device).type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=fused)

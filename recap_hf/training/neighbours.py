@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from recap_hf.files import replacing
 
@@ -35,8 +36,7 @@ class Neighbours:
 
     def of(self, clip: int) -> np.ndarray:
         """Rows of one clip, without the padding."""
-        rows = self.rows[clip]
-        return rows[rows >= 0]
+        return self.rows[clip][self.rows[clip] >= 0]
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,12 @@ def find_neighbours(datastore: Any, queries: Sequence[Query], top: int, cache: s
     own = range(state.process_index, len(queries), state.num_processes)
     found: list[tuple[int, list[int]]] = []
     for start in range(0, len(own), _CLIPS_PER_SEARCH):
-        chunk = own[start : start + _CLIPS_PER_SEARCH]
-        hits = _search(datastore, [queries[number] for number in chunk], top)
-        found += zip(chunk, hits, strict=True)
+        numbers = own[start : start + _CLIPS_PER_SEARCH]
+        chunk = [queries[number] for number in numbers]
+        embeds = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(query.embeds) for query in chunk], batch_first=True)
+        ids, texts = [query.clip_id for query in chunk], [query.captions for query in chunk]
+        hits = datastore.search(embeds.numpy(), k=top, exclude_clip_ids=ids, exclude_texts=texts)
+        found += [(number, [hit["row"] for hit in each]) for number, each in zip(numbers, hits, strict=True)]
         logger.info("Retrieval: %d of %d clips", len(found), len(own))
     rows = np.full((len(queries), top), -1, dtype=np.int32)
     for number, hits in gather_object(found):
@@ -88,29 +91,13 @@ def find_neighbours(datastore: Any, queries: Sequence[Query], top: int, cache: s
     return Neighbours(rows, datastore.captions)
 
 
-def _search(datastore: Any, queries: Sequence[Query], top: int) -> list[list[int]]:
-    width = max(len(query.embeds) for query in queries)
-    padded = np.zeros((len(queries), width, queries[0].embeds.shape[1]), dtype=np.float32)
-    for row, query in enumerate(queries):
-        padded[row, : len(query.embeds)] = query.embeds
-    hits = datastore.search(
-        padded,
-        k=top,
-        exclude_clip_ids=[query.clip_id for query in queries],
-        exclude_texts=[query.captions for query in queries],
-    )
-    return [[hit["row"] for hit in found] for found in hits]
-
-
 def search_key(datastore: Any, queries: Sequence[Query], top: int) -> str:
     """Hash of everything that the result of a search depends on."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([SEARCH_VERSION, top, datastore.keys]).encode())
+    digest = hashlib.blake2b(json.dumps([SEARCH_VERSION, top, datastore.keys]).encode(), digest_size=16)
     for record in datastore.records:
         digest.update(json.dumps([record["caption"], record.get("clip_id")]).encode())
-    embeddings = datastore.embeddings
-    for start in range(0, len(embeddings), 1 << 14):
-        digest.update(np.ascontiguousarray(embeddings[start : start + (1 << 14)]).tobytes())
+    for start in range(0, len(datastore.embeddings), 1 << 14):
+        digest.update(np.ascontiguousarray(datastore.embeddings[start : start + (1 << 14)]).tobytes())
     for query in queries:
         digest.update(json.dumps([query.clip_id, query.captions, query.embeds.shape]).encode())
         digest.update(np.ascontiguousarray(query.embeds).tobytes())

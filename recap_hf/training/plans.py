@@ -34,9 +34,10 @@ def plan_epoch(
     epoch: int,
     *,
     share_prompts: bool = False,
-    group_by_length: bool = True,
 ) -> list[list[Row]]:
-    """The steps of one epoch: every caption once, `batch_size` captions in a step (the last may have fewer).
+    """The steps of one epoch: every caption once, `batch_size` captions in a step (one may have fewer).
+
+    Examples of a step are of similar length; the order of the steps is random.
 
     Args:
         clips: the training clips, with targets.
@@ -44,22 +45,18 @@ def plan_epoch(
         batch_size: captions in a step.
         seed, epoch: the order is a function of them.
         share_prompts: keep the captions of a clip together, behind one prompt.
-        group_by_length: examples of similar length in a step; the order of the steps stays random.
     """
     rng = np.random.default_rng([seed, ORDER, epoch])
-    if share_prompts:
-        rows = [Row(clip, tuple(rng.permutation(len(item.targets)).tolist())) for clip, item in enumerate(clips)]
-    else:
-        rows = [Row(clip, (caption,)) for clip, item in enumerate(clips) for caption in range(len(item.targets))]
+    rows = []
+    for clip, item in enumerate(clips):
+        captions = tuple(rng.permutation(len(item.targets)).tolist())
+        rows += [Row(clip, captions)] if share_prompts else [Row(clip, (caption,)) for caption in captions]
     rows = [rows[position] for position in rng.permutation(len(rows))]
-    if not group_by_length:
-        return _cut(rows, batch_size)
 
     def length(row: Row) -> int:
         return lengths[row.clip] + sum(len(clips[row.clip].targets[caption]) for caption in row.captions)
 
-    captions_before = np.cumsum([0, *(len(row.captions) for row in rows[:-1])])
-    runs = captions_before // (_BATCHES_PER_RUN * batch_size)
+    runs = np.cumsum([0, *(len(row.captions) for row in rows[:-1])]) // (_BATCHES_PER_RUN * batch_size)
     order = sorted(range(len(rows)), key=lambda number: (runs[number], length(rows[number])))
     batches = _cut([rows[number] for number in order], batch_size)
     return [batches[position] for position in rng.permutation(len(batches))]
@@ -73,8 +70,8 @@ def plan_validation(clips: Sequence[Clip], lengths: Sequence[int], batch_size: i
 
 def _cut(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
     """Batches of exactly `batch_size` captions; a row that does not fit is divided between two batches."""
-    batches: list[list[Row]] = [[]]
-    room = batch_size
+    batches: list[list[Row]] = []
+    room = 0
     for clip, captions in rows:
         while captions:
             if not room:
@@ -83,7 +80,7 @@ def _cut(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
             part, captions = captions[:room], captions[room:]
             batches[-1].append(Row(clip, part))
             room -= len(part)
-    return [batch for batch in batches if batch]
+    return batches
 
 
 def split_rows(rows: Sequence[Row], parts: int) -> list[list[Row]]:

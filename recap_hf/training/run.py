@@ -1,18 +1,24 @@
-"""A training run from settings to a folder with the trained model."""
+"""A training run from settings to a folder with the trained model and a report."""
 
 from __future__ import annotations
 
+import json
 import logging
+import platform
 import time
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from recap_hf.files import write_text
+from recap_hf.version import __version__
+
 from .checkpoints import Checkpoints
 from .config import TrainingConfig
 from .loop import TrainingLoop
-from .report import write_results
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +27,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     """Train what `config` describes and write it to `config.output_dir`.
 
     Returns:
-        The report (see `recap_hf.training.report`), on every process.
+        The report, on every process; it is the content of `report.json`.
 
     Raises:
         ValueError, OSError, RuntimeError, ImportError: with what to change.
@@ -34,16 +40,18 @@ def train(config: TrainingConfig) -> dict[str, Any]:
 def _train(config: TrainingConfig) -> dict[str, Any]:
     from accelerate import Accelerator
 
-    started = time.monotonic()
-    trackers = _trackers(config.report_to)
+    started, folder = time.monotonic(), Path(config.output_dir)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         cpu=config.device == "cpu",
-        log_with=trackers or None,
+        log_with=_trackers(config.report_to) or None,
         project_dir=config.output_dir,
     )
-    if config.num_processes and accelerator.num_processes != config.num_processes:
-        raise RuntimeError(f"--num-processes {config.num_processes}, but {accelerator.num_processes} run")
+    if config.num_processes not in (0, accelerator.num_processes):
+        raise RuntimeError(
+            f"--num-processes {config.num_processes}, but this was launched as {accelerator.num_processes} "
+            "(WORLD_SIZE): give one of both"
+        )
     logger.info(
         "World size %d, %d torch threads each, on %s, mixed precision %s",
         accelerator.num_processes, torch.get_num_threads(), accelerator.device, accelerator.mixed_precision,
@@ -53,12 +61,19 @@ def _train(config: TrainingConfig) -> dict[str, Any]:
     task.data.log()
     loop = TrainingLoop(config, task, accelerator)
     prepared = time.monotonic() - started
-    if trackers:
+    if accelerator.log_with:
         accelerator.init_trackers("recap", config={name: str(value) for name, value in vars(config).items()})
     if checkpoint is not None:
         loop.resume(checkpoint)
     loop.run()
-    report = write_results(loop, prepared)
+    report = {**task.report(), **_report(loop, prepared)}
+    if accelerator.is_main_process:
+        task.model.to("cpu")
+        task.save(folder)
+        write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+        task.finish(folder, report)
+        logger.info("Model and report: %s", folder)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return report
 
@@ -68,14 +83,10 @@ def _trackers(names: list[str]) -> list[str]:
     from accelerate.tracking import get_available_trackers
 
     installed = [str(name) for name in get_available_trackers()]
-    wanted = installed if "all" in names else [name for name in names if name != "none"]
-    missing = [name for name in wanted if name not in installed]
-    if missing:
-        raise ImportError(
-            f"--report-to {missing[0]}: not installed, or not known to Accelerate; "
-            f"installed: {', '.join(installed) or 'none'}"
-        )
-    return wanted
+    unknown = set(names) - {*installed, "all", "none"}
+    if unknown:
+        raise ImportError(f"--report-to {unknown.pop()}: not installed, or unknown; installed: {', '.join(installed)}")
+    return [name for name in names if name != "none"]
 
 
 def _checkpoint_to_resume(config: TrainingConfig, accelerator: Any) -> Path | None:
@@ -85,22 +96,50 @@ def _checkpoint_to_resume(config: TrainingConfig, accelerator: Any) -> Path | No
         ValueError: if there are checkpoints, and the settings say neither to continue nor to overwrite them.
     """
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.save_total_limit)
-    if accelerator.is_main_process:
-        checkpoints.clean()
-    accelerator.wait_for_everyone()
-    if config.resume_from_checkpoint and config.resume_from_checkpoint != "latest":
-        return Path(config.resume_from_checkpoint)
-    latest = checkpoints.latest()
-    if config.resume or config.resume_from_checkpoint == "latest":
-        if latest is None:
+    latest, wanted = checkpoints.latest(), config.resume_from_checkpoint or ("latest" if config.resume else "")
+    if wanted:
+        if wanted == "latest" and latest is None:
             logger.info("No checkpoint in %s yet: starting at the beginning", checkpoints.folder)
-        return latest
+        return latest if wanted == "latest" else Path(wanted)
     if latest is not None and not config.overwrite_output_dir:
         raise ValueError(
             f"{config.output_dir} holds checkpoints of a run (up to {latest.name}): continue with --resume, start "
             "again with --overwrite-output-dir, or give another --output-dir"
         )
-    if latest is not None and accelerator.is_main_process:
-        checkpoints.remove_all()
     accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        checkpoints.remove_all()
     return None
+
+
+def _report(loop: TrainingLoop, prepared_s: float) -> dict[str, Any]:
+    """What is known of every run, as plain data."""
+    import transformers
+
+    config, task, progress, accelerator = loop.config, loop.task, loop.progress, loop.accelerator
+    problems = [{"split": split, **asdict(problem)} for split, problem in task.data.problems]
+    best = {"metric": config.metric_for_best_model, "value": progress.best_value, "step": progress.best_step}
+    return {
+        "settings": asdict(config),
+        "data": {"splits": task.data.counts, "sources": task.data.sources},
+        "left_out": {"counts": dict(Counter(item["kind"] for item in problems)), "clips": problems},
+        "trained_parameters": sum(parameter.numel() for parameter in loop.trained.values()),
+        "global_batch_size": task.batch_size,
+        "steps": progress.step,
+        "steps_per_epoch": task.steps_per_epoch,
+        "stopped_early": progress.stopped_early,
+        "best": best,
+        "best_evaluation": next((one for one in progress.evaluations if one["step"] == progress.best_step), None),
+        "losses": progress.losses,
+        "evaluations": progress.evaluations,
+        "seconds": {"preparing": round(prepared_s, 1), "training": round(progress.seconds, 1)},
+        f"{task.unit}_per_second": round(progress.size / max(1e-9, progress.seconds), 2),
+        "machine": {
+            "world_size": accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "device": str(accelerator.device),
+            "mixed_precision": accelerator.mixed_precision,
+            "processor": platform.processor() or platform.machine(),
+        },
+        "versions": {"recap_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }

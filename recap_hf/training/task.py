@@ -1,8 +1,4 @@
-"""What the training loop is given: a task. The loop knows no captions, no audio and no model.
-
-A task is a dataset of examples, a collator that makes batches of them, a module with the loss, metrics of the
-validation data, and the way in which the result is saved.
-"""
+"""What the training loop is given: a task. The loop knows no captions, no audio and no model."""
 
 from __future__ import annotations
 
@@ -52,7 +48,7 @@ class Step:
 
 
 class Task(ABC):
-    """A kind of training.
+    """A kind of training: examples, batches of them, a module with the loss, metrics, and what is saved.
 
     Args:
         config: settings of the run.
@@ -64,22 +60,18 @@ class Task(ABC):
 
     kind = ""
     unit = "captions"
-    loss_name = "loss"
     # Metrics of which a lower value is better.
     lower_is_better = frozenset({"loss", "perplexity"})
+    # Both are copied to the worker processes: a dataset indexed by `Key`, and what makes a batch of its examples.
+    examples: Dataset
+    collator: Callable[[list[Any]], Any]
+    steps_per_epoch: int
 
     def __init__(
         self, config: TrainingConfig, accelerator: Any, model: nn.Module, module: nn.Module, data: DataSummary
     ) -> None:
         self.config, self.accelerator, self.model, self.module, self.data = config, accelerator, model, module, data
         self.batch_size = config.global_batch_size(accelerator.num_processes)
-
-    # Both are copied to the worker processes: a dataset indexed by `Key`, and what makes a batch of its examples.
-    examples: Dataset
-    collator: Callable[[list[Any]], Any]
-
-    # Steps in an epoch.
-    steps_per_epoch: int
 
     @abstractmethod
     def plan(self, epoch: int) -> list[Sequence[Any]]:
@@ -103,12 +95,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def validate(self, before_training: bool = False) -> dict[str, float]:
-        """Metrics of the validation data, the same on every process; empty without such data.
-
-        Args:
-            before_training: whether they are only to compare with; the costly ones may be left out.
-        """
+    def validate(self) -> dict[str, float]:
+        """Metrics of the validation data, the same on every process; empty without such data."""
 
     @torch.no_grad()
     def in_batches(self, count: int, size: int, compute: Callable[[range], Any]) -> list[Any]:
@@ -131,9 +119,8 @@ class Task(ABC):
         """Additions to the report of the run."""
         return {"kind": self.kind}
 
-    def finish(self, folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-        """Anything to do after the model was saved, on the main process; returns additions to the written report."""
-        return {}
+    def finish(self, folder: Path, report: dict[str, Any]) -> None:  # noqa: B027 (most tasks have nothing to add)
+        """Anything to do after model and report were saved, on the main process."""
 
 
 class StepSampler:
@@ -151,9 +138,9 @@ class StepSampler:
     def set_epoch(self, epoch: int, first_step: int) -> None:
         """Plan an epoch, from one of its steps on."""
         parts = self._task.accelerator.num_processes * self._passes
+        # A process without examples (a short last step) still takes part.
         self.steps = [
             [
-                # A process without examples (a short last step) still takes part.
                 [Key(item, epoch) for item in part] or [Key(step[0], epoch, weight=0.0)]
                 for part in self._task.split(step, parts)
             ]

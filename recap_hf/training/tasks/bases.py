@@ -1,22 +1,27 @@
-"""The bases of a captioner: new ones with their own tokenizer, or those of a checkpoint."""
+"""The models that runs start from: new ones, those of a checkpoint, and a captioner of both."""
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..config import TrainingConfig, option, other_default
+from ..loss import checkpoint_activations, fuse_activations
 
 if TYPE_CHECKING:
     from transformers import ClapConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-EMBEDDED = "embedded"
+    from .captioner import CaptionerTrainingConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,9 +40,6 @@ class BaseTrainingConfig(TrainingConfig):
     lr_scheduler_type: str = other_default(TrainingConfig, "lr_scheduler_type", "cosine")
 
 
-_SPECIAL = {"gpt2": ["<|endoftext|>"], "clap": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]}
-
-
 def new_clap_config(size: str, path: str, tokenizer: PreTrainedTokenizerBase) -> ClapConfig:
     """The configuration of a CLAP from scratch, with the tokenizer's tokens.
 
@@ -52,17 +54,16 @@ def new_clap_config(size: str, path: str, tokenizer: PreTrainedTokenizerBase) ->
     """
     from transformers import ClapConfig
 
-    values: Any = {}
-    if path or size != "base":
+    if size == "base" and not path:
+        values: Any = {}
+    else:
         file = Path(path or Path(__file__).parent.parent / "recipes" / f"clap-{size}.json")
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"--clap-config {file} does not parse as JSON: {error}") from error
         if not isinstance(values, dict):
-            raise ValueError(
-                f"--clap-config {file}: expected the fields of a ClapConfig, found {type(values).__name__}"
-            )
+            raise ValueError(f"--clap-config {file}: expected the fields of a ClapConfig, got {type(values).__name__}")
     # LAION's epsilon; the default of transformers is 1e-12.
     text = {"layer_norm_eps": 1e-5, **values.pop("text_config", {}), "vocab_size": len(tokenizer)}
     text |= {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
@@ -82,27 +83,23 @@ def train_tokenizer(
         folder: the tokenizer is written to it.
         accelerator: Accelerate's.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import ByteLevelBPETokenizer, Tokenizer
+    from tokenizers.processors import RobertaProcessing
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if kind == "gpt2":
+        tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
+    else:
+        tokens = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        tokens |= {"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>"}
     if accelerator.is_main_process:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "clap")
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=_SPECIAL[kind],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            min_frequency=2,
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
+        trained = ByteLevelBPETokenizer(add_prefix_space=kind == "clap")
+        special = list(dict.fromkeys(tokens.values()))
+        trained.train_from_iterator(texts, vocab_size, special_tokens=special, show_progress=False)
+        tokenizer = Tokenizer.from_str(trained.to_str())
         if kind == "clap":
-            tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=False)
-            tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-            tokens |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
-        else:
-            tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _SPECIAL["gpt2"][0])
+            ends = [(token, tokenizer.token_to_id(token)) for token in ("</s>", "<s>")]
+            tokenizer.post_processor = RobertaProcessing(*ends, trim_offsets=False)
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, model_max_length=max_length, clean_up_tokenization_spaces=False, **tokens
         ).save_pretrained(folder)
@@ -162,16 +159,21 @@ def with_new_text_tower(clap: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def load_gpt2(name: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
     """An existing GPT-2 with its tokenizer; of a RECAP checkpoint, its language model without the cross-attention."""
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    from transformers import AutoTokenizer, GPT2LMHeadModel
 
     captioner = _load_captioner(name)
     if captioner is None:
         return GPT2LMHeadModel.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
-    model, processor = captioner
-    plain = GPT2LMHeadModel(GPT2Config(**{**model.config.decoder.to_dict(), "add_cross_attention": False}))
-    known = plain.state_dict()
-    plain.load_state_dict({key: value for key, value in model.decoder.state_dict().items() if key in known})
-    return plain, processor.tokenizer
+    return _plain_gpt2(captioner[0]), captioner[1].tokenizer
+
+
+def _plain_gpt2(captioner: Any) -> GPT2LMHeadModel:
+    """The language model of a captioner without its cross-attention."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    plain = GPT2LMHeadModel(GPT2Config(**{**captioner.config.decoder.to_dict(), "add_cross_attention": False}))
+    plain.load_state_dict(captioner.decoder.state_dict(), strict=False)
+    return plain
 
 
 def _load_captioner(name: str) -> tuple[Any, Any] | None:
@@ -180,8 +182,91 @@ def _load_captioner(name: str) -> tuple[Any, Any] | None:
 
     from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
 
-    name = str(default_model_path()) if name == EMBEDDED else name
+    name = str(default_model_path()) if name == "embedded" else name
     if AutoConfig.from_pretrained(name).model_type != "recap":
         return None
     model = RecapForConditionalGeneration.from_pretrained(name, dtype="float32")
     return model, RecapProcessor.from_pretrained(name)
+
+
+def new_captioner(config: CaptionerTrainingConfig) -> tuple[Any, Any]:
+    """Model and processor: of two bases, of a RECAP checkpoint, or of the embedded model's bases.
+
+    New cross-attention, or the mapper of a new prefix, is drawn from `config.seed`.
+
+    Raises:
+        OSError, ValueError: if a part cannot be loaded or does not fit.
+    """
+    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
+
+    if config.clap:
+        model, processor = _from_bases(config)
+    else:
+        name = config.model or default_model_path()
+        if not config.model and not Path(name).is_dir():
+            raise FileNotFoundError("this installation has no embedded model: give --model, or --clap and --decoder")
+        model = RecapForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
+        processor = RecapProcessor.from_pretrained(name)
+        keep = bool(config.model) if config.keep_cross_attention is None else config.keep_cross_attention
+        if not keep or config.conditioning not in ("", model.config.conditioning):
+            if config.keep_cross_attention:
+                raise ValueError(
+                    "--keep-cross-attention continues with what the checkpoint has, which is "
+                    f"{model.config.conditioning}: not together with --conditioning {config.conditioning}"
+                )
+            model = _with_new_conditioning(model, processor, config)
+    if config.audio_position_embedding:
+        wanted = config.audio_position_embedding
+        model.config.audio_position_embedding = None if wanted == "none" else wanted
+    processor.num_retrieved_captions = config.num_retrieved
+    return model.eval(), processor
+
+
+def _from_bases(config: CaptionerTrainingConfig) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    from recap_hf import RecapFeatureExtractor, RecapProcessor
+
+    model, extractor = _combine(config.clap, config.decoder, config), None
+    tokenizer, clap_tokenizer = (AutoTokenizer.from_pretrained(name) for name in (config.decoder, config.clap))
+    try:
+        extractor = RecapFeatureExtractor.from_clap_pretrained(config.clap)
+    except OSError:
+        logger.warning("No mel settings with %s: those of ClapFeatureExtractor, 0 to 14 kHz, are used", config.clap)
+    return model, RecapProcessor.from_config(model.config, tokenizer, clap_tokenizer, feature_extractor=extractor)
+
+
+def _combine(clap: Any, decoder: Any, config: CaptionerTrainingConfig, **settings: Any) -> Any:
+    from recap_hf import RecapForConditionalGeneration
+
+    names = ["cross_attention_reduce_factor", *(["conditioning"] if config.conditioning else [])]
+    names += ["prefix_length", "prefix_num_layers"] if config.conditioning == "prefix" else []
+    settings = {name: getattr(config, name) for name in names} | settings
+    torch.manual_seed(config.seed)
+    return RecapForConditionalGeneration.from_clap_gpt2_pretrained(clap, decoder, **settings)
+
+
+def _with_new_conditioning(model: Any, processor: Any, config: CaptionerTrainingConfig) -> Any:
+    """The same CLAP and language model with untrained conditioning; the processor leaves room for a prefix."""
+    names = ["window_length_s", "audio_position_embedding", "pad_token_id", "bos_token_id", "eos_token_id"]
+    if config.conditioning in ("", model.config.conditioning):
+        names += ["conditioning", "cross_attention_reduce_factor", "prefix_length", "prefix_num_layers"]
+    kept = {name: getattr(model.config, name) for name in names}
+    changed = _combine(model.clap, _plain_gpt2(model), config, **kept)
+    changed.generation_config = model.generation_config
+    processor.max_prompt_tokens += model.config.prefix_places - changed.config.prefix_places
+    return changed
+
+
+def prepare_for_training(model: Any, config: CaptionerTrainingConfig) -> None:
+    """Freeze what is not trained, and set dropout and checkpointing."""
+    model.freeze_base()
+    if config.train_decoder:
+        model.decoder.requires_grad_(True)
+    fuse_activations(model.decoder)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model.decoder)
+    for name, module in model.decoder.named_modules():
+        if isinstance(module, nn.Dropout):
+            # A frozen language model is not regularised by noise in it.
+            module.p = config.dropout if config.train_decoder or ".crossattention." in name else 0.0

@@ -141,12 +141,9 @@ def retrieval_metrics(similarity: np.ndarray, relevant: np.ndarray) -> dict[str,
         relevant: the same shape, bool: the caption is one of the clip's.
     """
     directions = {"audio_to_text": (similarity, relevant), "text_to_audio": (similarity.T, relevant.T)}
-    figures = {
-        f"{name}_{metric}": value
-        for name, (scores, right) in directions.items()
-        for metric, value in one_direction(scores, right).items()
-    }
-    return {"map10": (figures["audio_to_text_map10"] + figures["text_to_audio_map10"]) / 2, **figures}
+    found = {name: one_direction(*arrays) for name, arrays in directions.items()}
+    figures = {f"{name}_{metric}": value for name, own in found.items() for metric, value in own.items()}
+    return {"map10": sum(own["map10"] for own in found.values()) / 2, **figures}
 
 
 def one_direction(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:

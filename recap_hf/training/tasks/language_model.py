@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,8 @@ import torch
 
 from recap_hf.modeling.options_recap import PAPER_PROMPT
 
-from ..collator import PromptedCaptions, with_targets
 from ..config import AT_LEAST_1, NOT_NEGATIVE, SHARE, TrainingConfig, option, other_default, require
-from ..data import Clip, DataSummary, clips_of, divide, load_splits
+from ..data import Clip, DataSummary, clips_of, load_splits
 from ..loss import CaptionLoss, checkpoint_activations, fuse_activations
 from ..neighbours import Neighbours, Query, find_neighbours
 from .bases import BaseTrainingConfig, load_clap, load_gpt2, set_dropout, train_tokenizer
@@ -25,39 +22,23 @@ from .prompted import PromptConfig, PromptedTask
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_VALIDATION_SHARE = 0.05
-
 
 @dataclass
 class LanguageModelTrainingConfig(BaseTrainingConfig, PromptConfig):
     """Every setting of a GPT-2's training, from scratch or from an existing one."""
 
-    decoder: str = option(
-        "model",
-        "",
-        "GPT-2 or RECAP checkpoint to continue the GPT-2 of ('embedded': the default's); without it, from scratch",
-    )
+    decoder: str = option("model", "", "GPT-2 or RECAP checkpoint, or 'embedded', to continue; else from scratch")
     num_layers: int = option("model", 4, "from scratch: layers", check=AT_LEAST_1)
     width: int = option("model", 192, "from scratch: width of the hidden states", check=AT_LEAST_1)
     num_heads: int = option("model", 4, "from scratch: heads", check=AT_LEAST_1)
     max_positions: int = option("model", 512, "from scratch: longest text in tokens")
 
-    datastore: str = option(
-        "prompts",
-        "",
-        "folder, Hub id or caption file: prompts hold the captions nearest to the target; without --dataset it is the "
-        "corpus, too",
-    )
     clap: str = option(
-        "prompts",
-        "",
-        "CLAP checkpoint that embeds the captions, for prompts of nearest captions: those of --datastore, or the "
-        "training captions. Without both, prompts hold the other captions of the same clip",
+        "prompts", "", "CLAP: prompts hold the captions nearest to the target, else other ones of the same clip"
     )
+    datastore: str = option("prompts", "", "with --clap: folder, Hub id or file to take the nearest captions from")
     prompt_dropout: float = option("prompts", 0.1, "share of examples without captions in their prompt", check=SHARE)
-    prompt_weight: float = option(
-        "prompts", 0.1, "weight of a prompt's token in the loss; a caption's is 1", check=NOT_NEGATIVE
-    )
+    prompt_weight: float = option("prompts", 0.1, "loss of a prompt's token; a caption's is 1", check=NOT_NEGATIVE)
 
     learning_rate: float = other_default(TrainingConfig, "learning_rate", 5e-4)
     num_train_epochs: float = other_default(TrainingConfig, "num_train_epochs", 10.0)
@@ -65,21 +46,22 @@ class LanguageModelTrainingConfig(BaseTrainingConfig, PromptConfig):
         TrainingConfig, "metric_for_best_model", "perplexity", choices=["perplexity"]
     )
 
-    @property
-    def needs_dataset(self) -> bool:
-        return not self.datastore
-
     def check(self) -> None:
         super().check()
         require(self.width % self.num_heads == 0, "width", self.width, f"a multiple of --num-heads ({self.num_heads})")
         smallest = 2 * self.max_caption_tokens
         require(self.max_positions >= smallest, "max_positions", self.max_positions, f"at least {smallest}")
+        if self.datastore and not self.clap:
+            raise ValueError("--datastore is searched by embeddings of captions: give --clap, too")
 
     def build_task(self, accelerator: Any) -> LanguageModelTask:
         from recap_hf import RecapFeatureExtractor, RecapProcessor
 
         with accelerator.main_process_first():
-            splits, summary = _load_texts(self) if self.dataset else _texts_of_datastore(self)
+            loaded = load_splits(self)
+        splits, summary = {split: clips_of(data) for split, data in loaded.items()}, DataSummary()
+        for split, clips in splits.items():
+            summary.add(split, clips, loaded[split].problems)
         model, tokenizer = self._start(splits["train"], accelerator)
         room = model.config.n_positions - self.max_caption_tokens - 1
         # Only for its prompts.
@@ -88,16 +70,14 @@ class LanguageModelTrainingConfig(BaseTrainingConfig, PromptConfig):
         for split, clips in splits.items():
             # Every caption has its own prompt.
             single = [replace(clip, captions=[text]) for clip in clips for text in clip.captions]
-            targets = with_targets(single, processor, self.max_caption_tokens)
-            options = self.prompt_options(split, prompt_dropout=self.prompt_dropout)
-            examples[split] = PromptedCaptions(targets, None, processor, tables[split], options)
+            dropout = {"prompt_dropout": self.prompt_dropout}
+            examples[split] = self.examples(split, single, processor, tables[split], None, **dropout)
         set_dropout(model, self.dropout)
         fuse_activations(model)
         if self.gradient_checkpointing:
             checkpoint_activations(model)
         model.to(accelerator.device)
-        data = (examples["train"], examples.get("validation"), summary)
-        return LanguageModelTask(self, accelerator, model, CaptionLoss(model), *data, self.prompt_weight)
+        return LanguageModelTask(self, accelerator, model, CaptionLoss(model), examples, summary, self.prompt_weight)
 
     def _start(self, clips: list[Clip], accelerator: Any) -> tuple[Any, Any]:
         """The GPT-2 to train and its tokenizer."""
@@ -121,17 +101,16 @@ class LanguageModelTask(PromptedTask):
     """Training of a GPT-2; the arguments are those of `PromptedTask`."""
 
     kind = "language-model"
-    loss_name = "cross-entropy per token"
 
-    def validate(self, before_training: bool = False) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
         """Perplexity of captions behind their prompts, and behind prompts without captions."""
         if self.validation is None:
             return {}
         loss = self.mean_loss(self.validation)
-        figures = {"loss": loss, "perplexity": _perplexity(loss)}
+        figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if self.validation.neighbours:
             bare = self.mean_loss(self.validation.without_captions())
-            figures["perplexity_without_captions"] = _perplexity(bare)
+            figures["perplexity_without_captions"] = math.exp(min(bare, 700.0))
         return figures
 
     def save(self, folder: Path) -> None:
@@ -140,96 +119,35 @@ class LanguageModelTask(PromptedTask):
         self.examples.processor.tokenizer.save_pretrained(folder)
 
 
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
-
-
-def _load_texts(config: LanguageModelTrainingConfig) -> tuple[dict[str, list[Clip]], DataSummary]:
-    splits, summary = {}, DataSummary()
-    for split, data in load_splits(config).items():
-        splits[split] = clips_of(data)
-        summary.add(split, splits[split], data.problems)
-    return splits, summary
-
-
-def _texts_of_datastore(config: LanguageModelTrainingConfig) -> tuple[dict[str, list[Clip]], DataSummary]:
-    """The captions of a datastore or caption file as the corpus, divided by clip."""
-    from recap_hf import CaptionDatastore, read_captions
-
-    path = Path(config.datastore)
-    records = read_captions(path) if path.is_file() else CaptionDatastore.from_pretrained(config.datastore).records
-    clips: dict[str, Clip] = {}
-    for number, record in enumerate(records):
-        # A caption without a clip is a clip on its own.
-        clip_id = record.get("clip_id") or f"caption-{number}"
-        empty = Clip(clip_id, [], record.get("source") or path.name, record.get("licence"))
-        clips.setdefault(clip_id, empty).captions.append(record["caption"])
-    chosen = {"train": range(len(clips))}
-    if config.validation_split != "none":
-        share = config.validation_share or _DEFAULT_VALIDATION_SHARE
-        chosen = dict(zip(("train", "validation"), divide(len(clips), share, config.seed), strict=True))
-    limits = {"train": config.max_train_clips, "validation": config.max_validation_clips}
-    splits, summary, everything = {}, DataSummary(), list(clips.values())
-    for split, numbers in chosen.items():
-        splits[split] = [everything[number] for number in numbers[: limits[split] or None]]
-        summary.add(split, splits[split])
-    return splits, summary
-
-
 def _nearest_captions(
     config: LanguageModelTrainingConfig, splits: dict[str, list[Clip]], model: Any, processor: Any
 ) -> dict[str, list[Neighbours]]:
     """For each caption of a split the captions that its prompt may hold: one table, or none without retrieval."""
-    if not config.num_retrieved:
-        return {split: [] for split in splits}
-    if not config.datastore and not config.clap:
-        return {split: [_same_clip(clips)] for split, clips in splits.items()}
-    store, embed = _open_store(config, splits["train"], model, processor)
-    cache, top = Path(config.output_dir) / "neighbours", config.draw_from or config.num_retrieved
-    tables = {}
-    for split, clips in splits.items():
-        embeddings = iter(embed([text for clip in clips for text in clip.captions]))
-        queries = [
-            Query(next(embeddings)[None], clip.clip_id, tuple(clip.captions)) for clip in clips for _ in clip.captions
-        ]
-        tables[split] = [find_neighbours(store, queries, top, cache)]
-    return tables
-
-
-def _open_store(
-    config: LanguageModelTrainingConfig, train: list[Clip], model: Any, processor: Any
-) -> tuple[Any, Callable[[list[str]], np.ndarray]]:
-    """The datastore to search, of the settings or of the training captions, and what embeds captions for it."""
     from recap_hf import CaptionDatastore, RecapForConditionalGeneration, RecapProcessor, open_datastore
 
-    if not config.clap:
-        if Path(config.datastore).is_file():
-            raise ValueError(f"--datastore {config.datastore} holds captions without embeddings: give --clap, too")
-        store = CaptionDatastore.from_pretrained(config.datastore)
-        return store, partial(_stored_embeddings, config.datastore, store)
+    if not config.num_retrieved or not config.clap:
+        return {split: [_same_clip(clips)] if config.num_retrieved else [] for split, clips in splits.items()}
     clap, clap_tokenizer, extractor = load_clap(config.clap)
     captioner = RecapForConditionalGeneration.from_clap_gpt2_pretrained(clap, model)
     parts = (captioner.config, processor.tokenizer, clap_tokenizer)
-    embedder = captioner, RecapProcessor.from_config(*parts, feature_extractor=extractor)
+    embedder = RecapProcessor.from_config(*parts, feature_extractor=extractor)
     if config.datastore:
-        store = open_datastore(config.datastore, *embedder)
-        store.check_encoder(captioner.embed_fingerprint(embedder[1]))
+        store = open_datastore(config.datastore, captioner, embedder)
+        store.check_encoder(captioner.embed_fingerprint(embedder))
     else:
-        records = [record for clip in train for record in clip.records()]
+        records = [record for clip in splits["train"] for record in clip.records()]
         logger.info("Embedding %d captions", len(records))
-        store = CaptionDatastore.from_captions(records, *embedder)
-    return store, partial(captioner.embed_captions, processor=embedder[1])
-
-
-def _stored_embeddings(name: str, store: Any, captions: list[str]) -> np.ndarray:
-    rows = {caption: row for row, caption in enumerate(store.captions)}
-    missing = next((caption for caption in captions if caption not in rows), None)
-    if missing is not None:
-        raise ValueError(
-            f"--datastore {name} holds no embedding of {missing!r}: captions from elsewhere need a text tower. Give "
-            "--clap, the model that embedded it"
-        )
-    return np.asarray(store.embeddings, dtype=np.float32)[[rows[caption] for caption in captions]]
+        store = CaptionDatastore.from_captions(records, captioner, embedder)
+    tables = {}
+    for split, clips in splits.items():
+        texts = [(clip, text) for clip in clips for text in clip.captions]
+        embeds = captioner.embed_captions([text for _, text in texts], processor=embedder)
+        queries = [
+            Query(own[None], clip.clip_id, tuple(clip.captions)) for own, (clip, _) in zip(embeds, texts, strict=True)
+        ]
+        cache = Path(config.output_dir) / "neighbours"
+        tables[split] = [find_neighbours(store, queries, config.num_searched, cache)]
+    return tables
 
 
 def _same_clip(clips: list[Clip]) -> Neighbours:
@@ -244,11 +162,9 @@ def _same_clip(clips: list[Clip]) -> Neighbours:
     alone = sum(not row for row in rows)
     if alone:
         logger.warning(
-            "%d of %d captions are the only ones of their clip, and their prompts empty: with --clap or --datastore "
-            "prompts hold the nearest captions",
+            "%d of %d captions are the only ones of their clip, and their prompts empty: with --clap prompts hold the "
+            "nearest captions",
             alone, len(rows),
         )  # fmt: skip
-    table = np.full((len(rows), max(1, *map(len, rows))), -1, dtype=np.int32)
-    for number, row in enumerate(rows):
-        table[number, : len(row)] = row
-    return Neighbours(table, captions)
+    width = max(1, *map(len, rows))
+    return Neighbours(np.array([row + [-1] * (width - len(row)) for row in rows], dtype=np.int32), captions)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..collator import CaptionCollator, PromptedCaptions, PromptOptions
+from ..collator import CaptionCollator, PromptedCaptions, PromptOptions, with_targets
 from ..config import AT_LEAST_1, NOT_NEGATIVE, TrainingConfig, option, require
-from ..data import DataSummary
+from ..data import Clip, DataSummary
 from ..loss import CaptionLoss
+from ..neighbours import Neighbours
 from ..plans import Row, plan_epoch, plan_validation, split_rows
 from ..task import Key, Step, Task
 
@@ -21,20 +22,12 @@ from ..task import Key, Step, Task
 class PromptConfig(TrainingConfig):
     """Settings of the prompts and of the captions behind them."""
 
-    num_retrieved: int = option(
-        "prompts", 4, "k, captions in the prompt; 0 trains without retrieval", alias=["k"], check=NOT_NEGATIVE
-    )
+    num_retrieved: int = option("prompts", 4, "captions in the prompt (0: no retrieval)", check=NOT_NEGATIVE)
     draw_from: int = option(
-        "prompts",
-        0,
-        "draw the k captions of each epoch from this number of nearest captions (0: the k nearest)",
-        check=NOT_NEGATIVE,
+        "prompts", 0, "draw the k captions of each epoch from this number of nearest ones (0: k)", check=NOT_NEGATIVE
     )
     shuffle_prompt: bool = option("prompts", False, "put the captions of a prompt in random order")
-    max_caption_tokens: int = option(
-        "optimisation", 60, "captions are cut after this number of tokens", check=AT_LEAST_1
-    )
-    group_by_length: bool = option("optimisation", True, "batches of similar lengths, for little padding")
+    max_caption_tokens: int = option("optimisation", 60, "tokens that captions are cut to", check=AT_LEAST_1)
     gradient_checkpointing: bool = option("model", False, "less memory for more computing")
 
     def check(self) -> None:
@@ -42,27 +35,33 @@ class PromptConfig(TrainingConfig):
         expected = f"0, or at least --num-retrieved ({self.num_retrieved})"
         require(not 0 < self.draw_from < self.num_retrieved, "draw_from", self.draw_from, expected)
 
-    def prompt_options(self, split: str, **dropout: float) -> PromptOptions:
-        """How the prompts of a split are made; nothing is random in validation."""
-        if split != "train":
-            return PromptOptions(self.num_retrieved)
-        return PromptOptions(self.num_retrieved, self.draw_from, self.shuffle_prompt, seed=self.seed, **dropout)
+    @property
+    def num_searched(self) -> int:
+        """Captions that a prompt is drawn from."""
+        return self.draw_from or self.num_retrieved
+
+    def examples(
+        self, split: str, clips: list[Clip], processor: Any, tables: list[Neighbours], store: Any, **dropout: float
+    ) -> PromptedCaptions:
+        """The examples of a split; nothing is random in validation."""
+        options = PromptOptions(self.num_retrieved)
+        if split == "train":
+            drawn = (self.draw_from, self.shuffle_prompt)
+            options = PromptOptions(self.num_retrieved, *drawn, seed=self.seed, **dropout)
+        targets = with_targets(clips, processor, self.max_caption_tokens)
+        return PromptedCaptions(targets, store, processor, tables, options)
 
 
 class PromptedTask(Task):
     """Cross-entropy of captions behind prompts.
 
     Args:
-        config: settings of the run.
-        accelerator: Accelerate's.
-        model: what is trained.
+        config, accelerator, model, data: see `Task`.
         loss: the module with the loss.
-        examples, validation: training and validation data; the latter may be None.
-        data: what they consist of.
+        examples: by split; `validation` may be missing.
         prompt_weight: weight of a prompt's tokens in the loss.
     """
 
-    loss_name = "cross-entropy per caption token"
     config: PromptConfig
     examples: PromptedCaptions
 
@@ -72,23 +71,22 @@ class PromptedTask(Task):
         accelerator: Any,
         model: nn.Module,
         loss: CaptionLoss,
-        examples: PromptedCaptions,
-        validation: PromptedCaptions | None,
+        examples: dict[str, PromptedCaptions],
         data: DataSummary,
         prompt_weight: float = 0.0,
     ) -> None:
         super().__init__(config, accelerator, model, loss, data)
-        self.examples, self.validation = examples, validation
-        pad = examples.processor.tokenizer.pad_token_id
+        self.examples, self.validation = examples["train"], examples.get("validation")
+        pad = self.examples.processor.tokenizer.pad_token_id
         self.collator, self._validation_collator = CaptionCollator(pad, prompt_weight), CaptionCollator(pad)
         self._dtype = loss.decoder.dtype
-        self._lengths = examples.prompt_lengths()
-        self.steps_per_epoch = math.ceil(sum(len(clip.captions) for clip in examples.clips) / self.batch_size)
+        self._lengths = self.examples.prompt_lengths()
+        self.steps_per_epoch = math.ceil(sum(len(clip.captions) for clip in self.examples.clips) / self.batch_size)
 
     def plan(self, epoch: int) -> list[list[Row]]:
         config, clips = self.config, self.examples.clips
-        options = {"group_by_length": config.group_by_length, "share_prompts": getattr(config, "share_prompts", False)}
-        return plan_epoch(clips, self._lengths, self.batch_size, config.seed, epoch, **options)
+        share = getattr(config, "share_prompts", False)
+        return plan_epoch(clips, self._lengths, self.batch_size, config.seed, epoch, share_prompts=share)
 
     def split(self, step: list[Row], parts: int) -> list[list[Row]]:
         return split_rows(step, parts)

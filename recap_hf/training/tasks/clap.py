@@ -208,7 +208,6 @@ class ClapTask(Task):
 
     kind = "clap"
     unit = "clips"
-    loss_name = "contrastive loss"
     config: ClapTrainingConfig
     examples: PairedClips
 
@@ -302,7 +301,7 @@ class ClapTask(Task):
         target = torch.from_numpy(self.targets.scores[clips]).to(scores.device)
         return F.binary_cross_entropy(scores, target, reduction="sum") * self.config.class_loss_weight
 
-    def validate(self, before_training: bool = False) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
         if self.validation is None:
             return {}
         self.module.eval()

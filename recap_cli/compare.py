@@ -51,19 +51,19 @@ def run(args: argparse.Namespace) -> int:
             **scoring_options(args),
         )
     print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {100 * args.confidence:g}% interval")
-    for key, row in result.metrics.items():
-        verdict = "" if row.excludes_zero else "  (includes 0)"
+    for key, row in result["metrics"].items():
+        verdict = "" if row["excludes_zero"] else "  (includes 0)"
         print(
-            f"{key:10} {row.first:8.4f} {row.second:8.4f} {row.difference:+9.4f}  "
-            f"[{row.low:+.4f}, {row.high:+.4f}]{verdict}"
+            f"{key:10} {row['first']:8.4f} {row['second']:8.4f} {row['difference']:+9.4f}  "
+            f"[{row['low']:+.4f}, {row['high']:+.4f}]{verdict}"
         )
-    print_remarks(result.skipped, list(dict.fromkeys(first.notes + second.notes + result.notes)))
+    print_remarks(result["skipped"], list(dict.fromkeys(first.notes + second.notes + result["notes"])))
     print(
-        f"{result.num_clips} clips in both (list {result.clip_list_sha256[:12]}), {result.only_in_first} only in A, "
-        f"{result.only_in_second} only in B; {args.resamples} resamples",
+        f"{result['num_clips']} clips in both (list {result['clip_list_sha256'][:12]}), {result['only_in_first']} "
+        f"only in A, {result['only_in_second']} only in B; {args.resamples} resamples",
         file=sys.stderr,
     )
     if args.output:
-        write_json(args.output, {"first": args.first, "second": args.second, **result.to_dict()})
+        write_json(args.output, {"first": args.first, "second": args.second, **result})
         print(f"wrote {args.output}", file=sys.stderr)
     return 0

@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
         result_tables,
         score_folder,
     )
-    from recap_hf.evaluation.runner import report_progress
     from recap_hf.files import write_text
     from recap_hf.modeling.options_recap import CaptionOptions
 
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = {name: getattr(args, name) for name in selection}
         clips = load_test_clips(args.dataset, args.data_dir, columns=_columns(args.columns), **chosen)
         options = CaptionOptions.from_args(args)
-        captioner = load_captioner(args.model, args.datastore, args.device, args.dtype, options)
+        captioner = load_captioner(args.model, args.datastore, options, device=args.device, dtype=args.dtype)
         clap_score = _clap_scorer(args, captioner) if scoring else None
         folder = caption_clips(
             Systems(captioner, args.seed, args.exclude_references),
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             overwrite=args.overwrite,
             sources={"model": args.model or "embedded default", "datastore": args.datastore or "the checkpoint's"},
-            progress=report_progress,
+            progress=_report_progress,
         )
         if scoring:
             notes = clips.notes + ([f"CLAPScore by {args.clap_score_model}"] if clap_score else [])
@@ -99,6 +98,12 @@ def run(args: argparse.Namespace) -> int:
             write_text(folder.path / "tables.md", tables)
     print(f"wrote {folder.path}", file=sys.stderr)
     return 0
+
+
+def _report_progress(done: int, total: int) -> None:
+    # One line, rewritten on a terminal.
+    end = "\n" if done == total or not sys.stderr.isatty() else "\r"
+    print(f"captioned {done} of {total} clips", end=end, file=sys.stderr, flush=True)
 
 
 def _clap_scorer(args: argparse.Namespace, captioner: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from recap_cli.files import check_output
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 def load_table(args: argparse.Namespace, path: str) -> tuple[Any, str | None]:
     """The predictions of one file, restricted to `--clip-list`, and the name of that list."""
-    from recap_hf.scoring import read_clip_list, read_predictions
+    from recap_hf.scoring import read_predictions, select_listed
 
     table = read_predictions(
         path,
@@ -110,18 +111,10 @@ def load_table(args: argparse.Namespace, path: str) -> tuple[Any, str | None]:
         return table, None
     if table.clip_ids is None:
         raise ValueError(f"{path} has no column of clip names to compare with --clip-list; name it (--id-column)")
-    clip_list = read_clip_list(args.clip_list)
-    positions, missing = clip_list.select(table.clip_ids, args.youtube_ids)
-    left_out = len(table) - len(positions)
+    positions, notes = select_listed(table.clip_ids, args.clip_list, path, args.youtube_ids)
     table = table.select(positions)
-    if missing:
-        table.notes.append(
-            f"{path}: {len(missing)} of the {len(clip_list.clip_ids)} clips of the list {clip_list.name} have no "
-            f"prediction (first: {missing[0]})"
-        )
-    if left_out:
-        table.notes.append(f"{path}: {left_out} clips are not on the list {clip_list.name} and were left out")
-    return table, clip_list.name
+    table.notes += notes
+    return table, Path(args.clip_list).stem
 
 
 def given_columns(args: argparse.Namespace) -> dict[str, str]:
@@ -140,14 +133,10 @@ def scoring_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def scoring_tools(args: argparse.Namespace) -> Any:
     """The `ScoringTools` that the flags name."""
-    from recap_hf.scoring import FenseModels, ScoringTools
+    from recap_hf.scoring import ScoringTools
 
-    if bool(args.sentence_model) != bool(args.error_detector):
-        raise ValueError("FENSE needs both of its models: give --sentence-model and --error-detector together")
-    fense = None
-    if args.sentence_model:
-        fense = FenseModels(args.sentence_model, args.error_detector, args.error_detector_encoder)
-    return ScoringTools(args.java, args.spice_models, fense)
+    names = ("java", "spice_models", "sentence_model", "error_detector", "error_detector_encoder")
+    return ScoringTools(**{name: getattr(args, name) for name in names})
 
 
 def print_remarks(skipped: dict[str, str], notes: list[str]) -> None:

@@ -44,7 +44,7 @@ def test_score_command(predictions, tmp_path, capsys):
     assert status == 0
     printed = capsys.readouterr()
     assert "rouge_l" in printed.out and "fense      0.4300" in printed.out
-    assert "1 of the 3 clips of the list list have no prediction (first: z)" in printed.err
+    assert "1 of the 3 clips of the list list are not in" in printed.err and "(first: z)" in printed.err
     content = json.loads(output.read_text())
     # (0.8 + 0.6 / 10) / 2: the second caption is taken for a faulty one.
     assert content["corpus"]["fense"] == pytest.approx(0.43)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from recap_hf.scoring.fense import FenseModels
+from recap_hf.scoring import FenseModels
 
 pytest.importorskip("sentence_transformers", reason='needs sentence-transformers: pip install "recap-hf[fense]"')
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from recap_hf.scoring import ScoringTools, find_java, score_captions
-from recap_hf.scoring.fense import penalize
-from recap_hf.scoring.metrics import bleu, cider_d, rouge_l
+from recap_hf.scoring.metrics import bleu, cider_d, penalize, rouge_l
 from recap_hf.scoring.tools import MeteorJar, ptb_tokenize
 
 needs_java = pytest.mark.skipif(

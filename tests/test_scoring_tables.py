@@ -6,8 +6,14 @@ import json
 
 import pytest
 
-from recap_hf.scoring import read_clip_list, read_predictions, read_training_captions
-from recap_hf.scoring.clips import ClipList, clip_list_hash, match_clips
+from recap_hf.scoring import (
+    clip_list_hash,
+    match_clips,
+    read_clip_list,
+    read_predictions,
+    read_training_captions,
+    select_listed,
+)
 from recap_hf.scoring.tables import parse_references
 
 EXPECTED = ["a dog barks", "it's raining"]
@@ -125,7 +131,7 @@ def test_wrong_tables_are_refused(tmp_path, text, options, message):
 def test_wrong_files_are_refused(tmp_path):
     path = tmp_path / "wrong.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match="does not read as JSON"):
+    with pytest.raises(ValueError, match="not readable as JSON"):
         read_predictions(path)
     (tmp_path / "latin.csv").write_bytes("prediction,references\ncafé,b\n".encode("latin-1"))
     with pytest.raises(ValueError, match="not UTF-8 text"):
@@ -181,10 +187,14 @@ def test_hash_tells_lists_apart_not_spellings():
 def test_restriction_to_a_list(tmp_path, shared_dir):
     path = tmp_path / "short.txt"
     path.write_text("# three clips\nb.wav\nc.wav\nz.wav\n")
-    clip_list = read_clip_list(path)
-    assert clip_list == ClipList("short", ("b.wav", "c.wav", "z.wav"))
-    assert clip_list.select(["a.flac", "b.flac", "c.flac"]) == ([1, 2], ["z.wav"])
-    with pytest.raises(ValueError, match="none of the 1 clips is on the list short"):
-        clip_list.select(["q"])
+    assert read_clip_list(path) == ["b.wav", "c.wav", "z.wav"]
+    positions, notes = select_listed(["a.flac", "b.flac", "c.flac"], path, "here")
+    assert positions == [1, 2]
+    assert notes == [
+        "1 of the 3 clips of the list short are not in here (first: z.wav)",
+        "1 clips of here are not on the list short and were left out",
+    ]
+    with pytest.raises(ValueError, match="none of the 1 clips of here is on the list short"):
+        select_listed(["q"], path, "here")
     # RECAP's AudioCaps test list has 748 clips, five rows each.
-    assert len(read_clip_list(shared_dir / "data" / "captions" / "recap_test_audiocaps.csv").clip_ids) == 748
+    assert len(read_clip_list(shared_dir / "data" / "captions" / "recap_test_audiocaps.csv")) == 748

@@ -65,8 +65,8 @@ def read_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
 
     Args:
         path: `.txt` with a caption a line; `.csv` or `.tsv` with the column names in the first line; `.jsonl` with
-            an object or a text a line; `.json` with a list of them, or an object with that list under `data`;
-            `.parquet`.
+            an object or a text a line; `.json` with a list of them, an object with that list under `data`, `rows`,
+            `predictions` or `clips`, or an object of lists, the columns; `.parquet`.
 
     Raises:
         OSError: there is no such file. ValueError: for another suffix, text that is not UTF-8 and what does
@@ -100,11 +100,29 @@ def _text_rows(path: Path, suffix: str) -> Iterator[Mapping[str, Any]]:
                 if line.strip():
                     yield _as_row(_parse_json(line, f"{path}, line {number}"), f"{path}, line {number}")
         else:
-            items = _parse_json(file.read(), str(path))
-            items = items.get("data") if isinstance(items, Mapping) else items
-            if not isinstance(items, list):
-                raise ValueError(f"{path}: expected a list of captions, or an object with one under 'data'.")
+            items = _json_rows(_parse_json(file.read(), str(path)), path)
             yield from (_as_row(item, f"{path}, entry {number}") for number, item in enumerate(items, start=1))
+
+
+def _json_rows(content: Any, path: Path) -> list[Any]:
+    if isinstance(content, Mapping):
+        lists = {name: value for name, value in content.items() if isinstance(value, list)}
+        tables = [
+            lists[key] for key in ("rows", "predictions", "clips") if isinstance((lists.get(key) or [""])[0], Mapping)
+        ]
+        if "data" in lists or tables:
+            return lists.get("data") or tables[0]
+        if content and len(lists) == len(content):
+            lengths = {name: len(column) for name, column in lists.items()}
+            if len(set(lengths.values())) > 1:
+                raise ValueError(f"{path}: expected columns of one length, got {lengths}.")
+            return [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)]
+    if not isinstance(content, list):
+        raise ValueError(
+            f"{path}: expected a list, an object with one under data, rows, predictions or clips, or an object of "
+            "columns."
+        )
+    return content
 
 
 def _csv_rows(path: Path, reader: Any) -> Iterator[Mapping[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from recap_hf.data.caption_tables import read_rows
-from recap_hf.scoring import match_clips, read_clip_list
+from recap_hf.scoring import match_clips, select_listed
 
 # Words that join two events in a caption: "a dog barks and a car passes, then rain falls".
 _JOINTS = re.compile(r",|;|\b(?:and|while|as|then|followed by|with|before|after|over|amid)\b", re.IGNORECASE)
@@ -60,15 +60,12 @@ class EvaluationClips:
             except (ValueError, OSError) as error:
                 raise ValueError(f"the recording of clip {self.clip_ids[number]!r} cannot be read: {error}") from error
 
+        batches = [range(first, min(first + batch_size, len(self))) for first in range(start, len(self), batch_size)]
         with ThreadPoolExecutor(max_workers=2) as pool:
-
-            def submit(first: int) -> list[Future]:
-                return [pool.submit(read_clip, n) for n in range(first, min(first + batch_size, len(self)))]
-
-            pending = submit(start)
-            for first in range(start, len(self), batch_size):
-                waiting, pending = pending, submit(first + batch_size)
-                yield first, [future.result() for future in waiting]
+            pending = [pool.map(read_clip, batch) for batch in batches[:1]]
+            for number, batch in enumerate(batches):
+                pending += [pool.map(read_clip, following) for following in batches[number + 1 : number + 2]]
+                yield batch.start, list(pending.pop(0))
 
 
 def load_test_clips(
@@ -109,11 +106,9 @@ def load_test_clips(
     if missing:
         clips.notes.append(f"{missing} clips of {name} have no recording here and were left out")
     if clip_list is not None:
-        listed = read_clip_list(clip_list)
-        positions, absent = listed.select(clips.clip_ids, youtube_ids)
-        clips = clips.select(positions, f"{name}, list {listed.name}")
-        if absent:
-            clips.notes.append(f"{len(absent)} clips of the list {listed.name} are not in {name} (first: {absent[0]})")
+        positions, notes = select_listed(clips.clip_ids, clip_list, name, youtube_ids)
+        clips = clips.select(positions, f"{name}, list {Path(clip_list).stem}")
+        clips.notes += notes
     if max_clips and len(clips) > max_clips:
         clips = clips.select(range(max_clips), f"{clips.name}, first {max_clips}")
     return clips

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from recap_hf.files import write_json
 from recap_hf.modeling.captioning_recap import Captioner
 from recap_hf.modeling.options_recap import CaptionOptions
 from recap_hf.modeling.retrieval_recap import MANIFEST_NAME, CaptionDatastore
-from recap_hf.scoring import FenseModels, ScoringTools
+from recap_hf.scoring import ScoringTools
 
 from .clips import EvaluationClips, load_test_clips
 from .grid_config import AUDIO_TO_AUDIO, LARGE, PREFIX, RELATED_METHODS, GridConfig, Model, Run
@@ -76,17 +75,15 @@ class Grid:
                 continue
             domains = [self.config.domains[name] for name in model.training_set]
             method = RELATED_METHODS[model.method] | self.config.related_methods[model.method] if model.method else {}
-            pairs = [pair for domain in domains for pair in (domain.columns or {}).items()]
+            pairs = [pair for domain in domains for pair in (domain.get("columns") or {}).items()]
             settings = {
                 # Encoded clips are found by content: all trainings share them.
                 "feature_cache": str(self.path / "features"),
                 **self.config.training,
                 **method,
-                "dataset": [domain.dataset for domain in domains],
-                "data_dir": [domain.data_dir for domain in domains if domain.data_dir],
-                "audio_dir": [domain.audio_dir for domain in domains if domain.audio_dir],
+                **{key: [d[key] for d in domains if d.get(key)] for key in ("dataset", "data_dir", "audio_dir")},
                 "columns": [f"{ours}={theirs}" for ours, theirs in pairs],
-                "allow_missing": any(domain.allow_missing for domain in domains),
+                "allow_missing": any(domain.get("allow_missing") for domain in domains),
                 "seed": model.seed,
                 "output_dir": str(folder),
                 "resume": True,
@@ -114,10 +111,7 @@ class Grid:
 
     def scoring_tools(self) -> ScoringTools:
         """What the scores run on, by the settings in `scoring`."""
-        scoring = self.config.scoring
-        parts = [scoring.get(key) for key in ("sentence_model", "error_detector", "error_detector_encoder")]
-        fense = FenseModels(*parts) if parts[0] else None
-        return ScoringTools(scoring.get("java"), scoring.get("spice_models"), fense)
+        return ScoringTools(**{key: value for key, value in self.config.scoring.items() if key != "metrics"})
 
     def _evaluate(self, run: Run, captioner: Captioner, tools: ScoringTools) -> None:
         self.log(f"evaluating {run.folder}")
@@ -152,9 +146,8 @@ class Grid:
 
     def _load_clips(self, test_set: str) -> EvaluationClips:
         """The test clips of a domain."""
-        options = asdict(self.config.domains[test_set])
-        del options["events"]
-        return load_test_clips(**options)
+        domain = self.config.domains[test_set]
+        return load_test_clips(**{key: value for key, value in domain.items() if key != "events"})
 
     def datastore(self, run: Run, captioner: Captioner) -> CaptionDatastore:
         """What a run retrieves from: its datastore, a share of it, or the same with another index.
@@ -205,7 +198,6 @@ class Grid:
         from recap_hf.data import load_captions
 
         domain = self.config.domains[name]
-        options: dict[str, Any] = {"split": "train", "columns": domain.columns, "needs_audio": needs_audio}
-        if needs_audio:
-            options |= {"audio_dir": domain.audio_dir, "allow_missing": domain.allow_missing}
-        return load_captions(domain.dataset, domain.data_dir, **options).dataset
+        wanted = ("data_dir", "columns", *(("audio_dir", "allow_missing") if needs_audio else ()))
+        options = {key: domain[key] for key in wanted if key in domain}
+        return load_captions(domain["dataset"], split="train", needs_audio=needs_audio, **options).dataset

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from recap_hf.modeling.options_recap import CaptionOptions
 
+from .clips import load_test_clips
 from .published import TEST_SETS, TRAINING_SETS
 
 LARGE, ESTIMATED = "large", "estimated"
@@ -77,35 +79,13 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Domain:
-    """A dataset with a training and a test split.
-
-    Args:
-        dataset, data_dir, audio_dir, columns, allow_missing: see `recap_hf.data.load_captions`.
-        split: the split that is captioned.
-        clip_list, youtube_ids, max_clips: see `load_test_clips`.
-        events: table with `clip_id` and `events`, the number of events in each test clip, or "estimated": counted from
-            the words of the references.
-    """
-
-    dataset: str
-    data_dir: str | None = None
-    audio_dir: str | None = None
-    columns: dict[str, str] | None = None
-    allow_missing: bool = False
-    split: str = "test"
-    clip_list: str | None = None
-    youtube_ids: bool = False
-    max_clips: int = 0
-    events: str | None = None
-
-
-@dataclass(frozen=True)
 class GridConfig:
     """All settings of a grid; the fields are the keys of its YAML file.
 
     Args:
-        domains: by their names in the tables; `clotho` and `audiocaps` add the published rows.
+        domains: datasets with a training and a test split, by their names in the tables; `clotho` and `audiocaps` add
+            the published rows. Each has the arguments of `load_test_clips` and `events`: a table with `clip_id` and
+            `events`, the number of events in each test clip, or "estimated": counted from the words of the references.
         training_sets: lists of names of domains; default: each alone, and all together.
         models: "a" or "a+b" (a training set), "a:prefix" (a related method on it) -> checkpoint folders, one per seed,
             instead of training.
@@ -123,7 +103,7 @@ class GridConfig:
         resamples: draws of the bootstraps.
     """
 
-    domains: dict[str, Domain]
+    domains: dict[str, dict[str, Any]]
     training_sets: tuple[tuple[str, ...], ...]
     models: dict[str, list[str]] = field(default_factory=dict)
     large: dict[str, Any] | None = None
@@ -164,8 +144,9 @@ class GridConfig:
                 if model.method == PREFIX:
                     yield Run(model, test_set, (), 0)
                     continue
-                others = [(test_set,)] if model.method else [*((name,) for name in self.domains), *self._large]
-                runs = [Run(model, test_set, store, first_k) for store in dict.fromkeys([own, *others])]
+                others = [test_set] if model.method else [*self.domains, *([] if self.large is None else [LARGE])]
+                stores = dict.fromkeys([own, *((name,) for name in others)])
+                runs = [Run(model, test_set, store, first_k) for store in stores]
                 for run in runs:
                     all_k = self.k if self.is_main(run) else [first_k]
                     yield from (replace(run, k=k) for k in all_k)
@@ -173,10 +154,6 @@ class GridConfig:
                 if varied:
                     yield from (replace(varied, share=share) for share in self.shares)
                     yield from (replace(varied, index=index) for index in self.indexes)
-
-    @property
-    def _large(self) -> list[tuple[str, ...]]:
-        return [] if self.large is None else [(LARGE,)]
 
     def is_main(self, run: Run) -> bool:
         """Whether a run belongs to the row that the paper calls DS."""
@@ -242,7 +219,9 @@ def make_grid(content: Any, where: str = "the grid") -> GridConfig:
         raise ValueError(f"{where}: the key 'neighbours' is now called 'related_methods'")
     _refuse_unknown(content, [item.name for item in fields(GridConfig)], where)
     values = {key: value for key, value in content.items() if value is not None}
-    domains = values["domains"] = {name: _domain(name, domain, where) for name, domain in values["domains"].items()}
+    domains = values["domains"]
+    for name, domain in domains.items():
+        _check_domain(name, domain, where)
     sets = values.get("training_sets") or [[name] for name in domains] + ([list(domains)] if len(domains) > 1 else [])
     values["training_sets"] = tuple((names,) if isinstance(names, str) else tuple(names) for names in sets)
     for names in values["training_sets"]:
@@ -273,13 +252,12 @@ def make_grid(content: Any, where: str = "the grid") -> GridConfig:
     return grid
 
 
-def _domain(name: str, values: Any, where: str) -> Domain:
+def _check_domain(name: str, values: Any, where: str) -> None:
     if not isinstance(values, Mapping) or "dataset" not in values:
         raise ValueError(f"{where}: the domain {name!r} needs a 'dataset'")
     if name == LARGE or "+" in name or "/" in name:
         raise ValueError(f"{where}: {name!r} cannot be the name of a domain: no '+', no '/', and not {LARGE!r}")
-    _refuse_unknown(values, [item.name for item in fields(Domain)], f"{where}, domain {name!r}")
-    return Domain(**values)
+    _refuse_unknown(values, [*signature(load_test_clips).parameters, "events"], f"{where}, domain {name!r}")
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:

@@ -70,19 +70,13 @@ class GridResults:
 
     def tables(self) -> list[dict[str, Any]]:
         """One table per test set, in the layout of the paper."""
-        return [
-            paper_table(
-                test_set,
-                [
-                    row
-                    for (_, tested), setting in self.settings.items()
-                    if tested == test_set
-                    for row in setting.rows()
-                ],
-                self._notes([run for run in self.scored if run.test_set == test_set and not run.varies_datastore]),
-            )
-            for test_set in dict.fromkeys(run.test_set for run in self.scored if not run.varies_datastore)
-        ]
+        tables = []
+        for test_set in self.config.domains:
+            runs = [run for run in self.scored if run.test_set == test_set and not run.varies_datastore]
+            settings = [setting for (_, tested), setting in self.settings.items() if tested == test_set]
+            rows = [row for setting in settings for row in setting.rows()]
+            tables += [paper_table(test_set, rows, self._notes(runs))] if runs else []
+        return tables
 
     def _notes(self, runs: list[Run]) -> list[str]:
         first = self.scores(runs[0])
@@ -201,7 +195,7 @@ class Setting:
     @cached_property
     def events(self) -> np.ndarray | None:
         """(num_clips,) number of events, from the domain's file or estimated; None if the domain has neither."""
-        source = self.results.config.domains[self.test_set].events
+        source = self.results.config.domains[self.test_set].get("events")
         if source == ESTIMATED:
             return np.array(list(map(estimate_events, self.clips.values())))
         return source and read_events(source, list(self.clips))

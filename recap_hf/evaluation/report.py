@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 from recap_hf.files import write_text
 from recap_hf.scoring import METRIC_LABELS
 
-from . import plots
 from .grid_config import LARGE_ROW, MAIN_ROW
 from .grid_results import ANALYSES, RESULT_FILE
 from .runner import RUN_FILE, SCORES_FILE, read_json, read_predictions, scores_file
@@ -23,6 +22,7 @@ from .tables import scored_keys
 
 # The metric that ranks the clips: SPIDEr as in the paper, or the first of these that was computed.
 _MAIN_METRICS = ("spider", "cider_d", "rouge_l", "bleu_4", "meteor", "fense")
+_BLUE, _GREY, _ORANGE = "#2868b0", "#8a8f98", "#d9772b"
 _PLAYER_RATE = 32_000  # Hz: good enough to listen to, and a small page
 
 # From test set and clip to its recording as a data URI, or None.
@@ -142,12 +142,12 @@ def _section(folder: Path, test_set: str, player: Player, num_clips: int, title:
 def _section_plots(systems: dict[str, Any], metric: str, values: list[float], rows: list[dict]) -> list[str]:
     label = METRIC_LABELS[metric]
     intervals = {name: (entry["corpus"][metric], *entry["intervals"][metric]) for name, entry in systems.items()}
-    drawn = [plots.interval_plot(intervals, label), plots.histogram(values, label)]
+    drawn = [_interval_plot(intervals, label), _histogram(values, label)]
     pairs = zip(rows, values, strict=True)
     similar = [(row["retrieved"][0]["score"], value) for row, value in pairs if row["retrieved"]]
     if len(similar) > 1:
         x_label = "cosine similarity of the first retrieved caption"
-        drawn.append(plots.scatter(*zip(*similar, strict=True), x_label, f"{label} of the caption"))
+        drawn.append(_scatter(*zip(*similar, strict=True), x_label, f"{label} of the caption"))
     return drawn
 
 
@@ -186,27 +186,112 @@ def _grid_plots(folder: Path, runs: list[dict[str, Any]]) -> list[str]:
     at_k = [run for run in runs if run["k"] == runs[0]["k"]]
     exact, whole = [run for run in at_k if not run["index"]], [run for run in at_k if run["share"] == 1]
     # Datastores that are parts of each other: random shares of one, or DS inside DSlarge.
-    varied = [run["datastore"] for run in exact if run["share"] < 1]
-    growing = [run for run in exact if run["datastore"] in varied]
+    shared = [run["datastore"] for run in exact if run["share"] < 1]
+    growing = [run for run in exact if run["datastore"] in shared]
     growing = growing or [run for run in exact if run["label"] in (MAIN_ROW, LARGE_ROW)]
     indexed = [run["datastore"] for run in whole if run["index"]]
-    label = METRIC_LABELS[metric]
-    by_k = _series((run, run["k"]) for run in runs if run["label"] == MAIN_ROW)
-    by_size = _series((run, run["captions"]) for run in growing)
-    by_index = _series((run, run["index"] or "exact") for run in whole if run["datastore"] in indexed)
+    by_k = [(run, run["k"]) for run in runs if run["label"] == MAIN_ROW]
+    by_size = [(run, run["captions"]) for run in growing]
+    by_index = [(run, run["index"] or "exact") for run in whole if run["datastore"] in indexed]
     drawn = []
-    if any(len(series) > 1 for series in by_k.values()):
-        drawn.append(plots.lines(by_k, "captions in the prompt (k)", label))
-    if any(len(series) > 1 for series in by_size.values()):
-        drawn.append(plots.lines(by_size, "captions in the datastore", label, log=True))
-    if any(len(series) > 1 for series in by_index.values()):
-        drawn.append(plots.categories(by_index, "search index of the datastore", label))
+    for points, x_label in (
+        (by_k, "captions in the prompt (k)"),
+        (by_size, "captions in the datastore"),
+        (by_index, "search index of the datastore"),
+    ):
+        series = _series(points)
+        if any(len(each) > 1 for each in series.values()):
+            drawn.append(_lines(series, x_label, METRIC_LABELS[metric], log=points is by_size))
     return drawn
 
 
-def _series(points: Iterable[tuple[dict[str, Any], Any]]) -> dict[str, list[tuple[Any, float]]]:
+def _series(points: Sequence[tuple[dict[str, Any], Any]]) -> dict[str, list[tuple[Any, float]]]:
     """Scores at each x, the mean over the seeds, by training and test set."""
     values: dict[str, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run, x in points:
         values[f"{' + '.join(run['training_set'])}, tested on {run['test_set']}"][x].append(run["score"])
     return {name: [(x, float(np.mean(scores))) for x, scores in by_x.items()] for name, by_x in values.items()}
+
+
+# ------------------------------------------------------------------ plots
+
+
+def _svg(draw: Callable[[Any], None], height: float, title: str, x_label: str, y_label: str = "") -> str:
+    """What `draw` puts on axes, as an `<svg>` element with a title for screen readers; the same bytes every time."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('the plots of a report need matplotlib: pip install "recap-hf[report]"') from error
+    figure = Figure(figsize=(7, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    if axes.get_legend_handles_labels()[0]:
+        # Above the plot, where it hides no point.
+        figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "recap", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Title": title})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace("<svg ", '<svg role="img" ', 1)
+
+
+def _interval_plot(rows: Mapping[str, tuple[float, float, float]], label: str) -> str:
+    """Scores of several systems with their intervals: name -> (score, low, high), the first highlighted."""
+
+    def draw(axes: Any) -> None:
+        names = list(rows)[::-1]
+        for place, name in enumerate(names):
+            score, low, high = rows[name]
+            colour = _BLUE if place == len(names) - 1 else _GREY
+            axes.plot([low, high], [place, place], color=colour, linewidth=2)
+            axes.plot([score], [place], "o", color=colour)
+            above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{score:.3f}", (score, place), fontsize=8, **above)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(-0.6, len(names) - 0.2)
+
+    return _svg(draw, 0.6 + 0.42 * len(rows), f"{label} of {', '.join(rows)} with intervals", label)
+
+
+def _histogram(values: Sequence[float], label: str) -> str:
+    """Number of clips by score."""
+
+    def draw(axes: Any) -> None:
+        axes.hist(values, bins=min(30, max(5, len(values) // 4)), color=_BLUE)
+        axes.axvline(float(np.mean(values)), color=_ORANGE, linewidth=2)
+
+    return _svg(draw, 2.6, f"Histogram of {label} over clips", f"{label} of a clip (line: mean)", "clips")
+
+
+def _scatter(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> str:
+    """One point a clip."""
+
+    def draw(axes: Any) -> None:
+        axes.scatter(x, y, s=14, color=_BLUE, alpha=0.5, linewidths=0)
+
+    return _svg(draw, 3.2, f"{y_label} against {x_label}", x_label, y_label)
+
+
+def _lines(series: Mapping[str, Sequence[tuple[Any, float]]], x_label: str, y_label: str, log: bool = False) -> str:
+    """Named series of points: joined over numbers (`log`: on a logarithmic axis), or alone over names."""
+    xs = list(dict.fromkeys(x for points in series.values() for x, _ in points))
+    named = isinstance(xs[0], str)
+
+    def draw(axes: Any) -> None:
+        for number, (label, points) in enumerate(series.items()):
+            # Over names side by side, so that equal scores do not hide each other.
+            shift = 0.12 * (number - (len(series) - 1) / 2)
+            points = [(xs.index(x) + shift, y) for x, y in points] if named else sorted(points)
+            axes.plot(*zip(*points, strict=True), "o" if named else "o-", label=label)
+        if named:
+            axes.set_xticks(range(len(xs)), xs)
+        elif log:
+            axes.set_xscale("log")
+        else:
+            axes.set_xticks(sorted(xs))
+
+    return _svg(draw, 3.4, f"{y_label} {'by' if named else 'against'} {x_label}", x_label, y_label)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -281,9 +280,3 @@ def _leaked_references(rows: Sequence[dict[str, Any]]) -> list[str]:
         "another clip (--exclude-references leaves such captions out)"
     )
     return [note] if leaked else []
-
-
-def report_progress(done: int, total: int) -> None:
-    """One line on stderr, rewritten on a terminal."""
-    end = "\n" if done == total or not sys.stderr.isatty() else "\r"
-    print(f"captioned {done} of {total} clips", end=end, file=sys.stderr, flush=True)

@@ -24,13 +24,8 @@ SYSTEMS: dict[str, str] = {
     "audio_only": "no prompt: the decoder starts from its end-of-text token, with audio",
     "first_retrieved": "the first retrieved caption, nothing generated",
 }
-_PROMPT_SETTINGS = (
-    "prompt_template",
-    "caption_separator",
-    "prompt_without_captions",
-    "target_prefix",
-    "max_prompt_tokens",
-)
+_PROMPT_SETTINGS = ["prompt_template", "caption_separator", "prompt_without_captions", "target_prefix"]
+_PROMPT_SETTINGS += ["max_prompt_tokens"]
 NEED_DATASTORE = ("random_captions", "first_retrieved")
 _EARLIER_NAMES = {"no_retrieval": "no_captions", "audio_hidden": "no_audio"}
 
@@ -44,7 +39,6 @@ class EncodingCache:
 
     def __init__(self, limit: int = 2 << 30) -> None:
         self.limit = limit
-        self._used = 0
         self._kept: dict[tuple[str, str], Any] = {}
 
     def encode(self, clap: str, waveforms: Sequence[np.ndarray], make: Callable[[], Any]) -> Any:
@@ -53,14 +47,11 @@ class EncodingCache:
         for waveform in waveforms:
             digest.update(len(waveform).to_bytes(8, "little") + np.ascontiguousarray(waveform).tobytes())
         key = clap, digest.hexdigest()
-        if key not in self._kept:
-            encoding = make()
-            size = encoding.last_hidden_state.nbytes
-            if self._used + size > self.limit:
-                return encoding
+        encoding = self._kept[key] if key in self._kept else make()
+        used = sum(each.last_hidden_state.nbytes for each in {**self._kept, key: encoding}.values())
+        if used <= self.limit:
             self._kept[key] = encoding
-            self._used += size
-        return self._kept[key]
+        return encoding
 
 
 class Systems:
@@ -83,12 +74,13 @@ class Systems:
         self.captioner, self.seed, self.exclude_references = captioner, seed, exclude_references
         self.encodings = encodings
         self._clap = _hash_weights(captioner.model.clap) if encodings else ""
-        options = captioner.options.to_dict()
-        kept = {name: value for name, value in options.items() if name not in CaptionOptions.names(RERANKING)}
         # Without audio there is nothing to rerank by.
-        without_reranking = CaptionOptions(**kept, rerank=NO_RERANKING)
+        kept = {**captioner.options.to_dict(), "rerank": NO_RERANKING, "candidates": None, "rerank_weight": None}
         self._without_audio = Captioner(
-            captioner.model, captioner.processor, options=without_reranking, generate_kwargs=captioner.generate_kwargs
+            captioner.model,
+            captioner.processor,
+            options=CaptionOptions(**kept),
+            generate_kwargs=captioner.generate_kwargs,
         )
         self.retrieval = captioner.processor.retrieval_options.merged_with(captioner.options)
 
@@ -149,11 +141,16 @@ class Systems:
     ) -> list[CaptionResult]:
         nothing: list[list[dict[str, Any]]] = [[] for _ in clip_ids]
         if name == "first_retrieved":
-            return [CaptionResult(*_first(hits), hits) for hits in retrieved]
+            first = [hits[0] if hits else {"caption": "", "score": 0.0} for hits in retrieved]
+            return [
+                CaptionResult(hit["caption"], hit["score"], hits) for hit, hits in zip(first, retrieved, strict=True)
+            ]
         if name == "random_captions":
             retrieved = [self._random_captions(clip_id) for clip_id in clip_ids]
         if name == "no_audio":
-            return self._without_audio.generate(_zeroed(encoding), retrieved)
+            # As training without audio has them.
+            silent = {**encoding, "last_hidden_state": torch.zeros_like(encoding.last_hidden_state)}
+            return self._without_audio.generate(type(encoding)(**silent), retrieved)
         if name == "audio_only":
             model = self.captioner.model
             start = torch.full((len(clip_ids), 1), model.config.eos_token_id, device=model.device)
@@ -212,29 +209,11 @@ def _describe_datastore(datastore: Any) -> dict[str, Any]:
     return {"captions": len(datastore), "keys": datastore.keys, "index": index, "sha256": digest.hexdigest()}
 
 
-def _first(hits: list[dict[str, Any]]) -> tuple[str, float]:
-    return (hits[0]["caption"], hits[0]["score"]) if hits else ("", 0.0)
-
-
-def _zeroed(encoding: Any) -> Any:
-    """`encoding` with hidden states of zero, as training without audio uses them."""
-    return type(encoding)(**{**encoding, "last_hidden_state": torch.zeros_like(encoding.last_hidden_state)})
-
-
 def load_captioner(
-    model: str | None = None,
-    datastore: Any = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    options: CaptionOptions | None = None,
+    model: str | None = None, datastore: Any = None, options: CaptionOptions | None = None, **loading: Any
 ) -> Captioner:
-    """A captioner from a checkpoint, as [`Captioner.from_pretrained`]; `datastore="none"` is one without a datastore.
-
-    Raises:
-        OSError: if there is no such checkpoint.
-        ValueError: if checkpoint and datastore do not belong together.
-    """
-    loaded, processor = load_pretrained(model, device, dtype)
+    """[`Captioner.from_pretrained`], where `datastore="none"` gives a captioner without a datastore."""
+    loaded, processor = load_pretrained(model, **loading)
     if datastore == "none":
         processor.datastore = datastore = None
     return Captioner(loaded, processor, datastore, options)

@@ -5,39 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 
 from .bootstrap import Difference, bootstrap_intervals, paired_bootstrap
-from .clips import ClipList, clip_list_hash, clip_stem, match_clips, read_clip_list
-from .compare import Comparison, compare_tables, intersect
-from .fense import FenseModels
+from .clips import clip_list_hash, match_clips, read_clip_list, select_listed
 from .metrics import METRIC_LABELS, METRICS, check_metrics
-from .scorer import CaptionScores, score_captions
+from .scorer import CaptionScores, compare_tables, score_captions
 from .tables import PredictionTable, read_predictions, read_training_captions
-from .tools import JavaRuntime, ScoringTools, find_java
+from .tools import FenseModels, ScoringTools, find_java
 
 __all__ = [
     "METRICS",
     "METRIC_LABELS",
     "CaptionScores",
-    "ClipList",
-    "Comparison",
     "Difference",
     "FenseModels",
-    "JavaRuntime",
     "PredictionTable",
     "ScoringTools",
     "bootstrap_intervals",
     "check_metrics",
     "clip_list_hash",
-    "clip_stem",
     "compare_tables",
     "evaluate_module",
     "find_java",
-    "intersect",
     "match_clips",
     "paired_bootstrap",
     "read_clip_list",
     "read_predictions",
     "read_training_captions",
     "score_captions",
+    "select_listed",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +13,6 @@ from .metrics import MetricScores, mean_scores
 _CHUNK = 500  # resamples drawn at a time: 500 x 5,000 clips of counts are 20 MB
 # Differences below this are rounding: BLEU alone replaces a precision of 0 by about 1e-8.
 _ROUNDING = 1e-6
-# From how often each clip is drawn, (resamples, num_clips), to one value per resample.
-Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ def bootstrap_intervals(
     Raises:
         ValueError: if the metrics differ in their number of clips or an argument is out of range.
     """
-    statistics = {key: _corpus_score(score) for key, score in scores.items()}
-    return _intervals(statistics, _num_clips(scores.values()), resamples, confidence, seed)
+    samples = _samples(scores, resamples, confidence, seed)
+    return {key: _interval(values, confidence) for key, values in samples.items()}
 
 
 def paired_bootstrap(
@@ -75,15 +73,16 @@ def paired_bootstrap(
     Raises:
         ValueError: if the numbers of clips differ or an argument is out of range.
     """
-    pairs = {key: (first[key], second[key]) for key in first if key in second}
-    num_clips = _num_clips(score for pair in pairs.values() for score in pair)
-    scorers = {key: tuple(map(_corpus_score, pair)) for key, pair in pairs.items()}
-    statistics = {key: lambda counts, pair=pair: pair[1](counts) - pair[0](counts) for key, pair in scorers.items()}
-    intervals = _intervals(statistics, num_clips, resamples, confidence, seed)
-    return {
-        key: Difference(one.corpus, two.corpus, two.corpus - one.corpus, *intervals[key])
-        for key, (one, two) in pairs.items()
-    }
+    shared = [key for key in first if key in second]
+    systems = [{key: scores[key] for key in shared} for scores in (first, second)]
+    _num_clips([score for scores in systems for score in scores.values()])
+    # One seed and one number of clips: both systems get the same draws.
+    before, after = (_samples(scores, resamples, confidence, seed) for scores in systems)
+    differences = {}
+    for key in shared:
+        one, two = first[key].corpus, second[key].corpus
+        differences[key] = Difference(one, two, two - one, *_interval(after[key] - before[key], confidence))
+    return differences
 
 
 def mean_difference(first: np.ndarray, second: np.ndarray, resamples: int = 10_000) -> Difference:
@@ -113,29 +112,27 @@ def gain_difference(gains: np.ndarray, larger: np.ndarray, resamples: int = 10_0
     return Difference(one, two, two - one, *_interval(drawn[1] - drawn[0], 0.95))
 
 
-def _corpus_score(score: MetricScores) -> Statistic:
-    return lambda counts: score.aggregate(counts @ score.statistics, len(score.clips))
-
-
-def _num_clips(scores: Iterable[MetricScores]) -> int:
+def _num_clips(scores: Collection[MetricScores]) -> int:
     sizes = {len(score.clips) for score in scores}
     if len(sizes) != 1:
         raise ValueError(f"expected scores of one list of clips, but they have {sorted(sizes) or 'no'} clips")
     return sizes.pop()
 
 
-def _intervals(
-    statistics: Mapping[str, Statistic], num_clips: int, resamples: int, confidence: float, seed: int
-) -> dict[str, tuple[float, float]]:
+def _samples(
+    scores: Mapping[str, MetricScores], resamples: int, confidence: float, seed: int
+) -> dict[str, np.ndarray]:
+    """(resamples,) corpus scores of each metric."""
     if resamples < 100:
         raise ValueError(f"{resamples} resamples give no interval; expected at least 100")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; expected a share between 0 and 1, such as 0.95")
-    samples: dict[str, list[np.ndarray]] = {key: [] for key in statistics}
+    num_clips = _num_clips(scores.values())
+    samples: dict[str, list[np.ndarray]] = {key: [] for key in scores}
     for counts in _counts(num_clips, resamples, seed):
-        for key, statistic in statistics.items():
-            samples[key].append(statistic(counts))
-    return {key: _interval(np.concatenate(values), confidence) for key, values in samples.items()}
+        for key, score in scores.items():
+            samples[key].append(score.aggregate(counts @ score.statistics, num_clips))
+    return {key: np.concatenate(values) for key, values in samples.items()}
 
 
 def _counts(num_clips: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -7,7 +7,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from recap_hf.data.caption_tables import read_rows
@@ -76,35 +75,10 @@ def _unambiguous(names: Sequence[str], key_of: Callable[[str], str], matched: It
     return {key: position for position, key in keys.items() if counts[key] == 1}
 
 
-@dataclass(frozen=True)
-class ClipList:
-    """A named list of clips, as published with a test set."""
+def read_clip_list(path: str | os.PathLike) -> list[str]:
+    """The names in a text file with one name per line (`#` starts a comment line), or in a table, each once.
 
-    name: str
-    clip_ids: tuple[str, ...]
-
-    def select(self, clip_ids: Sequence[str], youtube: bool = False) -> tuple[list[int], list[str]]:
-        """Positions in `clip_ids` of the clips on the list, and the names on the list that `clip_ids` lacks.
-
-        Raises:
-            ValueError: if none of the clips is on the list, or one is named twice.
-        """
-        pairs = match_clips(clip_ids, self.clip_ids, youtube)
-        if not pairs:
-            hint = "" if youtube else "; for AudioSet clips named in two ways, try --youtube-ids"
-            raise ValueError(
-                f"none of the {len(clip_ids)} clips is on the list {self.name} "
-                f"(clips like {clip_ids[0]!r}, list like {self.clip_ids[0]!r}){hint}"
-            )
-        found = {pair[1] for pair in pairs}
-        return [pair[0] for pair in pairs], [name for n, name in enumerate(self.clip_ids) if n not in found]
-
-
-def read_clip_list(path: str | os.PathLike) -> ClipList:
-    """A clip list from a text file with one name per line (`#` starts a comment line) or from a table.
-
-    Of a table the first of the columns `clip_id`, `file_name`, ... is read. A repeated name (a table with one row per
-    caption) counts once.
+    Of a table the first of the columns `clip_id`, `file_name`, ... is read.
 
     Raises:
         ValueError: if the file holds no name, or the table no column of names.
@@ -120,7 +94,39 @@ def read_clip_list(path: str | os.PathLike) -> ClipList:
         if column is None:
             raise ValueError(f"{path} has the columns {', '.join(columns)}; expected one of {', '.join(ID_COLUMNS)}")
         names = [str(row[column] or "") for row in rows]
-    unique = dict.fromkeys(name.strip() for name in names if name.strip())
+    unique = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     if not unique:
         raise ValueError(f"{path} names no clip")
-    return ClipList(path.stem, tuple(unique))
+    return unique
+
+
+def select_listed(
+    clip_ids: Sequence[str], clip_list: str | os.PathLike, source: str, youtube: bool = False
+) -> tuple[list[int], list[str]]:
+    """Positions of the clips that a file of names lists, and remarks on clips that only one side has.
+
+    Args:
+        clip_ids: the clips to choose from.
+        clip_list: see [`read_clip_list`].
+        source: what has the clips, for the remarks.
+        youtube: compare YouTube ids alone.
+
+    Raises:
+        ValueError: if none of the clips is on the list, or one is named twice.
+    """
+    listed, title = read_clip_list(clip_list), Path(clip_list).stem
+    pairs = match_clips(clip_ids, listed, youtube)
+    if not pairs:
+        hint = "" if youtube else "; for AudioSet clips named in two ways, try --youtube-ids"
+        raise ValueError(
+            f"none of the {len(clip_ids)} clips of {source} is on the list {title} "
+            f"(clips like {clip_ids[0]!r}, list like {listed[0]!r}){hint}"
+        )
+    found, notes = {pair[1] for pair in pairs}, []
+    absent = [name for position, name in enumerate(listed) if position not in found]
+    if absent:
+        of = f"{len(absent)} of the {len(listed)} clips of the list {title}"
+        notes.append(f"{of} are not in {source} (first: {absent[0]})")
+    if len(pairs) < len(clip_ids):
+        notes.append(f"{len(clip_ids) - len(pairs)} clips of {source} are not on the list {title} and were left out")
+    return [pair[0] for pair in pairs], notes

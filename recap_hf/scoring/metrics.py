@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
-from .fense import ERROR_THRESHOLD, penalize
 from .tools import ScoringTools, SpiceUnavailable, spice
+
+# A caption is taken for a faulty one above this probability of a fluency error.
+ERROR_THRESHOLD = 0.9
 
 
 @dataclass(frozen=True)
@@ -82,23 +85,20 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
         closest = min((abs(reference - length), reference) for reference in counts["reflen"])[1]
         rows.append([length, closest, *counts["guess"], *counts["correct"]])
     statistics = np.asarray(rows, dtype=np.float64)
-    return {
-        f"bleu_{n + 1}": MetricScores(float(corpus[n]), np.asarray(clips[n]), statistics, _BleuAggregate(n + 1))
-        for n in range(4)
-    }
+    scores = {}
+    for n in range(4):
+        aggregate = partial(_bleu_from_statistics, order=n + 1)
+        scores[f"bleu_{n + 1}"] = MetricScores(float(corpus[n]), np.asarray(clips[n]), statistics, aggregate)
+    return scores
 
 
-@dataclass(frozen=True)
-class _BleuAggregate:
-    order: int
-
-    def __call__(self, sums: np.ndarray, num_clips: int) -> np.ndarray:
-        length, closest = sums[..., 0], sums[..., 1]
-        guessed, correct = sums[..., 2 : 2 + self.order], sums[..., 6 : 6 + self.order]
-        # The two constants are pycocoevalcap's: no division by zero, and 0 stays (almost) 0.
-        precision = np.prod((correct + 1e-15) / (guessed + 1e-9), axis=-1) ** (1 / self.order)
-        ratio = (length + 1e-15) / (closest + 1e-9)
-        return precision * np.where(ratio < 1, np.exp(1 - 1 / np.maximum(ratio, 1e-3)), 1.0)
+def _bleu_from_statistics(sums: np.ndarray, num_clips: int, order: int) -> np.ndarray:
+    length, closest, guessed, correct = sums[..., 0], sums[..., 1], sums[..., 2:6], sums[..., 6:10]
+    # The two constants are pycocoevalcap's: no division by zero, and 0 stays (almost) 0.
+    precisions = (correct[..., :order] + 1e-15) / (guessed[..., :order] + 1e-9)
+    ratio = (length + 1e-15) / (closest + 1e-9)
+    penalty = np.where(ratio < 1, np.exp(1 - 1 / np.maximum(ratio, 1e-3)), 1.0)
+    return np.prod(precisions, axis=-1) ** (1 / order) * penalty
 
 
 def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> MetricScores:
@@ -112,18 +112,14 @@ def rouge_l(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Met
 def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> MetricScores:
     """CIDEr-D, as `pycocoevalcap` computes it (clipped, Gaussian length penalty with sigma 6, times 10).
 
-    Document frequencies come from the given references, so the score of a clip depends on the other clips.
-
-    Raises:
-        ValueError: for fewer than two clips: every document frequency is 1 then, and every score 0.
+    Document frequencies come from the given references, so the score of a clip depends on the other clips. Of one clip
+    alone every document frequency is 1, and the score 0.
     """
-    if len(captions) < 2:
-        raise ValueError("CIDEr-D weighs words by how few clips have them, and needs at least two clips")
     from pycocoevalcap.cider.cider import Cider
 
-    numbers = range(len(captions))
     _, clips = Cider().compute_score(
-        {number: list(references[number]) for number in numbers}, {number: [captions[number]] for number in numbers}
+        {number: list(refs) for number, refs in enumerate(references)},
+        {number: [caption] for number, caption in enumerate(captions)},
     )
     return mean_scores(clips)
 
@@ -155,10 +151,9 @@ def _meteor(run: ScoringInput) -> dict[str, MetricScores | str]:
 
 
 def _cider_d(run: ScoringInput) -> dict[str, MetricScores | str]:
-    try:
-        return {"cider_d": cider_d(run.captions, run.references)}
-    except ValueError as error:
-        return {"cider_d": str(error)}
+    if len(run.captions) < 2:
+        return {"cider_d": "CIDEr-D weighs words by how few clips have them, and needs at least two clips"}
+    return {"cider_d": cider_d(run.captions, run.references)}
 
 
 def _spice(run: ScoringInput) -> dict[str, MetricScores | str]:
@@ -178,25 +173,32 @@ def _spice(run: ScoringInput) -> dict[str, MetricScores | str]:
     return found
 
 
+def penalize(scores: np.ndarray, error_probabilities: np.ndarray) -> np.ndarray:
+    """`scores` (num_clips,), divided by ten where the probability of a fluency error exceeds 0.9."""
+    return scores * (1 - 0.9 * (np.asarray(error_probabilities) > ERROR_THRESHOLD))
+
+
 def _fense(run: ScoringInput) -> dict[str, MetricScores | str]:
     """FENSE with its two parts, and SPIDEr-FL where SPIDEr is computed too."""
     models = run.tools.fense
     similarities, probabilities = run.given.get("sbert_sim"), run.given.get("error_probability")
-    if similarities is None and models is not None:
-        similarities = models.sentence_similarities(run.texts, run.reference_texts)
-    if probabilities is None and models is not None:
-        probabilities = models.error_probabilities(run.texts)
     if models is None:
         run.sources["fense"] = "not computed" if probabilities is None else "parts given by the caller"
     else:
         run.sources["fense"] = ", ".join(f"{part} {name}" for part, name in models.names.items())
+        if similarities is None:
+            similarities = models.sentence_similarities(run.texts, run.reference_texts)
+        if probabilities is None:
+            probabilities = models.error_probabilities(run.texts)
     need = "needs the {} of each caption, or the model that gives it"
     found: dict[str, MetricScores | str] = {
-        "sbert_sim": need.format("sentence similarity") if similarities is None else mean_scores(similarities),
-        "fer": need.format("probability of a fluency error")
-        if probabilities is None
-        else mean_scores(probabilities > ERROR_THRESHOLD),
+        "sbert_sim": need.format("sentence similarity"),
+        "fer": need.format("probability of a fluency error"),
     }
+    if similarities is not None:
+        found["sbert_sim"] = mean_scores(similarities)
+    if probabilities is not None:
+        found["fer"] = mean_scores(probabilities > ERROR_THRESHOLD)
     found["fense"] = _combined(found.copy(), lambda similarity, _: penalize(similarity, probabilities))
     if "spider" in run.scores:
         parts = {"spider": run.scores["spider"], "fer": found["fer"]}

@@ -11,7 +11,6 @@ import tokenize
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from recap_hf.data.caption_tables import read_captions, read_rows
@@ -20,8 +19,6 @@ from .clips import ID_COLUMNS
 
 PREDICTION_COLUMNS = ("prediction", "predictions", "caption", "cands", "hypothesis", "generated")
 REFERENCE_COLUMNS = ("references", "captions", "mrefs", "caption_1")
-# Where a JSON object may hold its rows.
-_ROW_KEYS = ("rows", "predictions", "clips", "data")
 
 
 @dataclass
@@ -64,14 +61,12 @@ def read_predictions(
     retrieved: str | None = None,
     numbers: Sequence[str] = (),
 ) -> PredictionTable:
-    """Reads predictions and references from a CSV, TSV, JSON, JSONL or Parquet file.
+    """Reads predictions and references from a table.
 
-    JSON may be a list of objects, an object of lists (columns), or an object with one of them under `rows`,
-    `predictions`, `clips` or `data`. Several rows of one clip with the same prediction (one reference per row) become
-    one clip with several references.
+    Several rows of one clip with the same prediction (one reference per row) become one clip with several references.
 
     Args:
-        path: the file.
+        path: a file that [`recap_hf.data.caption_tables.read_rows`] reads.
         prediction: column of the captions to score; None, here and below: the usual names are looked for.
         references: one column of lists, or several columns of captions.
         clip_id: column of the clips' names.
@@ -82,7 +77,9 @@ def read_predictions(
         ValueError: if the file does not parse, a column is missing, a cell is malformed, or a clip has two
             predictions.
     """
-    rows = _table_rows(path)
+    rows = list(read_rows(path))
+    if not rows:
+        raise ValueError(f"{path} has no row")
     columns = list(rows[0])
     for name in (prediction, *(references or ()), clip_id, retrieved, *numbers):
         if name is not None and name not in columns:
@@ -115,30 +112,6 @@ def read_predictions(
         for name, values in table.numbers.items():
             values.append(_number(row[name], f"{where}, column {name!r}"))
     return _merge_rows(table, path, id_is_named) if clip_id else table
-
-
-def _table_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
-    rows: Any
-    if Path(path).suffix.lower() == ".json":
-        try:
-            rows = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-            if isinstance(rows, dict):
-                rows = next((rows[key] for key in _ROW_KEYS if _is_table(rows.get(key))), rows)
-            if isinstance(rows, dict) and all(isinstance(column, list) for column in rows.values()):
-                rows = [dict(zip(rows, cells, strict=True)) for cells in zip(*rows.values(), strict=True)]
-        except ValueError as error:
-            raise ValueError(f"{path} does not read as JSON: {error}") from error
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{path}: expected a list of objects or an object of lists")
-    else:
-        rows = list(read_rows(path))
-    if not rows:
-        raise ValueError(f"{path} has no row")
-    return rows
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _usual(columns: Sequence[str], names: Sequence[str], path: str | os.PathLike, what: str) -> str:

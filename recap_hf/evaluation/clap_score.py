@@ -40,10 +40,6 @@ class ClapScorer:
         waveform, rate = load_audio(source)
         return resample(to_mono(waveform), rate, self.feature_extractor.sampling_rate)
 
-    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """(num_texts, dimension) unit vectors."""
-        return self.encoder.embed_captions(list(texts), self.tokenizer)
-
     @torch.no_grad()
     def embed_audio(self, waveforms: Sequence[np.ndarray]) -> np.ndarray:
         """(num_clips, dimension) unit vectors: the mean over a clip's windows. Mono, at the extractor's rate."""
@@ -80,6 +76,7 @@ def clap_scores(
     audio = np.concatenate([scorer.embed_audio(batch) for _, batch in clips.batches(0, batch_size, scorer.read)])
     scores = {}
     for name, texts in captions.items():
-        cosines = (audio * scorer.embed_texts([text or " " for text in texts])).sum(axis=1)
+        embedded = scorer.encoder.embed_captions([text or " " for text in texts], scorer.tokenizer)
+        cosines = (audio * embedded).sum(axis=1)
         scores[name] = np.where([bool(text.strip()) for text in texts], cosines, 0.0).astype(np.float64)
     return scores

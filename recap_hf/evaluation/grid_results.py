@@ -251,14 +251,10 @@ class Setting:
         keys, resamples = self.keys(), self.results.config.resamples
         if MAIN not in keys:
             return
-        if self.test_set not in self.training_set:
-            for key in keys:
-                if (
-                    key[1] == MAIN_SYSTEM
-                    and key[0] not in (MAIN_ROW, LARGE_ROW)
-                    and not self.runs_of[key][0].model.method
-                ):
-                    yield self._better("an in-domain datastore beats an out-of-domain one", MAIN, key)
+        others = [key for key in keys if key[1] == MAIN_SYSTEM and not self.runs_of[key][0].model.method]
+        for key in others if self.test_set not in self.training_set else ():
+            if key not in (MAIN, LARGE_MAIN):
+                yield self._better("an in-domain datastore beats an out-of-domain one", MAIN, key)
         if LARGE_MAIN in keys:
             yield self._better("a large datastore improves on it", LARGE_MAIN, MAIN)
         for key, text in _CLAIMS.items():

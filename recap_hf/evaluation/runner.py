@@ -225,7 +225,8 @@ def score_folder(
     with nullcontext(tools) if tools else ScoringTools() as used:
         if not options.get("pretokenized"):
             # All at once: the tokenizer starts anew for every call with new texts.
-            used.tokenize([text for each in rows.values() for row in each for text in _texts(row)])
+            clips = [row for each in rows.values() for row in each]
+            used.tokenize([text for row in clips for text in (row["prediction"], *row["references"])])
         for name, clips in rows.items():
             scores[name] = score_captions(
                 [row["prediction"] for row in clips],
@@ -266,10 +267,6 @@ def score_folder(
     }
     write_json(folder.path / SCORES_FILE, content)
     return content
-
-
-def _texts(row: dict[str, Any]) -> list[str]:
-    return [row["prediction"], *row["references"]]
 
 
 def _leaked_references(rows: Sequence[dict[str, Any]]) -> list[str]:

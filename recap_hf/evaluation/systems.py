@@ -141,10 +141,9 @@ class Systems:
     ) -> list[CaptionResult]:
         nothing: list[list[dict[str, Any]]] = [[] for _ in clip_ids]
         if name == "first_retrieved":
-            first = [hits[0] if hits else {"caption": "", "score": 0.0} for hits in retrieved]
-            return [
-                CaptionResult(hit["caption"], hit["score"], hits) for hit, hits in zip(first, retrieved, strict=True)
-            ]
+            first = [(hits or [{"caption": "", "score": 0.0}])[0] for hits in retrieved]
+            pairs = zip(first, retrieved, strict=True)
+            return [CaptionResult(hit["caption"], hit["score"], hits) for hit, hits in pairs]
         if name == "random_captions":
             retrieved = [self._random_captions(clip_id) for clip_id in clip_ids]
         if name == "no_audio":

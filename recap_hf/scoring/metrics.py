@@ -67,10 +67,6 @@ class ScoringInput:
     sources: dict[str, str] = field(default_factory=dict)
 
 
-# From the input to scores by key; a text instead of scores is the reason why they cannot be computed.
-Compute = Callable[[ScoringInput], dict[str, "MetricScores | str"]]
-
-
 def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, MetricScores]:
     """BLEU-1 to BLEU-4 with the closest reference length (Papineni et al., 2002), as `pycocoevalcap` computes it."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
@@ -215,9 +211,14 @@ def _combined(parts: Mapping[str, MetricScores | str | None], function: Callable
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: how to compute it, and the labels of its scores in tables, by key."""
+    """A metric.
 
-    compute: Compute
+    Attributes:
+        compute: from the input to scores by key; a text instead of scores is the reason why they cannot be computed.
+        labels: of its scores in tables, by key.
+    """
+
+    compute: Callable[[ScoringInput], dict[str, MetricScores | str]]
     labels: dict[str, str]
 
 

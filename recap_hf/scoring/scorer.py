@@ -264,13 +264,9 @@ def _check(
             raise ValueError(f"the prediction of clip {number} is {prediction!r}; expected text")
         if not len(refs):
             raise ValueError(f"clip {number} has no reference caption")
-        wrong = [text for text in ([refs] if isinstance(refs, str) else refs) if not _is_caption(text)]
-        if wrong:
-            raise ValueError(f"a reference of clip {number} is {wrong[0]!r}; expected text")
-
-
-def _is_caption(text: Any) -> bool:
-    return isinstance(text, str) and bool(text.strip())
+        for text in [refs] if isinstance(refs, str) else refs:
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"a reference of clip {number} is {text!r}; expected text")
 
 
 def _column(values: Sequence[float], name: str, num_clips: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from recap_hf.data import CaptionData, join, load_captions
 from recap_hf.data.schema import Problem
 
 from .config import AudioTrainingConfig, TrainingConfig
-from .features import Encoder, FeatureStore, store_features
+from .features import FeatureStore, store_features
 
 logger = logging.getLogger(__name__)
 
@@ -135,9 +135,9 @@ def clips_of(data: CaptionData, keys: list[str | None] | None = None) -> list[Cl
 
 
 def load_encoded(
-    config: AudioTrainingConfig, encoder: Encoder, splits: dict[str, CaptionData]
+    config: AudioTrainingConfig, encoder: Any, splits: dict[str, CaptionData]
 ) -> tuple[dict[str, list[Clip]], FeatureStore, DataSummary]:
-    """Clips of every split with their audio encoded; what is in the cache is not computed again.
+    """Clips of every split with their audio encoded (see `store_features`); the cache is not computed again.
 
     Raises:
         ValueError: if no clip of a split can be encoded.

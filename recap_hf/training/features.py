@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,21 +31,6 @@ FORMAT_VERSION = 2
 CLIPS_PER_SHARD = 256
 # Seconds; a shorter recording is no clip.
 _SHORTEST = 0.01
-
-
-class Encoder(Protocol):
-    """Makes the stored arrays of a clip.
-
-    Args:
-        identity: all that they depend on, as plain data.
-        feature_extractor: knows the sampling rate.
-    """
-
-    identity: dict[str, Any]
-    feature_extractor: Any
-
-    def encode(self, waveforms: list[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        """Named arrays of each waveform, `(windows, ...)`."""
 
 
 class AudioTower:
@@ -190,7 +175,7 @@ class EncodedDataset:
 
 
 def store_features(
-    dataset: Any, encoder: Encoder, cache: str | Path, *, batch_size: int = 8, workers: int = 0
+    dataset: Any, encoder: Any, cache: str | Path, *, batch_size: int = 8, workers: int = 0
 ) -> EncodedDataset:
     """Features of every clip of a dataset; only what is not stored yet is computed.
 
@@ -198,7 +183,9 @@ def store_features(
 
     Args:
         dataset: has the columns `clip_id` and `audio`.
-        encoder: makes the features.
+        encoder: makes the features, as [`AudioTower`]: `identity` is all that they depend on, as plain data;
+            `feature_extractor` knows the sampling rate; `encode(waveforms)` gives named arrays `(windows, ...)` of
+            each.
         cache: folder of the feature stores.
         batch_size: recordings in a pass of the encoder.
         workers: processes that read, decode and resample recordings; 0: this one does.

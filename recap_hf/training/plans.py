@@ -85,11 +85,7 @@ def _cut(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
 
 def split_rows(rows: Sequence[Row], parts: int) -> list[list[Row]]:
     """A batch divided among processes and passes: consecutive rows, about equally many captions in each part."""
-    total = sum(len(row.captions) for row in rows)
-    result: list[list[Row]] = [[] for _ in range(parts)]
-    before = 0
-    for row in rows:
-        middle = before + len(row.captions) / 2
-        result[min(parts - 1, int(middle * parts / total))].append(row)
-        before += len(row.captions)
-    return result
+    captions = np.array([len(row.captions) for row in rows])
+    middles = np.cumsum(captions) - captions / 2
+    chosen = np.minimum(parts - 1, (middles * parts / captions.sum()).astype(int)).tolist()
+    return [[row for row, part in zip(rows, chosen, strict=True) if part == number] for number in range(parts)]

@@ -138,11 +138,17 @@ def load_clap(name: str) -> tuple[Any, PreTrainedTokenizerBase | None, Any]:
     if captioner is not None:
         model, processor = captioner
         return model.clap, processor.clap_tokenizer, processor.feature_extractor
-    clap = encoder_class(AutoConfig.from_pretrained(name)).from_pretrained(name, dtype="float32")
+    settings = AutoConfig.from_pretrained(name)
+    kind = encoder_class(settings)
     # A converted audio tower has no tokenizer.
     has_tokenizer = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
     tokenizer = AutoTokenizer.from_pretrained(name) if has_tokenizer else None
-    return clap, tokenizer, RecapFeatureExtractor.from_clap_pretrained(name)
+    try:
+        extractor = RecapFeatureExtractor.from_clap_pretrained(name)
+    except OSError:
+        logger.warning("No mel settings with %s: those of its class are used, 0 to 14 kHz for a ClapModel", name)
+        extractor = RecapFeatureExtractor(**kind.feature_settings(settings))
+    return kind.from_pretrained(name, dtype="float32"), tokenizer, extractor
 
 
 def with_new_text_tower(clap: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -182,7 +188,10 @@ def _load_captioner(name: str) -> tuple[Any, Any] | None:
 
     from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
 
-    name = str(default_model_path()) if name == "embedded" else name
+    if name == "embedded":
+        name = str(default_model_path())
+        if not Path(name).is_dir():
+            raise FileNotFoundError("this installation has no embedded model: name a checkpoint")
     if AutoConfig.from_pretrained(name).model_type != "recap":
         return None
     model = RecapForConditionalGeneration.from_pretrained(name, dtype="float32")
@@ -197,16 +206,18 @@ def new_captioner(config: CaptionerTrainingConfig) -> tuple[Any, Any]:
     Raises:
         OSError, ValueError: if a part cannot be loaded or does not fit.
     """
-    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
+    from recap_hf import RecapProcessor
 
     if config.clap:
-        model, processor = _from_bases(config)
+        clap, clap_tokenizer, extractor = load_clap(config.clap)
+        gpt2, tokenizer = load_gpt2(config.decoder)
+        model = _combine(clap, gpt2, config)
+        processor = RecapProcessor.from_config(model.config, tokenizer, clap_tokenizer, feature_extractor=extractor)
     else:
-        name = config.model or default_model_path()
-        if not config.model and not Path(name).is_dir():
-            raise FileNotFoundError("this installation has no embedded model: give --model, or --clap and --decoder")
-        model = RecapForConditionalGeneration.from_pretrained(name, dtype=torch.float32)
-        processor = RecapProcessor.from_pretrained(name)
+        captioner = _load_captioner(config.model or "embedded")
+        if captioner is None:
+            raise ValueError(f"--model {config.model} is no RECAP checkpoint: give its parts by --clap and --decoder")
+        model, processor = captioner
         keep = bool(config.model) if config.keep_cross_attention is None else config.keep_cross_attention
         if not keep or config.conditioning not in ("", model.config.conditioning):
             if config.keep_cross_attention:
@@ -220,20 +231,6 @@ def new_captioner(config: CaptionerTrainingConfig) -> tuple[Any, Any]:
         model.config.audio_position_embedding = None if wanted == "none" else wanted
     processor.num_retrieved_captions = config.num_retrieved
     return model.eval(), processor
-
-
-def _from_bases(config: CaptionerTrainingConfig) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
-    from recap_hf import RecapFeatureExtractor, RecapProcessor
-
-    model, extractor = _combine(config.clap, config.decoder, config), None
-    tokenizer, clap_tokenizer = (AutoTokenizer.from_pretrained(name) for name in (config.decoder, config.clap))
-    try:
-        extractor = RecapFeatureExtractor.from_clap_pretrained(config.clap)
-    except OSError:
-        logger.warning("No mel settings with %s: those of ClapFeatureExtractor, 0 to 14 kHz, are used", config.clap)
-    return model, RecapProcessor.from_config(model.config, tokenizer, clap_tokenizer, feature_extractor=extractor)
 
 
 def _combine(clap: Any, decoder: Any, config: CaptionerTrainingConfig, **settings: Any) -> Any:

@@ -120,9 +120,10 @@ def build_corpus(
         return opened
 
     datastores, examples = [open_store(name) for name in config.datastore if config.num_retrieved], {}
+    top = config.draw_from or config.num_retrieved
     for split, own in clips.items():
         queries = [Query(store.read(clip.key, "embeds"), clip.clip_id, tuple(clip.captions)) for clip in own]
-        tables = [find_neighbours(each, queries, config.num_searched, cache) for each in datastores]
+        tables = [find_neighbours(each, queries, top, cache) for each in datastores]
         examples[split] = config.examples(split, own, processor, tables, store, audio_dropout=config.audio_dropout)
     return examples, datastores[0] if datastores else None, summary
 

@@ -23,7 +23,7 @@ ORDER, DRAW = 10, 11
 
 class StoredAudio:
     """What is stored of a clip, `audio` `(windows, ..., ...)` fp16: its mel windows, or the outputs of a frozen audio
-    tower; see `features.Encoder`.
+    tower; see `features.store_features`.
 
     Args:
         feature_extractor: makes the windows.

@@ -146,7 +146,7 @@ def _nearest_captions(
             Query(own[None], clip.clip_id, tuple(clip.captions)) for own, (clip, _) in zip(embeds, texts, strict=True)
         ]
         cache = Path(config.output_dir) / "neighbours"
-        tables[split] = [find_neighbours(store, queries, config.num_searched, cache)]
+        tables[split] = [find_neighbours(store, queries, config.draw_from or config.num_retrieved, cache)]
     return tables
 
 

@@ -35,11 +35,6 @@ class PromptConfig(TrainingConfig):
         expected = f"0, or at least --num-retrieved ({self.num_retrieved})"
         require(not 0 < self.draw_from < self.num_retrieved, "draw_from", self.draw_from, expected)
 
-    @property
-    def num_searched(self) -> int:
-        """Captions that a prompt is drawn from."""
-        return self.draw_from or self.num_retrieved
-
     def examples(
         self, split: str, clips: list[Clip], processor: Any, tables: list[Neighbours], store: Any, **dropout: float
     ) -> PromptedCaptions:

@@ -179,6 +179,11 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
         return _scaled(1024, config)
 
     @staticmethod
+    def audio_tower_name(config: MobileNetClapConfig) -> str:
+        """The audio tower in words, for cards."""
+        return "MobileNet v1 audio tower"
+
+    @staticmethod
     def grid(config: MobileNetClapConfig) -> tuple[int, int]:
         """(F, T): one band of all frequencies, a time cell per patch (0.48 s)."""
         return 1, config.window_patches

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from recap_hf.modeling.configuration_recap import encoder_class
 from recap_hf.modeling.options_recap import PAPER_PROMPT, RETRIEVAL, CaptionOptions
 
 from .cards import DatastoreFacts, ModelDescription
@@ -93,10 +94,10 @@ def _read_json(folder: str | Path, name: str) -> dict[str, Any]:
 
 def encoder_text(config: RecapConfig) -> str:
     """The CLAP of a checkpoint, in words."""
-    audio, text = config.clap.audio_config, config.clap.text_config
-    fused = ", fused" if audio.enable_fusion else ""
+    text = config.clap.text_config
     return (
-        f"CLAP: HTSAT audio tower{fused} (hidden states of width {config.encoder_hidden_size}), text tower "
+        f"CLAP: {encoder_class(config.clap).audio_tower_name(config.clap)} (hidden states of width "
+        f"{config.encoder_hidden_size}), text tower "
         f"({text.num_hidden_layers} layers of width {text.hidden_size}), shared embeddings of "
         f"{config.clap.projection_dim} dimensions"
     )

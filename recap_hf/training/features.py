@@ -52,8 +52,9 @@ class AudioTower:
         windows = encoding.audio_embeds.shape[1]
         states = encoding.last_hidden_state.unflatten(1, (windows, -1)).half().cpu().numpy()
         embeds = encoding.audio_embeds.float().cpu().numpy()
-        for row, count in enumerate(inputs["input_features_mask"].sum(dim=1).tolist()):
-            yield {"states": states[row, :count], "embeds": embeds[row, :count]}
+        # Windows without sound are not encoded, wherever in the clip they are.
+        for row, held in enumerate(inputs["input_features_mask"].bool().cpu().numpy()):
+            yield {"states": states[row, held], "embeds": embeds[row, held]}
 
 
 def mel_windows(feature_extractor: Any, waveforms: list[np.ndarray], device: Any) -> Any:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.named_events --sounds DIR [--keywords FILE] [--fold 5] [--output FILE] [--k N ...]
 
-Beside the captioner: its first retrieved caption, the captioner without captions (k = 0), and the captioner without
-audio (hidden states and embeddings of zeros, after retrieval). Intervals: 95 %, bootstrap over clips.
+Beside the captioner: its first retrieved caption, the captioner without captions (k = 0), without audio (hidden states
+and embeddings of zeros, after retrieval), with the prompt of another clip, and with neither audio nor captions.
+Intervals: 95 %, bootstrap over clips. Of sequences that both events are named of: the share with the right order.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ import numpy as np
 from recap_cli.numbers import positive
 from recap_cli.options import add_captioner_arguments, load_captioner
 
-SYSTEMS = ("captioner", "first retrieved caption", "no captions (k=0)", "no audio")
+SYSTEMS = (
+    "captioner",
+    "first retrieved caption",
+    "no captions (k=0)",
+    "no audio",
+    "another clip's captions",
+    "no audio, another clip's captions",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         captions = caption_items(captioner, [item.waveform for item in items], args.batch_size)
         report[name] = evaluate(captions, [item.events for item in items], rules)
         print(f"\n{name}, {len(items)} clips\n\n{table(report[name])}", flush=True)
+        for system, (right, both, one, clips) in orders(captions, items, rules).items():
+            report.setdefault("order", {})[system] = {"right": right, "both": both, "one": one, "clips": clips}
+            print(f"{system}: both named in {both}, one at least in {one} of {clips}; order right in {right}")
         report[name]["clips"] = [
             {"name": item.name, "events": item.events, **{system: captions[system][row] for system in SYSTEMS}}
             for row, item in enumerate(items)
@@ -71,6 +82,7 @@ def caption_items(captioner: Any, waveforms: Sequence[np.ndarray], batch_size: i
         encoding = captioner.encode(batch)
         retrieved = captioner.retrieve(encoding)
         # Embeddings of zeros as well: reranking would choose by the audio.
+        others = retrieved[1:] + retrieved[:1]
         zeros = {name: torch.zeros_like(encoding[name]) for name in ("last_hidden_state", "audio_embeds")}
         silent = type(encoding)(**{**encoding, **zeros})
         results = (
@@ -78,6 +90,8 @@ def caption_items(captioner: Any, waveforms: Sequence[np.ndarray], batch_size: i
             None,
             captioner.generate(encoding, [[] for _ in batch]),
             captioner.generate(silent, retrieved),
+            captioner.generate(encoding, others),
+            captioner.generate(silent, others),
         )
         for system, found in zip(SYSTEMS, results, strict=True):
             if found is None:
@@ -98,6 +112,23 @@ def evaluate(captions: dict[str, list[str]], truths: Sequence[Sequence[str]], ru
         intervals = bootstrap_intervals(scores)
         report[system] = {name: [score.corpus, *intervals[name]] for name, score in scores.items()}
     return report
+
+
+def orders(captions: dict[str, list[str]], items: Sequence[Any], rules: Any) -> dict[str, tuple[str, ...]]:
+    """Of each system, for mixtures: (order right of sequences with both named, both named, one named, mixtures)."""
+    from benchmarks.naming import in_order
+
+    found = {}
+    for system, texts in captions.items():
+        pairs = [(text, item) for text, item in zip(texts, items, strict=True) if len(item.events) == 2]
+        named = [len(rules.named(text) & set(item.events)) for text, item in pairs]
+        right = [in_order(text, item.events, rules) for text, item in pairs if item.sequence]
+        right = [order for order in right if order is not None]
+        if pairs:
+            found[system] = (
+                f"{sum(right)} of {len(right)}", sum(n == 2 for n in named), sum(n > 0 for n in named), len(pairs)
+            )  # fmt: skip
+    return found
 
 
 def table(report: dict[str, Any]) -> str:

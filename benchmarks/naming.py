@@ -55,7 +55,8 @@ class NamingRules:
 
     @classmethod
     def read(cls, path: str | Path) -> NamingRules:
-        """Rules of a JSON file `{"events": {event: expression}, "foreign": expression}`.
+        """Rules of a JSON file `{"events": {event: expression}, "foreign": expression}`; without the last, no word
+        is foreign.
 
         Raises:
             ValueError: if the file is not of this form.
@@ -63,7 +64,8 @@ class NamingRules:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             events = {event: re.compile(text) for event, text in data["events"].items()}
-            return cls(events, re.compile(data["foreign"]))
+            # An expression that matches nothing.
+            return cls(events, re.compile(data.get("foreign", r"(?!)")))
         except (KeyError, AttributeError, TypeError, ValueError, re.error) as error:
             raise ValueError(
                 f'{path} holds no naming rules: expected {{"events": {{event: expression}}, "foreign": expression}}, '
@@ -84,6 +86,22 @@ class NamingRules:
         named, foreign = self.named(caption), self.foreign_words(caption)
         wrong = len(named - truth) + len(foreign)
         return len(named & truth), wrong, len(truth - named), named == truth and not foreign
+
+
+def in_order(caption: str, events: Sequence[str], rules: NamingRules) -> bool | None:
+    """Whether a caption names two events in this order; None if it does not name both.
+
+    "B after A" and "after A, B" say the order of A and B by that word.
+    """
+    text = caption.lower()
+    found = [rules.events[event].search(text) for event in events]
+    if not all(found):
+        return None
+    first, second = (match.start() for match in found)
+    after = re.search(r"\bafter\b", text)
+    if after is None or after.start() < min(first, second):
+        return first < second
+    return second < first
 
 
 def _any_of(words: Sequence[str]) -> re.Pattern[str]:

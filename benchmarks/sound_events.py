@@ -1,6 +1,7 @@
 """Recordings of single sound events, and fixed mixtures of two of them.
 
-A folder of sounds has a `metadata.csv` with the columns file_name, event, fold and source.
+A folder of sounds has a `metadata.csv` with the columns file_name, event (or label), fold and source; rows without a
+label or a fold are not used.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ def read_metadata(sounds: str | Path) -> list[dict[str, str]]:
         raise FileNotFoundError(f"{path} does not exist: name a folder of recordings with a metadata.csv")
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    if rows and "event" not in rows[0] and "label" in rows[0]:
+        rows = [{**row, "event": row["label"]} for row in rows]
     if not rows or not set(rows[0]) >= _COLUMNS:
         raise ValueError(f"{path} must have the columns {', '.join(sorted(_COLUMNS))}")
-    return rows
+    return [row for row in rows if row["event"] and row["fold"]]
 
 
 def load_mono(path: str | Path) -> np.ndarray:
@@ -70,12 +73,12 @@ def mixture_list(sounds: str | Path, fold: int, count: int = 300) -> list[dict]:
     Returns:
         `list[dict]`: `files`, `events` (two each), `kind` ("overlap" or "sequence") and `gain_db` of the second.
     """
-    by_event: dict[str, list[str]] = {event: [] for event in EVENTS}
+    by_event: dict[str, list[str]] = {}
     for row in read_metadata(sounds):
         if int(row["fold"]) == fold:
-            by_event[row["event"]].append(row["file_name"])
+            by_event.setdefault(row["event"], []).append(row["file_name"])
     rng = np.random.default_rng([2024, fold])
-    events = [event for event in EVENTS if by_event[event]]
+    events = sorted(by_event, key=EVENTS.index if set(by_event) <= set(EVENTS) else None)
     result = []
     for index in range(count):
         pair = rng.choice(len(events), size=2, replace=False)

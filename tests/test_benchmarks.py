@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from benchmarks import captioning, named_events
-from benchmarks.naming import NamingRules, naming_scores
+from benchmarks.naming import NamingRules, in_order, naming_scores
 from benchmarks.sound_events import mixture_hash, mixture_list, mixtures
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 from recap_hf.scoring.bootstrap import bootstrap_intervals
@@ -64,6 +64,20 @@ def test_naming_figures_by_hand(shared_dir):
         naming_scores(["a zebra"], [("zebra",)], rules)
 
 
+def test_the_order_of_two_events(shared_dir):
+    rules = NamingRules.read(shared_dir / "data" / "keywords.json")
+    captions = {
+        "A dog barks, then rain falls": True,
+        "Rain falls after a dog barks": True,
+        "After a dog barks, rain falls": True,
+        "Rain falls, followed by a dog barking": False,
+        "After rain falls, a dog barks": False,
+        "Rain falls": None,
+    }
+    for caption, expected in captions.items():
+        assert in_order(caption, ("dog_bark", "rain"), rules) is expected, caption
+
+
 def test_rules_of_another_form_are_refused(tmp_path):
     (tmp_path / "rules.json").write_text('{"events": {"rain": "("}, "foreign": ""}', encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape("holds no naming rules: expected")):
@@ -91,7 +105,10 @@ def test_named_events(model, tmp_path, capsys):
     options += ["--sounds", str(tmp_path), "--model", model, "--output", str(output)]
     assert named_events.main(options) == 0
     report = json.loads(output.read_text(encoding="utf-8"))
+    order = report.pop("order")
     assert set(report) == {"single sounds", "mixtures"}
+    assert set(order) == set(named_events.SYSTEMS)
+    assert all(figures["both"] <= figures["one"] <= figures["clips"] == 2 for figures in order.values())
     for part in report.values():
         clips = part.pop("clips")
         assert set(part) == set(named_events.SYSTEMS)

@@ -86,7 +86,7 @@ def test_captions_of_a_corpus_that_fit():
     dog = dict.fromkeys(("Dog", "Bark", "Bow-wow", "Canidae, dogs, wolves"), 1.0)
     [found] = corpus.fitting([dog], 5, [[0]])
     assert len(found) == 5
-    assert all(text.startswith(("A dog barks", "A dog")) and "cat" not in text for text in found)
+    assert all(text.startswith("A dog") for text in found)
     assert corpus.fitting([dog], 5, [[0]]) == [found]
 
 

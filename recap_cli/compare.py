@@ -9,7 +9,7 @@ from recap_cli.files import check_output
 from recap_cli.score import (
     add_table_arguments,
     given_columns,
-    load_table,
+    load_rows,
     print_remarks,
     scoring_options,
     scoring_tools,
@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from recap_hf.scoring import compare_tables
 
     check_output(args.output, args.first, args.second, args.clip_list, args.training_captions)
-    first, _ = load_table(args, args.first)
-    second, clip_list_name = load_table(args, args.second)
+    first, _, notes = load_rows(args, args.first)
+    second, clip_list_name, further = load_rows(args, args.second)
     with scoring_tools(args) as tools:
         result = compare_tables(
             first,
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             f"{key:10} {row['first']:8.4f} {row['second']:8.4f} {row['difference']:+9.4f}  "
             f"[{row['low']:+.4f}, {row['high']:+.4f}]{verdict}"
         )
-    print_remarks(result["skipped"], list(dict.fromkeys(first.notes + second.notes + result["notes"])))
+    print_remarks(result["skipped"], list(dict.fromkeys(notes + further + result["notes"])))
     print(
         f"{result['num_clips']} clips in both (list {result['clip_list_sha256'][:12]}), {result['only_in_first']} "
         f"only in A, {result['only_in_second']} only in B; {args.resamples} resamples",

@@ -64,23 +64,20 @@ def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Scores the file, prints the corpus scores and writes the JSON."""
     from recap_hf.evaluation.tables import format_score
-    from recap_hf.scoring import score_captions
+    from recap_hf.scoring import score_rows
 
     check_output(args.output, args.file, args.clip_list, args.training_captions)
-    table, clip_list_name = load_table(args, args.file)
+    rows, clip_list_name, notes = load_rows(args, args.file)
     with scoring_tools(args) as tools:
-        result = score_captions(
-            table.predictions,
-            table.references,
-            clip_ids=table.clip_ids,
+        result = score_rows(
+            rows,
+            given_columns(args),
             clip_list_name=clip_list_name,
-            retrieved=table.retrieved,
-            given={name: table.numbers[column] for name, column in given_columns(args).items()},
             pretokenized=args.pretokenized,
             tools=tools,
             **scoring_options(args),
         )
-    result.notes[:0] = table.notes
+    result.notes[:0] = notes
     for key, value in result.corpus.items():
         print(f"{key:10} {format_score(value)}")
     for key, value in result.statistics.items():
@@ -95,11 +92,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_table(args: argparse.Namespace, path: str) -> tuple[Any, str | None]:
-    """The predictions of one file, restricted to `--clip-list`, and the name of that list."""
+def load_rows(args: argparse.Namespace, path: str) -> tuple[list[dict[str, Any]], str | None, list[str]]:
+    """The predictions of one file, restricted to `--clip-list`, the name of that list, and remarks."""
     from recap_hf.scoring import read_predictions, select_listed
 
-    table = read_predictions(
+    rows = read_predictions(
         path,
         prediction=args.prediction_column,
         references=args.references_column,
@@ -108,13 +105,11 @@ def load_table(args: argparse.Namespace, path: str) -> tuple[Any, str | None]:
         numbers=list(given_columns(args).values()),
     )
     if not args.clip_list:
-        return table, None
-    if table.clip_ids is None:
+        return rows, None, []
+    if "clip_id" not in rows[0]:
         raise ValueError(f"{path} has no column of clip names to compare with --clip-list; name it (--id-column)")
-    positions, notes = select_listed(table.clip_ids, args.clip_list, path, args.youtube_ids)
-    table = table.select(positions)
-    table.notes += notes
-    return table, Path(args.clip_list).stem
+    positions, notes = select_listed([row["clip_id"] for row in rows], args.clip_list, path, args.youtube_ids)
+    return [rows[position] for position in positions], Path(args.clip_list).stem, notes
 
 
 def given_columns(args: argparse.Namespace) -> dict[str, str]:

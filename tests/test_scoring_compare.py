@@ -10,7 +10,6 @@ import pytest
 from recap_cli import main
 from recap_hf.scoring import bootstrap_intervals, compare_tables, paired_bootstrap, score_captions
 from recap_hf.scoring.metrics import METRIC_LABELS, METRICS, Metric, MetricScores, mean_scores
-from recap_hf.scoring.tables import PredictionTable
 
 pytest.importorskip("pycocoevalcap", reason='needs pycocoevalcap: pip install "recap-hf[eval]"')
 
@@ -77,11 +76,14 @@ def test_wrong_bootstraps_are_refused():
     assert isinstance(one["x"], MetricScores)
 
 
+def table(predictions, references, clip_ids=None):
+    rows = [{"prediction": text, "references": refs} for text, refs in zip(predictions, references, strict=True)]
+    return [row | {"clip_id": name} for row, name in zip(rows, clip_ids, strict=True)] if clip_ids else rows
+
+
 def test_systems_are_compared_on_their_intersection():
-    first = PredictionTable(
-        ["a dog", "rain falls", "wind"], [["a dog"], ["rain falls"], ["x"]], ["a.wav", "b.wav", "c.wav"]
-    )
-    second = PredictionTable(["rain", "a dog"], [["rain falls"], ["the dog"]], ["x/b.flac", "a.flac"])
+    first = table(["a dog", "rain falls", "wind"], [["a dog"], ["rain falls"], ["x"]], ["a.wav", "b.wav", "c.wav"])
+    second = table(["rain", "a dog"], [["rain falls"], ["the dog"]], ["x/b.flac", "a.flac"])
     result = compare_tables(first, second, metrics=("rouge_l",), pretokenized=True, resamples=200)
     assert (result["num_clips"], result["only_in_first"], result["only_in_second"]) == (2, 1, 0)
     assert result["metrics"]["rouge_l"]["first"] == pytest.approx(1)
@@ -91,11 +93,11 @@ def test_systems_are_compared_on_their_intersection():
 
 
 def test_files_without_names_need_equal_references():
-    first = PredictionTable(["a", "b"], [["a"], ["b"]])
-    other = PredictionTable(["a", "b"], [["a"], ["c"]])
+    first = table(["a", "b"], [["a"], ["b"]])
+    other = table(["a", "b"], [["a"], ["c"]])
     with pytest.raises(ValueError, match="name the column of clip names"):
         compare_tables(first, other, metrics=("bleu",), pretokenized=True)
-    same = PredictionTable(["a", "x"], [["a"], ["b"]])
+    same = table(["a", "x"], [["a"], ["b"]])
     result = compare_tables(first, same, metrics=("bleu",), pretokenized=True)
     assert result["metrics"]["bleu_1"]["difference"] < 0
 

@@ -178,8 +178,9 @@ class Grid:
         is_large = composition == (LARGE,)
         names = self.config.domains if is_large else composition
         if by_audio:
-            clips = [row for name in names for row in self._training_table(name, needs_audio=True)]
-            clips = [{key: value for key, value in row.items() if key != "split"} for row in clips]
+            kept = ["clip_id", "audio", "captions", "source", "licence"]
+            tables = [self._training_table(name, needs_audio=True).select_columns(kept) for name in names]
+            clips = [row for table in tables for row in table]
             return datastore_from_clips(clips, captioner.model, captioner.processor)
         records = [record for name in names for record in self.training_captions(name)]
         for path in self.config.large.get("files", []) if is_large else ():

@@ -7,8 +7,8 @@ from pathlib import Path
 from .bootstrap import Difference, bootstrap_intervals, paired_bootstrap
 from .clips import clip_list_hash, match_clips, read_clip_list, select_listed
 from .metrics import METRIC_LABELS, METRICS, check_metrics
-from .scorer import CaptionScores, compare_tables, score_captions
-from .tables import PredictionTable, read_predictions, read_training_captions
+from .scorer import CaptionScores, compare_tables, score_captions, score_rows
+from .tables import read_predictions, read_training_captions
 from .tools import FenseModels, ScoringTools, find_java
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "CaptionScores",
     "Difference",
     "FenseModels",
-    "PredictionTable",
     "ScoringTools",
     "bootstrap_intervals",
     "check_metrics",
@@ -31,6 +30,7 @@ __all__ = [
     "read_predictions",
     "read_training_captions",
     "score_captions",
+    "score_rows",
     "select_listed",
 ]
 

@@ -19,10 +19,10 @@ from .bootstrap import paired_bootstrap
 from .clips import clip_list_hash, match_clips, sha256_of_lines
 from .metrics import METRICS, PARTS, MetricScores, ScoringInput, check_metrics, mean_scores
 from .statistics import caption_statistics, copying, novelty
-from .tables import PredictionTable
 from .tools import TOKENIZER_NAME, ScoringTools, require_pycocoevalcap, squeeze
 
 FORMAT_VERSION = 1
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass
@@ -166,40 +166,53 @@ def _compute(run: ScoringInput, wanted: Sequence[str]) -> dict[str, str]:
     return skipped
 
 
-def _intersect(
-    first: PredictionTable, second: PredictionTable, youtube: bool = False
-) -> tuple[PredictionTable, PredictionTable, list[str]]:
-    """Both tables on the clips that both have, in the order of the first, with the first one's references.
+def score_rows(rows: Rows, given: Mapping[str, str] | None = None, **options: Any) -> CaptionScores:
+    """[`score_captions`] of the rows of [`read_predictions`].
+
+    Args:
+        rows: one per clip.
+        given: name of a value that `score_captions` takes -> column of numbers in the rows.
+        **options: of `score_captions`.
+    """
+    columns = {key: [row[key] for row in rows] if key in rows[0] else None for key in ("clip_id", "retrieved")}
+    values = {name: [row[column] for row in rows] for name, column in (given or {}).items()}
+    texts, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
+    options |= {"clip_ids": columns["clip_id"], "retrieved": columns["retrieved"], "given": values}
+    return score_captions(texts, references, **options)
+
+
+def _intersect(first: Rows, second: Rows, youtube: bool) -> tuple[Rows, Rows, list[str]]:
+    """Rows of the clips that both have, in the order of the first, with the first one's names and references.
 
     Returns:
-        The two tables, and a note if references differed.
+        Both, and a note if references differed.
 
     Raises:
-        ValueError: if no clip is in both, a table names one twice, or one has no names and the references differ.
+        ValueError: if no clip is in both, one is named twice, or one side has no names and the references differ.
     """
-    if first.clip_ids is None or second.clip_ids is None:
-        if first.references != second.references:
+    if "clip_id" not in first[0] or "clip_id" not in second[0]:
+        if [row["references"] for row in first] != [row["references"] for row in second]:
             raise ValueError(
                 "a file without clip names can only be compared with one of the same references in the same order; "
                 "name the column of clip names (--id-column)"
             )
         return first, second, []
-    pairs = match_clips(first.clip_ids, second.clip_ids, youtube)
+    names = [[row["clip_id"] for row in rows] for rows in (first, second)]
+    pairs = [(first[one], second[two]) for one, two in match_clips(*names, youtube)]
     if not pairs:
         raise ValueError(
-            f"the two files share no clip (the first has names like {first.clip_ids[0]!r}, the second like "
-            f"{second.clip_ids[0]!r}); for AudioSet clips, try --youtube-ids"
+            f"the two files share no clip (the first has names like {names[0][0]!r}, the second like "
+            f"{names[1][0]!r}); for AudioSet clips, try --youtube-ids"
         )
-    one, two = (table.select([pair[n] for pair in pairs]) for n, table in enumerate((first, second)))
-    differing = sum(sorted(a) != sorted(b) for a, b in zip(one.references, two.references, strict=True))
-    two.references = one.references
-    note = f"the references of {differing} of {len(one)} clips differ between the files; the first file's serve both"
-    return one, two, [note] if differing else []
+    differing = sum(sorted(one["references"]) != sorted(two["references"]) for one, two in pairs)
+    note = f"the references of {differing} of {len(pairs)} clips differ between the files; the first file's serve both"
+    others = [{**two, "clip_id": one["clip_id"], "references": one["references"]} for one, two in pairs]
+    return [one for one, _ in pairs], others, [note] if differing else []
 
 
 def compare_tables(
-    first: PredictionTable,
-    second: PredictionTable,
+    first: Rows,
+    second: Rows,
     *,
     youtube: bool = False,
     resamples: int = 10_000,
@@ -211,11 +224,10 @@ def compare_tables(
     """Scores two systems on the clips that both have and bootstraps the differences.
 
     Args:
-        first, second: predictions with references.
+        first, second: rows of [`read_predictions`].
         youtube: compare YouTube ids alone.
         resamples, confidence, seed: of `paired_bootstrap`.
-        given: name of a value that [`score_captions`] takes -> column of numbers in both tables.
-        **options: of `score_captions`, for both.
+        given, **options: of `score_rows`, for both.
 
     Returns:
         `metrics` (by name the scores `first` and `second`, their `difference` with the interval `low` to `high`, and
@@ -226,12 +238,7 @@ def compare_tables(
         ValueError: if the systems share no clip.
     """
     one, two, notes = _intersect(first, second, youtube)
-    scores = []
-    for table in (one, two):
-        values = {name: table.numbers[column] for name, column in (given or {}).items()}
-        scores.append(
-            score_captions(table.predictions, table.references, clip_ids=one.clip_ids, given=values, **options)
-        )
+    scores = [score_rows(rows, given, **options) for rows in (one, two)]
     draws = {"resamples": resamples, "confidence": confidence, "seed": seed}
     differences = paired_bootstrap(scores[0].metrics, scores[1].metrics, **draws)
     return {

@@ -10,7 +10,6 @@ import os
 import tokenize
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from recap_hf.data.caption_tables import read_captions, read_rows
@@ -21,37 +20,6 @@ PREDICTION_COLUMNS = ("prediction", "predictions", "caption", "cands", "hypothes
 REFERENCE_COLUMNS = ("references", "captions", "mrefs", "caption_1")
 
 
-@dataclass
-class PredictionTable:
-    """Predictions with their references, read from a file.
-
-    Attributes:
-        predictions: one caption per clip.
-        references: the references of each clip.
-        clip_ids: names of the clips; None if the file has none.
-        retrieved: the captions in each clip's prompt; None if the file has none.
-        numbers: further columns of numbers, by name.
-        notes: remarks for readers of the figures.
-    """
-
-    predictions: list[str]
-    references: list[list[str]]
-    clip_ids: list[str] | None = None
-    retrieved: list[list[str]] | None = None
-    numbers: dict[str, list[float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.predictions)
-
-    def select(self, positions: Sequence[int]) -> PredictionTable:
-        """The table of the clips at `positions`, in that order."""
-        columns = (self.predictions, self.references, self.clip_ids, self.retrieved)
-        picked = [column and [column[position] for position in positions] for column in columns]
-        numbers = {name: [values[position] for position in positions] for name, values in self.numbers.items()}
-        return PredictionTable(*picked, numbers, list(self.notes))
-
-
 def read_predictions(
     path: str | os.PathLike,
     *,
@@ -60,7 +28,7 @@ def read_predictions(
     clip_id: str | None = None,
     retrieved: str | None = None,
     numbers: Sequence[str] = (),
-) -> PredictionTable:
+) -> list[dict[str, Any]]:
     """Reads predictions and references from a table.
 
     Several rows of one clip with the same prediction (one reference per row) become one clip with several references.
@@ -72,6 +40,10 @@ def read_predictions(
         clip_id: column of the clips' names.
         retrieved: column of the captions in the prompt.
         numbers: further columns of numbers to read.
+
+    Returns:
+        One dictionary per clip: `prediction`, `references` (a list), the columns of numbers under their names, and if
+        the file has them `clip_id` and `retrieved` (a list of captions).
 
     Raises:
         ValueError: if the file does not parse, a column is missing, a cell is malformed, or a clip has two
@@ -94,24 +66,23 @@ def read_predictions(
     retrieved = retrieved or ("retrieved" if "retrieved" in columns else None)
     needed = [name for name in (prediction, *references, clip_id, retrieved, *numbers) if name is not None]
 
-    table = PredictionTable([], [], clip_id and [], retrieved and [], {name: [] for name in numbers})
+    clips = []
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
         absent = [name for name in needed if name not in row]
         if absent:
             raise ValueError(f"{where} has no {absent[0]!r}")
-        table.predictions.append(_text(row[prediction] or "", f"{where}, column {prediction!r}"))
         cells = [parse_references(row[name] or "", f"{where}, column {name!r}") for name in references]
-        table.references.append([text for cell in cells for text in cell if text.strip()])
-        if not table.references[-1]:
+        texts = [text for cell in cells for text in cell if text.strip()]
+        if not texts:
             raise ValueError(f"{where} has no reference caption in {', '.join(map(repr, references))}")
+        clip = {"prediction": _text(row[prediction] or "", f"{where}, column {prediction!r}"), "references": texts}
         if clip_id:
-            table.clip_ids.append(str(row[clip_id]))
+            clip["clip_id"] = str(row[clip_id])
         if retrieved:
-            table.retrieved.append(parse_references(row[retrieved] or "", f"{where}, column {retrieved!r}"))
-        for name, values in table.numbers.items():
-            values.append(_number(row[name], f"{where}, column {name!r}"))
-    return _merge_rows(table, path, id_is_named) if clip_id else table
+            clip["retrieved"] = parse_references(row[retrieved] or "", f"{where}, column {retrieved!r}")
+        clips.append(clip | {name: _number(row[name], f"{where}, column {name!r}") for name in numbers})
+    return _merge_rows(clips, path, id_is_named) if clip_id else clips
 
 
 def _usual(columns: Sequence[str], names: Sequence[str], path: str | os.PathLike, what: str) -> str:
@@ -121,22 +92,20 @@ def _usual(columns: Sequence[str], names: Sequence[str], path: str | os.PathLike
     return found
 
 
-def _merge_rows(table: PredictionTable, path: str | os.PathLike, id_is_named: bool) -> PredictionTable:
+def _merge_rows(rows: list[dict[str, Any]], path: str | os.PathLike, id_is_named: bool) -> list[dict[str, Any]]:
     """One row per clip, with the references of all its rows."""
-    rows_of: dict[str, list[int]] = defaultdict(list)
-    for row, clip_id in enumerate(table.clip_ids):
-        rows_of[clip_id].append(row)
-    for clip_id, rows in rows_of.items():
-        if len({table.predictions[row] for row in rows}) > 1:
+    rows_of: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        rows_of[row["clip_id"]].append(row)
+    for clip_id, each in rows_of.items():
+        if len({row["prediction"] for row in each}) > 1:
             if not id_is_named:
                 # The column merely looked like one of names.
-                table.clip_ids = None
-                return table
-            numbers = ", ".join(str(row + 1) for row in rows)
-            raise ValueError(f"{path}: the clip {clip_id!r} has different predictions in the rows {numbers}")
-    merged = table.select([rows[0] for rows in rows_of.values()])
-    merged.references = [[text for row in rows for text in table.references[row]] for rows in rows_of.values()]
-    return merged
+                return [{key: value for key, value in row.items() if key != "clip_id"} for row in rows]
+            raise ValueError(f"{path}: the clip {clip_id!r} has different predictions in its {len(each)} rows")
+    return [
+        {**each[0], "references": [text for row in each for text in row["references"]]} for each in rows_of.values()
+    ]
 
 
 def parse_references(cell: Any, where: str) -> list[str]:

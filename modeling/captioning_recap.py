@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
-from .generation_recap import RecapEncoderOutput
+from .generation_recap import RecapEncoderOutput, until_end
 from .index_recap import from_package
 from .modeling_recap import RecapForConditionalGeneration
 from .options_recap import NO_RERANKING, RERANKING, CaptionOptions
@@ -46,9 +46,8 @@ class CaptionResult:
         score (`float`): exponential of the mean log-probability of its tokens, 0 to 1.
         retrieved (`list[dict]`): `{"caption", "score", ...}` of each caption in the prompt, most similar first.
         similarity (`float`, *optional*): cosine of caption and recording in CLAP's space, where it was reranked.
-        candidates (`list[dict]`, *optional*): where the caller asked for candidates, reranking or several sequences:
-            `{"caption", "score"}` of the different captions to choose from, best first, with `"similarity"` where they
-            were reranked.
+        candidates (`list[dict]`, *optional*): `{"caption", "score"}` of the different captions to choose from, best
+            first, where the caller asked for candidates, reranking (with `"similarity"`) or several sequences.
         token_ids (`list[int]`): of the caption, as the decoder generated it.
     """
 
@@ -61,14 +60,11 @@ class CaptionResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, without the token ids, as plain data."""
-        names = ("caption", "score", "retrieved", "similarity", "candidates")
-        values = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None and name != "token_ids"}
 
 
 class Captioner:
-    """Captions recordings. Model, processor and arguments stay as they are; two captioners on one model do not change
-    each other.
+    """Captions recordings. Model, processor and arguments are not changed.
 
     Args:
         model ([`RecapForConditionalGeneration`]): on any device, in any mode: it captions in evaluation mode.
@@ -176,13 +172,8 @@ class Captioner:
     def encode(self, waveforms: Sequence[np.ndarray]) -> RecapEncoderOutput:
         """Hidden states and query embeddings of waveforms at `sampling_rate`."""
         with evaluation_mode(self.model), torch.no_grad():
-            inputs = self.processor(
-                audio=list(waveforms),
-                sampling_rate=self.sampling_rate,
-                return_tensors="pt",
-                device=self.model.device,
-            )
-            return self.model.encode_audio(**inputs)
+            options = {"sampling_rate": self.sampling_rate, "return_tensors": "pt", "device": self.model.device}
+            return self.model.encode_audio(**self.processor(audio=list(waveforms), **options))
 
     def retrieve(self, encoding: RecapEncoderOutput) -> list[list[dict[str, Any]]]:
         """The captions nearest to each recording, `{"caption", "score", ...}`, most similar first."""
@@ -215,8 +206,8 @@ class Captioner:
     def caption(self, waveforms: Sequence[np.ndarray], batch_size: int | None = None) -> list[CaptionResult]:
         """Captions of waveforms at `sampling_rate`.
 
-        A recording that holds nothing above the smallest step of 16-bit audio is captioned "silence" without asking
-        the model. `batch_size`: see `generate`.
+        A recording with nothing above the smallest step of 16-bit audio is captioned "silence" without the model.
+        `batch_size`: see `generate`.
         """
         results = [CaptionResult(SILENCE_CAPTION, 1.0, []) for _ in waveforms]
         rows = [row for row, waveform in enumerate(waveforms) if not is_silent(waveform)]
@@ -276,8 +267,8 @@ class Captioner:
             # Of equally good captions the first, more probable one is chosen.
             order = list(own) if values is None else sorted(own, key=lambda one: (-values[one], one))
             best = order[0]
-            result = CaptionResult(captions[best], scores[best], [_as_hit(hit) for hit in hits])
-            result.token_ids = targets[best].tolist()
+            hits = [{"caption": hit} if isinstance(hit, str) else hit for hit in hits]
+            result = CaptionResult(captions[best], scores[best], hits, token_ids=targets[best].tolist())
             if count > 1 and asked:
                 result.candidates = _candidates(order, captions, scores, similarities)
             if similarities is not None:
@@ -331,16 +322,14 @@ class Captioner:
 
 @dataclass(frozen=True)
 class _Reranking:
-    """The captions that are reranked, and by what. `weight`: of the cosine beside the search's own score; `None`: the
-    cosine alone decides."""
+    """The number of captions that are reranked, and the weight of the cosine; `None`: the cosine alone decides."""
 
     candidates: int | None
     weight: float | None
 
     @classmethod
     def of(cls, options: CaptionOptions, config: GenerationConfig) -> _Reranking | None:
-        """What the options say, else the `GenerationConfig`; `None` where nothing is reranked, as by default with
-        samples: the one that was drawn is the caption."""
+        """What the options say, else the `GenerationConfig`; `None`: nothing is reranked (default of samples)."""
         rerank, candidates, weight = (
             getattr(config, name, None) if getattr(options, name) is None else getattr(options, name)
             for name in CaptionOptions.names(RERANKING)
@@ -376,8 +365,7 @@ class _Reranking:
         `length ** length_penalty`."""
         if self.weight is None or np.isinf(self.weight):
             return similarities
-        ends = (targets == eos_token_id).int()
-        lengths = (ends.cumsum(dim=1) - ends == 0).sum(dim=1).cpu().numpy()
+        lengths = until_end(targets, eos_token_id).sum(dim=1).cpu().numpy()
         penalty = 1.0 if config.length_penalty is None else config.length_penalty
         with np.errstate(divide="ignore"):
             searched = np.log(np.asarray(scores)) * lengths ** (1.0 - penalty)
@@ -412,10 +400,6 @@ def _candidates(
             entry["similarity"] = round(float(similarities[row]), 6)
         seen.setdefault(captions[row], entry)
     return list(seen.values())
-
-
-def _as_hit(hit: dict[str, Any] | str) -> dict[str, Any]:
-    return {"caption": hit} if isinstance(hit, str) else hit
 
 
 def _decoding_batches(

@@ -22,24 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import cached_files, extract_commit_hash
 
 from .index_recap import from_package, open_index
-
-try:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-except ImportError:
-    # It is always there, since transformers needs it. In `try`, since transformers checks the other imports of remote
-    # code, which are to be none but torch, numpy and itself.
-    snapshot_download = None
 
 FORMAT_VERSION = 3
 MANIFEST_NAME = "datastore.json"
@@ -152,11 +137,7 @@ class CaptionRecords(Sequence):
 
 
 def normalize_text(text: str) -> str:
-    """A caption without case, punctuation and repeated white space, for comparison.
-
-    >>> normalize_text("A dog barks, twice.") == normalize_text("a  dog barks twice")
-    True
-    """
+    """A caption without case, punctuation and repeated white space, for comparison ("a dog barks")."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join("".join(char if char.isalnum() else " " for char in folded).split())
 
@@ -165,8 +146,6 @@ def normalize_clip_id(clip_id: Any) -> str:
     """A clip id without folder, audio suffix, AudioSet's Y, case and punctuation, for comparison.
 
     >>> normalize_clip_id("development/Santa Motor.wav") == normalize_clip_id("Santa_Motor")
-    True
-    >>> normalize_clip_id("Y7fmOlUlwoNg.wav") == normalize_clip_id("7fmOlUlwoNg")
     True
     """
     name = str(clip_id).replace("\\", "/").rpartition("/")[2]
@@ -341,14 +320,14 @@ def copy_files(source: Path, target: Path) -> None:
 def fetch_datastore(
     repo_id: str, *, repo_type: str | None = None, revision: str | None = None, subfolder: str = "", **kwargs: Any
 ) -> Path:
-    """Downloads a datastore into the cache of huggingface_hub and returns its local folder.
+    """Downloads a datastore into the Hub's cache and returns its local folder.
 
     Args:
         repo_id: id of a dataset repository that is a datastore, or of a model repository that contains one.
         repo_type: "dataset" or "model"; None tries both, in this order.
         revision: branch, tag or commit id; default: main.
         subfolder: the folder inside; default: the root of a dataset, "datastore" of a model.
-        kwargs: `token`, `cache_dir`, `local_files_only` and other arguments of `huggingface_hub.snapshot_download`.
+        kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `transformers.utils.cached_file`.
 
     Raises:
         `OSError`: it cannot be downloaded; the message names repository, revision and what to do.
@@ -358,43 +337,40 @@ def fetch_datastore(
             f"{repo_id}: a file, not the folder of a datastore. Make one of its captions: recap datastore build."
         )
     kinds = (repo_type,) if repo_type else ("dataset", "model")
-    repository = f"{' or '.join(kinds)} repository {repo_id!r}"
-    where = f"cannot load a datastore from the {repository}, revision {revision or 'main'!r}"
     for kind in kinds:
-        inside = subfolder or ("datastore" if kind == "model" else "")
-        patterns = [f"{inside}/*"] if inside else None
-        options = {"repo_type": kind, "revision": revision, "allow_patterns": patterns, **kwargs}
+        options = {"subfolder": subfolder or ("datastore" if kind == "model" else ""), "repo_type": kind, **kwargs}
         try:
-            # The Parquet files are for the viewer; the datastore does not read them.
-            return Path(snapshot_download(repo_id, ignore_patterns=["data/*"], **options), inside)
-        except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-            if kind != kinds[-1] and not isinstance(error, GatedRepoError):
-                continue
-            remedy = "Check the spelling; for a private or gated repository run `hf auth login`."
-            if isinstance(error, LocalEntryNotFoundError):
-                remedy = "It is not in the local cache: check the connection and HF_HUB_OFFLINE."
-            raise OSError(f"{where}: not found. {remedy}") from error
-        except RevisionNotFoundError as error:
-            raise OSError(f"{where}: no such revision. Give a branch, a tag or a full commit id.") from error
-        except HFValidationError as error:
-            raise OSError(f"{where}: neither a folder nor a valid repository id. {error}") from error
-        except (HfHubHTTPError, HTTPError) as error:
-            raise OSError(f"{where}: {str(error).splitlines()[0]}") from error
+            [manifest] = cached_files(repo_id, [MANIFEST_NAME], revision=revision, **options)
+            names = _parsed(Path(manifest)).get("files")
+            if names:
+                # Of the same commit, even if the branch has moved.
+                cached_files(repo_id, list(names), revision=extract_commit_hash(manifest, None), **options)
+            return Path(manifest).parent
+        except OSError as error:
+            if kind == kinds[-1]:
+                place = f"{' or '.join(kinds)} repository {repo_id!r}, revision {revision or 'main'!r}"
+                reason = " ".join(str(error).split())
+                raise OSError(f"cannot load a datastore from the {place}: {reason}") from error
     raise AssertionError("unreachable: the last kind returns or raises")
 
 
 def read_reference(path: Path) -> dict[str, str] | None:
     """Repository and revision of the datastore that a manifest only refers to, or `None` if it describes its own."""
-    try:
-        reference = json.loads(path.read_text(encoding="utf-8")).get("reference")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        # No description of a datastore at all: `open_files` says so.
-        return None
+    reference = _parsed(path).get("reference")
     if reference is None:
         return None
     if not isinstance(reference, dict) or not {"repo_id", "revision"} <= reference.keys():
         raise ValueError(f"{path}: a reference must name 'repo_id' and 'revision', got {reference!r:.200}.")
     return {name: str(reference[name]) for name in ("repo_id", "revision")}
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """The contents of a manifest, unchecked; empty for what is none: `open_files` says what is wrong with it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 __all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "fetch_datastore", "open_files", "read_reference"]

@@ -58,20 +58,18 @@ def states_mask(states: torch.Tensor) -> torch.LongTensor:
 
 
 def position_ids_of(attention_mask: torch.Tensor) -> torch.LongTensor:
-    """Positions of the tokens that a mask leaves, counted from 0; padding gets 0.
-
-    >>> position_ids_of(torch.tensor([[0, 0, 1, 1, 1]]))
-    tensor([[0, 0, 0, 1, 2]])
-    """
+    """Positions of the tokens that a mask leaves, counted from 0; padding gets 0: `[0, 1, 1]` gives `[0, 0, 1]`."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def one_cache(cache: Any, past_key_values: Any) -> Any:
-    """The cache, under whichever of its two names it was given.
+def until_end(tokens: torch.LongTensor, eos_token_id: int) -> torch.BoolTensor:
+    """Which tokens of each row come before its first end token or are that one."""
+    ends = (tokens == eos_token_id).int()
+    return ends.cumsum(dim=1) - ends == 0
 
-    Raises:
-        `ValueError`: under both, of which one would have to be ignored.
-    """
+
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache, under whichever of its two names it was given; a `ValueError` if it was given under both."""
     if cache is not None and past_key_values is not None:
         raise ValueError("Give either `cache` or `past_key_values`: two names of one argument, and both are set.")
     return past_key_values if cache is None else cache
@@ -149,11 +147,7 @@ class RecapGenerationMixin(GenerationMixin):
     def encoding_of(
         self, input_features: Any, input_features_mask: Any, encoder_outputs: Any = None
     ) -> RecapEncoderOutput:
-        """`encoder_outputs`, or what `encode_audio` gives for the features where there are none.
-
-        Raises:
-            `ValueError`: if both are missing.
-        """
+        """`encoder_outputs`, or what `encode_audio` gives for the features; a `ValueError` if both are missing."""
         if encoder_outputs is not None:
             is_output = isinstance(encoder_outputs, ModelOutput)
             return encoder_outputs if is_output else RecapEncoderOutput(*encoder_outputs)
@@ -164,8 +158,8 @@ class RecapGenerationMixin(GenerationMixin):
     def _prepare_decoder_input_ids_for_generation(
         self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        # The stock hook would put a start token before prompts, and for one batch but not for another: whether it
-        # does depends on the padding. The prompt is complete, only its positions have to follow its mask.
+        # The stock method puts a start token before some prompts: whether it does depends on the padding. The prompt
+        # is complete, only its positions have to follow its mask.
         input_ids = model_kwargs.pop("decoder_input_ids")
         if model_kwargs.get("decoder_attention_mask") is None:
             model_kwargs["decoder_attention_mask"] = torch.ones_like(input_ids)
@@ -198,8 +192,7 @@ class RecapGenerationMixin(GenerationMixin):
         targets = sequences[:, start:]
         if not targets.shape[1]:
             return [0.0] * len(sequences)
-        ends = (targets == self.config.eos_token_id).int()
-        counted = ends.cumsum(dim=1) - ends == 0
+        counted = until_end(targets, self.config.eos_token_id)
         logits = self(
             encoder_outputs=encoder_outputs.rows(rows),
             decoder_input_ids=sequences,
@@ -217,11 +210,7 @@ _REFUSED = ("cache_implementation", "assistant_model", "prompt_lookup_num_tokens
 
 
 def _check_prefix(generation_config: GenerationConfig, kwargs: dict[str, Any]) -> None:
-    """Refuses ways of generating that count on a cache without a prefix.
-
-    Raises:
-        `ValueError`: naming the parameter.
-    """
+    """A `ValueError` for ways of generating that rely on a cache without a prefix."""
     for name in _REFUSED:
         value = kwargs.get(name, getattr(generation_config, name, None))
         if value is not None and value != "dynamic":
@@ -265,4 +254,12 @@ def _take_penalties(
     return given
 
 
-__all__ = ["CACHE", "RecapEncoderOutput", "RecapGenerationMixin", "one_cache", "position_ids_of", "states_mask"]
+__all__ = [
+    "CACHE",
+    "RecapEncoderOutput",
+    "RecapGenerationMixin",
+    "one_cache",
+    "position_ids_of",
+    "states_mask",
+    "until_end",
+]

@@ -36,11 +36,7 @@ _RESCORED_SHARE, _RESCORED_AT_LEAST = 8, 32
 
 
 def from_package(name: str, what: str) -> Any:
-    """The module `recap_hf.{name}`, which remote code alone does not have.
-
-    Raises:
-        `ImportError`: where the package is not installed: `what` needs it.
-    """
+    """The module `recap_hf.{name}`; an `ImportError`, that `what` needs it, where only remote code is there."""
     try:
         return importlib.import_module(f"recap_hf.{name}")
     except ModuleNotFoundError as error:
@@ -248,13 +244,8 @@ def _by_similarity(hit: Hit) -> tuple[float, int]:
 
 
 def merge_round_robin(found: Sequence[Sequence[Hit]], k: int, text_of: Callable[[int], str]) -> list[Hit]:
-    """Merges the windows' results: all first ones, then all second ones, until there are k texts.
-
-    Args:
-        found: for each window its hits (row, cosine), most similar first.
-        k: hits to give.
-        text_of: the text of a row; no text comes twice.
-    """
+    """Merges the hits of several windows, each most similar first: all first ones, then all second ones, until there
+    are `k` of different texts. `text_of` gives the text of a row."""
     if len(found) == 1:
         return list(found[0])
     merged: dict[str, Hit] = {}
@@ -277,11 +268,8 @@ def choose_diverse(hits: Sequence[Hit], embeddings: Any, k: int, diversity: floa
     Args:
         hits: (row, cosine), most similar first; the first is always chosen.
         embeddings: unit vectors of all rows.
-        k: how many.
+        k: hits to choose; they are returned most similar first.
         diversity: 0 gives the first k, 1 looks at nothing but the distance from each other.
-
-    Returns:
-        Those chosen, most similar first.
     """
     if len(hits) <= k or not diversity:
         return list(hits[:k])

@@ -26,11 +26,8 @@ from .index_recap import from_package
 
 
 class RecapCrossAttention(GPT2Attention):
-    """GPT-2's cross-attention at a reduced width, reading an encoder of any width.
-
-    The heads stay as many as the decoder's and become narrower. At factor 1 with an encoder as wide as the decoder
-    it is the stock layer, parameter by parameter.
-    """
+    """GPT-2's cross-attention at a reduced width, over an encoder of any width. Its heads are narrower than the
+    decoder's; at factor 1 with an encoder as wide as the decoder it is the stock layer."""
 
     def __init__(self, config: RecapConfig, layer_idx: int) -> None:
         decoder = config.decoder
@@ -98,14 +95,11 @@ class PrefixMapper(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The prefix of each clip.
+        """The prefix of each clip, of shape `(batch_size, prefix_length, n_embd)`.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, n, d)`): of the audio tower, windows joined.
             attention_mask (`torch.Tensor` of shape `(batch_size, n)`, *optional*): 1 for what the clip has.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, prefix_length, n_embd)`.
         """
         states = self.states_norm(self.project(hidden_states.to(self.project.weight.dtype)))
         prefix = self.places.weight.expand(len(states), -1, -1)
@@ -126,14 +120,8 @@ class PrefixMapper(nn.Module):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
     ) -> dict[str, Any]:
-        """What the language model is called with: the prefix first, then padding and prompt, whose positions follow.
-
-        Args:
-            decoder (`GPT2LMHeadModel`): has the embeddings of the tokens.
-            prefix (`torch.Tensor` of shape `(batch_size, prefix_length, n_embd)`, *optional*): `None` where the
-                decoder's cache has it already.
-            input_ids or inputs_embeds, attention_mask, position_ids: of the tokens alone.
-        """
+        """What the language model is called with: the prefix, then padding and prompt, whose positions follow. The
+        other arguments are of the tokens alone. `prefix` is `None` where the decoder's cache has it already."""
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
                 "A captioner with a prefix takes a mask of shape (batch_size, length), got one of shape "
@@ -153,21 +141,14 @@ class PrefixMapper(nn.Module):
         tokens = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         return {**tokens, "attention_mask": attention_mask, "position_ids": position_ids}
 
-    def logits_to_keep(self, wanted: int | torch.Tensor, length: int) -> int | torch.Tensor:
-        """`logits_to_keep` of a pass over prefix and tokens, `length` places: a prefix predicts nothing."""
-        if isinstance(wanted, torch.Tensor):
-            return wanted + self.length
-        tokens = length - self.length
-        return min(wanted, tokens) if wanted else tokens
-
 
 class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
     """Audio captioning by retrieval: a GPT-2 continues a prompt of retrieved captions, conditioned on audio.
 
-    `clap` is a whole `ClapModel`: its audio tower gives the hidden states that the cross-attention reads and the
-    query of the retrieval, its text tower embeds the captions of a datastore. `decoder` is a `GPT2LMHeadModel` whose
-    blocks have a [`RecapCrossAttention`]; with `conditioning="prefix"` they have none, and `prefix_mapper` makes
-    embeddings that stand before the prompt. Ghosh et al., "RECAP: Retrieval-Augmented Audio Captioning", ICASSP 2024.
+    The audio tower of `clap` gives hidden states for the cross-attention and the query of the retrieval, its text
+    tower embeds the captions of a datastore. `decoder` is a `GPT2LMHeadModel` whose blocks have a
+    [`RecapCrossAttention`]; with `conditioning="prefix"` they have none, and `prefix_mapper` makes embeddings that
+    precede the prompt. Ghosh et al., "RECAP: Retrieval-Augmented Audio Captioning", ICASSP 2024.
 
     An attention implementation given as a plain string (`attn_implementation="sdpa"`) is the decoder's: CLAP has
     eager attention only.
@@ -453,9 +434,12 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
             if cache is None or cache.get_seq_length() == 0:
                 prefix = self.prefix_mapper(states, attention_mask)
             decoder_inputs = self.prefix_mapper.decoder_inputs(self.decoder, prefix, *tokens)
-            if prefix is not None:
-                length = decoder_inputs["inputs_embeds"].shape[1]
-                logits_to_keep = self.prefix_mapper.logits_to_keep(logits_to_keep, length)
+            if prefix is not None and isinstance(logits_to_keep, torch.Tensor):
+                logits_to_keep = logits_to_keep + prefix.shape[1]
+            elif prefix is not None:
+                # A prefix predicts nothing.
+                tokens = decoder_inputs["inputs_embeds"].shape[1] - prefix.shape[1]
+                logits_to_keep = min(logits_to_keep or tokens, tokens)
         output = self.decoder(
             **decoder_inputs,
             **{CACHE: cache},

@@ -24,14 +24,8 @@ _FINAL_PUNCTUATION = " .!?,;:"
 
 
 def _option(group: str, kind: type, text: str, **limits: Any) -> Any:
-    """A field whose default, None, leaves the choice to the checkpoint.
-
-    Args:
-        group: `RETRIEVAL`, `DECODING` or `RERANKING`.
-        kind: `int`, `float`, `bool` or `str`.
-        text: the help of its flag.
-        limits: `minimum`, `maximum` (both allowed values), `above` (not allowed itself) or `choices`.
-    """
+    """A field of a group, whose default, None, leaves the choice to the checkpoint. `text` is the help of its flag;
+    `limits`: `minimum` and `maximum` (both allowed values), `above` (not allowed itself) or `choices`."""
     return field(default=None, metadata={"group": group, "kind": kind, "help": text, **limits})
 
 
@@ -40,18 +34,9 @@ class CaptionOptions:
     """Options of retrieval, decoding and reranking. `None`, the default of each, leaves the choice to the checkpoint:
     retrieval to its processor, decoding and reranking to its `generation_config.json`.
 
-    Args:
-        k (`int`, *optional*): number of captions in the prompt.
-        retrieval_diversity (`float`, *optional*): 0 takes the nearest captions, above 0 up to 1 captions that differ
-            from each other (maximal marginal relevance).
-        retrieval_score_threshold (`float`, *optional*): leaves out captions with a lower cosine to the recording.
-        num_beams, max_new_tokens (`int`, *optional*), length_penalty (`float`, *optional*), do_sample (`bool`,
-            *optional*), temperature, top_p (`float`, *optional*): as in `transformers.GenerationConfig`.
-        rerank (`str`, *optional*): `"clap"` returns the candidate whose CLAP text embedding is nearest to the
-            recording, `"none"` the one that the search ranks first.
-        candidates (`int`, *optional*): captions to rerank; default: the number of beams.
-        rerank_weight (`float`, *optional*): weight of the CLAP cosine beside the score of the search; infinite: the
-            cosine alone decides.
+    Each field states its meaning and range. The options of decoding are those of `transformers.GenerationConfig`,
+    `retrieval_diversity` is that of maximal marginal relevance, and `rerank="clap"` returns the candidate whose CLAP
+    text embedding is nearest to the recording.
 
     Raises:
         `ValueError`: for a value outside its range; the message names the option and the range.
@@ -91,16 +76,7 @@ class CaptionOptions:
 
     @classmethod
     def check(cls, option: str, value: Any, name: str | None = None) -> Any:
-        """The value as the type of an option.
-
-        Args:
-            option: name of the field.
-            value: to be checked.
-            name: that the caller has for it; default: that of the option.
-
-        Raises:
-            `ValueError`: if it is outside the option's range.
-        """
+        """The value in the type of an option; a `ValueError`, which calls it `name`, if it is outside the range."""
         return _checked(name or option, value, cls.__dataclass_fields__[option].metadata)
 
     @classmethod
@@ -132,15 +108,6 @@ class CaptionOptions:
     def merged_with(self, other: CaptionOptions) -> CaptionOptions:
         """These options, with those that `other` sets in their place."""
         return CaptionOptions(**{**self.to_dict(), **other.to_dict()})
-
-    @classmethod
-    def from_args(cls, args: Any) -> CaptionOptions:
-        """The options among parsed arguments.
-
-        Raises:
-            `ValueError`: for options that contradict each other.
-        """
-        return cls(**{name: getattr(args, name, None) for name in cls.names()})
 
 
 def _checked(name: str, value: Any, limits: Mapping[str, Any]) -> Any:
@@ -262,22 +229,10 @@ PAPER_PROMPT = PromptTemplate(
 )
 """Section 3.1 of the paper, to the letter."""
 
-OFFICIAL_PROMPT = PromptTemplate(
-    template="Similar audios sound like\n\n{captions}\n\nThis audio sounds like ",
-    separator="\n\n",
-    without_captions="This audio sounds like ",
-    target_prefix="",
-)
-"""The authors' code (Sreyan88/RECAP, commit 832ad8a), which goes with pad token `!` and end token `.`."""
-
-PROMPT_PRESETS = {"paper": PAPER_PROMPT, "official": OFFICIAL_PROMPT}
-
 __all__ = [
     "DECODING",
     "NO_RERANKING",
-    "OFFICIAL_PROMPT",
     "PAPER_PROMPT",
-    "PROMPT_PRESETS",
     "RERANKERS",
     "RERANKING",
     "RETRIEVAL",

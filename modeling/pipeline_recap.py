@@ -21,7 +21,6 @@ from .options_recap import RETRIEVAL, CaptionOptions
 # Arguments of `generate` that are no settings of a GenerationConfig.
 _GENERATE_ARGUMENTS = frozenset(("generation_config", "logits_processor", "stopping_criteria"))
 _GENERATION_KEYS = frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_")) | _GENERATE_ARGUMENTS
-_ON_ERROR = ("raise", "skip")
 
 
 class AudioCaptioningPipeline(Pipeline):
@@ -68,10 +67,7 @@ class AudioCaptioningPipeline(Pipeline):
     def __init__(self, *args: Any, datastore: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.processor is None:
-            raise ValueError(
-                "The audio-captioning pipeline needs a `processor`: give one, or a `model` as a folder or Hub id that "
-                "has one."
-            )
+            raise ValueError("Give a `processor`, or a `model` as a folder or Hub id that has one.")
         self.captioner = Captioner(self.model, self.processor, datastore)
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -80,8 +76,7 @@ class AudioCaptioningPipeline(Pipeline):
         if isinstance(inputs, tuple):
             inputs = list(inputs)
         elif not isinstance(inputs, (*known, list, Dataset)) and hasattr(inputs, "__len__"):
-            # A dataset or a column of `datasets`, a Series: neither a list nor one of torch's, which the base class
-            # knows.
+            # A dataset or a column of `datasets`, a Series: the base class knows lists and torch's datasets.
             inputs = iter(inputs)
         if kwargs.get("return_timestamps", self._forward_params.get("return_timestamps")) and "batch_size" in kwargs:
             kwargs["segment_batch_size"] = kwargs.pop("batch_size")
@@ -94,20 +89,17 @@ class AudioCaptioningPipeline(Pipeline):
         on_error: str | None = None,
         **kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess_params: dict[str, Any] = {}
-        forward_params: dict[str, Any] = {}
-        if return_timestamps is not None:
-            if not isinstance(return_timestamps, bool):
-                raise ValueError(f"`return_timestamps` must be True or False, got {return_timestamps!r}.")
-            preprocess_params["return_timestamps"] = forward_params["return_timestamps"] = return_timestamps
-        if on_error is not None:
-            if on_error not in _ON_ERROR:
-                raise ValueError(f"`on_error` must be one of {', '.join(_ON_ERROR)}, got {on_error!r}.")
-            preprocess_params["on_error"] = on_error
-        for name in ("timeline", "segment_batch_size", "decoding_batch_size"):
-            if kwargs.get(name) is not None:
-                forward_params[name] = kwargs[name]
-            kwargs.pop(name, None)
+        if return_timestamps not in (None, True, False):
+            raise ValueError(f"`return_timestamps` must be True or False, got {return_timestamps!r}.")
+        if on_error not in (None, "raise", "skip"):
+            raise ValueError(f"`on_error` must be 'raise' or 'skip', got {on_error!r}.")
+        preprocess_params = {"return_timestamps": return_timestamps, "on_error": on_error}
+        names = ("timeline", "segment_batch_size", "decoding_batch_size")
+        forward_params = {"return_timestamps": return_timestamps, **{name: kwargs.pop(name, None) for name in names}}
+        preprocess_params, forward_params = (
+            {name: value for name, value in params.items() if value is not None}
+            for params in (preprocess_params, forward_params)
+        )
         given = {**(generate_kwargs or {}), **kwargs}
         options = {name: given.pop(name) for name in CaptionOptions.names() if name in given}
         unknown = [key for key in given if key not in _GENERATION_KEYS]

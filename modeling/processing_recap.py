@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
@@ -111,8 +112,8 @@ class RecapProcessor(ProcessorMixin):
                 max_length_s=int(length) if length % 1 == 0 else length,
             )
         longest = config.decoder.n_positions - config.prefix_places - DEFAULT_MAX_CAPTION_TOKENS - 1
-        settings = {"max_prompt_tokens": longest, **settings}
-        return cls(feature_extractor, tokenizer, clap_tokenizer, datastore=datastore, **settings)
+        settings = {"max_prompt_tokens": longest, "datastore": datastore, **settings}
+        return cls(feature_extractor, tokenizer, clap_tokenizer, **settings)
 
     @property
     def prompt(self) -> PromptTemplate:
@@ -137,8 +138,8 @@ class RecapProcessor(ProcessorMixin):
     def datastore(self, datastore: CaptionDatastore | None) -> None:
         if datastore is not None and not (hasattr(datastore, "search") and hasattr(datastore, "check_encoder")):
             raise TypeError(
-                f"`datastore` must be a CaptionDatastore, got {type(datastore).__name__}. Build one with "
-                "CaptionDatastore.from_captions or load one with CaptionDatastore.from_pretrained."
+                f"`datastore` must be a CaptionDatastore, got {type(datastore).__name__}: load one with "
+                "CaptionDatastore.from_pretrained, or build one with CaptionDatastore.from_captions."
             )
         self._datastore = datastore
 
@@ -303,22 +304,18 @@ class RecapProcessor(ProcessorMixin):
     def _pad(
         self, sequences: Sequence[Sequence[int]], device: Any, left: bool
     ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        length = max(len(sequence) for sequence in sequences)
-        ids = torch.full((len(sequences), length), self.tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            place = slice(length - len(sequence), length) if left else slice(0, len(sequence))
-            ids[row, place] = torch.tensor(sequence, dtype=torch.long)
-            mask[row, place] = 1
+        side = "left" if left else "right"
+        rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id, padding_side=side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
         return ids.to(device), mask.to(device)
 
     # ----------------------------------------------------------- captions out
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any) -> list[str]:
         """Captions out of generated sequences, without the prompts that they begin with."""
-        kwargs.setdefault("clean_up_tokenization_spaces", False)
-        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
-        return [self.prompt.strip(text) for text in texts]
+        options = {"clean_up_tokenization_spaces": False, "skip_special_tokens": skip_special_tokens, **kwargs}
+        return [self.prompt.strip(text) for text in self.tokenizer.batch_decode(sequences, **options)]
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:
         """The caption of one sequence, without the prompt."""
@@ -331,34 +328,28 @@ class RecapProcessor(ProcessorMixin):
 
         Args:
             model ([`RecapForConditionalGeneration`]): the model.
-            check_datastore (`bool`, *optional*, defaults to `True`): compare the encoder of the datastore, too, which
-                costs a pass of the text tower.
+            check_datastore (`bool`, *optional*, defaults to `True`): check the encoder of the datastore, too, in a
+                pass of the text tower.
 
         Raises:
-            `ValueError`: if the tokenizer knows more tokens than the decoder, the prompt leaves no room for a
-                caption, the windows differ, or the datastore comes from another encoder.
+            `ValueError`: if tokenizer, windows, prompt length or datastore do not fit; the message names both values.
         """
         config, size, end = model.config, len(self.tokenizer), self.tokenizer.eos_token_id
-        if size > config.decoder.vocab_size:
-            raise ValueError(
-                f"The tokenizer has {size} tokens, the decoder's vocabulary {config.decoder.vocab_size}: they do not "
-                "belong together."
-            )
-        if end != config.eos_token_id:
-            raise ValueError(
-                f"The tokenizer's end token has the id {end}, the model's configuration says {config.eos_token_id}."
-            )
-        length = self.feature_extractor.max_length_s
-        if length != config.window_length_s:
-            raise ValueError(
-                f"The feature extractor's windows have {length} s, the model's {config.window_length_s} s."
-            )
-        if self.max_prompt_tokens + config.prefix_places >= config.decoder.n_positions:
-            prefix = f" (prefix: {config.prefix_places})" if config.prefix_places else ""
-            raise ValueError(
-                f"`max_prompt_tokens` is {self.max_prompt_tokens}, but the decoder has {config.decoder.n_positions} "
-                f"positions for prompt and caption together{prefix}."
-            )
+        vocabulary, positions, prefix = config.decoder.vocab_size, config.decoder.n_positions, config.prefix_places
+        length, prompt = self.feature_extractor.max_length_s, self.max_prompt_tokens
+        problem = None
+        if size > vocabulary:
+            problem = f"The tokenizer has {size} tokens, the decoder's vocabulary {vocabulary}"
+        elif end != config.eos_token_id:
+            problem = f"The tokenizer's end token has the id {end}, the model's {config.eos_token_id}"
+        elif length != config.window_length_s:
+            problem = f"The feature extractor's windows have {length} s, the model's {config.window_length_s} s"
+        elif prompt + prefix >= positions:
+            room = f"{positions} positions for prompt and caption together"
+            room += f" (prefix: {prefix})" if prefix else ""
+            problem = f"`max_prompt_tokens` is {prompt}, but the decoder has {room}"
+        if problem:
+            raise ValueError(f"{problem}: processor and model do not belong together.")
         if check_datastore and self.datastore is not None:
             self.datastore.check_encoder(model.embed_fingerprint(self))
 
@@ -404,7 +395,7 @@ class RecapProcessor(ProcessorMixin):
 
 
 def _find_datastore(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> CaptionDatastore | None:
-    """The datastore inside a checkpoint, or `None`: a processor without one is complete too."""
+    """The datastore inside a checkpoint, or `None`."""
     names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
     hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
     subfolder = os.path.join(kwargs.get("subfolder", ""), DATASTORE_FOLDER)

@@ -110,8 +110,7 @@ class CaptionDatastore:
         """Embeds captions with the text tower of `model`.
 
         Args:
-            captions (`Sequence[str | Mapping]`): texts, or mappings with a `caption` and, where known, `clip_id`,
-                `source`, `licence` and other values.
+            captions (`Sequence[str | Mapping]`): see `records` of this class.
             model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): the encoder and its tokenizer.
             batch_size (`int`, *optional*, defaults to 64): captions per forward pass.
         """
@@ -418,17 +417,17 @@ class CaptionDatastore:
             name_or_path (`str` or path): a folder with a `datastore.json`, a Hub id, or a collection of Milvus:
                 `milvus:captions.db#captions`, `milvus://host:19530#captions`.
             subfolder (`str`, *optional*): the folder inside.
-            repo_type (`str`, *optional*): kind of Hub repository, `"dataset"` or `"model"` for the datastore inside
-                a checkpoint. By default the first that there is.
+            repo_type (`str`, *optional*): `"dataset"`, or `"model"` for the datastore inside a checkpoint on the Hub;
+                default: the first that exists.
             verify (`bool`, *optional*, defaults to `True`): compare the files with their checksums.
-            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and what else `snapshot_download` takes.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, as in transformers.
 
         A datastore may be a reference to another repository at a fixed revision, as `recap push --datastore-repo`
         leaves it in a checkpoint: it is followed.
 
         Raises:
             `OSError`: if there is no datastore. `ValueError`: if it is damaged, tampered with or of a newer format.
-            `ImportError`: for a collection of Milvus where `recap_hf` is not installed.
+            `ImportError`: for a collection of Milvus, or a format below 3, where `recap_hf` is not installed.
         """
         if str(name_or_path).startswith("milvus:"):
             milvus = from_package("datastore.milvus", f"{name_or_path}: a datastore in Milvus")

@@ -1,16 +1,14 @@
 """Datastores keyed by audio: captions that are found by the recordings that they describe.
 
-The system closest to RECAP, Koizumi et al., "Audio Captioning using Pre-Trained Large-Scale Language Model Guided by
-Audio-based Similar Caption Retrieval", 2020 (the paper's [7]), prompts with captions of similar audio where RECAP
-looks for similar text. A datastore keyed by audio is that retrieval on CLAP: the row of a caption holds the embedding
-of its clip.
+Koizumi et al., "Audio Captioning using Pre-Trained Large-Scale Language Model Guided by Audio-based Similar Caption
+Retrieval", 2020 (the paper's [7]), prompt with captions of similar audio. A datastore keyed by audio is that retrieval
+on CLAP: the row of a caption holds the embedding of its clip.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
 from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
-from .building import WORK_NAME, BuildOptions, check_output, publish_build
+from .building import BuildOptions, build_folder, chunk_path, publish_build, saved
 from .filters import CaptionFilter, FilterOptions
 from .sources import SourceOptions, clip_records
 
@@ -56,7 +54,7 @@ def encode_recordings(recordings: Sequence[Any], model: Any, processor: Any) -> 
     waveforms = []
     for recording in recordings:
         waveform, own_rate = recording if isinstance(recording, tuple) else load_audio(recording)
-        waveforms.append(resample(to_mono(np.asarray(waveform)), own_rate, rate))
+        waveforms.append(resample(to_mono(waveform), own_rate, rate))
     inputs = processor(audio=waveforms, sampling_rate=rate, return_tensors="pt")
     with torch.inference_mode():
         return model.encode_audio(**inputs.to(model.device)).audio_embeds.float().cpu().numpy()
@@ -120,36 +118,38 @@ def build_audio_datastore(
         FileExistsError: see [`build_datastore`]. FileNotFoundError: a clip has no recording. ValueError: a source has
             no recordings, or no caption is left.
     """
-    folder, options = Path(output), options or BuildOptions()
-    check_output(folder, options, embedder.fingerprint.shape[1])
-    clips, records, report = _read(sources, source_options or SourceOptions(), filter_options, embedder, options)
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = _embed(clips, embedder, batch_size, folder / WORK_NAME, options)
-    readable = [(record, clip) for record, clip in records if clip in keys]
-    report["unreadable_clips"] = [clip["clip_id"] for number, clip in enumerate(clips) if number not in keys]
-    if not readable:
-        raise ValueError(
-            f"None of the {len(clips)} recordings could be read, the first: {report['unreadable_clips'][0]}"
-        )
-    embeddings = np.stack([keys[clip] for _, clip in readable])
-    return publish_build(
-        folder, [record for record, _ in readable], embeddings, embedder.fingerprint, report, options, AUDIO_KEYS
-    )
+    folder, options, fingerprint = Path(output), options or BuildOptions(), embedder.fingerprint
+    caption_filter = CaptionFilter(filter_options or FilterOptions(), embedder.count_tokens)
+    with build_folder(folder, options, fingerprint.shape[1]) as work:
+        clips = list(_clips(sources, source_options or SourceOptions(), caption_filter, options.progress))
+        report = caption_filter.report()
+        if not clips:
+            raise ValueError(f"No caption is left of {report['read']} read: {report['dropped']}")
+        keys = []
+        for start in range(0, len(clips), _CLIPS_AT_ONCE):
+            chunk = [clip for clip, _ in clips[start : start + _CLIPS_AT_ONCE]]
+            names = repr([(clip["clip_id"], (clip["audio"] or {}).get("path")) for clip in chunk])
+            path = chunk_path(work, fingerprint, names.encode())
+            keys.append(saved(path, partial(_embed, chunk, embedder, batch_size, options.progress)))
+            options.progress(f"Embedded {start + len(chunk)} of {len(clips)} recordings")
+        keys = np.concatenate(keys)
+        # The key of a clip that cannot be read is zero.
+        readable = keys.any(axis=1)
+        unreadable = [clip["clip_id"] for (clip, _), fine in zip(clips, readable, strict=True) if not fine]
+        if len(unreadable) == len(clips):
+            raise ValueError(f"None of the {len(clips)} recordings could be read, the first: {unreadable[0]}")
+        found = [(record, key) for (_, own), key in zip(clips, keys, strict=True) for record in own if key.any()]
+        records, report["unreadable_clips"] = [record for record, _ in found], unreadable
+        blocks = (key[None] for _, key in found)
+        return publish_build(folder, records, blocks, fingerprint, report, options, AUDIO_KEYS)
 
 
-def _read(
-    sources: Sequence[str],
-    source_options: SourceOptions,
-    filter_options: FilterOptions | None,
-    embedder: Any,
-    options: BuildOptions,
-) -> tuple[list[dict[str, Any]], list[tuple[dict[str, Any], int]], dict[str, Any]]:
-    """Clips with audio, records of their captions with the clip's number, and the report of the filter."""
+def _clips(
+    sources: Sequence[str], options: SourceOptions, caption_filter: CaptionFilter, progress: Callable[[str], None]
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Clips with audio, each with the records of its captions; those without a caption that stays are left out."""
     from recap_hf.data import load_captions
 
-    caption_filter = CaptionFilter(filter_options or FilterOptions(), embedder.count_tokens)
-    clips: list[dict[str, Any]] = []
-    records: list[tuple[dict[str, Any], int]] = []
     for source in sources:
         kind, _, rest = str(source).partition(":")
         if not rest or kind not in (*NAMED_DATASETS, "hub"):
@@ -157,52 +157,31 @@ def _read(
                 f"{source}: keys of audio need recordings beside the captions: expected {NAMED_DATASETS[0]}:FOLDER, "
                 f"another of {', '.join(NAMED_DATASETS[1:])}, or hub:USER/NAME"
             )
-        options.progress(f"Reading {source}")
+        progress(f"Reading {source}")
         name, folder = (rest, None) if kind == "hub" else (kind, rest)
-        columns = dict(source_options.columns) or None
-        table = load_captions(name, folder, split=source_options.split or "train", columns=columns).dataset
-        for clip in table:
-            kept = list(caption_filter.filter(clip_records(clip, source_options), Path(rest).name))
-            records += [(record, len(clips)) for record in kept]
-            clips += [dict(clip)] if kept else []
-    report = caption_filter.report()
-    if not records:
-        raise ValueError(f"No caption is left of {report['read']} read: {report['dropped']}")
-    return clips, records, report
+        columns = dict(options.columns) or None
+        for clip in load_captions(name, folder, split=options.split or "train", columns=columns).dataset:
+            kept = list(caption_filter.filter(clip_records(clip, options), Path(rest).name))
+            if kept:
+                yield dict(clip), kept
 
 
 def _embed(
-    clips: list[dict[str, Any]], embedder: Any, batch_size: int, work: Path, options: BuildOptions
-) -> dict[int, np.ndarray]:
-    """Keys of the clips that can be read, by number; finished chunks are kept in `work`."""
-    keys: dict[int, np.ndarray] = {}
-    for start in range(0, len(clips), _CLIPS_AT_ONCE):
-        chunk = clips[start : start + _CLIPS_AT_ONCE]
-        names = repr([(clip["clip_id"], (clip["audio"] or {}).get("path")) for clip in chunk])
-        digest = hashlib.sha256(names.encode() + embedder.fingerprint.round(3).tobytes()).hexdigest()[:16]
-        path = work / f"keys-{digest}.npy"
-        if path.is_file():
-            found = np.load(path, allow_pickle=False)
-        else:
-            found = np.zeros((len(chunk), embedder.fingerprint.shape[1]), dtype=np.float32)
-            for first in range(0, len(chunk), batch_size):
-                rows, recordings = [], []
-                for row, clip in enumerate(chunk[first : first + batch_size], first):
-                    try:
-                        recordings.append(load_audio(clip["audio"]))
-                        rows.append(row)
-                    except (ValueError, OSError) as error:
-                        options.progress(f"left out: {clip['clip_id']}: {error}")
-                if rows:
-                    found[rows] = clip_keys(encode_recordings(recordings, embedder.model, embedder.processor))
-            work.mkdir(exist_ok=True)
-            with open(path.with_suffix(".tmp"), "wb") as file:
-                np.save(file, found, allow_pickle=False)
-            os.replace(path.with_suffix(".tmp"), path)
-        # The key of a clip that cannot be read is zero.
-        keys |= {start + row: key for row, key in enumerate(found) if key.any()}
-        options.progress(f"Embedded {min(start + _CLIPS_AT_ONCE, len(clips))} of {len(clips)} recordings")
-    return keys
+    clips: Sequence[Mapping[str, Any]], embedder: Any, batch_size: int, progress: Callable[[str], None]
+) -> np.ndarray:
+    """Keys of clips, of shape `(num_clips, dimension)`; zeros where a recording cannot be read."""
+    found = np.zeros((len(clips), embedder.fingerprint.shape[1]), dtype=np.float32)
+    for start in range(0, len(clips), batch_size):
+        rows, recordings = [], []
+        for row, clip in enumerate(clips[start : start + batch_size], start):
+            try:
+                recordings.append(load_audio(clip["audio"]))
+                rows.append(row)
+            except (ValueError, OSError) as error:
+                progress(f"left out: {clip['clip_id']}: {error}")
+        if rows:
+            found[rows] = clip_keys(encode_recordings(recordings, embedder.model, embedder.processor))
+    return found
 
 
 __all__ = ["build_audio_datastore", "clip_keys", "datastore_from_clips"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,8 @@ class CaptionEmbedder:
         self.model = model
         self.processor = processor
         self.batch_size = batch_size
-        # Makes the same encoder in another process, given its rank and the number of processes.
-        self.recipe: Callable[[int, int], CaptionEmbedder] | None = None
+        # Makes the same encoder in another process, given the number of that process.
+        self.recipe: Callable[[int], CaptionEmbedder] | None = None
         self._fingerprint: np.ndarray | None = None
 
     @classmethod
@@ -72,13 +71,10 @@ class CaptionEmbedder:
         return [len(ids) for ids in self.processor.tokenizer(list(captions), add_special_tokens=False)["input_ids"]]
 
 
-def _load_in_worker(
-    name: str, device: str | None, dtype: str, batch_size: int, rank: int, processes: int
-) -> CaptionEmbedder:
-    """The encoder on a share of the cores, or on one of several GPUs."""
+def _load_in_worker(name: str, device: str | None, dtype: str, batch_size: int, rank: int) -> CaptionEmbedder:
+    """The encoder, on one of several GPUs."""
     import torch
 
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     if device is None and torch.cuda.device_count() > 1:
         device = f"cuda:{rank % torch.cuda.device_count()}"
     return CaptionEmbedder.from_pretrained(name, device, dtype, batch_size)

@@ -19,11 +19,6 @@ import numpy as np
 
 from recap_hf.modeling.retrieval_recap import CaptionDatastore, normalize_clip_id
 
-try:
-    from pymilvus import DataType, MilvusClient, MilvusException
-except ImportError:
-    MilvusClient = None
-
 PREFIX = "milvus:"
 DEFAULT_COLLECTION = "captions"
 # Milvus gives no more than this many results, whatever the index.
@@ -34,6 +29,7 @@ _ROWS_AT_ONCE = 4096
 _LONGEST_TEXT = 65_535
 _LONGEST_CLIP = 1024
 _FORMAT = 1
+_FIELDS = ["caption", "record", "embedding"]
 # What is built and how hard is searched, where the caller does not say. Other kinds take their parameters from him.
 _DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "FLAT": ({}, {}),
@@ -92,14 +88,15 @@ def connect(address: str, token: str | None = None) -> Any:
     Raises:
         `ImportError`: without pymilvus. `OSError`: if nothing answers there.
     """
-    if MilvusClient is None:
-        raise ImportError("Captions in Milvus need pymilvus: pip install recap-hf[milvus]")
     try:
-        return MilvusClient(address, token=token or os.environ.get("MILVUS_TOKEN", ""))
-    except MilvusException as error:
-        raise OSError(f"{address}: no Milvus answers there ({error.message}).") from error
-    except (ImportError, ModuleNotFoundError) as error:
-        raise ImportError(f"{address}: Milvus Lite is missing: pip install recap-hf[milvus] ({error})") from error
+        from pymilvus import MilvusClient, MilvusException
+
+        try:
+            return MilvusClient(address, token=token or os.environ.get("MILVUS_TOKEN", ""))
+        except MilvusException as error:
+            raise OSError(f"{address}: no Milvus answers there ({error.message}).") from error
+    except ImportError as error:
+        raise ImportError(f"{address}: captions in Milvus need: pip install recap-hf[milvus] ({error})") from error
 
 
 class MilvusCollection:
@@ -162,29 +159,23 @@ class MilvusCollection:
         places = np.minimum(np.searchsorted(self.keys, keys), max(len(self.keys) - 1, 0))
         return places[self.keys[places] == keys] if len(self.keys) else places[:0]
 
-    def _take(self, found: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
-        record = {"caption": found["caption"], **(found["record"] or {})}
-        return record, np.asarray(found["embedding"], dtype=np.float32)
-
     def fetch(self, rows: Sequence[int]) -> list[tuple[dict[str, Any], np.ndarray]]:
         """Records and embeddings of rows, in their order.
 
         Raises:
             `LookupError`: if one was removed since the rows were counted.
         """
-        missing = sorted({int(row) for row in rows} - self.kept.keys())
-        found: dict[int, tuple[dict[str, Any], np.ndarray]] = {}
+        rows = [int(row) for row in rows]
+        found = {row: self.kept[row] for row in rows if row in self.kept}
+        missing = sorted(set(rows) - found.keys())
         for start in range(0, len(missing), _ROWS_AT_ONCE):
             keys = {self.key(row): row for row in missing[start : start + _ROWS_AT_ONCE]}
-            condition = f"row in {list(keys)}"
-            for each in self.client.query(
-                self.name, filter=condition, output_fields=["caption", "record", "embedding"], limit=len(keys)
-            ):
-                found[keys[each["row"]]] = self._take(each)
+            options = {"filter": f"row in {list(keys)}", "output_fields": _FIELDS, "limit": len(keys)}
+            found |= {keys[each["row"]]: _taken(each) for each in self.client.query(self.name, **options)}
         lost = [row for row in missing if row not in found]
         if lost:
             raise LookupError(f"Row {lost[0]} is not in the Milvus collection {self.name!r}: open it again.")
-        return [self.kept[int(row)] if int(row) in self.kept else found[int(row)] for row in rows]
+        return [found[row] for row in rows]
 
     @property
     def max_k(self) -> int:
@@ -210,13 +201,13 @@ class MilvusCollection:
             anns_field="embedding",
             limit=k,
             search_params={"metric_type": "IP", "params": params},
-            output_fields=["caption", "record", "embedding"],
+            output_fields=_FIELDS,
         )
         rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
         for query, answer in enumerate(answers):
             # A row comes twice where it was written twice.
             found = {int(row): hit for hit in answer for row in self.rows([hit["row"]])}
-            self.kept |= {row: self._take(hit["entity"]) for row, hit in found.items()}
+            self.kept |= {row: _taken(hit["entity"]) for row, hit in found.items()}
             rows[query, : len(found)] = list(found)
             scores[query, : len(found)] = [hit["distance"] for hit in found.values()]
         return rows, scores
@@ -226,8 +217,16 @@ class MilvusCollection:
         return self.rows([each["row"] for each in found]).tolist()
 
 
+def _taken(found: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    """Record and embedding of an answer of Milvus."""
+    record = {"caption": found["caption"], **(found["record"] or {})}
+    return record, np.asarray(found["embedding"], dtype=np.float32)
+
+
 class MilvusRecords(Sequence):
     """The records of a collection, fetched when they are asked for."""
+
+    part = 0
 
     def __init__(self, collection: MilvusCollection) -> None:
         self._collection = collection
@@ -235,12 +234,14 @@ class MilvusRecords(Sequence):
     def __len__(self) -> int:
         return self._collection.count
 
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [record for record, _ in self._collection.fetch(range(*row.indices(len(self))))]
-        return self._collection.fetch([range(len(self))[row]])[0][0]
+    def _fetch(self, rows: Sequence[int]) -> list[Any]:
+        return [found[self.part] for found in self._collection.fetch(rows)]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __getitem__(self, row: Any) -> Any:
+        rows = range(len(self))[row]
+        return self._fetch(rows) if isinstance(row, slice) else self._fetch([rows])[0]
+
+    def __iter__(self) -> Iterator[Any]:
         for start in range(0, len(self), _ROWS_AT_ONCE):
             yield from self[start : start + _ROWS_AT_ONCE]
 
@@ -250,38 +251,28 @@ class MilvusRecords(Sequence):
     __hash__ = None
 
 
-class MilvusEmbeddings:
+class MilvusEmbeddings(MilvusRecords):
     """The embeddings of a collection, fetched when they are asked for; used like an array of shape
     `(rows, dimension)`."""
 
+    part = 1
     ndim = 2
     dtype = np.dtype(np.float32)
     # They are held by Milvus.
     nbytes = 0
 
-    def __init__(self, collection: MilvusCollection) -> None:
-        self._collection = collection
-
     @property
     def shape(self) -> tuple[int, int]:
-        return self._collection.count, self._collection.dimension
-
-    def __len__(self) -> int:
-        return self._collection.count
+        return len(self), self._collection.dimension
 
     def __getitem__(self, row: Any) -> np.ndarray:
-        if isinstance(row, (int, np.integer)):
-            return self._collection.fetch([range(len(self))[int(row)]])[0][1]
-        rows = np.arange(*row.indices(len(self))) if isinstance(row, slice) else np.asarray(row)
-        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        rows = np.where(rows < 0, rows + len(self), rows)
-        if not len(rows):
-            return np.empty((0, self.shape[1]), dtype=self.dtype)
-        return np.stack([vector for _, vector in self._collection.fetch(rows)])
+        rows = np.arange(len(self))[row]
+        if not rows.ndim:
+            return self._fetch([int(rows)])[0]
+        return np.stack(self._fetch(rows)) if len(rows) else np.empty((0, self.shape[1]), dtype=self.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        found = self[:]
-        return found if dtype is None else found.astype(dtype, copy=False)
+        return self[:].astype(dtype or self.dtype, copy=False)
 
 
 class MilvusCaptionDatastore(CaptionDatastore):
@@ -352,6 +343,8 @@ class MilvusCaptionDatastore(CaptionDatastore):
         Raises:
             `FileExistsError`: if there is such a collection. `ValueError`: if Milvus refuses the index.
         """
+        from pymilvus import MilvusException
+
         address, collection = parse_milvus_name(name)
         client = connect(address, token)
         if client.has_collection(collection) and not overwrite and _is_complete(client, collection):
@@ -440,6 +433,8 @@ def _create(
     index_params: Mapping[str, Any],
     search_params: Mapping[str, Any],
 ) -> None:
+    from pymilvus import DataType, MilvusClient
+
     schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
     schema.add_field("row", DataType.INT64, is_primary=True)
     schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=store.dimension)

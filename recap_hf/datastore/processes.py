@@ -11,14 +11,15 @@ from multiprocessing.connection import wait
 from typing import Any
 
 
-def _start(initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    """Ends this process when the one that started it dies: a worker of a killed parent would go on with what it has
+def _start(number: Any, initializer: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    """Ends this process when the one that started it dies: a worker of a killed parent would finish what it has
     begun, and then wait for more for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_after, args=(parent.sentinel,), name="end-with-parent", daemon=True).start()
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=_end_after, args=(sentinel,), name="end-with-parent", daemon=True).start()
     if initializer is not None:
-        initializer(*arguments)
+        with number.get_lock():
+            rank, number.value = number.value, number.value + 1
+        initializer(rank, *arguments)
 
 
 def _end_after(sentinel: int) -> None:
@@ -34,9 +35,10 @@ def process_pool(
 
     Args:
         processes: their number.
-        initializer, arguments: called with these in each, once.
+        initializer, arguments: called in each, once, with the number of the process, from 0 on, and these.
     """
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start, (initializer, arguments))
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(processes, context, _start, (context.Value("i", 0), initializer, arguments))
 
 
 __all__ = ["process_pool"]

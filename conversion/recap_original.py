@@ -23,7 +23,7 @@ from transformers import ClapModel, GPT2Config
 
 from recap_hf.modeling.configuration_recap import RecapConfig
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
-from recap_hf.modeling.options_recap import OFFICIAL_PROMPT
+from recap_hf.prompts import OFFICIAL_PROMPT
 
 from .state_dicts import ConversionError, check_complete, floating_dtype, relative_error
 

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils import cached_files, extract_commit_hash
 
 from .index_recap import from_package, open_index
 
@@ -332,6 +331,9 @@ def fetch_datastore(
     Raises:
         `OSError`: it cannot be downloaded; the message names repository, revision and what to do.
     """
+    # Here: a captioner in ONNX opens local datastores without transformers.
+    from transformers.utils import cached_files, extract_commit_hash
+
     if Path(repo_id).is_file():
         raise NotADirectoryError(
             f"{repo_id}: a file, not the folder of a datastore. Make one of its captions: recap datastore build."

@@ -109,6 +109,11 @@ class CaptionOptions:
         """These options, with those that `other` sets in their place."""
         return CaptionOptions(**{**self.to_dict(), **other.to_dict()})
 
+    @classmethod
+    def from_args(cls, args: Any) -> CaptionOptions:
+        """The options among parsed arguments; a `ValueError` for options that contradict each other."""
+        return cls(**{name: getattr(args, name, None) for name in cls.names()})
+
 
 def _checked(name: str, value: Any, limits: Mapping[str, Any]) -> Any:
     kind = limits["kind"]
@@ -191,12 +196,8 @@ class PromptTemplate:
     @classmethod
     def of(cls, settings: Any) -> PromptTemplate:
         """The template in the fields `prompt_template`, `caption_separator`, ... of a configuration or a processor."""
-        return cls(
-            template=settings.prompt_template,
-            separator=settings.caption_separator,
-            without_captions=settings.prompt_without_captions,
-            target_prefix=settings.target_prefix,
-        )
+        names = ("prompt_template", "caption_separator", "prompt_without_captions", "target_prefix")
+        return cls(*(getattr(settings, name) for name in names))
 
     @property
     def ending(self) -> str:

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
-from .audio_recap import SILENCE_CAPTION
 from .captioning_recap import READ_ERRORS, Captioner
 from .index_recap import from_package
 from .options_recap import RETRIEVAL, CaptionOptions
@@ -205,4 +204,4 @@ def _collate(items: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [value for item in items for value in item[name]] for name in items[0]}
 
 
-__all__ = ["SILENCE_CAPTION", "AudioCaptioningPipeline"]
+__all__ = ["AudioCaptioningPipeline"]

@@ -17,7 +17,6 @@ import numpy as np
 
 from .datastore_files_recap import (
     AUDIO_KEYS,
-    FORMAT_VERSION,
     KEYS,
     MANIFEST_NAME,
     TEXT_KEYS,
@@ -484,11 +483,4 @@ def open_datastore(source: Any, model: Any, processor: Any) -> CaptionDatastore:
     return CaptionDatastore.from_pretrained(path if path.is_dir() else str(source))
 
 
-__all__ = [
-    "FORMAT_VERSION",
-    "MANIFEST_NAME",
-    "CaptionDatastore",
-    "normalize_clip_id",
-    "normalize_text",
-    "open_datastore",
-]
+__all__ = ["MANIFEST_NAME", "CaptionDatastore", "normalize_clip_id", "normalize_text", "open_datastore"]

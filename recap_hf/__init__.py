@@ -21,10 +21,11 @@ else:
     from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
     from recap_hf.modeling.generation_recap import RecapEncoderOutput
     from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
-    from recap_hf.modeling.options_recap import PROMPT_PRESETS, CaptionOptions, PromptTemplate
+    from recap_hf.modeling.options_recap import CaptionOptions, PromptTemplate
     from recap_hf.modeling.pipeline_recap import AudioCaptioningPipeline
     from recap_hf.modeling.processing_recap import RecapProcessor
     from recap_hf.modeling.retrieval_recap import CaptionDatastore, open_datastore
+    from recap_hf.prompts import PROMPT_PRESETS
     from recap_hf.registration import register
 
     register()

@@ -319,3 +319,19 @@ def test_what_does_not_belong_together_is_refused(tiny_model, tiny_processor):
         Captioner(tiny_model, tiny_processor, store)
     with pytest.raises(ValueError, match="made by another CLAP"):
         Captioner(other, tiny_processor)
+
+
+def test_a_datastore_costs_one_pass_of_the_text_tower(tiny_model, tiny_processor, monkeypatch):
+    """The processor's own datastore is not searched beside another one, and not checked."""
+    passes, embed = [], type(tiny_model.clap).embed_captions
+
+    def counted(clap, captions, *args, **kwargs):
+        passes.append(len(captions))
+        return embed(clap, captions, *args, **kwargs)
+
+    other = CaptionDatastore.from_captions(OTHERS, tiny_model, tiny_processor)
+    monkeypatch.setattr(type(tiny_model.clap), "embed_captions", counted)
+    assert tiny_processor.datastore is not None
+    Captioner(tiny_model, tiny_processor, other)
+    Captioner(tiny_model, tiny_processor)
+    assert passes == [4, 4], "the four texts that tell encoders apart, once for each captioner"

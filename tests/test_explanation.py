@@ -16,7 +16,8 @@ from recap_hf.explain import explain_caption
 from recap_hf.explain.attribution import METHODS, Passage, attribute, token_log_probs
 from recap_hf.explain.audio_grid import AudioGrid
 from recap_hf.explain.explanation import caption_places, caption_tokens
-from recap_hf.modeling.options_recap import OFFICIAL_PROMPT, PAPER_PROMPT
+from recap_hf.modeling.options_recap import PAPER_PROMPT
+from recap_hf.prompts import OFFICIAL_PROMPT
 
 CAPTION = "a dog barks twice"
 WORD_PIECE = re.compile("Ġ?[a-z]+")

@@ -15,8 +15,7 @@ import pytest
 from recap_hf import AudioCaptioningPipeline
 from recap_hf.modeling import configuration_recap
 
-# transformers cannot be imported without huggingface_hub, nor that without filelock.
-ALLOWED = {"numpy", "torch", "transformers", "huggingface_hub", "filelock"} | set(sys.stdlib_module_names)
+ALLOWED = {"numpy", "torch", "transformers"} | set(sys.stdlib_module_names)
 
 SCRIPT = """
 import json, sys
@@ -92,6 +91,15 @@ def test_a_folder_is_complete(tiny_model, tiny_processor, clips, tmp_path):
 
 
 REMOTE_CODE = sorted(Path(configuration_recap.__file__).parent.glob("*_recap.py"))
+
+
+def test_remote_code_stays_small():
+    """It is saved with every checkpoint: at most 15 files and 4,500 lines, 500 in a file."""
+    files = REMOTE_CODE[0].parent.glob("*.py")
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert len(lines) <= 15
+    assert sum(lines.values()) <= 4500
+    assert max(lines.values()) <= 500, max(lines, key=lines.get)
 
 
 @pytest.mark.parametrize("path", REMOTE_CODE, ids=lambda path: path.name)

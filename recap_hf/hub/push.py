@@ -230,7 +230,7 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
 
 def write_reference(folder: Path, pushed: PushResult) -> None:
     """Writes a datastore that refers to the repository and the commit that it was pushed to."""
-    from recap_hf.modeling.retrieval_recap import FORMAT_VERSION, MANIFEST_NAME
+    from recap_hf.modeling.datastore_files_recap import FORMAT_VERSION, MANIFEST_NAME
 
     folder.mkdir(parents=True)
     reference = {"repo_id": pushed.repo_id, "revision": pushed.commit.oid}

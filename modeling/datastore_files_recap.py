@@ -332,7 +332,7 @@ def fetch_datastore(
         `OSError`: it cannot be downloaded; the message names repository, revision and what to do.
     """
     # Here: a captioner in ONNX opens local datastores without transformers.
-    from transformers.utils import cached_files, extract_commit_hash
+    from transformers.utils import cached_file, extract_commit_hash
 
     if Path(repo_id).is_file():
         raise NotADirectoryError(
@@ -342,11 +342,10 @@ def fetch_datastore(
     for kind in kinds:
         options = {"subfolder": subfolder or ("datastore" if kind == "model" else ""), "repo_type": kind, **kwargs}
         try:
-            [manifest] = cached_files(repo_id, [MANIFEST_NAME], revision=revision, **options)
-            names = _parsed(Path(manifest)).get("files")
-            if names:
+            manifest = cached_file(repo_id, MANIFEST_NAME, revision=revision, **options)
+            for name in _parsed(Path(manifest)).get("files", ()):
                 # Of the same commit, even if the branch has moved.
-                cached_files(repo_id, list(names), revision=extract_commit_hash(manifest, None), **options)
+                cached_file(repo_id, name, revision=extract_commit_hash(manifest, None), **options)
             return Path(manifest).parent
         except OSError as error:
             if kind == kinds[-1]:

@@ -61,28 +61,26 @@ class Selection:
             raise ValueError(f"There is no row {wrong[0]}: the datastore has {len(records)}, counted from 0")
         clip_ids = {normalize_clip_id(each) for each in self.clip_ids}
         texts = {normalize_text(each) for each in self.texts}
-        values = {"source": set(self.sources), "licence": set(self.licences), "split": set(self.splits)}
-        found = set(self.rows)
-        for row, record in enumerate(records):
-            if (
-                (clip_ids and record.get("clip_id") is not None and normalize_clip_id(record["clip_id"]) in clip_ids)
-                or (texts and normalize_text(record["caption"]) in texts)
+        values = {"source": self.sources, "licence": self.licences, "split": self.splits}
+
+        def is_named(record: dict[str, Any]) -> bool:
+            clip_id = record.get("clip_id")
+            return (
+                bool(clip_ids and clip_id is not None and normalize_clip_id(clip_id) in clip_ids)
+                or bool(texts and normalize_text(record["caption"]) in texts)
                 or any(record.get(key) in wanted for key, wanted in values.items() if wanted)
-            ):
-                found.add(row)
-        return np.array(sorted(found), dtype=np.int64)
+            )
+
+        named = {row for row, record in enumerate(records) if is_named(record)}
+        return np.array(sorted(named.union(self.rows)), dtype=np.int64)
 
 
+@dataclass
 class Edit:
-    """A datastore while its one writer changes it; nothing is seen before `commit`.
+    """A datastore while its one writer changes it; nothing is seen before `commit`. `store`: as it is."""
 
-    Args:
-        folder: of the datastore.
-        store: the datastore as it is.
-    """
-
-    def __init__(self, folder: Path, store: CaptionDatastore) -> None:
-        self.folder, self.store = folder, store
+    folder: Path
+    store: CaptionDatastore
 
     def commit(
         self,
@@ -114,23 +112,21 @@ class Edit:
         publish(self.folder, {**manifest, "index": None, **changes, "num_captions": total}, new, search_index)
 
     def _changed_index(self, embeddings: Any, appended: bool, wanted: str) -> Any:
-        index = None if self.store.index is None else self.store.search_index
-        if index is None:
-            exact = wanted == "keep" or (self.store.manifest["report"] or {}).get("exact_search")
+        index, about = self.store.search_index, self.store.index
+        if about is None:
+            exact = wanted == "keep" or _is_exact(self.store)
             return None if exact or len(embeddings) <= EXACT_UP_TO else build_index(embeddings)
-        trained = index.description.get("trained_rows", index.num_rows)
+        trained = about.get("trained_rows", index.num_rows)
         if wanted == "auto" and abs(len(embeddings) - trained) > max(EXACT_UP_TO, _RETRAINED_SHARE * trained):
-            return build_index(embeddings, **wanted_index(index.description))
+            kind, recall = about.get("wanted_kind", about["kind"]), about.get("wanted_recall", DEFAULT_RECALL)
+            return build_index(embeddings, kind, recall)
         index.refill(embeddings, appended)
         return index
 
 
-def wanted_index(description: dict[str, Any]) -> dict[str, Any]:
-    """The kind and recall that an index was asked for."""
-    return {
-        "kind": description.get("wanted_kind", description["kind"]),
-        "recall": description.get("wanted_recall", DEFAULT_RECALL),
-    }
+def _is_exact(store: CaptionDatastore) -> bool:
+    """Whether a datastore is to be searched exactly, whatever its size."""
+    return bool((store.manifest["report"] or {}).get("exact_search"))
 
 
 @contextmanager
@@ -219,7 +215,7 @@ def remove_captions(folder: str | Path, selection: Selection) -> int:
 
 def _remove_rows(edit: Edit, rows: np.ndarray) -> int:
     if len(rows):
-        edit.commit(np.setdiff1d(np.arange(len(edit.store)), rows))
+        edit.commit(np.delete(np.arange(len(edit.store)), rows))
     return len(rows)
 
 
@@ -230,8 +226,8 @@ def filter_datastore(
     with editing(folder) as edit:
         caption_filter = CaptionFilter(options, count_tokens)
         numbered = ({**record, "__row": row} for row, record in enumerate(edit.store.records))
-        kept = np.array([record["__row"] for record in caption_filter.filter(numbered)], dtype=np.int64)
-        removed = _remove_rows(edit, np.setdiff1d(np.arange(len(edit.store)), kept))
+        kept = [record["__row"] for record in caption_filter.filter(numbered)]
+        removed = _remove_rows(edit, np.delete(np.arange(len(edit.store)), kept))
         return caption_filter.report() | {"removed": removed}
 
 
@@ -241,18 +237,19 @@ def merge_datastores(folder: str | Path, others: Sequence[str | Path], index: st
         refuse_milvus(each)
     stores = [CaptionDatastore.from_pretrained(other) for other in others]
     with editing(folder) as edit:
+        own = edit.store
         for other, store in zip(others, stores, strict=True):
-            if store.dimension != edit.store.dimension:
+            if store.dimension != own.dimension:
                 raise ValueError(
-                    f"{other} has embeddings of dimension {store.dimension}, {folder} of {edit.store.dimension}: they "
-                    "were made by different encoders. Move one to the other's by `recap datastore reembed`"
+                    f"{other} has embeddings of dimension {store.dimension}, {folder} of {own.dimension}: they were "
+                    "made by different encoders. Move one to the other's by `recap datastore reembed`"
                 )
-            if store.keys != edit.store.keys:
+            if store.keys != own.keys:
                 raise ValueError(
-                    f"{other} is keyed by {store.keys}, {folder} by {edit.store.keys}: keys of two kinds cannot be "
-                    "searched together"
+                    f"{other} is keyed by {store.keys}, {folder} by {own.keys}: keys of two kinds cannot be searched "
+                    "together"
                 )
-            _check_fingerprint(folder, edit.store, store.fingerprint)
+            _check_fingerprint(folder, own, store.fingerprint)
         edit.commit(added=[(store.records, store.embeddings) for store in stores], index=index)
     return sum(map(len, stores))
 
@@ -275,7 +272,7 @@ def reembed_datastore(
                 progress(f"Embedded {start + len(captions)} of {shape[0]} captions")
 
         new = write_new(edit.folder, store.records, blocks(), shape, manifest["dtype"])
-        kind = "exact" if (manifest["report"] or {}).get("exact_search") else "auto"
+        kind = "exact" if _is_exact(store) else "auto"
         contents = {
             **manifest,
             "index": None,

@@ -41,24 +41,25 @@ def export_datastore(store: Any, path: str | Path, embeddings: str | Path | None
             writer.writeheader()
             writer.writerows(store.records)
     else:
+        if suffix == ".txt":
+            lines = (_line(record["caption"], row) for row, record in enumerate(store.records))
+        else:
+            lines = (json.dumps(record, ensure_ascii=False) for record in store.records)
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             if suffix == ".json":
-                json.dump(list(store.records), file, ensure_ascii=False, indent=0)
+                file.write("[\n" + ",\n".join(lines) + "\n]\n")
             else:
-                for row, record in enumerate(store.records):
-                    file.write(_line(record, row, suffix) + "\n")
+                file.writelines(line + "\n" for line in lines)
     if embeddings is not None:
         with open(embeddings, "wb") as file:
             np.save(file, np.asarray(store.embeddings), allow_pickle=False)
     return len(store)
 
 
-def _line(record: dict[str, Any], row: int, suffix: str) -> str:
-    if suffix == ".jsonl":
-        return json.dumps(record, ensure_ascii=False)
-    if len(record["caption"].splitlines()) > 1:
-        raise ValueError(f"row {row}: a caption of several lines cannot stand in a .txt file; export to .jsonl")
-    return record["caption"]
+def _line(caption: str, row: int) -> str:
+    if len(caption.splitlines()) > 1:
+        raise ValueError(f"row {row}: a caption of several lines cannot be written to a .txt file; export to .jsonl")
+    return caption
 
 
 def _write_parquet(records: Any, path: Path) -> None:

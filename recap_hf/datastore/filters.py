@@ -51,10 +51,10 @@ class LeakGuard:
             ValueError: if a file names no clip.
         """
         guard = cls()
+        # The split decides what is read of a published dataset; a file is read as a whole.
+        options = SourceOptions(split="test", captions="published", columns=columns or {})
         for name in names:
             before = len(guard.clip_ids)
-            # The split decides what is read of a published dataset; a file is read as a whole.
-            options = SourceOptions(split="test", captions="published", columns=columns or {})
             for record in read_source(name, options):
                 if record.get("clip_id") is not None:
                     clip_id = normalize_clip_id(record["clip_id"])
@@ -120,32 +120,25 @@ def text_problem(text: str) -> str | None:
     """Why a caption cannot be used: "empty", "garbled", or `None`."""
     if not any(char.isalnum() for char in text):
         return "empty"
-    if len(text) > _MAX_CHARACTERS or any(_is_broken(char) for char in text):
-        return "garbled"
     letters = sum(char.isalpha() or char.isspace() for char in text)
-    return "garbled" if letters < len(text) / 2 or _is_misread(text) else None
-
-
-def _is_broken(char: str) -> bool:
-    return char == "\ufffd" or (unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn") and char not in "\t\n\r")
-
-
-def _is_misread(text: str) -> bool:
-    """Whether this is UTF-8 that was read as Windows-1252 ("CafÃ©"): real text hardly ever decodes a second time."""
-    if text.isascii():
-        return False
+    broken = any(
+        char == "\ufffd" or (unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn") and char not in "\t\n\r")
+        for char in text
+    )
+    if broken or len(text) > _MAX_CHARACTERS or letters < len(text) / 2:
+        return "garbled"
     try:
-        return text.encode("cp1252").decode("utf-8") != text
+        # UTF-8 that was read as Windows-1252 ("CafÃ©"): real text hardly ever decodes a second time.
+        return None if text.encode("cp1252").decode("utf-8") == text else "garbled"
     except UnicodeError:
-        return False
+        return None
 
 
 class DuplicateCounter:
     """Counts captions that were there before, and which sources share them; it keeps hashes, not texts."""
 
     def __init__(self) -> None:
-        self.exact = 0
-        self.normalised = 0
+        self.exact = self.normalised = 0
         self._exact: set[int] = set()
         # By hash of the normalized text: a bit for each source that has it.
         self._sources: dict[int, int] = {}
@@ -154,13 +147,12 @@ class DuplicateCounter:
     def add(self, caption: str, source: str) -> set[str]:
         """Counts a caption; which choices of `DUPLICATE_CHOICES` call it a duplicate of one counted before."""
         key, folded = _hash(caption), _hash(normalize_text(caption))
-        found = ({"exact"} if key in self._exact else set()) | ({"normalised"} if folded in self._sources else set())
-        self.exact += "exact" in found
-        self.normalised += "normalised" in found
+        exact, normalised = key in self._exact, folded in self._sources
+        self.exact, self.normalised = self.exact + exact, self.normalised + normalised
         self._exact.add(key)
         bit = self._bits.setdefault(source, 1 << len(self._bits))
         self._sources[folded] = self._sources.get(folded, 0) | bit
-        return found
+        return {name for name, found in (("exact", exact), ("normalised", normalised)) if found}
 
     def report(self) -> dict[str, Any]:
         """`exact` and `normalised` repetitions, `unique` texts, and `shared`: texts by the sources that share them."""
@@ -169,13 +161,8 @@ class DuplicateCounter:
             " + ".join(name for name, bit in sorted(self._bits.items()) if bits & bit): number
             for bits, number in combinations.most_common()
         }
-        return {
-            "exact": self.exact,
-            "normalised": self.normalised,
-            "unique": len(self._exact),
-            "unique_normalised": len(self._sources),
-            "shared": shared,
-        }
+        unique = {"unique": len(self._exact), "unique_normalised": len(self._sources)}
+        return {"exact": self.exact, "normalised": self.normalised, **unique, "shared": shared}
 
 
 def _hash(text: str) -> int:
@@ -251,14 +238,12 @@ class CaptionFilter:
         if options.guard is None:
             return None
         if clip_id in options.guard.clip_ids:
-            self._leaks["weak" if record.get("weak") else "published"] += 1
+            self._leaks.update(["clip", "weak"] if record.get("weak") else ["clip"])
             return "leak_clip"
-        clips = options.guard.texts.get(normalize_text(record["caption"]))
-        if not clips:
-            return None
-        self._leaks["text"] += 1
+        clips = options.guard.texts.get(normalize_text(record["caption"]), set())
+        self._leaks["text"] += bool(clips)
         self._leaked_clips |= clips
-        return "leak_text" if options.guard_texts else None
+        return "leak_text" if clips and options.guard_texts else None
 
     def report(self) -> dict[str, Any]:
         """What was read, kept and left out, by input, source, licence and reason."""
@@ -266,7 +251,7 @@ class CaptionFilter:
         if self.options.guard is not None:
             guard = {
                 "clips": len(self.options.guard.clip_ids),
-                "removed_by_clip_id": self._leaks["published"] + self._leaks["weak"],
+                "removed_by_clip_id": self._leaks["clip"],
                 "of_these_weak": self._leaks["weak"],
                 "with_identical_text": self._leaks["text"],
                 "clips_with_identical_text": len(self._leaked_clips),

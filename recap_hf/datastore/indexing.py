@@ -7,10 +7,12 @@ inverted-file index recall that text queries do not show: these queries are shif
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,16 +55,6 @@ class StoredIndex(Protocol):
         kinds: the kinds that `build` makes.
         num_rows, dimension: shape of the embeddings that it was made of.
     """
-
-    exact: bool
-    max_k: int
-    num_candidates: int
-    description: dict[str, Any]
-    backend: str
-    suffix: str
-    kinds: tuple[str, ...]
-    num_rows: int
-    dimension: int
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See [`ExactIndex.search`]."""
@@ -210,44 +202,29 @@ def tune(index: FaissIndex, embeddings: Any, queries: Sequence[Queries], recall:
     answer(queries, embeddings, k)
     chosen, held_out = ([each.half(first) for each in queries] for first in (0, 1))
     largest = getattr(index.index, "nlist", 4096)
-    best = (math.inf, largest, _CANDIDATES[-1])
-    low, high = 0, largest
-    # From the most candidates down: fewer need as much effort or more, and are tried while that can still be faster.
-    for count in reversed(_CANDIDATES):
-        effort = _least_effort(index, chosen, count, min(recall + _MARGIN, 1.0), k, (low, high))
-        if effort is None:
-            break
-        low, high = effort - 1, min(largest, _EFFORT_RANGE * effort)
-        best = min(best, (_median_s(index, embeddings, chosen[0].vectors, count), effort, count))
-    index.set_effort(*best[1:])
-    limit = min(best[2], index.num_rows)
-    measured = {each.name: each.recall(index.search(each.vectors, limit)[0], k) for each in held_out}
-    index.description["recall"] = {"k": k, **{name: round(value, 4) for name, value in measured.items()}}
-    return best[0] < math.inf
 
-
-def _least_effort(
-    index: FaissIndex, queries: Sequence[Queries], count: int, recall: float, k: int, bounds: tuple[int, int]
-) -> int | None:
-    """The least effort above the first bound and up to the second that reaches the target with `count` candidates,
-    to an eighth; it is left set. `None` where the second does not reach it."""
-
-    def reaches(effort: int) -> bool:
+    def recalls(queries: Sequence[Queries], effort: int, count: int) -> dict[str, float]:
         index.set_effort(effort, count)
         limit = min(count, index.num_rows)
-        return all(each.recall(index.search(each.vectors, limit)[0], k) >= recall for each in queries)
+        return {each.name: each.recall(index.search(each.vectors, limit)[0], k) for each in queries}
 
-    low, largest = bounds
-    high = low + 1
-    while not reaches(high):
-        if high >= largest:
-            return None
-        low, high = high, min(high * 2, largest)
-    while high - low > max(1, high // 8):
-        middle = (low + high) // 2
-        low, high = (low, middle) if reaches(middle) else (middle, high)
-    index.set_effort(high, count)
-    return high
+    def reaches(effort: int, count: int) -> bool:
+        return min(recalls(chosen, effort, count).values()) >= min(recall + _MARGIN, 1.0)
+
+    best = (math.inf, largest, _CANDIDATES[-1])
+    # To an eighth: finer steps cost more than they save.
+    efforts = [n for n in range(1, largest) if n < 8 or not n % (1 << (n.bit_length() - 4))] + [largest]
+    # From the most candidates down: fewer need as much effort or more, and are tried while that can still be faster.
+    for count in reversed(_CANDIDATES):
+        place = bisect.bisect_left(efforts, True, key=partial(reaches, count=count))
+        if place == len(efforts):
+            break
+        efforts = [n for n in efforts[place:] if n <= _EFFORT_RANGE * efforts[place]]
+        index.set_effort(efforts[0], count)
+        best = min(best, (_median_s(index, embeddings, chosen[0].vectors, count), efforts[0], count))
+    found = recalls(held_out, *best[1:])
+    index.description["recall"] = {"k": k, **{name: round(value, 4) for name, value in found.items()}}
+    return best[0] < math.inf
 
 
 def _median_s(index: FaissIndex, embeddings: Any, vectors: np.ndarray, count: int) -> float:

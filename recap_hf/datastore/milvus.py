@@ -51,8 +51,6 @@ def is_milvus_name(name: Any) -> bool:
 def parse_milvus_name(name: str | os.PathLike) -> tuple[str, str]:
     """Address and collection of `milvus:ADDRESS#COLLECTION`; the collection is `captions` where none is named.
 
-    >>> parse_milvus_name("milvus:captions.db#clotho")
-    ('captions.db', 'clotho')
     >>> parse_milvus_name("milvus://host:19530")
     ('http://host:19530', 'captions')
     """
@@ -66,11 +64,7 @@ def parse_milvus_name(name: str | os.PathLike) -> tuple[str, str]:
 
 
 def refuse_milvus(folder: str | os.PathLike) -> None:
-    """Refuses the name of a collection where a folder is needed.
-
-    Raises:
-        ValueError: for `milvus:...`.
-    """
+    """A `ValueError` for the name of a collection where a folder is needed."""
     if is_milvus_name(folder):
         raise ValueError(
             f"{folder} is in Milvus, where captions are added and removed, searched and exported. For this export "
@@ -278,10 +272,9 @@ class MilvusEmbeddings(MilvusRecords):
 class MilvusCaptionDatastore(CaptionDatastore):
     """A [`CaptionDatastore`] whose captions and embeddings are in Milvus.
 
-    Open one by [`CaptionDatastore.from_pretrained`] with a name such as `milvus:captions.db#captions` or
-    `milvus://host:19530#captions`, make one by [`MilvusCaptionDatastore.from_datastore`]. `search` is the same. Milvus
-    returns at most 16,384 candidates: where more than that are excluded, or repeat one text, fewer than k captions are
-    found.
+    Open one by [`CaptionDatastore.from_pretrained`] with a name such as `milvus:captions.db#captions`, make one by
+    [`MilvusCaptionDatastore.from_datastore`]. `search` is the same. Milvus returns at most 16,384 candidates: where
+    more than that are excluded, or repeat one text, fewer than k captions are found.
 
     Args:
         client (`pymilvus.MilvusClient`): see [`connect`].

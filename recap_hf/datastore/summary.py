@@ -73,9 +73,9 @@ def memory(store: CaptionDatastore) -> dict[str, int]:
     manifest = store.manifest
     if manifest is None:
         return {"mapped": 0, "held": int(store.embeddings.nbytes), "index": 0}
-    index = manifest["index"]["file"] if manifest["index"] else None
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    return {"mapped": sum(sizes.values()) - sizes.get(index, 0), "held": 0, "index": sizes.get(index, 0)}
+    index = sizes.pop(manifest["index"]["file"]) if manifest["index"] else 0
+    return {"mapped": sum(sizes.values()), "held": 0, "index": index}
 
 
 def measure(store: CaptionDatastore, queries: list[Queries], k: int = RECALL_AT) -> dict[str, Any]:
@@ -97,8 +97,7 @@ def measure(store: CaptionDatastore, queries: list[Queries], k: int = RECALL_AT)
             started = time.perf_counter()
             store.search(query[None], k=k)
             latencies.append(1000 * (time.perf_counter() - started))
-    median, p95 = np.percentile(latencies, [50, 95]).round(3).tolist()
-    latency = {"median": median, "p95": p95}
+    latency = dict(zip(("median", "p95"), np.percentile(latencies, [50, 95]).round(3).tolist(), strict=True))
     return {"recall": recall, "latency_ms": latency, "hubness": hubness(store.embeddings, queries[0])}
 
 

@@ -1,7 +1,7 @@
 """Reading audio: files, bytes, URLs and arrays become float32 waveforms, with no system package.
 
-soundfile's wheel brings libsndfile (WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF, CAF, ...); the optional PyAV wheel
-brings FFmpeg for m4a, webm and the audio tracks of videos; soxr resamples.
+soundfile's wheel brings libsndfile (WAV, FLAC, Ogg Vorbis and Opus, MP3, AIFF, CAF, ...); soxr resamples. The package
+`recap_hf` reads m4a, webm and the audio tracks of videos, too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import shutil
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .index_recap import from_package
 
 try:
     import soundfile
@@ -28,10 +29,6 @@ try:
     import soxr
 except ImportError:
     soxr = None
-try:
-    import av
-except ImportError:
-    av = None
 
 # Below telephone quality and above the fastest ultrasonic recorders, a header is broken rather than unusual.
 MIN_SAMPLING_RATE = 1_000
@@ -39,8 +36,6 @@ MAX_SAMPLING_RATE = 1_000_000
 # One step of 16-bit audio. A recording that never leaves it holds nothing to describe.
 SILENCE_PEAK = 2.0**-15
 SILENCE_CAPTION = "silence"
-# Place and bytes by which MP4, Matroska, ASF and AAC files are known.
-_CONTAINERS = ((4, b"ftyp"), (0, b"\x1a\x45\xdf\xa3"), (0, b"\x30\x26\xb2\x75"), (0, b"\xff\xf1"), (0, b"\xff\xf9"))
 _URL_TIMEOUT_S = 30
 _MAX_URL_IN_MEMORY = 64 * 2**20
 
@@ -171,16 +166,10 @@ def _decode(name: str, data: Any, frames: int) -> Iterator[tuple[np.ndarray, int
             )
         return
     data.seek(0)
-    if av is not None:
-        yield from _av_blocks(name, data, reason)
-        return
-    head = data.read(64)
-    if any(head[place : place + len(mark)] == mark for place, mark in _CONTAINERS):
-        raise ImportError(f'{name}: m4a, webm, wma, AAC and video files need PyAV: pip install "recap-hf[av]"')
-    raise ValueError(
-        f"{name}: not a recording that can be read ({reason}). WAV, FLAC, Ogg, Opus and MP3 are read as they are, "
-        'm4a, webm and video with: pip install "recap-hf[av]"'
+    containers = from_package(
+        "audio.containers", f"{name}: not a recording that libsndfile reads ({reason}); any other"
     )
+    yield from containers.read_blocks(name, data, reason)
 
 
 def _is_truncated(data: Any, log: str, announced: int, read: int) -> bool:
@@ -203,28 +192,6 @@ def _is_truncated(data: Any, log: str, announced: int, read: int) -> bool:
     tail = data.read()
     last_page = tail.rfind(b"OggS")
     return last_page == -1 or last_page + 5 >= len(tail) or not tail[last_page + 5] & 4
-
-
-def _av_blocks(name: str, data: Any, reason: str) -> Iterator[tuple[np.ndarray, int]]:
-    """The first audio track of a file that PyAV reads: float32 blocks of shape `(channels, samples)` and the rate.
-
-    Raises:
-        `ValueError`: for a file without an audio track, or that is none; `reason` is what libsndfile said of it.
-    """
-    try:
-        with av.open(data) as container:
-            if not container.streams.audio:
-                raise ValueError(f"{name}: the file has no audio track.")
-            stream = container.streams.audio[0]
-            sampling_rate = int(stream.codec_context.sample_rate)
-            check_sampling_rate(sampling_rate, name)
-            resampler = av.AudioResampler(format="fltp", layout=stream.codec_context.layout, rate=sampling_rate)
-            # `None` gives what the resampler has left.
-            for frame in chain(container.decode(stream), (None,)):
-                for block in resampler.resample(frame):
-                    yield block.to_ndarray(), sampling_rate
-    except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"{name}: not a recording that can be read ({reason}; FFmpeg: {error}).") from error
 
 
 def check_sampling_rate(sampling_rate: Any, name: str = "") -> None:

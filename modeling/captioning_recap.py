@@ -224,14 +224,10 @@ class Captioner:
 
         Args:
             sources (`Iterable`): what `read` takes. They are read ahead by threads.
-            batch_size (`int`, *optional*, defaults to 8): recordings that are decoded together. Several batches are
-                encoded together where they are short.
+            batch_size (`int`, *optional*, defaults to 8): recordings that are decoded together.
 
         Yields:
             `tuple`: each source, and its [`CaptionResult`] or the exception that reading it raised.
-
-        Raises:
-            `ImportError`: where `recap_hf` is not installed.
         """
         return from_package("streaming", "captioning a stream").caption_stream(self, sources, batch_size)
 
@@ -349,9 +345,8 @@ class _Reranking:
         """Arguments of `generate` that give the candidates: beams, or samples with `do_sample`."""
         asked = config.num_return_sequences if (config.num_return_sequences or 1) > 1 else None
         count = self.candidates or asked or config.num_beams or 1
-        if config.do_sample:
-            return {"num_return_sequences": count, "num_beams": 1}
-        return {"num_return_sequences": count, "num_beams": max(config.num_beams or 1, count)}
+        beams = 1 if config.do_sample else max(config.num_beams or 1, count)
+        return {"num_return_sequences": count, "num_beams": beams}
 
     def values(
         self,
@@ -440,4 +435,4 @@ def evaluation_mode(model: Any) -> Iterator[None]:
             module.training = True
 
 
-__all__ = ["READ_ERRORS", "CaptionResult", "Captioner", "evaluation_mode", "load_pretrained"]
+__all__ = ["CaptionResult", "Captioner"]

@@ -95,11 +95,6 @@ class RecapConfig(PretrainedConfig):
     Raises:
         `ValueError`: if the parts do not fit each other; the message names both values.
         `TypeError`: for a setting of the processor.
-
-    Example:
-        >>> config = RecapConfig()
-        >>> config.cross_attention_width
-        192
     """
 
     model_type = "recap"
@@ -140,12 +135,10 @@ class RecapConfig(PretrainedConfig):
         self.prefix_num_layers = prefix_num_layers
         self.audio_position_embedding = audio_position_embedding
         self.window_length_s = encoder.window_seconds(self.clap) if window_length_s is None else window_length_s
-        eos_token_id = self.decoder.eos_token_id if eos_token_id is None else eos_token_id
-        bos_token_id = self.decoder.bos_token_id if bos_token_id is None else bos_token_id
+        self.eos_token_id = self.decoder.eos_token_id if eos_token_id is None else eos_token_id
+        self.bos_token_id = self.decoder.bos_token_id if bos_token_id is None else bos_token_id
         pad_token_id = self.decoder.pad_token_id if pad_token_id is None else pad_token_id
-        self.eos_token_id = eos_token_id
-        self.bos_token_id = bos_token_id
-        self.pad_token_id = eos_token_id if pad_token_id is None else pad_token_id
+        self.pad_token_id = self.eos_token_id if pad_token_id is None else pad_token_id
         if self.decoder.pad_token_id is None:
             # A Trainer compares the tokenizer's with this one, and says so where they differ.
             self.decoder.pad_token_id = self.pad_token_id
@@ -262,16 +255,4 @@ def copy_remote_code(folder: str | os.PathLike) -> None:
             shutil.copyfile(source, target)
 
 
-__all__ = [
-    "AUTO_MAP",
-    "CONDITIONINGS",
-    "CROSS_ATTENTION",
-    "CUSTOM_PIPELINES",
-    "ENCODERS",
-    "PIPELINE_TASK",
-    "PREFIX",
-    "RecapConfig",
-    "copy_remote_code",
-    "encoder_class",
-    "push_arguments",
-]
+__all__ = ["RecapConfig"]

@@ -116,10 +116,8 @@ class RecapClapEncoder(TextEmbedder, ClapModel):
     def feature_settings(config: ClapConfig) -> dict[str, Any]:
         """What the configuration says about the feature extractor."""
         audio = config.audio_config
-        return {
-            "truncation": "fusion" if audio.enable_fusion else "rand_trunc",
-            "feature_size": audio.num_mel_bins,
-        }
+        mels = "fusion" if audio.enable_fusion else "rand_trunc"
+        return {"truncation": mels, "feature_size": audio.num_mel_bins}
 
     def encode_windows(
         self, windows: torch.Tensor, position_embedding: str | None = None
@@ -182,11 +180,4 @@ def sinusoidal_positions(num_steps: int, width: int) -> torch.Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]
 
 
-__all__ = [
-    "AUDIO_POSITIONS",
-    "FINGERPRINT_TEXTS",
-    "SINUSOIDAL",
-    "RecapClapEncoder",
-    "TextEmbedder",
-    "sinusoidal_positions",
-]
+__all__ = ["RecapClapEncoder"]

@@ -291,8 +291,8 @@ def _as_clips(audio: Any) -> list[Any]:
 def _rates(sampling_rate: int | Sequence[int] | None, num_clips: int) -> list[int]:
     if sampling_rate is None:
         raise ValueError(
-            "`sampling_rate` is missing: give the rate of `audio` in Hz (44100, say). Features of audio at another "
-            "rate than it was recorded at are wrong without an error."
+            "`sampling_rate` is missing: give the rate of `audio` in Hz. Features of another rate would be wrong "
+            "without an error."
         )
     rates = list(sampling_rate) if isinstance(sampling_rate, (list, tuple)) else [sampling_rate] * num_clips
     if len(rates) != num_clips:

@@ -254,12 +254,4 @@ def _take_penalties(
     return given
 
 
-__all__ = [
-    "CACHE",
-    "RecapEncoderOutput",
-    "RecapGenerationMixin",
-    "one_cache",
-    "position_ids_of",
-    "states_mask",
-    "until_end",
-]
+__all__ = ["RecapEncoderOutput", "RecapGenerationMixin"]

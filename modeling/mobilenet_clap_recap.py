@@ -191,10 +191,7 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
     @staticmethod
     def feature_settings(config: MobileNetClapConfig) -> dict[str, Any]:
         """What the configuration says about the feature extractor: YAMNet's log-mel at 16 kHz."""
-        return {
-            "spectrogram": "yamnet",
-            "feature_size": config.num_mel_bins,
-        }
+        return {"spectrogram": "yamnet", "feature_size": config.num_mel_bins}
 
     # The tower has no batch norm.
     input_normalisation = None
@@ -281,9 +278,8 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
             input_features (`torch.Tensor` of shape `(clips, num_windows, num_frames, num_mel_bins)`)
             input_features_mask (`torch.Tensor` of shape `(clips, num_windows)`, *optional*): 1 for windows to use.
         """
-        mask = (
-            input_features.new_ones(input_features.shape[:2]) if input_features_mask is None else input_features_mask
-        )
+        mask = input_features_mask
+        mask = input_features.new_ones(input_features.shape[:2]) if mask is None else mask
         _, embeds = self.encode_windows(input_features[mask.bool()].unsqueeze(1))
         total = embeds.new_zeros(*mask.shape, embeds.shape[-1])
         total[mask.bool()] = embeds
@@ -339,11 +335,4 @@ def _scaled(channels: int, config: MobileNetClapConfig) -> int:
     return max(8, round(channels * config.width_multiplier))
 
 
-__all__ = [
-    "LOG_MEL_FLOOR",
-    "MobileNetAudioTower",
-    "MobileNetClapConfig",
-    "MobileNetClapModel",
-    "MobileNetClapOutput",
-    "clip_scores",
-]
+__all__ = ["MobileNetClapConfig", "MobileNetClapModel", "MobileNetClapOutput"]

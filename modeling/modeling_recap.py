@@ -222,8 +222,7 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
             config_kwargs: fields of [`RecapConfig`], `cross_attention_reduce_factor=4` for one.
 
         Raises:
-            `ValueError`: if the decoder's weights are not those of a GPT-2 language model; the keys are listed.
-            `ImportError`: where `recap_hf` is not installed.
+            `ValueError`: if the decoder is no GPT-2 language model. `ImportError`: where `recap_hf` is not installed.
         """
         stock = from_package("conversion.stock", "making a captioner of a CLAP and a GPT-2")
         return stock.join_parts(cls, clap, decoder, clap_kwargs, decoder_kwargs, **config_kwargs)

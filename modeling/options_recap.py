@@ -170,8 +170,8 @@ class PromptTemplate:
         target_prefix (`str`): what joins prompt and caption when the target of the training is tokenized.
 
     Raises:
-        `ValueError`: if the template has no place for the captions, no words after them, or another ending than
-            `without_captions`: the ending is what tells the caption from the prompt in a generated text.
+        `ValueError`: if the template has no place for the captions, no words after them (they tell the caption from
+            the prompt in a generated text), or another ending than `without_captions`.
     """
 
     template: str
@@ -230,14 +230,4 @@ PAPER_PROMPT = PromptTemplate(
 )
 """Section 3.1 of the paper, to the letter."""
 
-__all__ = [
-    "DECODING",
-    "NO_RERANKING",
-    "PAPER_PROMPT",
-    "RERANKERS",
-    "RERANKING",
-    "RETRIEVAL",
-    "CaptionOptions",
-    "PromptTemplate",
-    "clean_caption",
-]
+__all__ = ["CaptionOptions", "PromptTemplate"]

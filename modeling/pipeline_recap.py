@@ -75,7 +75,7 @@ class AudioCaptioningPipeline(Pipeline):
         if isinstance(inputs, tuple):
             inputs = list(inputs)
         elif not isinstance(inputs, (*known, list, Dataset)) and hasattr(inputs, "__len__"):
-            # A dataset or a column of `datasets`, a Series: the base class knows lists and torch's datasets.
+            # A column of `datasets` or a Series: the base class knows lists and torch's datasets.
             inputs = iter(inputs)
         if kwargs.get("return_timestamps", self._forward_params.get("return_timestamps")) and "batch_size" in kwargs:
             kwargs["segment_batch_size"] = kwargs.pop("batch_size")

@@ -399,12 +399,8 @@ def _find_datastore(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> 
     names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
     hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
     subfolder = os.path.join(kwargs.get("subfolder", ""), DATASTORE_FOLDER)
-    if Path(name_or_path).is_dir():
-        found = Path(name_or_path, subfolder, MANIFEST_NAME).is_file()
-    else:
-        options = {"subfolder": subfolder, "_raise_exceptions_for_missing_entries": False}
-        found = cached_file(str(name_or_path), MANIFEST_NAME, **options, **hub_kwargs) is not None
-    if not found:
+    options = {"subfolder": subfolder, "_raise_exceptions_for_missing_entries": False, **hub_kwargs}
+    if cached_file(str(name_or_path), MANIFEST_NAME, **options) is None:
         return None
     return CaptionDatastore.from_pretrained(name_or_path, subfolder=subfolder, repo_type="model", **hub_kwargs)
 

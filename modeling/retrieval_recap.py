@@ -390,10 +390,7 @@ class CaptionDatastore:
         Args:
             repo_id (`str`): `user/name`; made if it does not exist.
             options: `private`, `token`, `revision`, `create_pr` and `commit_message`, as in
-                `huggingface_hub.HfApi.upload_folder`.
-
-        Returns:
-            `huggingface_hub.CommitInfo`.
+                `huggingface_hub.HfApi.upload_folder`; the result is its `CommitInfo`.
 
         Raises:
             `OSError`: if the push failed. `ImportError`: where `recap_hf` is not installed.

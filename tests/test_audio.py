@@ -13,7 +13,7 @@ import soundfile
 from conftest import synthetic_clip
 
 from recap_hf import load_audio
-from recap_hf.modeling import audio_recap
+from recap_hf.audio import containers
 from recap_hf.modeling.audio_recap import is_silent, resample, to_mono
 
 CLIP = synthetic_clip(1.5, 1)
@@ -166,7 +166,7 @@ def test_missing_files_and_folders(tmp_path):
     ("head", "named"), [(b"\0\0\0\x20ftypM4A ", "m4a"), (b"\x1a\x45\xdf\xa3", "webm"), (b"\xff\xf1\x50\x80", "AAC")]
 )
 def test_a_format_that_needs_an_extra_names_it(head, named, monkeypatch):
-    monkeypatch.setattr(audio_recap, "av", None)
+    monkeypatch.setattr(containers, "av", None)
     with pytest.raises(ImportError, match=named) as caught:
         load_audio(head + bytes(200))
     assert 'pip install "recap-hf[av]"' in str(caught.value)

@@ -200,7 +200,8 @@ def _embed(records: CaptionRecords, embedder: Any, work: Path, options: BuildOpt
     """Files with the embeddings of all captions, chunk by chunk; those that an earlier run finished are kept."""
     rows = range(len(records))
     parts = [rows[start : start + options.chunk_captions] for start in rows[:: options.chunk_captions]]
-    paths = [chunk_path(work, embedder.fingerprint, b"".join(records.lines(part))) for part in parts]
+    # Absolute: other processes may have another working directory.
+    paths = [chunk_path(work.absolute(), embedder.fingerprint, b"".join(records.lines(part))) for part in parts]
     left = [(part, path) for part, path in zip(parts, paths, strict=True) if not path.is_file()]
     if len(left) < len(parts):
         options.progress(f"Continuing a build that was cut off: {len(parts) - len(left)} of {len(parts)} chunks exist")

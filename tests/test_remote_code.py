@@ -15,6 +15,7 @@ import pytest
 from recap_hf import AudioCaptioningPipeline
 from recap_hf.modeling import configuration_recap
 
+EARLIER = Path(__file__).parent / "datastores" / "indexed"
 ALLOWED = {"numpy", "torch", "transformers"} | set(sys.stdlib_module_names)
 
 SCRIPT = """
@@ -23,7 +24,7 @@ import json, sys
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "recap_hf":
-            raise ModuleNotFoundError(f"{name} must not be needed here")
+            raise ModuleNotFoundError(f"{name} must not be needed here", name=name)
 
 sys.meta_path.insert(0, Blocker())
 for name in [name for name in sys.modules if name.partition(".")[0] == "recap_hf"]:
@@ -33,7 +34,7 @@ import torch
 from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForSpeechSeq2Seq, AutoProcessor,
                           AutoTokenizer, pipeline)
 
-folder, clip = sys.argv[1], np.load(sys.argv[2])
+folder, clip, earlier = sys.argv[1], np.load(sys.argv[2]), sys.argv[3]
 trust = {"trust_remote_code": True}
 config = AutoConfig.from_pretrained(folder, **trust)
 model = AutoModel.from_pretrained(folder, **trust)
@@ -44,6 +45,15 @@ tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
 inputs = processor(audio=clip, sampling_rate=48_000, return_tensors="pt")
 features = extractor(clip, sampling_rate=48_000, return_tensors="pt")["input_features"]
 ids = model.generate(**inputs, processor=processor)
+
+def refused(function, *args):
+    try:
+        function(*args)
+    except ImportError as error:
+        return str(error)
+
+store = type(processor.datastore)
+processor.save_pretrained("again")
 print(json.dumps({
     "model_type": config.model_type,
     "module": type(model).__module__,
@@ -54,6 +64,13 @@ print(json.dumps({
     "tokens": tokenizer("a dog barks")["input_ids"],
     "with_task": pipeline("audio-captioning", model=folder, **trust)(clip),
     "without_task": pipeline(model=folder, **trust)(clip),
+    "saved": store.from_pretrained("again/datastore").captions,
+    "refused": [
+        refused(store.from_pretrained, earlier),
+        refused(store.from_pretrained, "milvus:captions.db"),
+        refused(store.from_embeddings(["a"], np.ones((1, 2))).save_pretrained, "new"),
+        refused(processor.datastore.push_to_hub, "user/captions"),
+    ],
 }))
 """
 
@@ -65,7 +82,7 @@ def test_a_folder_is_complete(tiny_model, tiny_processor, clips, tmp_path):
     (tmp_path / "saved").rename(tmp_path / "moved")
     np.save(tmp_path / "clip.npy", clips[2])
     process = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "moved"), str(tmp_path / "clip.npy")],
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "moved"), str(tmp_path / "clip.npy"), str(EARLIER)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -88,6 +105,9 @@ def test_a_folder_is_complete(tiny_model, tiny_processor, clips, tmp_path):
     assert result["with_task"]["caption"] == here["caption"]
     assert result["with_task"]["score"] == pytest.approx(here["score"], rel=1e-4)
     assert [hit["row"] for hit in result["with_task"]["retrieved"]] == [hit["row"] for hit in here["retrieved"]]
+    assert result["saved"] == tiny_processor.datastore.captions
+    # What only the package does says so.
+    assert ["pip install recap-hf" in message for message in result["refused"]] == [True] * 4
 
 
 REMOTE_CODE = sorted(Path(configuration_recap.__file__).parent.glob("*_recap.py"))

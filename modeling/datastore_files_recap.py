@@ -326,29 +326,28 @@ def fetch_datastore(
         repo_type: "dataset" or "model"; None tries both, in this order.
         revision: branch, tag or commit id; default: main.
         subfolder: the folder inside; default: the root of a dataset, "datastore" of a model.
-        kwargs: `token`, `cache_dir`, `local_files_only`, `force_download`, as in `transformers.utils.cached_file`.
+        kwargs: `token`, `cache_dir`, `local_files_only` and other arguments of `huggingface_hub.snapshot_download`.
 
     Raises:
         `OSError`: it cannot be downloaded; the message names repository, revision and what to do.
     """
-    # Here: a captioner in ONNX opens local datastores without transformers.
-    from transformers.utils import cached_file, extract_commit_hash
-
     if Path(repo_id).is_file():
         raise NotADirectoryError(
             f"{repo_id}: a file, not the folder of a datastore. Make one of its captions: recap datastore build."
         )
     kinds = (repo_type,) if repo_type else ("dataset", "model")
     for kind in kinds:
-        options = {"subfolder": subfolder or ("datastore" if kind == "model" else ""), "repo_type": kind, **kwargs}
+        inside = subfolder or ("datastore" if kind == "model" else "")
+        options = {"repo_type": kind, "allow_patterns": [f"{inside}/*"] if inside else None, **kwargs}
         try:
-            manifest = cached_file(repo_id, MANIFEST_NAME, revision=revision, **options)
-            for name in _parsed(Path(manifest)).get("files", ()):
-                # Of the same commit, even if the branch has moved.
-                cached_file(repo_id, name, revision=extract_commit_hash(manifest, None), **options)
-            return Path(manifest).parent
-        except OSError as error:
-            if kind == kinds[-1]:
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+            # The Parquet files are for the viewer; the datastore does not read them.
+            return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=["data/*"], **options), inside)
+        except (OSError, ValueError) as error:
+            absent = isinstance(error, (LocalEntryNotFoundError, RepositoryNotFoundError))
+            if not absent or isinstance(error, GatedRepoError) or kind == kinds[-1]:
                 place = f"{' or '.join(kinds)} repository {repo_id!r}, revision {revision or 'main'!r}"
                 reason = " ".join(str(error).split())
                 raise OSError(f"cannot load a datastore from the {place}: {reason}") from error

@@ -173,11 +173,11 @@ REFUSALS = {
         ("push(folder, 'a/b/c')", ["'a/b/c'"]),
         (
             "fetch_datastore('user/absent', revision='v2')",
-            ["dataset or model", "'user/absent'", "'v2'", "auth login"],
+            ["dataset or model", "'user/absent'", "'v2'", "authenticated"],
         ),
         (
             "fetch_datastore('user/hidden', revision='v9')",
-            ["'user/hidden'", "'v9'", "branch name, tag name"],
+            ["'user/hidden'", "'v9'", "Revision Not Found"],
         ),
         ("fetch_datastore('user/d', repo_type='dataset')", ["the dataset repository 'user/d'"]),
         ("fetch_datastore('a/b/c')", ["'a/b/c'", "Repo id"]),
@@ -205,6 +205,6 @@ def test_a_broken_hub_and_no_hub_are_told_apart(hub, client, folder):
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_ETAG_TIMEOUT": "1"}
     pushed, fetched = client.run(code, folder, **unreachable)
     assert "the connection failed" in pushed
-    assert "couldn't find them in the cached files" in fetched and "offline mode" in fetched
+    assert "check your internet connection" in fetched
     offline = client.run(PUSH + "answer(refusal(push, sys.argv[1]))", folder, HF_HUB_OFFLINE="1")[1]
     assert "offline mode is on" in offline and os.environ["HF_HUB_OFFLINE"] == "1"

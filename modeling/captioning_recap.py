@@ -76,12 +76,6 @@ class Captioner:
 
     Raises:
         `ValueError`: if model, processor and datastore do not belong together.
-
-    Example:
-        >>> captioner = Captioner.from_pretrained()
-        >>> [result] = captioner.caption([captioner.read("dog.wav")])
-        >>> result.caption
-        'a dog barks twice'
     """
 
     def __init__(

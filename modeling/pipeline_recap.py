@@ -48,13 +48,6 @@ class AudioCaptioningPipeline(Pipeline):
     "caption", "score", "retrieved"}` of each, in seconds; the other fields are those of `recap_hf.TimelineSummary`.
     `batch_size` then counts segments. `timeline` takes the fields of `recap_hf.TimelineSettings` as a dictionary. It
     needs the package `recap-hf`.
-
-    Example:
-        >>> import recap_hf
-        >>> from transformers import pipeline
-        >>> captioner = pipeline("audio-captioning")
-        >>> captioner("dog.wav")["caption"]
-        'a dog barks twice'
     """
 
     _load_processor = True

@@ -17,6 +17,7 @@ from recap_cli.status import EXIT_USAGE, exit_status
 # The line of help of each command. Its module `recap_cli.NAME` has `add_arguments(parser)` and `run(args) -> int`.
 COMMANDS = {
     "caption": "generate a caption for each recording",
+    "tag": "name the sounds in each recording, with probabilities and times",
     "timeline": "caption what happens when, in recordings of any length",
     "live": "caption sound as it arrives, from a pipe or a microphone",
     "explain": "show which regions of a recording each word of its caption depends on",

@@ -89,7 +89,7 @@ class CaptionTextWriter(Writer):
             self.print("".join(f"{printable(line)}\n" for line in lines))
 
 
-class CaptionJsonWriter(Writer):
+class ListWriter(Writer):
     """One list with an object for each recording."""
 
     def row(self, row: dict[str, Any]) -> None:
@@ -98,6 +98,18 @@ class CaptionJsonWriter(Writer):
     def close(self) -> None:
         self.print("\n]\n" if self.count else "[]\n")
         super().close()
+
+
+class TagTextWriter(Writer):
+    """A recording, and below it its tags with their probabilities and times in seconds."""
+
+    def row(self, row: dict[str, Any]) -> None:
+        if "error" not in row:
+            lines = [self.name]
+            for tag in row["tags"]:
+                times = ", ".join(f"{start:.2f}-{end:.2f}" for start, end in tag["times"])
+                lines.append(f"    {tag['probability']:.2f}  {tag['name']}" + (f"  ({times} s)" if times else ""))
+            self.print("".join(f"{printable(line)}\n" for line in lines))
 
 
 class TextWriter(Writer):
@@ -155,7 +167,7 @@ class JsonlWriter(Writer):
 
 
 class CsvWriter(Writer):
-    """A line for each row; the retrieved captions are JSON in their cell."""
+    """A line for each row; what is not a text or a number is JSON in its cell."""
 
     suffix = ".csv"
     columns = ("file", "start", "end", "caption", "score", "retrieved")
@@ -163,11 +175,11 @@ class CsvWriter(Writer):
 
     def line(self, row: dict[str, Any]) -> str:
         cells = {"file": self.name, **row}
-        for name in {"file", "caption", "error"} & set(cells):
+        for name in {"file", "caption", "tag", "error"} & set(cells):
             text = cells[name] if name == "caption" else printable(cells[name])
             cells[name] = spreadsheet_cell(text)
-        if "retrieved" in row:
-            cells["retrieved"] = self.json(row["retrieved"])
+        for name in {"retrieved", "times"} & set(cells):
+            cells[name] = self.json(cells[name])
         line = io.StringIO()
         csv.writer(line, lineterminator="").writerow(cells.get(name, "") for name in self.columns)
         return line.getvalue()
@@ -178,6 +190,18 @@ class CaptionCsvWriter(CsvWriter):
 
     columns = ("file", "caption", "score", "retrieved", "error", "similarity")
     head = ",".join(columns) + "\n"
+
+
+class TagCsvWriter(CsvWriter):
+    """A line for each tag; for a recording without tags, or that cannot be read, a line without a tag."""
+
+    columns = ("file", "tag", "probability", "times", "error")
+    head = ",".join(columns) + "\n"
+
+    def row(self, row: dict[str, Any]) -> None:
+        rest = {name: value for name, value in row.items() if name != "tags"}
+        for tag in row.get("tags") or [{}]:
+            super().row(rest | {"tag" if name == "name" else name: value for name, value in tag.items()})
 
 
 class TsvWriter(Writer):
@@ -252,11 +276,10 @@ class VttWriter(SrtWriter):
             self.print(f"NOTE summary: {_one_line(summary['caption']).replace('-->', '->')}\n")
 
 
-CAPTION_WRITERS: dict[str, type[Writer]] = {
-    "text": CaptionTextWriter,
-    "json": CaptionJsonWriter,
-    "jsonl": JsonlWriter,
-    "csv": CaptionCsvWriter,
+# By command: the formats of a result for each recording.
+RESULT_WRITERS: dict[str, dict[str, type[Writer]]] = {
+    "caption": {"text": CaptionTextWriter, "json": ListWriter, "jsonl": JsonlWriter, "csv": CaptionCsvWriter},
+    "tag": {"text": TagTextWriter, "json": ListWriter, "jsonl": JsonlWriter, "csv": TagCsvWriter},
 }
 TIMELINE_WRITERS: dict[str, type[Writer]] = {
     "text": TextWriter,

@@ -1,0 +1,84 @@
+"""`recap tag`: the sounds in recordings, with probabilities and times."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recap_cli.numbers import positive
+from recap_cli.results import add_result_arguments, sources_of, write_results
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `recap tag`."""
+    add_result_arguments(parser)
+    parser.add_argument("--model", help="folder or Hub id of a captioner or a CLAP (default: the one in the package)")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="labels to choose from, one a line (default: the classes of the CLAP's classification head)",
+    )
+    parser.add_argument(
+        "--template", default="{}", help="prompt around each label, such as 'the sound of {}' (default: the label)"
+    )
+    parser.add_argument("--top", type=positive, default=10, metavar="N", help="tags of a recording (default: 10)")
+    parser.add_argument(
+        "--threshold",
+        type=_share,
+        default=0.1,
+        metavar="X",
+        help="smallest probability of a tag and of its times, 0 to 1 (default: 0.1)",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0 if every recording was tagged, 1 if some could not be, 2 if nothing was found to tag."""
+    return write_results(args, "tag", "tagged", _check, functools.partial(_tagged, args))
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a probability from 0 to 1, got {text!r}")
+    return value
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.template != "{}" and args.labels is None:
+        raise ValueError("--template is a prompt around labels: give --labels FILE, too")
+    if "{}" not in args.template:
+        raise ValueError(f"--template must hold {{}}, the place of the label, got {args.template!r}")
+    if args.labels is not None and not Path(args.labels).is_file():
+        raise ValueError(f"--labels {args.labels}: no such file; expected one with a label in each line")
+
+
+@dataclass(frozen=True)
+class _Tags:
+    tags: list[Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"tags": [tag.to_dict() for tag in self.tags]}
+
+
+def _tagged(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, Any]]:
+    """Each name with its tags, or the exception that reading it raised."""
+    from transformers.utils import logging
+
+    from recap_hf.tagging import Tagger
+
+    # This process is the command's own: bars and hints would stand between results on a terminal.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    labels = None
+    if args.labels is not None:
+        lines = Path(args.labels).read_text(encoding="utf-8-sig").splitlines()
+        labels = [line.strip() for line in lines if line.strip()]
+    tagger = Tagger.from_pretrained(args.model, device=args.device, labels=labels, template=args.template)
+    results = tagger.tag_stream(sources_of(names), args.top, args.threshold)
+    for name, (_, result) in zip(names, results, strict=True):
+        yield name, result if isinstance(result, Exception) else _Tags(result)

@@ -170,7 +170,7 @@ def convert_to_stock(
             metadata=_settings_of(model.config, source),
         )
         _save_companions(source, folder)
-        check_saved(clap, ClapModel.from_pretrained(folder / "clap"))
+        check_saved(clap, type(clap).from_pretrained(folder / "clap"))
         check_saved(decoder, GPT2LMHeadModel.from_pretrained(folder / "decoder"))
     return {**_sizes(model), "cross_attention_inside_decoder": inside}
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from recap_hf.modeling.encoder_recap import RecapClapEncoder
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.processing_recap import RecapProcessor
 from recap_hf.onnx_runtime import (
@@ -48,11 +49,12 @@ class AudioEncoderGraph(nn.Module):
         super().__init__()
         self.clap = copy.deepcopy(model.clap)
         self.position_embedding = model.config.audio_position_embedding
-        # RECAP encodes every window of a fused checkpoint as a short clip, which is its path without fusion. Only that
-        # path is exported: the other one depends on the data, which a fixed graph cannot.
-        self.clap.config.audio_config.enable_fusion = False
-        self.clap.audio_model.audio_encoder.enable_fusion = False
-        self.clap.audio_model.audio_encoder.patch_embed.enable_fusion = False
+        if isinstance(self.clap, RecapClapEncoder):
+            # RECAP encodes every window of a fused checkpoint as a short clip, which is its path without fusion. Only
+            # that path is exported: the other one depends on the data, which a fixed graph cannot.
+            self.clap.config.audio_config.enable_fusion = False
+            self.clap.audio_model.audio_encoder.enable_fusion = False
+            self.clap.audio_model.audio_encoder.patch_embed.enable_fusion = False
 
     def forward(self, input_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.clap.encode_windows(input_features.unsqueeze(1), self.position_embedding)
@@ -162,7 +164,7 @@ def export_onnx(source: str | Path, out: str | Path, overwrite: bool = False) ->
     processor.check_model(model)
     settings = _settings(model, processor)
     extractor = processor.feature_extractor
-    mel_shape = (int(extractor.nb_max_samples) // extractor.hop_length + 1, extractor.feature_size)
+    mel_shape = extractor(np.zeros(1), sampling_rate=extractor.sampling_rate)["input_features"].shape[2:]
     with finished_folder(out, overwrite) as folder:
         _export_graphs(model, folder, mel_shape)
         _export_companions(processor, settings, folder)
@@ -218,6 +220,7 @@ def _settings(model: RecapForConditionalGeneration, processor: RecapProcessor) -
             "fft_window_size": extractor.fft_window_size,
             "hop_length": extractor.hop_length,
             "padding": extractor.padding,
+            "spectrogram": extractor.spectrogram,
         },
         "num_layers": config.decoder.n_layer,
         "num_heads": config.decoder.n_head,
@@ -313,16 +316,19 @@ def _compare(model: RecapForConditionalGeneration, processor: RecapProcessor, fo
     """Log-mel, audio tower, prompt and a later token against PyTorch, at other sizes than those of the export."""
     generator = torch.Generator().manual_seed(0)
     rate = processor.feature_extractor.sampling_rate
-    clip = 0.1 * torch.randn(int(1.4 * processor.feature_extractor.nb_max_samples), generator=generator)
+    length = int(processor.feature_extractor.nb_max_samples)
+    clip = 0.1 * torch.randn(int(1.4 * length), generator=generator)
+    # Silence, whose states may be masked.
+    clip[int(0.9 * length) :] = 0.0
     features = processor.feature_extractor([clip.numpy()], sampling_rate=rate, return_tensors="pt")
     mel = features["input_features"][0]
     ids = torch.randint(0, model.config.decoder.vocab_size, (1, 12), generator=generator)
     captioner = OnnxCaptioner(folder)
     encoding = model.encode_audio(mel[None])
     hidden, embeds = captioner.encode(mel.numpy())
-    cross = captioner.cross_caches(hidden)
-    prompt, past = captioner.step(ids[:, :11].numpy(), captioner.empty_caches(1), cross)
-    later, _ = captioner.step(ids[:, 11:].numpy(), past, cross)
+    cross, mask = captioner.cross_caches(hidden), captioner.states_mask(hidden)
+    prompt, past = captioner.step(ids[:, :11].numpy(), captioner.empty_caches(1), cross, mask)
+    later, _ = captioner.step(ids[:, 11:].numpy(), past, cross, mask)
     logits = model(encoder_outputs=encoding, decoder_input_ids=ids).logits[0]
     differences = {
         "log-mel": _relative(captioner.log_mel(clip.numpy()), mel),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, ClapModel, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, ClapConfig, ClapModel, GPT2Config, GPT2LMHeadModel
 
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 
@@ -70,15 +70,17 @@ def join_parts(
     return model.eval()
 
 
-def stock_parts(model: RecapForConditionalGeneration) -> tuple[ClapModel, GPT2LMHeadModel, dict[str, torch.Tensor]]:
-    """`model` as a `ClapModel`, a `GPT2LMHeadModel` without cross-attention, and the tensors in between.
+def stock_parts(model: RecapForConditionalGeneration) -> tuple[nn.Module, GPT2LMHeadModel, dict[str, torch.Tensor]]:
+    """`model` as its CLAP (a `ClapModel`, or the encoder's own class), a `GPT2LMHeadModel` without cross-attention,
+    and the tensors in between.
 
     Dtype and tied weights stay as they are; the parts hold copies.
     """
     clap_state, decoder_state, cross = split_state_dict(model.state_dict())
     clap_config, decoder_config = type(model.config.clap)(**_plain(model.config.clap)), _decoder_config(model, False)
     with torch.device("meta"):
-        clap, decoder = ClapModel(clap_config), GPT2LMHeadModel(decoder_config)
+        kind = ClapModel if isinstance(clap_config, ClapConfig) else type(model.clap)
+        clap, decoder = kind(clap_config), GPT2LMHeadModel(decoder_config)
     check_complete(clap_state, clap.state_dict(), subject="the CLAP inside the RECAP model")
     check_complete(decoder_state, decoder.state_dict(), subject="the GPT-2 inside the RECAP model")
     decoder = fill(decoder, decoder_state, model.decoder.dtype)

@@ -46,11 +46,17 @@ def run(args: argparse.Namespace) -> int:
     if args.microphone is not None and args.input != "-":
         print("recap live: error: --microphone and a pipe exclude each other: give one of them", file=sys.stderr)
         return 2
+    from recap_hf import RecapFeatureExtractor, default_model_path
     from recap_hf.audio.live import LiveSound
 
     with _blocks(args) as blocks:
+        settings = {}
+        with contextlib.suppress(OSError):
+            # A model that is not there is reported when it is loaded, after input that cannot be read.
+            extractor = RecapFeatureExtractor.from_pretrained(args.model or str(default_model_path()))
+            settings["sampling_rate"] = extractor.sampling_rate
         # Before the model is loaded, which takes longer than a pipe can hold.
-        sound = LiveSound(blocks, args.buffer).start()
+        sound = LiveSound(blocks, args.buffer, **settings).start()
         # Input that cannot be read is reported before the model is loaded.
         if not sound.wait(1, timeout_s=0.5) and sound.error is not None:
             raise sound.error

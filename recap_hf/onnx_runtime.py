@@ -33,6 +33,8 @@ MEL_FILTERS = "mel_filters.npy"
 TOKENIZER = "tokenizer.json"
 DATASTORE_FOLDER = "datastore"
 _MEL_FLOOR = 1e-10
+# YAMNet's log-mel: 25 ms at 16 kHz, and what is added under the logarithm; as in `RecapFeatureExtractor`.
+_YAMNET_FRAME, _YAMNET_OFFSET = 400, 1e-3
 
 Caches = list[np.ndarray]
 
@@ -117,7 +119,10 @@ class OnnxCaptioner:
         waveform = self._waveform(audio, sampling_rate)
         if is_silent(waveform):
             return {"caption": SILENCE_CAPTION, "score": 1.0, "retrieved": []}
-        hidden, embeds = self.encode(self.log_mel(waveform))
+        windows = self._windows(waveform)
+        # As with torch: windows without sound are neither encoded nor retrieved for.
+        sounding = [window for window in windows if not is_silent(window)] or windows
+        hidden, embeds = self.encode(np.stack([self._window_mel(window) for window in sounding]))
         k = self._settings["num_retrieved_captions"] if k is None else k
         # Graphs that were exported by earlier versions lack these settings.
         diversity = self._settings.get("retrieval_diversity") or 0.0
@@ -131,6 +136,7 @@ class OnnxCaptioner:
             self.cross_caches(hidden),
             self.num_beams if num_beams is None else num_beams,
             self._settings["generation"]["max_new_tokens"] if max_new_tokens is None else max_new_tokens,
+            self.states_mask(hidden),
         )
         kept = [token for token in prompt + tokens if token not in self._settings["special_token_ids"]]
         text = self._tokenizer.decode(kept, skip_special_tokens=False)
@@ -150,18 +156,21 @@ class OnnxCaptioner:
     # ------------------------------------------------------------- log-mel
 
     def log_mel(self, waveform: np.ndarray) -> np.ndarray:
-        """Log-mel windows in dB, float32 (windows, frames, mels), of a mono waveform at the model's rate.
+        """Log-mel windows, float32 (windows, frames, mels), of a mono waveform at the model's rate.
 
-        Windows as `RecapFeatureExtractor` cuts them: consecutive, the last one aligned to the end; a short clip is
-        repeated. The transform is done in float64.
+        As `RecapFeatureExtractor` makes them: consecutive windows, the last one aligned to the end; a short clip is
+        repeated or padded. The transform is done in float64.
         """
+        return np.stack([self._window_mel(window) for window in self._windows(waveform)])
+
+    def _windows(self, waveform: np.ndarray) -> list[np.ndarray]:
         size = self._settings["mel"]["window_samples"]
         starts = [0]
         if len(waveform) > size:
             starts = list(range(0, len(waveform) - size + 1, size))
             if starts[-1] != len(waveform) - size:
                 starts.append(len(waveform) - size)
-        return np.stack([self._window_mel(waveform[start : start + size]) for start in starts])
+        return [waveform[start : start + size] for start in starts]
 
     def _window_mel(self, window: np.ndarray) -> np.ndarray:
         mel = self._settings["mel"]
@@ -171,13 +180,18 @@ class OnnxCaptioner:
                 copies = mel["window_samples"] // len(window) + (mel["padding"] == "repeat")
                 window = np.tile(window, copies)[: mel["window_samples"]]
             window = np.pad(window, (0, mel["window_samples"] - len(window)))
-        size, hop = mel["fft_window_size"], mel["hop_length"]
-        padded = np.pad(window.astype(np.float64), size // 2, mode="reflect")
-        frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
+        size, hop, window = mel["fft_window_size"], mel["hop_length"], window.astype(np.float64)
+        # Folders that earlier versions exported are all of this kind.
+        is_yamnet = mel.get("spectrogram", "clap") == "yamnet"
+        length = _YAMNET_FRAME if is_yamnet else size
+        padded = np.pad(window, (length - hop) // 2) if is_yamnet else np.pad(window, size // 2, mode="reflect")
+        frames = np.lib.stride_tricks.sliding_window_view(padded, length)[::hop]
         # The periodic Hann window, as torch.hann_window makes it.
-        hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(size) / size)
-        power = np.abs(np.fft.rfft(frames * hann, axis=1)) ** 2
-        return (10 * np.log10(np.maximum(power @ self._filters, _MEL_FLOOR))).astype(np.float32)
+        hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)
+        magnitudes = np.abs(np.fft.rfft(frames * hann, size, axis=1))
+        if is_yamnet:
+            return np.log(magnitudes @ self._filters + _YAMNET_OFFSET).astype(np.float32)
+        return (10 * np.log10(np.maximum(magnitudes**2 @ self._filters, _MEL_FLOOR))).astype(np.float32)
 
     # -------------------------------------------------------------- graphs
 
@@ -185,6 +199,13 @@ class OnnxCaptioner:
         """Log-mel windows of one clip to its states (1, windows * n, d) and one unit query per window (windows, P)."""
         hidden, embeds = self._audio.run(["hidden_states", "audio_embeds"], {"input_features": mel})
         return hidden.reshape(1, -1, hidden.shape[-1]), embeds
+
+    @staticmethod
+    def states_mask(hidden: np.ndarray) -> np.ndarray:
+        """1 for the states (batch, n, d) that the decoder attends to, int64 (batch, n): those that hold more than
+        zeros, or all of a clip that has no other."""
+        holds = (hidden != 0).any(axis=-1)
+        return (holds | ~holds.any(axis=1, keepdims=True)).astype(np.int64)
 
     def cross_caches(self, hidden: np.ndarray) -> Caches:
         """Keys and values of every block's cross-attention, (1, heads, n, head size)."""
@@ -195,13 +216,18 @@ class OnnxCaptioner:
         shape = (batch_size, self._settings["num_heads"], 0, self._settings["head_size"])
         return [np.zeros(shape, dtype=np.float32) for _ in self._pairs]
 
-    def step(self, ids: np.ndarray, past: Caches, cross: Caches) -> tuple[np.ndarray, Caches]:
-        """Logits (batch, vocabulary) after the last of `ids` (batch, length), and the grown caches."""
+    def step(
+        self, ids: np.ndarray, past: Caches, cross: Caches, states_mask: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Caches]:
+        """Logits (batch, vocabulary) after the last of `ids` (batch, length), and the grown caches. `states_mask`
+        (1 or batch, n): 1 for the states to attend to; default: all."""
         batch, length = ids.shape
+        if states_mask is None:
+            states_mask = np.ones((1, cross[0].shape[2]), dtype=np.int64)
         feeds = {
             "input_ids": ids.astype(np.int64),
             "attention_mask": np.ones((batch, past[0].shape[2] + length), dtype=np.int64),
-            "encoder_attention_mask": np.ones((batch, cross[0].shape[2]), dtype=np.int64),
+            "encoder_attention_mask": np.repeat(states_mask, batch // len(states_mask), axis=0),
         }
         feeds.update({f"past.{pair}": cache for pair, cache in zip(self._pairs, past, strict=True)})
         feeds.update({f"cross.{pair}": cache for pair, cache in zip(self._pairs, cross, strict=True)})
@@ -218,7 +244,14 @@ class OnnxCaptioner:
                 return tokens, count
         raise ValueError(f"a prompt without captions has {len(tokens)} tokens, more than the decoder takes")
 
-    def search(self, prompt: list[int], cross: Caches, num_beams: int, max_new_tokens: int) -> tuple[list[int], float]:
+    def search(
+        self,
+        prompt: list[int],
+        cross: Caches,
+        num_beams: int,
+        max_new_tokens: int,
+        states_mask: np.ndarray | None = None,
+    ) -> tuple[list[int], float]:
         """The best continuation of `prompt`: greedy for one beam, else beam search as transformers defines it.
 
         At each step the best ``2 * num_beams`` continuations of all beams are looked at. Those that end and are among
@@ -231,7 +264,7 @@ class OnnxCaptioner:
         """
         generation = self._settings["generation"]
         penalty = generation["length_penalty"]
-        logits, past = self.step(np.asarray([prompt]), self.empty_caches(1), cross)
+        logits, past = self.step(np.asarray([prompt]), self.empty_caches(1), cross, states_mask)
         # Continuations that go on, all of one length, best first; and the best finished ones with their scores.
         beams: list[tuple[list[int], float]] = [([], 0.0)]
         finished: list[tuple[float, list[int], float]] = []
@@ -259,7 +292,7 @@ class OnnxCaptioner:
             if len(cross[0]) != len(rows):
                 cross = [np.repeat(cache[:1], len(rows), axis=0) for cache in cross]
             beams = survivors
-            logits, past = self.step(np.asarray([[tokens[-1]] for tokens, _ in beams]), past, cross)
+            logits, past = self.step(np.asarray([[tokens[-1]] for tokens, _ in beams]), past, cross, states_mask)
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
 from recap_hf.modeling.captioning_recap import Captioner
-from recap_hf.modeling.encoder_recap import RecapClapEncoder
-from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
+from recap_hf.training.tasks.bases import load_clap
 
 from .clips import EvaluationClips
 
@@ -23,17 +21,16 @@ class ClapScorer:
     """A CLAP checkpoint that compares captions with recordings.
 
     Args:
-        name: folder or Hub id with a `ClapModel`, its tokenizer and the settings of its feature extractor.
+        name: folder or Hub id of a CLAP or a RECAP checkpoint, with its tokenizer.
         device: torch device; None: a GPU if there is one.
     """
 
     def __init__(self, name: str, device: str | None = None) -> None:
         self.name = name
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.encoder = RecapClapEncoder.from_pretrained(name, dtype=torch.float32).eval().to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
         # Consecutive windows instead of the stock extractor's random crops: the score of a clip does not vary.
-        self.feature_extractor = RecapFeatureExtractor.from_clap_pretrained(name)
+        encoder, self.tokenizer, self.feature_extractor = load_clap(name, with_texts=True)
+        self.encoder = encoder.eval().to(self.device)
 
     def read(self, source: Any) -> np.ndarray:
         """A recording (whatever `load_audio` takes) as a mono waveform at the extractor's rate."""

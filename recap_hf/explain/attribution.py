@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from recap_hf.modeling.generation_recap import RecapEncoderOutput, position_ids_of
+from recap_hf.modeling.generation_recap import RecapEncoderOutput, position_ids_of, states_mask
 
 METHODS = ("gradient", "insertion", "occlusion", "attention")
 # Rows of one forward pass when regions are hidden one by one.
@@ -31,7 +31,8 @@ class Passage:
     """A prompt with its answer, and the positions of their parts.
 
     Args:
-        states (`torch.Tensor` of shape `(1, n, d)`): encoder states of one recording.
+        states (`torch.Tensor` of shape `(1, n, d)`): encoder states of one recording. Those of padding are all zero:
+            the decoder does not attend to them, and their cells have no weight.
         ids (`torch.LongTensor` of shape `(1, length)`): prompt and answer.
         start (`int`): number of tokens of the prompt.
         captions (sequence of slices): the tokens of each retrieved caption in the prompt.
@@ -48,6 +49,11 @@ class Passage:
     def targets(self) -> torch.Tensor:
         """Tokens of the answer, `(tokens,)`."""
         return self.ids[0, self.start :]
+
+    @property
+    def state_mask(self) -> torch.Tensor:
+        """1 for the states that the decoder attends to, `(1, n)`, as in captioning."""
+        return states_mask(self.states)
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,8 @@ def token_log_probs(
 
     Args:
         states (`torch.Tensor` of shape `(1, n, d)`, *optional*): instead of the passage's.
-        state_mask (`torch.Tensor` of shape `(rows, n)`, *optional*): 0 for hidden encoder states.
+        state_mask (`torch.Tensor` of shape `(rows, n)`, *optional*): 0 for hidden encoder states. Where all are, they
+            are zeros, as where the audio is hidden.
         token_mask (`torch.Tensor` of shape `(rows, length)`, *optional*): 0 for hidden tokens. The others keep their
             positions.
     """
@@ -124,11 +131,10 @@ def token_log_probs(
     for first in range(0, rows, _ROWS):
         count = min(_ROWS, rows - first)
         chosen = slice(first, first + count)
-        ids = passage.ids.expand(count, -1)
-        encoding = RecapEncoderOutput(
-            last_hidden_state=states.expand(count, -1, -1),
-            attention_mask=None if state_mask is None else state_mask[chosen].to(ids),
-        )
+        ids, kept = passage.ids.expand(count, -1), states.expand(count, -1, -1)
+        if state_mask is not None:
+            kept = kept * state_mask[chosen, :, None].to(kept)
+        encoding = RecapEncoderOutput(last_hidden_state=kept, attention_mask=states_mask(kept))
         output = model(
             encoder_outputs=encoding,
             decoder_input_ids=ids,
@@ -152,7 +158,7 @@ def _attention_pass(model: Any, passage: Passage) -> tuple[torch.Tensor, tuple, 
     with torch.no_grad():
         embeddings = model.get_input_embeddings()(passage.ids)
     output = model(
-        encoder_outputs=RecapEncoderOutput(last_hidden_state=passage.states),
+        encoder_outputs=RecapEncoderOutput(last_hidden_state=passage.states, attention_mask=passage.state_mask),
         # A leaf that requires gradients, so that the maps of a frozen model have them, too.
         decoder_inputs_embeds=embeddings.requires_grad_(torch.is_grad_enabled()),
         decoder_attention_mask=torch.ones_like(passage.ids),
@@ -194,18 +200,17 @@ def _from_gradient(model: Any, passage: Passage, groups: list[list[int]]) -> _We
 @torch.no_grad()
 def _from_hiding(model: Any, passage: Passage, groups: list[list[int]], insertion: bool) -> _Weights:
     full = token_log_probs(model, passage)[0]
-    regions = _regions(passage.grid).to(passage.states.device)
+    attended = passage.state_mask[0].bool()
+    regions = _regions(passage.grid).to(passage.states.device)[attended]
     by_region = token_log_probs(model, passage, state_mask=regions if insertion else 1 - regions)
     by_caption = token_log_probs(model, passage, token_mask=_caption_masks(passage, insertion))
     audio, captions = [], []
     for group in groups:
         region, caption = by_region[:, group].sum(dim=1), by_caption[:, group].sum(dim=1)
-        if insertion:
-            audio.append((region - region.mean()).clamp(min=0))
-            captions.append((caption[:-1] - caption[-1]).clamp(min=0))
-        else:
-            audio.append((full[group].sum() - region).clamp(min=0))
-            captions.append((full[group].sum() - caption[:-1]).clamp(min=0))
+        gain = region - region.mean() if insertion else full[group].sum() - region
+        audio.append(gain.new_zeros(len(attended)).masked_scatter(attended, gain.clamp(min=0)))
+        lost = caption[:-1] - caption[-1] if insertion else full[group].sum() - caption[:-1]
+        captions.append(lost.clamp(min=0))
     return full, audio, captions
 
 

@@ -158,8 +158,8 @@ def explain_caption(
         method (`str`, *optional*, defaults to `"gradient"`):
             - `"gradient"`: attention weights times their gradient on the word's log-probability, over all layers and
               heads, positive values only. One backward pass per word.
-            - `"insertion"`: log-probability of the word with one region (0.94 s of one band) alone, minus that with
-              the average region, in nats. One row of a forward pass per region: slower.
+            - `"insertion"`: log-probability of the word with one region (three cells of one band) alone, minus that
+              with the average region, in nats. One row of a forward pass per region: slower.
             - `"occlusion"`: decrease of the log-probability if that region is hidden.
             - `"attention"`: attention weights, the mean over layers and heads. They say little about what a word
               depends on: see the measurements in docs/explanations.md.

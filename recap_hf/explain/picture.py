@@ -44,18 +44,19 @@ def clip_spectrogram(waveform: Any, sampling_rate: int, feature_extractor: Any) 
     mono = resample(to_mono(waveform), sampling_rate, rate)
     windows = feature_extractor([mono], sampling_rate=rate)["input_features"][0]
     frames = max(1, -(-len(mono) // hop))
-    spectrogram = np.full((frames, windows.shape[-1]), -100.0, dtype=np.float32)
+    silence = feature_extractor.silence_level
+    spectrogram = np.full((frames, windows.shape[-1]), silence, dtype=np.float32)
     for start, window in zip(feature_extractor.window_starts(len(mono)), windows, strict=True):
         part = window[: frames - start // hop]
         spectrogram[start // hop : start // hop + len(part)] = part
-    return spectrogram
+    return spectrogram / feature_extractor.decibel
 
 
 def draw_explanation(
     explanation: CaptionExplanation,
     waveform: Any,
     feature_extractor: Any,
-    sampling_rate: int = 48_000,
+    sampling_rate: int | None = None,
 ) -> Figure:
     """Draws an explanation: the spectrogram under the caption; for each word the same with its map in colour, paler
     for a word that depends less on the audio; and the weight of each retrieved caption for each word.
@@ -64,7 +65,7 @@ def draw_explanation(
         explanation ([`CaptionExplanation`]): from [`explain_caption`].
         waveform: the explained recording, `(samples,)` or `(channels, samples)`.
         feature_extractor ([`RecapFeatureExtractor`]): the processor's.
-        sampling_rate (`int`, *optional*, defaults to 48,000): of `waveform`, in Hz.
+        sampling_rate (`int`, *optional*): of `waveform`, in Hz; default: the feature extractor's.
 
     Returns:
         `matplotlib.figure.Figure`, attached to no window: `figure.savefig(path)`.
@@ -76,7 +77,7 @@ def draw_explanation(
     from matplotlib.figure import Figure
 
     words = explanation.words[:_MAX_WORDS]
-    spectrogram = clip_spectrogram(waveform, sampling_rate, feature_extractor)
+    spectrogram = clip_spectrogram(waveform, sampling_rate or feature_extractor.sampling_rate, feature_extractor)
     columns = min(_COLUMNS, max(1, len(words)))
     word_rows = -(-len(words) // columns)
     table_height = 0.5 + 0.42 * len(explanation.retrieved) if explanation.retrieved else 0.0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from recap_hf.modeling.configuration_recap import encoder_class
+from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
 from recap_hf.modeling.options_recap import PAPER_PROMPT, RETRIEVAL, CaptionOptions
 
 from .cards import DatastoreFacts, ModelDescription
@@ -46,7 +47,9 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
             f"{folder}/config.json is the configuration of a {saved.get('model_type')!r} model, expected "
             f"{RecapConfig.model_type!r}"
         )
-    config = RecapConfig.from_pretrained(folder)
+    config, processor = RecapConfig.from_pretrained(folder), _read_json(folder, "processor_config.json")
+    extractor = RecapFeatureExtractor(**encoder_class(config.clap).feature_settings(config.clap))
+    rate = processor.get("feature_extractor", {}).get("sampling_rate", extractor.sampling_rate)
     sizes, dtypes = read_weights(folder)
     conditioning = sum(
         size for name, size in sizes.items() if ".crossattention." in name or name.startswith("prefix_mapper.")
@@ -58,11 +61,13 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
             f"tokens, at most {config.decoder.n_positions:,} positions"
         ),
         **conditioning_part(config, conditioning),
-        "audio": f"48 kHz mono, in windows of {config.window_length_s:g} s; a longer recording is several windows",
+        "audio": (
+            f"{rate / 1000:g} kHz mono, in windows of {config.window_length_s:g} s; a longer recording is several "
+            "windows"
+        ),
     }
     if sizes:
         parts["parameters"] = f"{sum(sizes.values()):,} in {' and '.join(dtypes)}"
-    processor = _read_json(folder, "processor_config.json")
     number = processor.get("num_retrieved_captions", 4)
     captions = [f"caption {rank}" for rank in range(1, number + 1)]
     if number > 3:

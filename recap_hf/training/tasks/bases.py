@@ -119,11 +119,12 @@ def set_dropout(model: nn.Module, share: float) -> None:
             module.drop_prob = 0.0
 
 
-def load_clap(name: str) -> tuple[Any, PreTrainedTokenizerBase | None, Any]:
+def load_clap(name: str, with_texts: bool = False) -> tuple[Any, PreTrainedTokenizerBase | None, Any]:
     """An existing CLAP (an encoder class) with its tokenizer, if it has one, and its `RecapFeatureExtractor`.
 
     Args:
         name: Hub id or folder of a CLAP, or of a RECAP checkpoint; `embedded` for the embedded default.
+        with_texts: refuse a CLAP without a tokenizer.
 
     Raises:
         OSError, ValueError: if there is no such model.
@@ -143,6 +144,11 @@ def load_clap(name: str) -> tuple[Any, PreTrainedTokenizerBase | None, Any]:
     # A converted audio tower has no tokenizer.
     has_tokenizer = cached_file(name, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
     tokenizer = AutoTokenizer.from_pretrained(name) if has_tokenizer else None
+    if with_texts and tokenizer is None:
+        raise ValueError(
+            f"{name} has no tokenizer, so that it cannot embed captions: train its text tower first (recap pretrain "
+            f"clap --clap {name})"
+        )
     try:
         extractor = RecapFeatureExtractor.from_clap_pretrained(name)
     except OSError:
@@ -209,7 +215,7 @@ def new_captioner(config: CaptionerTrainingConfig) -> tuple[Any, Any]:
     from recap_hf import RecapProcessor
 
     if config.clap:
-        clap, clap_tokenizer, extractor = load_clap(config.clap)
+        clap, clap_tokenizer, extractor = load_clap(config.clap, with_texts=True)
         gpt2, tokenizer = load_gpt2(config.decoder)
         model = _combine(clap, gpt2, config)
         processor = RecapProcessor.from_config(model.config, tokenizer, clap_tokenizer, feature_extractor=extractor)

@@ -127,7 +127,7 @@ def _nearest_captions(
 
     if not config.num_retrieved or not config.clap:
         return {split: [_same_clip(clips)] if config.num_retrieved else [] for split, clips in splits.items()}
-    clap, clap_tokenizer, extractor = load_clap(config.clap)
+    clap, clap_tokenizer, extractor = load_clap(config.clap, with_texts=True)
     captioner = RecapForConditionalGeneration.from_clap_gpt2_pretrained(clap, model)
     parts = (captioner.config, processor.tokenizer, clap_tokenizer)
     embedder = RecapProcessor.from_config(*parts, feature_extractor=extractor)

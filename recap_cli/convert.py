@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     """Converts, and prints what was done as JSON."""
     from recap_hf import conversion
 
-    given = {name: value for name, value in vars(args).items() if name not in ("command", "run", "kind", "function")}
+    own = ("argv", "command", "run", "kind", "function")
+    given = {name: value for name, value in vars(args).items() if name not in own}
     report = getattr(conversion, args.function)(**given)
     for reason, count in Counter(report.pop("unused", {}).values()).items():
         print(f"{count} tensors are not used ({reason})", file=sys.stderr)

@@ -130,7 +130,7 @@ def test_fine_tuning_a_clap_on_own_words(shared_dir: Path, tmp_path: Path):
     write_in_code(data)
     flags = ["--dataset", "clotho", "--data-dir", data, "--output-dir", tmp_path / "clap", "--clap", "embedded"]
     flags += ["--num-train-epochs", 2, "--learning-rate", "3e-4", "--warmup-steps", 2, "--batch-size", 32]
-    flags += ["--max-train-clips", 320, "--mixed-precision", "bf16", "--device", "cpu"]
+    flags += ["--max-train-clips", 320, "--device", "cpu"]
     start(*RECAP, "pretrain", "clap", *flags)
     evaluations = json.loads((tmp_path / "clap" / "report.json").read_text())["evaluations"]
     print([{name: round(value, 3) for name, value in entry.items()} for entry in evaluations])

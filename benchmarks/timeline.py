@@ -19,6 +19,8 @@ from typing import Any
 from benchmarks.naming import NamingRules
 from benchmarks.timeline_recordings import plan_recording, render_recording, write_plan
 from benchmarks.timeline_scores import boundary_figures, naming_figures
+from recap_cli.files import open_output
+from recap_cli.formats import TIMELINE_WRITERS
 from recap_cli.status import exit_status
 
 _EQUAL_S = 0.0011
@@ -32,11 +34,20 @@ def run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     events = plan_recording(args.sounds, args.fold, args.minutes, args.seed)
     write_plan(events, folder / "events.json")
     render_recording(args.sounds, events, args.minutes, recording, args.seed)
-    command = [sys.executable, "-m", "recap_cli", "timeline", str(recording), "--format", "all"]
+    command = [sys.executable, "-m", "recap_cli", "timeline", str(recording), "--format", "jsonl"]
     command += ["--output-dir", str(folder), *(["--model", args.model] if args.model else []), *args.options]
     print(" ".join(command), file=sys.stderr, flush=True)
     cost = measure_memory(command, folder / "recording.jsonl", args.minutes * 60)
-    segments = json.loads((folder / "recording.json").read_text(encoding="utf-8"))[0]["segments"]
+    lines = (folder / "recording.jsonl").read_text(encoding="utf-8").splitlines()
+    segments = [json.loads(line) for line in lines]
+    for kind in _READERS:
+        with open_output(folder / f"recording{TIMELINE_WRITERS[kind].suffix}") as file:
+            writer = TIMELINE_WRITERS[kind](file)
+            writer.begin(recording.name)
+            for segment in segments:
+                writer.write(segment)
+            writer.end(None)
+            writer.close()
     rules = NamingRules.read(args.rules) if args.rules else NamingRules.ours()
     result = {
         "fold": args.fold,
@@ -104,9 +115,9 @@ def _reached(progress: Path) -> float:
 
 
 def compare_formats(stem: Path, segments: list[dict[str, Any]]) -> dict[str, str]:
-    """What independent readers find in the subtitles and labels, beside the JSON: `equal`, or what differs.
+    """What independent readers find in the subtitles and labels, beside the JSONL: `equal`, or what differs.
 
-    SubRip is read by pysubs2, WebVTT by webvtt-py, the label track and the selection table by pandas. A reader that
+    SubRip is read by pysubs2, WebVTT by webvtt-py, the label track by pandas. A reader that
     is not installed is named.
     """
     expected = [(segment["start"], segment["end"], " ".join(segment["caption"].split())) for segment in segments]
@@ -156,15 +167,7 @@ def _read_labels(stem: Path) -> list[tuple[float, float, str]]:
     return list(table.itertuples(index=False, name=None))
 
 
-def _read_selections(stem: Path) -> list[tuple[float, float, str]]:
-    import pandas
-
-    table = pandas.read_csv(f"{stem}.selections.txt", sep="\t", quoting=3, keep_default_na=False)
-    columns = ["Begin Time (s)", "End Time (s)", "Annotation"]
-    return list(table[columns].itertuples(index=False, name=None))
-
-
-_READERS = {"srt": _read_srt, "vtt": _read_vtt, "audacity": _read_labels, "raven": _read_selections}
+_READERS = {"srt": _read_srt, "vtt": _read_vtt, "audacity": _read_labels}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`recap demo`: the page to play with, here or as a Space."""
+"""`recap demo`: a page to play with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 
 from recap_cli.numbers import positive
 
@@ -20,8 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=FOLDER",
-        help="further captions to choose from, by a name of your choice: a datastore's folder or Hub id, or a .txt, "
-        ".csv, .json or .jsonl file of captions; may be given several times",
+        help="further captions to choose from: a datastore's folder or Hub id, or a file of captions; repeatable",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--host", help="address to listen on; 0.0.0.0 for all (default: this machine alone)")
@@ -29,50 +27,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", action="store_true", help="ask Gradio's servers for a public address")
     parser.add_argument("--max-seconds", type=positive, default=120, help="longest recording (default: %(default)s)")
     parser.add_argument("--max-megabytes", type=positive, default=25, help="largest upload (default: %(default)s)")
-    parser.add_argument(
-        "--max-captions", type=positive, default=500, help="most captions that a visitor pastes (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--keep-minutes",
-        type=positive,
-        default=30,
-        help="an idle visitor's recording leaves memory after that (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--export-space", metavar="DIR", help="serve nothing: write a Hugging Face Space with these settings"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves the page until it is interrupted, or writes the Space."""
-    from recap_hf.demo.settings import DemoSettings, parse_datastores
+    """Serves the page until it is interrupted.
 
-    settings = DemoSettings(
-        model=args.model,
-        datastores=parse_datastores(args.datastore),
-        device=args.device,
-        max_seconds=args.max_seconds,
-        max_megabytes=args.max_megabytes,
-        max_captions=args.max_captions,
-        keep_minutes=args.keep_minutes,
-    )
-    if args.export_space:
-        from recap_hf.demo.space import export_space
-
-        print(export_space(args.export_space, settings))
-        return 0
-    # Set before Gradio is imported. What closed tabs left there is deleted at the end, also when SIGTERM stops it.
+    Raises:
+        `ValueError`: for a `--datastore` that is not NAME=FOLDER.
+    """
+    pairs = [text.partition("=") for text in args.datastore]
+    if not all(name and source for name, _, source in pairs):
+        raise ValueError(f"--datastore expects NAME=FOLDER with a name for the page, got {args.datastore}.")
+    # Uploads that Gradio has not yet deleted are deleted at the end, also when SIGTERM stops the process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with tempfile.TemporaryDirectory(prefix="recap-demo-") as folder:
+        # Before Gradio is imported.
         os.environ["GRADIO_TEMP_DIR"] = folder
-        stop = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: stop.set())
-        from recap_hf.demo.page import launch
+        from recap_hf.demo import DemoSettings, launch
 
+        datastores = {name: source for name, _, source in pairs}
+        settings = DemoSettings(args.model, datastores, args.device, args.max_seconds, args.max_megabytes)
         print("Loading the captioner ...", file=sys.stderr)
-        launch(settings, args.host, args.port, args.share, on_ready=_announce, stop=stop)
+        launch(settings, args.host, args.port, args.share)
     return 0
-
-
-def _announce(address: str) -> None:
-    print(address, flush=True)
-    print("Stop with Ctrl-C.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Captions and timelines as files: text, JSON, JSONL, CSV, TSV, SRT, VTT, Audacity labels, Raven selection tables.
+"""Captions and timelines as files: text, JSON, JSONL, CSV, SRT, VTT, Audacity labels.
 
 Writers take one row after the other and keep none, so that memory does not grow with the recording.
 """
@@ -10,9 +10,7 @@ import io
 from typing import IO, Any
 
 from recap_cli.files import encodable, json_text, printable, spreadsheet_cell
-from recap_hf.audio.subtitles import Cue, CuePlacer, SubtitleStyle, clock, srt_block, vtt_block
-
-_RAVEN_COLUMNS = "Selection,View,Channel,Begin Time (s),End Time (s),Low Freq (Hz),High Freq (Hz),Annotation"
+from recap_hf.audio.subtitles import Cue, CuePlacer, clock, srt_block, vtt_block
 
 
 def _one_line(caption: str) -> str:
@@ -28,8 +26,7 @@ class Writer:
 
     Args:
         file (`IO[str]`): opened with `newline=""`.
-        style ([`SubtitleStyle`], *optional*): of SRT and VTT.
-        max_frequency (`float`, *optional*, defaults to 14,000): upper limit of Raven's selections in Hz.
+        accessible (`bool`, *optional*, defaults to `False`): SRT and VTT have the cues of a `CuePlacer`.
     """
 
     # Of the files in an output folder: `<recording><suffix>`.
@@ -37,10 +34,9 @@ class Writer:
     # First text of the file.
     head = ""
 
-    def __init__(self, file: IO[str], style: SubtitleStyle | None = None, max_frequency: float = 14_000.0) -> None:
+    def __init__(self, file: IO[str], accessible: bool = False) -> None:
         self.file = file
-        self.style = style
-        self.max_frequency = max_frequency
+        self.accessible = accessible
         self.name = ""
         self.count = 0
         self.print(self.head)
@@ -204,17 +200,6 @@ class TagCsvWriter(CsvWriter):
             super().row(rest | {"tag" if name == "name" else name: value for name, value in tag.items()})
 
 
-class TsvWriter(Writer):
-    """As whisper's: `start` and `end` in whole milliseconds, and `text`."""
-
-    suffix = ".tsv"
-    head = "start\tend\ttext\n"
-
-    def line(self, row: dict[str, Any]) -> str:
-        start, end = round(row["start"] * 1000), round(row["end"] * 1000)
-        return f"{start}\t{end}\t{_one_line(row['caption'])}"
-
-
 class AudacityWriter(Writer):
     """A label track of Audacity: start and end in seconds, and the label, separated by tabs."""
 
@@ -224,34 +209,23 @@ class AudacityWriter(Writer):
         return f"{row['start']:.6f}\t{row['end']:.6f}\t{_one_line(row['caption'])}"
 
 
-class RavenWriter(Writer):
-    """A selection table of Raven. A segment spans all frequencies, from 0 to `max_frequency`."""
-
-    suffix = ".selections.txt"
-    head = _RAVEN_COLUMNS.replace(",", "\t") + "\n"
-
-    def line(self, row: dict[str, Any]) -> str:
-        times, frequencies = f"{row['start']:.3f}\t{row['end']:.3f}", f"0.0\t{self.max_frequency:.1f}"
-        return f"{self.count}\tSpectrogram 1\t1\t{times}\t{frequencies}\t{_one_line(row['caption'])}"
-
-
 class SrtWriter(Writer):
-    """SubRip. Without a style one cue per segment, silence included; with one, the cues of a `CuePlacer`."""
+    """SubRip: one cue per segment, silence included; or `accessible` cues."""
 
     suffix = ".srt"
     number = 0
 
     def begin(self, name: str) -> None:
         super().begin(name)
-        self.placer = CuePlacer(self.style) if self.style is not None else None
+        self.placer = CuePlacer() if self.accessible else None
 
     def row(self, row: dict[str, Any]) -> None:
         plain = Cue(row["start"], row["end"], _one_line(row["caption"]))
-        for cue in [plain] if self.style is None else self.placer.add(row):
+        for cue in self.placer.add(row) if self.placer else [plain]:
             self.cue(cue)
 
     def end(self, summary: dict[str, Any] | None) -> None:
-        for cue in [] if self.style is None else self.placer.finish():
+        for cue in self.placer.finish() if self.placer else []:
             self.cue(cue)
 
     def cue(self, cue: Cue) -> None:
@@ -286,9 +260,7 @@ TIMELINE_WRITERS: dict[str, type[Writer]] = {
     "json": JsonWriter,
     "jsonl": JsonlWriter,
     "csv": CsvWriter,
-    "tsv": TsvWriter,
     "srt": SrtWriter,
     "vtt": VttWriter,
     "audacity": AudacityWriter,
-    "raven": RavenWriter,
 }

@@ -13,7 +13,7 @@ from recap_cli.files import standard_input
 from recap_cli.numbers import positive
 from recap_cli.options import add_captioner_arguments, check_caption_options, load_captioner
 
-FORMATS = ("text", "jsonl", "csv", "tsv", "srt", "vtt", "audacity")
+FORMATS = ("text", "jsonl", "csv", "srt", "vtt", "audacity")
 # As in recap_hf.audio.pcm, which needs numpy.
 SAMPLE_FORMATS = ("u8", "s16le", "s16be", "s24le", "s32le", "f32le", "f64le")
 

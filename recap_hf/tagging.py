@@ -92,7 +92,7 @@ class Tagger:
         if "{}" not in template:
             raise ValueError(f"The template must hold {{}}, the place of the label, got {template!r}.")
         if tokenizer is None:
-            raise ValueError("The CLAP has no tokenizer, so that labels cannot be embedded: save one in its folder.")
+            raise ValueError("Labels are embedded by the text tower, which needs its `tokenizer`; got None.")
         prompts = [template.replace("{}", name) for name in self.names]
         texts = torch.from_numpy(clap.embed_captions(prompts, tokenizer)).to(clap.logit_scale_a.device)
         self._texts = texts * clap.logit_scale_a.detach().float().exp()
@@ -117,7 +117,8 @@ class Tagger:
         Raises:
             `OSError`: if there is no such model. `ValueError`: if it cannot tag.
         """
-        clap, tokenizer, extractor = load_clap("embedded" if name_or_path is None else os.fspath(name_or_path))
+        name = "embedded" if name_or_path is None else os.fspath(name_or_path)
+        clap, tokenizer, extractor = load_clap(name, with_texts=labels is not None)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(clap.to(device), extractor, tokenizer, labels, template)
 

@@ -29,7 +29,7 @@ from recap_hf.explain import explain_caption
 from recap_hf.explain.picture import clip_spectrogram
 from recipes.recap_tiny.lexicon21 import phrases
 
-METHODS = ("gradient", "insertion", "occlusion", "attention")
+METHODS = ("gradient", "insertion")
 _LONGEST_S, _GAP_S = 4.5, 0.25
 
 

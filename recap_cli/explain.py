@@ -11,7 +11,7 @@ from recap_cli.files import standard_input
 from recap_cli.options import add_captioner_arguments, check_caption_options, load_captioner
 
 # As in recap_hf.explain, which needs torch.
-METHODS = ("gradient", "insertion", "occlusion", "attention")
+METHODS = ("gradient", "insertion")
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
@@ -20,9 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="RECORDING", help="file or URL; - is standard input")
     parser.add_argument("--output", metavar="PICTURE", help=f"draw the explanation ({', '.join(PICTURE_SUFFIXES)})")
     parser.add_argument("--caption", help="explain this caption instead of the model's")
-    parser.add_argument(
-        "--method", choices=METHODS, default="gradient", help="see docs/explanations.md (default: %(default)s)"
-    )
+    text = "insertion is more accurate and slower (default: %(default)s)"
+    parser.add_argument("--method", choices=METHODS, default="gradient", help=text)
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
     add_captioner_arguments(parser)
 

@@ -80,21 +80,6 @@ def test_gradient_is_what_a_change_of_the_weights_does(tiny_model, passage):
         assert result[key].item() == pytest.approx(max(slope, 0.0), rel=1e-4, abs=1e-9)
 
 
-def test_attention_is_the_mean_of_the_maps(tiny_model, passage):
-    tiny_model.set_attn_implementation("eager")
-    with torch.no_grad():
-        output = tiny_model(
-            encoder_outputs=(passage.states,), decoder_input_ids=passage.ids, output_attentions=True, use_cache=False
-        )
-    row = passage.start + 1  # predicts the third token of the caption
-    expected = torch.stack(output.cross_attentions)[:, 0, :, row].mean(dim=(0, 1))
-    own = torch.stack(output.decoder_attentions)[:, 0, :, row].mean(dim=(0, 1))
-    result = attribute(tiny_model, passage, [[2]], "attention")
-    torch.testing.assert_close(result.audio.flatten(), expected)
-    sums = torch.stack([own[place].sum() for place in passage.captions])
-    torch.testing.assert_close(result.captions[0], sums)
-
-
 def test_hiding_is_leaving_out(tiny_model, passage):
     """A hidden place equals encoder states that lack it; a hidden caption's tokens weigh nothing."""
     tokens = [1, 2]
@@ -106,12 +91,6 @@ def test_hiding_is_leaving_out(tiny_model, passage):
             ]
         return logits.log_softmax(-1).gather(1, passage.targets[:, None])[tokens, 0].sum()
 
-    # Cell 5 of the upper band with its neighbours in time: positions 32 + 4 to 32 + 6.
-    chosen = torch.zeros(64, dtype=torch.bool)
-    chosen[36:39] = True
-    occlusion = attribute(tiny_model, passage, [tokens], "occlusion").audio
-    expected = (score(passage.states) - score(passage.states[:, ~chosen])).clamp(min=0)
-    torch.testing.assert_close(occlusion[0, 0, 1, 5], expected, rtol=1e-3, atol=1e-5)
     alone = []
     for position in range(64):
         cells = [other for other in range(position - 1, position + 2) if other // 32 == position // 32 and other >= 0]
@@ -139,9 +118,6 @@ def test_hidden_captions(tiny_model, passage):
             ).logits[0, passage.start - 1 : -1]
         return logits.log_softmax(-1).gather(1, passage.targets[:, None])[[0, 1], 0].sum()
 
-    occlusion = attribute(tiny_model, passage, [[0, 1]], "occlusion").captions[0]
-    expected = torch.stack([score() - score(first), score() - score(second)]).clamp(min=0)
-    torch.testing.assert_close(occlusion, expected, rtol=1e-3, atol=1e-5)
     insertion = attribute(tiny_model, passage, [[0, 1]], "insertion").captions[0]
     nothing = score(first, second)
     expected = torch.stack([score(second) - nothing, score(first) - nothing]).clamp(min=0)
@@ -206,7 +182,7 @@ def test_no_captions_in_the_prompt(tiny_model, tiny_processor):
 
 
 def test_what_is_refused(tiny_model, tiny_processor):
-    with pytest.raises(ValueError, match="gradient, insertion, occlusion, attention"):
+    with pytest.raises(ValueError, match="gradient, insertion; got"):
         explain_caption(Captioner(tiny_model, tiny_processor), noise(1), method="magic")
     with pytest.raises(ValueError, match="empty"):
         explain_caption(Captioner(tiny_model, tiny_processor), noise(1), caption=" ")

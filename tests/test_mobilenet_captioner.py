@@ -263,19 +263,19 @@ def log_probs(captioner: Captioner, passage: Passage, mask: torch.Tensor) -> tor
     return logits[0, passage.start - 1 : -1].gather(1, passage.targets[:, None])[:, 0]
 
 
-def test_occlusion_by_hand(captioner: Captioner):
-    """Of the nine patches of 4 s one after the other is masked with those beside it; the rest is padding."""
+def test_insertion_by_hand(captioner: Captioner):
+    """Each of the nine patches of 4 s alone with those beside it, less the mean of all; the rest is padding."""
     passage = passage_of(captioner, noise(4.0, 1), "a dog barks")
-    mask = torch.tensor([[1] * 9 + [0] * 12])
-    everything = log_probs(captioner, passage, mask)
+    everything = log_probs(captioner, passage, torch.tensor([[1] * 9 + [0] * 12]))
     with torch.no_grad():
         torch.testing.assert_close(token_log_probs(captioner.model, passage)[0], everything, atol=1e-5, rtol=1e-4)
-    expected = torch.zeros(21)
+    alone = torch.zeros(9)
     for cell in range(9):
-        hidden = mask.clone()
-        hidden[0, max(0, cell - 1) : cell + 2] = 0
-        expected[cell] = (everything - log_probs(captioner, passage, hidden)).sum().clamp(min=0)
-    found = attribute(captioner.model, passage, [range(len(passage.targets))], "occlusion").audio[0, 0, 0]
+        mask = torch.zeros(1, 21, dtype=torch.long)
+        mask[0, max(0, cell - 1) : min(cell + 2, 9)] = 1
+        alone[cell] = log_probs(captioner, passage, mask).sum()
+    expected = torch.cat([(alone - alone.mean()).clamp(min=0), torch.zeros(12)])
+    found = attribute(captioner.model, passage, [range(len(passage.targets))], "insertion").audio[0, 0, 0]
     assert expected.max() > 0
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 

@@ -1,9 +1,8 @@
-"""How much each token of a caption depends on each region of the audio and each retrieved caption: four methods.
+"""How much each token of a caption depends on each region of the audio and each retrieved caption: two methods.
 
-`attention` reads the attention maps, which say little about what the answer depends on: on our own model they are at
-chance. `gradient` multiplies every attention weight with its gradient on the token's log-probability (gradient x
-attention; Barkan et al., "Grad-SAM", CIKM 2021; Chefer et al., ICCV 2021). `occlusion` hides a region and measures the
-decrease of the log-probability; `insertion` hides everything else and measures what remains.
+`gradient` multiplies every attention weight with its gradient on the token's log-probability (gradient x attention;
+Barkan et al., "Grad-SAM", CIKM 2021; Chefer et al., ICCV 2021). `insertion` hides all but one region and measures what
+remains of the log-probability.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 
 from recap_hf.modeling.generation_recap import RecapEncoderOutput, position_ids_of, states_mask
 
-METHODS = ("gradient", "insertion", "occlusion", "attention")
+METHODS = ("gradient", "insertion")
 # Rows of one forward pass when regions are hidden one by one.
 _ROWS = 32
 # A region is a cell and this number of cells on either side: the encoder spreads a sound over adjacent cells.
@@ -93,12 +92,8 @@ def attribute(model: Any, passage: Passage, groups: Sequence[Sequence[int]], met
         method (`str`): one of [`METHODS`].
     """
     groups = [list(group) for group in groups]
-    if method == "attention":
-        log_probs, audio, captions = _from_attention(model, passage, groups)
-    elif method == "gradient":
-        log_probs, audio, captions = _from_gradient(model, passage, groups)
-    else:
-        log_probs, audio, captions = _from_hiding(model, passage, groups, insertion=method == "insertion")
+    weigh = _from_gradient if method == "gradient" else _from_insertion
+    log_probs, audio, captions = weigh(model, passage, groups)
     # Without groups, as for a caption without words, there is nothing to stack.
     audio = torch.stack(audio) if audio else log_probs.new_zeros(0, passage.states.shape[1])
     captions = torch.stack(captions) if captions else log_probs.new_zeros(0, len(passage.captions))
@@ -169,16 +164,6 @@ def _attention_pass(model: Any, passage: Passage) -> tuple[torch.Tensor, tuple, 
     return log_probs, output.cross_attentions, output.decoder_attentions
 
 
-def _from_attention(model: Any, passage: Passage, groups: list[list[int]]) -> _Weights:
-    with torch.no_grad(), eager_attention(model.decoder):
-        log_probs, *maps = _attention_pass(model, passage)
-    cross, own = (torch.stack([weights[0].float().mean(dim=0) for weights in layers]).mean(dim=0) for layers in maps)
-    # A token is predicted at the position before it.
-    rows = [[passage.start - 1 + token for token in group] for group in groups]
-    captions = [_per_caption(own[positions].mean(dim=0), passage) for positions in rows]
-    return log_probs, [cross[positions].mean(dim=0) for positions in rows], captions
-
-
 def _from_gradient(model: Any, passage: Passage, groups: list[list[int]]) -> _Weights:
     audio, captions = [], []
     # Attention from the rest of the prompt and the answer to the captions, not from the captions to each other.
@@ -198,28 +183,26 @@ def _from_gradient(model: Any, passage: Passage, groups: list[list[int]]) -> _We
 
 
 @torch.no_grad()
-def _from_hiding(model: Any, passage: Passage, groups: list[list[int]], insertion: bool) -> _Weights:
-    full = token_log_probs(model, passage)[0]
+def _from_insertion(model: Any, passage: Passage, groups: list[list[int]]) -> _Weights:
     attended = passage.state_mask[0].bool()
     regions = _regions(passage.grid).to(passage.states.device)[attended]
-    by_region = token_log_probs(model, passage, state_mask=regions if insertion else 1 - regions)
-    by_caption = token_log_probs(model, passage, token_mask=_caption_masks(passage, insertion))
+    by_region = token_log_probs(model, passage, state_mask=regions)
+    by_caption = token_log_probs(model, passage, token_mask=_caption_masks(passage))
     audio, captions = [], []
     for group in groups:
         region, caption = by_region[:, group].sum(dim=1), by_caption[:, group].sum(dim=1)
-        gain = region - region.mean() if insertion else full[group].sum() - region
-        audio.append(gain.new_zeros(len(attended)).masked_scatter(attended, gain.clamp(min=0)))
-        lost = caption[:-1] - caption[-1] if insertion else full[group].sum() - caption[:-1]
-        captions.append(lost.clamp(min=0))
-    return full, audio, captions
+        gain = (region - region.mean()).clamp(min=0)
+        audio.append(gain.new_zeros(len(attended)).masked_scatter(attended, gain))
+        captions.append((caption[:-1] - caption[-1]).clamp(min=0))
+    return token_log_probs(model, passage)[0], audio, captions
 
 
-def _caption_masks(passage: Passage, insertion: bool) -> torch.Tensor:
-    """(k + 1, length): a row per caption with it alone visible (or all but it), and a last row without captions."""
+def _caption_masks(passage: Passage) -> torch.Tensor:
+    """(k + 1, length): a row per caption with it alone visible, and a last row without captions."""
     masks = torch.ones(len(passage.captions) + 1, passage.ids.shape[1], device=passage.ids.device)
     for row in range(len(masks)):
         for other, place in enumerate(passage.captions):
-            masks[row, place] = float(row < len(passage.captions) and (other == row) == insertion)
+            masks[row, place] = float(other == row)
     return masks
 
 
@@ -242,4 +225,4 @@ def hidden_log_probs(model: Any, passage: Passage) -> tuple[torch.Tensor, torch.
     The audio is hidden by states of zeros, as in the evaluation's control "audio hidden".
     """
     no_audio = token_log_probs(model, replace(passage, states=torch.zeros_like(passage.states)))[0]
-    return no_audio, token_log_probs(model, passage, token_mask=_caption_masks(passage, insertion=True)[-1:])[0]
+    return no_audio, token_log_probs(model, passage, token_mask=_caption_masks(passage)[-1:])[0]

@@ -160,9 +160,6 @@ def explain_caption(
               heads, positive values only. One backward pass per word.
             - `"insertion"`: log-probability of the word with one region (three cells of one band) alone, minus that
               with the average region, in nats. One row of a forward pass per region: slower.
-            - `"occlusion"`: decrease of the log-probability if that region is hidden.
-            - `"attention"`: attention weights, the mean over layers and heads. They say little about what a word
-              depends on: see the measurements in docs/explanations.md.
         encoding ([`RecapEncoderOutput`], *optional*): the result of `captioner.encode` for this recording alone, to
             spare the encoder a second pass.
 

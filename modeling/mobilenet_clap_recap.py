@@ -190,8 +190,9 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
 
     @staticmethod
     def feature_settings(config: MobileNetClapConfig) -> dict[str, Any]:
-        """What the configuration says about the feature extractor: YAMNet's log-mel at 16 kHz."""
-        return {"spectrogram": "yamnet", "feature_size": config.num_mel_bins}
+        """What the configuration says about the feature extractor: YAMNet's log-mel at 16 kHz, the window's length."""
+        length = MobileNetClapModel.window_seconds(config)
+        return {"spectrogram": "yamnet", "feature_size": config.num_mel_bins, "max_length_s": length}
 
     # The tower has no batch norm.
     input_normalisation = None

@@ -107,10 +107,9 @@ class RecapProcessor(ProcessorMixin):
         """
         if feature_extractor is None:
             length = config.window_length_s
-            feature_extractor = RecapFeatureExtractor(
-                **encoder_class(config.clap).feature_settings(config.clap),
-                max_length_s=int(length) if length % 1 == 0 else length,
-            )
+            feature_settings = encoder_class(config.clap).feature_settings(config.clap)
+            feature_settings["max_length_s"] = int(length) if length % 1 == 0 else length
+            feature_extractor = RecapFeatureExtractor(**feature_settings)
         longest = config.decoder.n_positions - config.prefix_places - DEFAULT_MAX_CAPTION_TOKENS - 1
         settings = {"max_prompt_tokens": longest, "datastore": datastore, **settings}
         return cls(feature_extractor, tokenizer, clap_tokenizer, **settings)

@@ -107,6 +107,20 @@ def test_two_folders_become_a_captioner(bases: Path):
     assert all(torch.equal(tensor, clap.state_dict()[name]) for name, tensor in model.clap.state_dict().items())
 
 
+def test_windows_are_as_long_as_the_configuration_says(bases: Path):
+    config = tiny_config()
+    config.window_patches = 10
+    extractor = RecapFeatureExtractor(**MobileNetClapModel.feature_settings(config))
+    mel = extractor(noise(6.0), sampling_rate=RATE, return_tensors="pt")["input_features"]
+    # Two windows of 4.8 s.
+    assert mel.shape == (1, 2, 480, 64)
+    model = RecapForConditionalGeneration.from_clap_gpt2_pretrained(MobileNetClapModel(config), bases / "decoder")
+    assert model.config.window_length_s == 4.8
+    processor = RecapProcessor.from_config(model.config, make_tokenizer("gpt2"), make_tokenizer("clap"))
+    assert processor.feature_extractor.max_length_s == 4.8
+    assert Captioner(model, processor).encode([noise(6.0)]).last_hidden_state.shape == (1, 20, 256)
+
+
 def test_a_captioner_is_trained_from_two_folders(bases: Path, tmp_path: Path):
     report = train(settings(bases, tmp_path, audio_dropout=0.3, share_prompts=True))
     assert report["evaluations"][-1]["loss"] < report["evaluations"][0]["loss"]

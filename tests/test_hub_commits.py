@@ -133,7 +133,7 @@ def test_a_push_that_failed_goes_on_where_it_stopped(hub, client, folder):
 def test_a_commit_whose_connection_drops_can_be_repeated(hub, client, folder):
     hub.fail("POST", "/commit/", after=100)
     message = client.run(PUSH + "answer(refusal(push, sys.argv[1]))", folder)[1]
-    assert "the connection failed" in message and "Run the same command again" in message
+    assert "Run the same command again" in message
     number = len(hub.log)
     client.run(PUSH + "answer(push(sys.argv[1]))", folder)
     assert hub.uploads(number) == {}, "the large files had arrived"
@@ -157,7 +157,7 @@ answer(sorted(bytes.fromhex(fetch(revision=name)["config.json"]).decode() for na
     (folder / "config.json").write_text("proposal")
     # A guest may not write there, but may propose.
     kind, message = client.run(PUSH + "answer(refusal(push, sys.argv[1]))", folder, token="hf_guest")
-    assert kind == "OSError" and "may not write there" in message and "--create-pr" in message
+    assert kind == "OSError" and "token may write there" in message and "--create-pr" in message
     url = client.run(PUSH + "answer(push(sys.argv[1], create_pr=True))", folder, token="hf_guest")[2]
     assert url == f"{hub.endpoint}/user/m/discussions/1"
     assert hub.files("user/m")["config.json"].content == b'{"a": 1}'
@@ -167,7 +167,7 @@ answer(sorted(bytes.fromhex(fetch(revision=name)["config.json"]).decode() for na
 REFUSALS = {
     None: [("push(folder)", ["'user/m'", "'main'", "no token is set", "hf auth login"])],
     "hf_bad": [("push(folder)", ["'user/m'", "a token is set", "hf auth login"])],
-    "hf_reader": [("push(folder)", ["'user/m'", "may not write there", "--create-pr"])],
+    "hf_reader": [("push(folder)", ["'user/m'", "403", "--create-pr"])],
     "hf_owner": [
         ("push(folder, create_pr=True, revision='x')", ["create_pr=True", "revision='x'"]),
         ("push(folder, 'a/b/c')", ["'a/b/c'"]),
@@ -200,11 +200,11 @@ def test_errors_name_repository_revision_and_remedy(hub, client, folder, token):
 def test_a_broken_hub_and_no_hub_are_told_apart(hub, client, folder):
     hub.fail("POST", "/api/repos/create", status=500)
     message = client.run(PUSH + "answer(refusal(push, sys.argv[1]))", folder)[1]
-    assert "the Hub answered 500" in message and "Try later" in message
+    assert "the Hub answered 500" in message and "Run the same command again" in message
     code = PUSH + STORE + "answer([refusal(push, sys.argv[1])[1], refusal(fetch_datastore, 'user/m')[1]])"
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_ETAG_TIMEOUT": "1"}
     pushed, fetched = client.run(code, folder, **unreachable)
-    assert "the connection failed" in pushed
+    assert "Run the same command again" in pushed
     assert "check your internet connection" in fetched
     offline = client.run(PUSH + "answer(refusal(push, sys.argv[1]))", folder, HF_HUB_OFFLINE="1")[1]
     assert "offline mode is on" in offline and os.environ["HF_HUB_OFFLINE"] == "1"

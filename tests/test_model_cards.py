@@ -21,7 +21,6 @@ from recap_hf.hub import (
     DatastoreFacts,
     ModelDescription,
     Result,
-    Section,
     licence_identifier,
     read_scores,
     render_datastore_card,
@@ -63,7 +62,6 @@ def facts():
             Result("SPIDEr", 0.4, "AudioCaps", CODE, clips=957, clip_list="audiocaps-957"),
         ],
         limits=["It has heard no whales."],
-        sections=[Section("What it hears", "Rain, mostly.")],
         tags=["whales"],
     )
 
@@ -79,8 +77,6 @@ def facts():
         ("cc-by-sa-4.0", "cc-by-sa-4.0"),
         ("CC0", "cc0-1.0"),
         ("CC0 1.0 Universal", "cc0-1.0"),
-        ("Creative Commons Attribution-NonCommercial 4.0 International", "cc-by-nc-4.0"),
-        ("Creative Commons Attribution Share Alike 4.0", "cc-by-sa-4.0"),
         ("https://creativecommons.org/licenses/by-nc/3.0/", "cc-by-nc-3.0"),
         ("http://creativecommons.org/publicdomain/zero/1.0/", "cc0-1.0"),
         ("CC BY", None),

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.hub.parquet import column_of, schema_of
+from recap_hf.hub.parquet import column_names, to_table
 
 EXPORT_SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
-_ROWS_AT_ONCE = 1 << 16
 
 
 def export_datastore(store: Any, path: str | Path, embeddings: str | Path | None = None) -> int:
@@ -33,9 +32,11 @@ def export_datastore(store: Any, path: str | Path, embeddings: str | Path | None
     for target in (path, *([] if embeddings is None else [Path(embeddings)])):
         target.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".parquet":
-        _write_parquet(store.records, path)
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(to_table(store.records), path)
     elif suffix == ".csv":
-        columns = schema_of(store.records).names
+        columns = column_names(store.records)
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
             writer.writeheader()
@@ -60,17 +61,6 @@ def _line(caption: str, row: int) -> str:
     if len(caption.splitlines()) > 1:
         raise ValueError(f"row {row}: a caption of several lines cannot be written to a .txt file; export to .jsonl")
     return caption
-
-
-def _write_parquet(records: Any, path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    schema = schema_of(records)
-    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        for start in range(0, len(records), _ROWS_AT_ONCE):
-            rows = records[start : start + _ROWS_AT_ONCE]
-            writer.write_table(pyarrow.table([column_of(rows, field) for field in schema], schema=schema))
 
 
 __all__ = ["EXPORT_SUFFIXES", "export_datastore"]

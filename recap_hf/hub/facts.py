@@ -63,14 +63,6 @@ class Result:
     dataset_id: str | None = None
 
 
-@dataclass(frozen=True)
-class Section:
-    """A section of a card in its author's own words (Markdown)."""
-
-    title: str
-    text: str
-
-
 @dataclass
 class CardFacts:
     """What is known about a model beyond what its own files say. Everything is optional.
@@ -86,7 +78,6 @@ class CardFacts:
         results: figures, the model's own and its controls'.
         result_notes: what a reader of the figures should know, one sentence each.
         limits: one sentence each, added to what is true of every RECAP model.
-        sections: further sections, shown before the limits.
         tags: added to the card's tags.
     """
 
@@ -100,7 +91,6 @@ class CardFacts:
     results: list[Result] = field(default_factory=list)
     result_notes: list[str] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
-    sections: list[Section] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
 
     @classmethod
@@ -111,7 +101,7 @@ class CardFacts:
             ValueError: a key is unknown or a required one is missing; the message names it and the ones that exist.
         """
         facts = _build(cls, values, "the card's facts")
-        for name, kind in (("training_data", DataSource), ("results", Result), ("sections", Section)):
+        for name, kind in (("training_data", DataSource), ("results", Result)):
             setattr(facts, name, [_build(kind, item, f"an entry of {name!r}") for item in getattr(facts, name)])
         return facts
 

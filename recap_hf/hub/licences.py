@@ -19,24 +19,7 @@ KNOWN_LICENCES = frozenset(  # one per word reads better than a column of eighty
     """.split()  # noqa: SIM905
 )
 
-_ALIASES = {
-    "cc0": "cc0-1.0",
-    "cc-0": "cc0-1.0",
-    "apache": "apache-2.0",
-    "apache-license-2.0": "apache-2.0",
-    "mit-license": "mit",
-}
-_LONG_NAMES = (
-    ("creative commons zero", "cc0-1.0"),
-    ("creative commons", "cc"),
-    ("attribution", "by"),
-    ("non commercial", "nc"),
-    ("noncommercial", "nc"),
-    ("no derivatives", "nd"),
-    ("noderivatives", "nd"),
-    ("share alike", "sa"),
-    ("sharealike", "sa"),
-)
+_ALIASES = {"cc-0": "cc0-1.0", "apache": "apache-2.0"}
 
 
 def licence_identifier(name: str | None) -> str | None:
@@ -54,13 +37,9 @@ def licence_identifier(name: str | None) -> str | None:
     if url:
         text = f"cc-{url.group(1)}-{url.group(2)}" if url.group(1) else "cc0-1.0"
     text = text.replace("-", " ")
-    for long, short in _LONG_NAMES:
-        text = text.replace(long, short)
     slug = re.sub(r"[\s_]+", "-", re.sub(r"\b(license|licence|international|unported|version)\b", " ", text).strip())
     slug = re.sub(r"-v(?=\d)", "-", slug)
-    slug = _ALIASES.get(slug, slug)
-    if slug.startswith("cc0"):
-        slug = "cc0-1.0"
+    slug = "cc0-1.0" if slug.startswith("cc0") else _ALIASES.get(slug, slug)
     return slug if slug in KNOWN_LICENCES - {"unknown", "other"} else None
 
 

@@ -275,35 +275,25 @@ def upload(
 def hub_errors(repo_id: str, repo_type: str, revision: str | None = None) -> Iterator[None]:
     """Turns errors of huggingface_hub into an `OSError` of one line with the repository and what to do."""
     from huggingface_hub import get_token
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
     where = f"cannot push to the {repo_type} repository {repo_id!r} at revision {revision or 'main'!r}"
-    token = "a token is set" if get_token() else "no token is set"
-    again = "Run the same command again: files that have arrived are not sent a second time."
     try:
         yield
     except HFValidationError as error:
         raise ValueError(f"{where}: {error}") from error
     except OfflineModeIsEnabled as error:
         raise OSError(f"{where}: offline mode is on. Unset HF_HUB_OFFLINE and try again.") from error
-    except RevisionNotFoundError as error:
-        raise OSError(f"{where}: there is no such revision. Give a branch, a tag or a full commit id.") from error
     except HfHubHTTPError as error:
         status, said = error.response.status_code, error.server_message or str(error).splitlines()[0]
-        remedy = {
-            401: f"The Hub does not accept the token ({token}). Run `hf auth login`.",
-            403: "The token may not write there. Use one that may, or propose the change with --create-pr.",
-            404: f"It does not exist, or the token may not see it ({token}). Check the spelling or `hf auth login`.",
-        }.get(status, f"Try later. {again}" if status >= 500 else again)
+        remedy = "Run the same command again: files that have arrived are not sent a second time."
+        if status in (401, 403, 404):
+            token = "a token is set" if get_token() else "no token is set"
+            remedy = f"Check the names, and that the token may write there ({token}; hf auth login), or --create-pr."
         raise OSError(f"{where}: the Hub answered {status}: {said} {remedy}") from error
-    except HTTPError as error:
-        raise OSError(f"{where}: the connection failed ({type(error).__name__}: {error}). {again}") from error
-    except RuntimeError as error:
-        # huggingface_hub raises it for an upload that failed after several tries.
-        raise OSError(f"{where}: {str(error).rstrip('.')} ({error.__cause__}). {again}") from error
+    except (HTTPError, RuntimeError) as error:
+        # huggingface_hub raises a RuntimeError for an upload that failed after several tries.
+        raise OSError(
+            f"{where}: {str(error).rstrip('.')} ({error.__cause__ or type(error).__name__}). Run the same command "
+            "again: files that have arrived are not sent a second time."
+        ) from error

@@ -13,20 +13,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="a saved checkpoint or datastore")
     parser.add_argument("repo", metavar="REPO", help="repository, user/name; made if it does not exist")
-    parser.add_argument(
-        "--datastore-repo",
-        metavar="REPO",
-        help="push the datastore of the checkpoint to this dataset repository and refer to it (default: inside)",
-    )
+    text = "push the datastore of the checkpoint to this dataset repository and refer to it (default: inside)"
+    parser.add_argument("--datastore-repo", metavar="REPO", help=text)
     parser.add_argument("--private", action="store_true", help="make new repositories private")
     parser.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="propose the change as a pull request")
     parser.add_argument("--commit-message", metavar="TEXT", help="message of the commit")
-    parser.add_argument(
-        "--card-facts",
-        metavar="FILE",
-        help="JSON or YAML with facts for the card (default: FOLDER/card_facts.json)",
-    )
+    text = "JSON or YAML with facts for the card (default: FOLDER/card_facts.json)"
+    parser.add_argument("--card-facts", metavar="FILE", help=text)
     parser.add_argument(
         "--scores",
         action="append",
@@ -34,11 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[DATASET=]FILE",
         help="figures for the card, from `recap evaluate` (scores.json) or `recap score`; repeatable",
     )
-    parser.add_argument(
-        "--overwrite-card",
-        action="store_true",
-        help="replace the README.md that the repository has (default: keep it)",
-    )
+    text = "replace the README.md that the repository has (default: keep it)"
+    parser.add_argument("--overwrite-card", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:

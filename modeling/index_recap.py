@@ -80,7 +80,8 @@ class ExactIndex:
             Rows (int64, -1 where fewer were found) and scores (float32), both of shape `(num_queries, k)`.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        if faiss is not None and self.embeddings.dtype == np.float32:
+        # One query is a matrix-vector product, which NumPy computes on all cores and FAISS on one.
+        if faiss is not None and self.embeddings.dtype == np.float32 and len(queries) > 1:
             vectors = np.ascontiguousarray(self.embeddings)
             return faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)[::-1]
         best_scores = np.empty((len(queries), 0), np.float32)

@@ -84,8 +84,8 @@ class TrainingLoop:
         if progress.step == 0:
             self._evaluate()
         self.task.module.train()
+        self._since = time.monotonic()
         while progress.step < self.total_steps and not progress.stopped_early:
-            self._since = time.monotonic()
             self.sampler.set_epoch(progress.epoch, progress.step_in_epoch)
             batches = iter(self.loader)
             for parts in self.sampler.steps:
@@ -100,9 +100,12 @@ class TrainingLoop:
                 if config.save_steps and progress.step % config.save_steps == 0:
                     self._save()
             progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+            trained = time.monotonic()
             self._evaluate()
             progress.seconds = time.monotonic() - started
             self._save()
+            # Steps of several epochs may share a log line: only the time between the epochs does not count.
+            self._since += time.monotonic() - trained
         self.accelerator.wait_for_everyone()
         best = self.checkpoints.load_best() if progress.best_value is not None else None
         self.task.model.load_state_dict(best or {}, strict=False)

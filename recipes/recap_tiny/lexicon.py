@@ -216,6 +216,7 @@ def find(sound: int | str) -> SoundClass | Label:
     raise KeyError(f"expected an index below {len(classes())}, or the name of a class or label, got {sound!r}")
 
 
+@lru_cache(maxsize=1 << 18)
 def caption_classes(text: str) -> np.ndarray:
     """Indices of the classes that a caption names by `words`, ascending, of shape (number named,) and type int64.
 

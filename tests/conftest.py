@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Before transformers is imported anywhere: no test reaches for the Hub.
@@ -219,3 +222,32 @@ def same_results(actual, expected) -> bool:
     if isinstance(expected, dict):
         return actual.keys() == expected.keys() and all(same_results(actual[key], expected[key]) for key in expected)
     return actual == expected
+
+
+_BLOCKER = """
+import json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "recap_hf":
+            raise ModuleNotFoundError(f"{name} must not be needed here", name=name)
+
+sys.meta_path.insert(0, Blocker())
+for name in [name for name in sys.modules if name.partition(".")[0] == "recap_hf"]:
+    del sys.modules[name]
+"""
+
+
+def run_without_the_package(script: str, folder: Path, *arguments: object) -> dict:
+    """What a script prints as JSON in its last line, in a process in `folder` that cannot import recap_hf."""
+    process = subprocess.run(
+        [sys.executable, "-c", _BLOCKER + script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.strip().splitlines()[-1])

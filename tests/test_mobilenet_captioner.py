@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tiny_gpt2_config
+from conftest import run_without_the_package, tiny_gpt2_config
 from test_mobilenet_clap import tiny_config
 from training_parts import make_tokenizer, write_clotho
 from transformers import GPT2LMHeadModel
@@ -40,16 +38,6 @@ from recap_hf.training.tasks.language_model import LanguageModelTrainingConfig
 
 RATE = 16_000
 WITHOUT_THE_PACKAGE = """
-import importlib.abc, json, sys
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "recap_hf":
-            raise ModuleNotFoundError(f"{name} must not be needed here", name=name)
-
-sys.meta_path.insert(0, Blocker())
-for name in [name for name in sys.modules if name.partition(".")[0] == "recap_hf"]:
-    del sys.modules[name]
 import numpy as np
 from transformers import AutoModel, AutoProcessor, pipeline
 
@@ -211,17 +199,7 @@ def test_the_command_captions_recordings_of_any_rate(capsys, folder: Path, capti
 
 def test_a_process_without_the_package_loads_the_folder(folder: Path, captioner: Captioner, tmp_path: Path):
     np.save(tmp_path / "clip.npy", noise(12.0, 2))
-    process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(folder), str(tmp_path / "clip.npy")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout.strip().splitlines()[-1])
+    result = run_without_the_package(WITHOUT_THE_PACKAGE, tmp_path, folder, tmp_path / "clip.npy")
     assert result["class"] == "MobileNetClapModel"
     assert result["module"].startswith("transformers_modules")
     assert result["captions"] == [captioner.caption([noise(12.0, 2)])[0].caption] * 2

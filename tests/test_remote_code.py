@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_without_the_package
 
 from recap_hf import AudioCaptioningPipeline
 from recap_hf.modeling import configuration_recap
@@ -19,16 +18,6 @@ EARLIER = Path(__file__).parent / "datastores" / "indexed"
 ALLOWED = {"numpy", "torch", "transformers"} | set(sys.stdlib_module_names)
 
 SCRIPT = """
-import json, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "recap_hf":
-            raise ModuleNotFoundError(f"{name} must not be needed here", name=name)
-
-sys.meta_path.insert(0, Blocker())
-for name in [name for name in sys.modules if name.partition(".")[0] == "recap_hf"]:
-    del sys.modules[name]
 import numpy as np
 import torch
 from transformers import (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForSpeechSeq2Seq, AutoProcessor,
@@ -81,17 +70,7 @@ def test_a_folder_is_complete(tiny_model, tiny_processor, clips, tmp_path):
     tiny_processor.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved").rename(tmp_path / "moved")
     np.save(tmp_path / "clip.npy", clips[2])
-    process = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "moved"), str(tmp_path / "clip.npy"), str(EARLIER)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"},
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout.strip().splitlines()[-1])
+    result = run_without_the_package(SCRIPT, tmp_path, tmp_path / "moved", tmp_path / "clip.npy", EARLIER)
     assert result["model_type"] == "recap"
     assert result["module"].startswith("transformers_modules")
     assert result["same_features"]

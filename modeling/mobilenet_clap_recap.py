@@ -23,6 +23,7 @@ _BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1)
 # log(0.001): the log-mel of digital silence; see `RecapFeatureExtractor`. Features may have passed through fp16.
 LOG_MEL_FLOOR = math.log(0.001)
 _FLOOR_TOLERANCE = 0.01
+_PATCHES_AT_ONCE = 42
 
 
 class MobileNetClapConfig(PretrainedConfig):
@@ -112,6 +113,21 @@ class MobileNetAudioTower(nn.Module):
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         return self.layers(patches[:, None]).mean(dim=(2, 3))
+
+    def of_sound(self, patches: torch.Tensor, has_sound: torch.Tensor) -> torch.Tensor:
+        """Features of `(N, n)` patches, `(N, n, d)`; zero where `has_sound`, `(N, n)` and boolean, is false.
+
+        On a CPU, patches without sound cost nothing, and the others run some at a time, so that states fit its cache.
+        """
+        if patches.device.type != "cpu" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return self(patches.flatten(0, 1)).unflatten(0, patches.shape[:2]) * has_sound[..., None]
+        sounding = patches[has_sound].contiguous()
+        chunks = [
+            self.layers(chunk[:, None].contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3))
+            for chunk in sounding.split(_PATCHES_AT_ONCE)
+        ]
+        features = torch.cat(chunks)
+        return features.new_zeros(*has_sound.shape, features.shape[-1]).masked_scatter(has_sound[..., None], features)
 
 
 class _Projection(nn.Module):
@@ -242,8 +258,7 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
         margin = (config.patch_frames - config.patch_hop) // 2
         frames = F.pad(frames, (0, 0, margin, margin), value=LOG_MEL_FLOOR)
         patches = frames.unfold(1, config.patch_frames, config.patch_hop).transpose(2, 3)
-        features = self.audio_model(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
-        return features * has_sound[..., None]
+        return self.audio_model.of_sound(patches, has_sound)
 
     def embed_features(self, features: torch.Tensor) -> torch.Tensor:
         """Audio embeddings of `audio_features`, `(N, n, d)` -> `(N, projection_dim)`, L2-normalised, float32."""

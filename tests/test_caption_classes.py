@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,27 @@ def test_class_scores_train_the_head_and_the_tower(start: Path, tmp_path: Path):
     name = "audio_model.layers.0.convolution.weight"
     assert not torch.equal(before[name], after[name])
     assert report["steps"] == 12
+
+
+def test_classes_that_the_head_lacks_are_added(start: Path, tmp_path: Path):
+    """The classes of the head stay as they were; the new one starts as a rare one, whatever the sound."""
+    from transformers import AutoModel
+
+    rows = [json.loads(line) for line in (start / "data" / "metadata.jsonl").read_text().splitlines()]
+    rows[0]["classes"], rows[0]["class_scores"] = ["Dog", "Whistle"], [0.9, 0.4]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        (tmp_path / row["file_name"]).symlink_to(start / "data" / row["file_name"])
+    settings = {"data_dir": [str(tmp_path)], "caption_classes": "", "max_steps": 1, "learning_rate": 1e-12}
+    train(config(start, tmp_path / "out", class_loss_weight=1.0, **settings))
+    before, after = (AutoModel.from_pretrained(folder).eval() for folder in (start / "tower", tmp_path / "out"))
+    names = list(before.config.id2label.values())
+    assert list(after.config.id2label.values()) == [*names, "Whistle"]
+    windows = torch.randn(2, 1, 1008, 64)
+    with torch.no_grad():
+        old, new = before.classify(windows), after.classify(windows)
+    torch.testing.assert_close(new[..., :-1], old)
+    torch.testing.assert_close(new[..., -1], torch.full(new.shape[:-1], 1 / (1 + math.exp(5))))
 
 
 def test_targets_need_what_they_are_made_of(start: Path, tmp_path: Path):

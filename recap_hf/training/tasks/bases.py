@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .captioner import CaptionerTrainingConfig
 
 logger = logging.getLogger(__name__)
+
+# The logit of a new class before training: a probability of 0.007.
+_RARE = -5.0
 
 
 @dataclass
@@ -167,6 +170,17 @@ def with_new_text_tower(clap: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     kept = {name: tensor for name, tensor in clap.state_dict().items() if not name.startswith("text_")}
     new.load_state_dict(kept, strict=False)
     return new
+
+
+def add_classes(clap: Any, names: Sequence[str]) -> None:
+    """Add classes to a CLAP's classification head: rows of zeros, and a bias that makes them rare."""
+    old, config = clap.classifier, clap.config
+    clap.classifier = nn.Linear(old.in_features, old.out_features + len(names)).to(old.weight)
+    with torch.no_grad():
+        for new, kept, start in ((clap.classifier.weight, old.weight, 0.0), (clap.classifier.bias, old.bias, _RARE)):
+            new[: len(kept)], new[len(kept) :] = kept, start
+    labels = config.id2label | dict(enumerate(names, start=old.out_features))
+    config.id2label, config.label2id = labels, {name: number for number, name in labels.items()}
 
 
 def load_gpt2(name: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +19,7 @@ from ..data import Clip, DataSummary, load_encoded, load_splits
 from ..task import Step, Task
 from .bases import (
     BaseTrainingConfig,
+    add_classes,
     load_clap,
     new_clap_config,
     set_dropout,
@@ -36,6 +38,8 @@ from .clap_data import (
     positives,
 )
 from .contrastive import Towers, contrastive_loss, fix_input_statistics, gather_rows, retrieval_metrics
+
+logger = logging.getLogger(__name__)
 
 # What CLAP's text tower is given at most (LAION's setting), if it has room for it.
 _MAX_TEXT_TOKENS = 77
@@ -81,7 +85,10 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
         "caption is then right for every clip whose classes, in the columns classes and class_scores, it names",
     )
     class_loss_weight: float = option(
-        "targets", 0.0, "weight of the loss of the classification head against class_scores", check=NOT_NEGATIVE
+        "targets",
+        0.0,
+        "weight of the loss of the classification head against class_scores; classes that it lacks are added",
+        check=NOT_NEGATIVE,
     )
 
     learning_rate: float = other_default(AudioTrainingConfig, "learning_rate", 1e-4)
@@ -161,13 +168,13 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
         if self.caption_classes:
             soft = SoftTargets(CaptionClasses.from_csv(self.caption_classes), clips, texts)
         if self.class_loss_weight:
-            names = clap.config.id2label.items() if hasattr(clap, "classifier") else ()
-            numbers = {name: number for number, name in names}
-            unknown = {name for clip in clips for name in clip.classes} - set(numbers)
+            if not hasattr(clap, "classifier"):
+                raise ValueError("--class-loss-weight: the CLAP has no classification head")
+            unknown = {name for clip in clips for name in clip.classes} - set(clap.config.id2label.values())
             if unknown:
-                raise ValueError(
-                    f"--class-loss-weight: the CLAP has no class {sorted(unknown)[0]!r}; it has {len(numbers)} classes"
-                )
+                logger.info("Adding %d classes to the classification head: %s", len(unknown), sorted(unknown))
+                add_classes(clap, sorted(unknown))
+            numbers = {name: number for number, name in clap.config.id2label.items()}
             scores = np.zeros((len(clips), len(numbers)), dtype=np.float32)
             for row, clip in zip(scores, clips, strict=True):
                 row[[numbers[name] for name in clip.classes]] = list(clip.classes.values())

@@ -21,7 +21,7 @@ from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mo
 from .generation_recap import RecapEncoderOutput, until_end
 from .index_recap import from_package
 from .modeling_recap import RecapForConditionalGeneration
-from .options_recap import NO_RERANKING, RERANKING, CaptionOptions
+from .options_recap import NO_RERANKING, RERANKING, UNRECOGNISED_CAPTION, CaptionOptions
 from .processing_recap import RecapProcessor
 from .retrieval_recap import open_datastore
 
@@ -45,6 +45,8 @@ class CaptionResult:
         caption (`str`): the caption.
         score (`float`): exponential of the mean log-probability of its tokens, 0 to 1.
         retrieved (`list[dict]`): `{"caption", "score", ...}` of each caption in the prompt, most similar first.
+        fits (`bool`, *optional*): whether the datastore has a caption that reaches the `retrieval_score_threshold`,
+            where there is one. Without such a caption the recording is "an unrecognised sound", with score 0.
         similarity (`float`, *optional*): cosine of caption and recording in CLAP's space, where it was reranked.
         candidates (`list[dict]`, *optional*): `{"caption", "score"}` of the different captions to choose from, best
             first, where the caller asked for candidates, reranking (with `"similarity"`) or several sequences.
@@ -54,6 +56,7 @@ class CaptionResult:
     caption: str
     score: float
     retrieved: list[dict[str, Any]]
+    fits: bool | None = None
     similarity: float | None = None
     candidates: list[dict[str, Any]] | None = None
     token_ids: list[int] = field(default_factory=list, repr=False)
@@ -187,15 +190,28 @@ class Captioner:
             batch_size (`int`, *optional*): recordings that are decoded together, those with prompts of like lengths;
                 default: all.
         """
-        prompts = self.processor.build_prompts(retrieved=retrieved)
+        fits = True if self._has_threshold else None
+        results = [CaptionResult(UNRECOGNISED_CAPTION, 0.0, [], fits=False) for _ in retrieved]
+        known = [row for row, hits in enumerate(retrieved) if len(hits) or not fits]
+        if not known:
+            return results
+        if len(known) < len(results):
+            encoding = encoding.rows(torch.tensor(known, device=encoding.last_hidden_state.device))
+        prompts = self.processor.build_prompts(retrieved=[retrieved[row] for row in known])
         used = prompts.pop("retrieved")
-        results: list[Any] = [None] * len(used)
         with evaluation_mode(self.model):
             for rows, part, part_prompts in _decoding_batches(encoding, prompts, batch_size):
                 decoded = self.decode(part, part_prompts, [used[row] for row in rows])
                 for row, result in zip(rows, decoded, strict=True):
-                    results[row] = result
+                    result.fits = fits
+                    results[known[row]] = result
         return results
+
+    @property
+    def _has_threshold(self) -> bool:
+        """Whether captions are retrieved and must reach a cosine."""
+        chosen = self.processor.retrieval_options.merged_with(self.options)
+        return bool(chosen.k and chosen.retrieval_score_threshold is not None and self.datastore is not None)
 
     def caption(self, waveforms: Sequence[np.ndarray], batch_size: int | None = None) -> list[CaptionResult]:
         """Captions of waveforms at `sampling_rate`.

@@ -19,6 +19,8 @@ RETRIEVAL, DECODING, RERANKING = "retrieval", "decoding", "reranking"
 # What turns off the reranking of a checkpoint that has it in its generation configuration.
 NO_RERANKING = "none"
 RERANKERS = ("clap", NO_RERANKING)
+# Of a recording that no caption of the datastore reaches the threshold for.
+UNRECOGNISED_CAPTION = "an unrecognised sound"
 PLACEHOLDER = "{captions}"
 _FINAL_PUNCTUATION = " .!?,;:"
 
@@ -47,7 +49,11 @@ class CaptionOptions:
         RETRIEVAL, float, "0: the nearest captions; to 1: captions that differ from each other", minimum=0, maximum=1
     )
     retrieval_score_threshold: float | None = _option(
-        RETRIEVAL, float, "leave out captions with a lower cosine to the recording", minimum=-1, maximum=1
+        RETRIEVAL,
+        float,
+        "leave out captions with a lower cosine; without any left: unrecognised",
+        minimum=-1,
+        maximum=1,
     )
     num_beams: int | None = _option(DECODING, int, "number of beams", minimum=1)
     max_new_tokens: int | None = _option(DECODING, int, "longest caption in tokens", minimum=1)

@@ -68,6 +68,8 @@ def write_results(
                     writer.write({"error": reason})
                 else:
                     writer.write(result.to_dict())
+                    if getattr(result, "fits", None) is False:
+                        progress.write(f"recap {verb}: {printable(name)}: no caption of the datastore fits")
                 progress.update(1)
         except KeyboardInterrupt:
             # The results so far are a valid file.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from recap_hf.modeling.audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
-from recap_hf.modeling.options_recap import PromptTemplate
+from recap_hf.modeling.options_recap import UNRECOGNISED_CAPTION, PromptTemplate
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 try:
@@ -130,6 +130,9 @@ class OnnxCaptioner:
         hits = []
         if self.datastore is not None:
             hits = self.datastore.search(embeds[None], k, None, None, diversity, threshold)[0]
+        fits = {} if self.datastore is None or not k or threshold is None else {"fits": bool(hits)}
+        if fits and not hits:
+            return {"caption": UNRECOGNISED_CAPTION, "score": 0.0, "retrieved": [], **fits}
         prompt, used = self._fit_prompt(hits)
         tokens, log_probability = self.search(
             prompt,
@@ -141,7 +144,7 @@ class OnnxCaptioner:
         kept = [token for token in prompt + tokens if token not in self._settings["special_token_ids"]]
         text = self._tokenizer.decode(kept, skip_special_tokens=False)
         score = float(np.exp(log_probability / len(tokens)))
-        return {"caption": self.prompt.strip(text), "score": score, "retrieved": hits[:used]}
+        return {"caption": self.prompt.strip(text), "score": score, "retrieved": hits[:used], **fits}
 
     def _waveform(self, audio: Any, sampling_rate: int | None) -> np.ndarray:
         if not isinstance(audio, np.ndarray):

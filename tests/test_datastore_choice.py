@@ -155,6 +155,33 @@ def test_options_of_the_commands(model_folder, clips, tmp_path, capsys):
     assert "`score_threshold` must be a number from -1 to 1" in capsys.readouterr().err
 
 
+def test_a_recording_that_no_caption_fits_is_unrecognised(model_folder, clips, tmp_path, capsys):
+    """Of two recordings the one whose nearest caption is less similar is refused, with a warning; the other is
+    captioned as it is without a threshold."""
+    names = []
+    for number, clip in enumerate(clips[:2]):
+        names.append(str(tmp_path / f"{number}.wav"))
+        soundfile.write(names[-1], clip, 48_000)
+
+    def run(*options):
+        assert main(["caption", *names, "--model", model_folder, "--format", "json", *options]) == 0
+        printed = capsys.readouterr()
+        return json.loads(printed.out), printed.err
+
+    plain, _ = run()
+    best = [result["retrieved"][0]["score"] for result in plain]
+    near, far = (0, 1) if best[0] > best[1] else (1, 0)
+    between = str(sum(best) / 2)
+    results, warnings = run("--retrieval-score-threshold", between, "--k", "1")
+    assert {name: results[far][name] for name in ("caption", "score", "retrieved", "fits")} == {
+        "caption": "an unrecognised sound", "score": 0.0, "retrieved": [], "fits": False
+    }  # fmt: skip
+    assert results[near] == run("--k", "1")[0][near] | {"fits": True}
+    assert warnings.splitlines() == [f"recap caption: {names[far]}: no caption of the datastore fits"]
+    # Without retrieval nothing can be missing.
+    assert "fits" not in run("--retrieval-score-threshold", "1", "--k", "0")[0][0]
+
+
 def test_diversity_is_measured_on_mixtures(shared_dir, capsys, monkeypatch):
     from benchmarks import retrieval_diversity
 

@@ -63,6 +63,18 @@ def altered(exported, tmp_path, **generation) -> OnnxCaptioner:
     return OnnxCaptioner(folder, num_threads=1)
 
 
+def test_a_threshold_is_exported(exported, tmp_path):
+    folder, settings = tmp_path / "strict", json.loads((exported[0] / "recap_onnx.json").read_text())
+    shutil.copytree(exported[0], folder)
+    (folder / "recap_onnx.json").write_text(json.dumps(settings | {"retrieval_score_threshold": 1.0}))
+    clip = synthetic_clip(2.0, 0)
+    refused = {"caption": "an unrecognised sound", "score": 0.0, "retrieved": [], "fits": False}
+    assert OnnxCaptioner(folder, num_threads=1)(clip, RATE) == refused
+    (folder / "recap_onnx.json").write_text(json.dumps(settings | {"retrieval_score_threshold": -1.0}))
+    plain = OnnxCaptioner(exported[0], num_threads=1)(clip, RATE)
+    assert OnnxCaptioner(folder, num_threads=1)(clip, RATE) == plain | {"fits": True}
+
+
 def test_export_reports_what_it_compared(exported):
     _, report = exported
     assert set(report["differences"]) == {

@@ -155,7 +155,9 @@ class Systems:
             start = torch.full((len(clip_ids), 1), model.config.eos_token_id, device=model.device)
             prompts = {"decoder_input_ids": start, "decoder_attention_mask": torch.ones_like(start)}
             return self.captioner.decode(encoding, prompts, nothing)
-        return self.captioner.generate(encoding, nothing if name == "no_captions" else retrieved)
+        if name == "no_captions":
+            return self.captioner.with_options(CaptionOptions(k=0)).generate(encoding, nothing)
+        return self.captioner.generate(encoding, retrieved)
 
     def _encode(self, waveforms: list[np.ndarray]) -> Any:
         if self.encodings is None:

@@ -96,3 +96,13 @@ def test_synthetic_sounds(kind: str):
     assert waveform.dtype == np.float32 and 2 * RATE <= len(waveform) <= 10 * RATE
     assert np.isfinite(waveform).all() and 0 < np.abs(waveform).max() < 0.8
     assert set(KINDS[kind][0]) <= {entry.name for entry in lexicon.classes()}
+
+
+def test_captions_that_name_a_label_are_left_out():
+    """The label itself, its other classes and what implies one of them; captions of other sounds stay."""
+    texts = ["A dog barks", "A puppy yelps", "A seal barks in the distance", "Rain falls on a roof", "A hot dog stand"]
+    assert prepare.silenced(texts, []) == texts
+    kept = prepare.silenced(texts, ["dog_bark"])
+    assert "A dog barks" not in kept and "A puppy yelps" not in kept
+    assert "Rain falls on a roof" in kept
+    assert prepare.silenced(["A steady drizzle", "A cat meows"], ["rain"]) == ["A cat meows"]

@@ -1,7 +1,8 @@
 """Recordings, mixtures and captions for the trainings: `python -m recipes.recap_tiny.prepare DATA OUT --teacher DIR`.
 
 Writes `OUT/train/metadata.jsonl` (an `audiofolder` with captions, classes and class scores), `OUT/audio/` (mixtures
-and degraded recordings) and `OUT/caption_classes.csv`. What is there already is not made again.
+and degraded recordings), `OUT/caption_classes.csv`, `OUT/corpus.txt` (captions of AudioCaps) and `OUT/datastore.txt`
+(captions of ours). What is there already is not made again.
 """
 
 from __future__ import annotations
@@ -151,6 +152,15 @@ class Corpus:
         return found
 
 
+def silenced(captions: Sequence[str], without: Sequence[str]) -> list[str]:
+    """The captions that name none of some labels: neither their classes nor what implies these."""
+    heads = {number for label in without for number in lexicon.labels()[label].classes}
+    names = {entry.index for entry in lexicon.classes() if heads & {entry.index, *lexicon.implied(entry.index)}}
+    if not names:
+        return list(captions)
+    return [text for text in captions if not names & set(lexicon.caption_classes(text).tolist())]
+
+
 def read_corpus(path: Path) -> list[str]:
     """The different captions of a CSV file with the column `caption`."""
     with open(path, encoding="utf-8", newline="") as handle:
@@ -216,7 +226,9 @@ def build(arguments: argparse.Namespace) -> list[Example]:
     recordings = labelled_recordings(Path(arguments.data), arguments.folds, "train", arguments.hidden)
     waveforms = [read(recording.path) for recording in recordings]
     scores = load_scores(recordings, waveforms, arguments.teacher, out / "teacher.npz")
-    corpus = Corpus(caption_classes(), read_corpus(Path(arguments.data) / "captions" / "audiocaps_train.csv"))
+    texts = silenced(read_corpus(Path(arguments.data) / "captions" / "audiocaps_train.csv"), arguments.without)
+    write_lines(out / "corpus.txt", texts)
+    corpus = Corpus(caption_classes(), texts)
     heard = [class_scores(row, recording.label) for row, recording in zip(scores, recordings, strict=True)]
     sounds = [sound_of(row, recording.label) for row, recording in zip(scores, recordings, strict=True)]
     seeds = [[arguments.seed, 5, number] for number in range(len(recordings))]
@@ -261,7 +273,26 @@ def build(arguments: argparse.Namespace) -> list[Example]:
         licences = " + ".join(dict.fromkeys(recordings[part].licence for part in mixture.parts))
         known = (mixture.clip_id, str(path.resolve()), sources, licences, together[number], captions)
         examples.append(Example(*known))
-    return examples + synthetic_examples(audio, arguments.seed)
+    examples += synthetic_examples(audio, arguments.seed)
+    for example in examples:
+        example.captions = silenced(example.captions, arguments.without)
+    return [example for example in examples if example.captions]
+
+
+def write_lines(path: Path, texts: Sequence[str]) -> None:
+    """One text a line."""
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+
+
+def write_datastore(path: Path, corpora: Path, without: Sequence[str]) -> int:
+    """Our captions, one a line, without copies of a corpus; returns their number."""
+    from .datastore import captions, corpus_captions, special_captions, without_copies
+
+    texts = without_copies(captions(), corpus_captions(corpora))
+    texts += [text for group in special_captions().values() for text in group]
+    texts = silenced(texts, without)
+    write_lines(path, texts)
+    return len(texts)
 
 
 def write_once(path: Path, make: object) -> None:
@@ -283,7 +314,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", required=True, help="folder of `recap convert yamnet`")
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], help="of the labelled collections (1 2 3)")
     parser.add_argument("--hidden", nargs="*", default=[], help="labels that are not told")
-    parser.add_argument("--mixtures", type=int, default=6000, help="mixtures of two recordings (6000)")
+    parser.add_argument("--without", nargs="*", default=[], help="labels that no caption may name (for tests)")
+    parser.add_argument("--mixtures", type=int, default=5000, help="mixtures of two recordings (5000)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
@@ -293,6 +325,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for example in examples:
             handle.write(json.dumps(example.row()) + "\n")
     write_caption_classes(out / "caption_classes.csv")
+    corpora = Path(arguments.data) / "captions"
+    print(f"{write_datastore(out / 'datastore.txt', corpora, arguments.without)} captions in the datastore")
     captions = {text for example in examples for text in example.captions}
     print(f"{len(examples)} recordings and mixtures with {len(captions)} different captions in {out}")
 

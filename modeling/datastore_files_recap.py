@@ -356,21 +356,16 @@ def fetch_datastore(
 
 def read_reference(path: Path) -> dict[str, str] | None:
     """Repository and revision of the datastore that a manifest only refers to, or `None` if it describes its own."""
-    reference = _parsed(path).get("reference")
+    try:
+        reference = json.loads(path.read_text(encoding="utf-8")).get("reference")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        # No manifest: `open_files` says what is wrong with it.
+        return None
     if reference is None:
         return None
     if not isinstance(reference, dict) or not {"repo_id", "revision"} <= reference.keys():
         raise ValueError(f"{path}: a reference must name 'repo_id' and 'revision', got {reference!r:.200}.")
     return {name: str(reference[name]) for name in ("repo_id", "revision")}
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    """The contents of a manifest, unchecked; empty for what is none: `open_files` says what is wrong with it."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 __all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "fetch_datastore", "open_files", "read_reference"]

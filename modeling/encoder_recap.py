@@ -72,11 +72,7 @@ class TextEmbedder:
 
 
 class RecapClapEncoder(TextEmbedder, ClapModel):
-    """LAION's CLAP: an HTSAT audio tower over 10 s windows of log-mel features, a RoBERTa text tower.
-
-    Attributes that every encoder class has:
-        config_class: its configuration.
-    """
+    """LAION's CLAP: an HTSAT audio tower over 10 s windows of log-mel features, a RoBERTa text tower."""
 
     @staticmethod
     def hidden_size(config: ClapConfig) -> int:

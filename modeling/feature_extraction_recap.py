@@ -169,11 +169,8 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         mask = torch.zeros(len(clips), num_windows, dtype=torch.long, device=mels.device)
         for row, windows in enumerate(windows_per_clip):
             mask[row, : len(windows)] = 1
-        if len(flat) == mask.numel():
-            features = mels.view(len(clips), num_windows, *mels.shape[1:])
-        else:
-            features = mels.new_zeros(len(clips), num_windows, *mels.shape[1:])
-            features[mask.bool()] = mels
+        features = mels.new_zeros(len(clips), num_windows, *mels.shape[1:])
+        features[mask.bool()] = mels
         for row, has_sound in enumerate(sounding):
             if any(has_sound):
                 mask[row, : len(has_sound)] = torch.tensor(has_sound, dtype=mask.dtype)
@@ -203,13 +200,8 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
 
     def window_starts(self, num_samples: int) -> list[int]:
         """First samples of the windows of a clip of `num_samples` samples at `sampling_rate`."""
-        length = int(self.nb_max_samples)
-        if num_samples <= length:
-            return [0]
-        starts = list(range(0, num_samples - length + 1, length))
-        if starts[-1] != num_samples - length:
-            starts.append(num_samples - length)
-        return starts
+        last = max(num_samples - int(self.nb_max_samples), 0)
+        return [*range(0, last, int(self.nb_max_samples)), last]
 
     def log_mel(self, waveform: np.ndarray) -> torch.Tensor:
         """Features of the whole frames in a waveform, `(num_samples,)` -> `(num_frames, num_mel_bins)`: no padding."""

@@ -144,13 +144,8 @@ class _Projection(nn.Module):
 
 @dataclass
 class MobileNetClapOutput(ModelOutput):
-    """Output of [`MobileNetClapModel`], with the names of `ClapModel`'s.
-
-    Args:
-        logits_per_audio (`torch.Tensor` of shape `(clips, texts)`): scaled cosines, for a softmax over texts.
-        logits_per_text (`torch.Tensor` of shape `(texts, clips)`)
-        text_embeds, audio_embeds (`torch.Tensor` of shape `(n, projection_dim)`): L2-normalised.
-    """
+    """Output of [`MobileNetClapModel`], with the names of `ClapModel`'s: scaled cosines of shape `(clips, texts)` and
+    `(texts, clips)`, L2-normalised embeddings of shape `(n, projection_dim)`."""
 
     logits_per_audio: torch.Tensor | None = None
     logits_per_text: torch.Tensor | None = None
@@ -243,11 +238,8 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
     # ------------------------------------------------------------ the towers
 
     def audio_features(self, windows: torch.Tensor) -> torch.Tensor:
-        """The audio tower's features of the patches, `(N, n, d)`; zero for a patch without sound.
-
-        Args:
-            windows (`torch.Tensor` of shape `(N, 1, num_frames, num_mel_bins)`): log-mel features.
-        """
+        """The audio tower's features of the patches of windows, `(N, 1, num_frames, num_mel_bins)` -> `(N, n, d)`;
+        zero for a patch without sound."""
         config, frames = self.config, windows[:, 0]
         length = config.window_patches * config.patch_hop
         if frames.shape[1] != length:
@@ -289,11 +281,8 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Embeddings of clips, `(clips, projection_dim)`: the normalised mean of the embeddings of their windows.
-
-        Args:
-            input_features (`torch.Tensor` of shape `(clips, num_windows, num_frames, num_mel_bins)`)
-            input_features_mask (`torch.Tensor` of shape `(clips, num_windows)`, *optional*): 1 for windows to use.
-        """
+        `input_features` have the shape `(clips, num_windows, num_frames, num_mel_bins)`; the mask, `(clips,
+        num_windows)`, is 1 for windows to use."""
         mask = input_features_mask
         mask = input_features.new_ones(input_features.shape[:2]) if mask is None else mask
         _, embeds = self.encode_windows(input_features[mask.bool()].unsqueeze(1))
@@ -302,11 +291,8 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
         return F.normalize(total.sum(dim=1), dim=-1)
 
     def classify(self, windows: torch.Tensor) -> torch.Tensor:
-        """Probabilities of the classes in each patch, `(N, window_patches, num_labels)`; zero where there is no sound.
-
-        Args:
-            windows (`torch.Tensor` of shape `(N, 1, num_frames, num_mel_bins)`): log-mel features.
-        """
+        """Probabilities of the classes in each patch of windows, `(N, 1, num_frames, num_mel_bins)` -> `(N,
+        window_patches, num_labels)`; zero where there is no sound."""
         return self.classify_features(self.audio_features(windows))
 
     def classify_features(self, features: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ def _write_split(
 
     from benchmarks.grid_stand_ins import mix
     from benchmarks.sound_events import load_mono
-    from recipes.recap_tiny.grammar21 import Part, Scene, render
+    from recipes.recap_tiny.grammar import Sound, describe
 
     folder = output / split
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +69,7 @@ def _write_split(
         for row in (rows[place] for place in rng.permutation(len(rows))):
             name = row["file_name"].replace("/", "-")
             shutil.copyfile(sounds / row["file_name"], folder / name)
-            scene = Scene((Part(row["event"]),))
-            writer.writerow([name, *(render(scene, rng).text for _ in range(_CAPTIONS))])
+            writer.writerow([name, *(describe([Sound(row["event"])], rng, "overlap") for _ in range(_CAPTIONS))])
         for number in range(mixtures):
             first = rows[rng.integers(len(rows))]
             others = [row for row in rows if row["event"] != first["event"]]
@@ -79,8 +78,8 @@ def _write_split(
             waveform = mix(*(load_mono(sounds / row["file_name"]) for row in pair), relation)
             name = f"mixture-{number:04d}.flac"
             soundfile.write(folder / name, waveform.clip(-1, 1), _RATE, subtype="PCM_16")
-            scene = Scene(tuple(Part(row["event"]) for row in pair), relation)
-            writer.writerow([name, *(render(scene, rng).text for _ in range(_CAPTIONS))])
+            scene = [Sound(row["event"]) for row in pair]
+            writer.writerow([name, *(describe(scene, rng, relation) for _ in range(_CAPTIONS))])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,8 @@ from benchmarks.sound_events import SAMPLING_RATE, Item, load_mono, mixture_hash
 from recap_cli.status import exit_status
 from recap_hf.explain import explain_caption
 from recap_hf.explain.picture import clip_spectrogram
-from recipes.recap_tiny.lexicon21 import phrases
+from recipes.recap_tiny.grammar import PARTICIPLE, inflect
+from recipes.recap_tiny.lexicon import labels
 
 METHODS = ("gradient", "insertion")
 _LONGEST_S, _GAP_S = 4.5, 0.25
@@ -87,7 +88,7 @@ def observe(captioner: Any, sequence: Sequence2, number: int, method: str, encod
     rules, item = NamingRules.ours(), sequence.item
     clip = item.waveform.astype(np.float32)
     options = {"sampling_rate": SAMPLING_RATE, "method": method, "encoding": encoding}
-    names = [phrases(event)[0] for event in item.events]
+    names = [inflect(labels()[event].phrases[0], PARTICIPLE, False) for event in item.events]
     energy = [_upper_energy(clip, interval, captioner.processor.feature_extractor) for interval in sequence.times]
     for order in ((0, 1), (1, 0)):
         caption = f"{names[order[0]]} and {names[order[1]]}"

@@ -19,7 +19,7 @@ import soundfile
 import yaml
 
 from benchmarks.sound_events import load_mono, read_metadata
-from recipes.recap_tiny.grammar21 import Part, Scene, render
+from recipes.recap_tiny.grammar import Sound, describe
 
 DOMAINS = {
     "outdoors": ("dog_bark", "rain", "sea_waves", "helicopter", "chainsaw", "rooster", "fire_crackling"),
@@ -99,8 +99,8 @@ class _DomainWriter:
 
     def _add(self, name: str, split: str, waveform: np.ndarray, rows: Sequence[dict[str, str]], relation: str) -> None:
         soundfile.write(self.folder / f"{name}.flac", waveform.clip(-1, 1), _RATE, subtype="PCM_16")
-        scene = Scene(tuple(Part(row["event"]) for row in rows), relation)
-        captions = [render(scene, self.generator).text for _ in range(self.recipe.captions)]
+        scene = [Sound(row["event"]) for row in rows]
+        captions = [describe(scene, self.generator, relation) for _ in range(self.recipe.captions)]
         source = " + ".join(dict.fromkeys(row["source"] for row in rows))
         licence = " + ".join(dict.fromkeys(row.get("licence") or "not stated" for row in rows))
         self._rows.append([f"{name}.flac", *captions, split, source, licence])

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from recap_hf.scoring.metrics import MetricScores
-from recipes.recap_tiny.lexicon21 import other_sounds
 
 # Words of which any names the event; a hyphen is a hyphen, a space or nothing.
 EVENT_WORDS: dict[str, str] = {
@@ -37,6 +36,8 @@ EVENT_WORDS: dict[str, str] = {
     "acoustic_guitar": "guitar guitars",
     "man_speaking": "speech speaking speaks talking talks",
 }
+# An expression that matches nothing.
+_NOTHING = r"(?!)"
 FIGURES = ("precision", "recall", "F1", "exact")
 
 
@@ -49,9 +50,8 @@ class NamingRules:
 
     @classmethod
     def ours(cls) -> NamingRules:
-        """`EVENT_WORDS`, and every other sound of recap-tiny's lexicon as foreign."""
-        foreign = [phrase for forms in other_sounds().values() for phrase in forms]
-        return cls({event: _any_of(words.split()) for event, words in EVENT_WORDS.items()}, _any_of(foreign))
+        """`EVENT_WORDS`; no word is foreign."""
+        return cls({event: _any_of(words.split()) for event, words in EVENT_WORDS.items()}, re.compile(_NOTHING))
 
     @classmethod
     def read(cls, path: str | Path) -> NamingRules:
@@ -64,8 +64,7 @@ class NamingRules:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             events = {event: re.compile(text) for event, text in data["events"].items()}
-            # An expression that matches nothing.
-            return cls(events, re.compile(data.get("foreign", r"(?!)")))
+            return cls(events, re.compile(data.get("foreign", _NOTHING)))
         except (KeyError, AttributeError, TypeError, ValueError, re.error) as error:
             raise ValueError(
                 f'{path} holds no naming rules: expected {{"events": {{event: expression}}, "foreign": expression}}, '

@@ -192,7 +192,6 @@ def test_diversity_is_measured_on_mixtures(shared_dir, capsys, monkeypatch):
     )
     # Coverage 1, 1/2, 0; precision 1, 1 and none named.
     assert found == {"coverage": 0.5, "precision": 1.0, "captions": 1.33}
-    pytest.importorskip("recipes.recap_tiny.lexicon21", reason="needs the words of recap-tiny's recipe")
     monkeypatch.setattr(retrieval_diversity, "SETTINGS", {"nearest 4": {}, "diversity 0.3": {"diversity": 0.3}})
     sounds = str(shared_dir / "data" / "sound_events")
     arguments = ["--sounds", sounds, "--mixtures", "3", "--captions", "--device", "cpu"]

@@ -42,3 +42,8 @@ stage language-model recap pretrain language-model --dataset "$work/corpus.txt" 
   --clap "$work/clap" --validation-split none --vocab-size 6000 --num-layers 4 --width 256 --num-heads 4 \
   --max-positions 320 --num-train-epochs 1 --batch-size 32 --learning-rate 1e-3 --dropout 0.1 --num-retrieved 5 \
   --save-steps 200 --output-dir "$work/language-model" --resume "${threads[@]}"
+stage captioner recap train --dataset audiofolder --data-dir "$work/train" --clap "$work/clap" \
+  --decoder "$work/language-model" --datastore "$work/datastore.txt" --audio-position-embedding sinusoidal \
+  --validation-split none --num-retrieved 5 --draw-from 8 --audio-dropout 0.1 --prompt-dropout 0.15 --share-prompts \
+  --batch-size 160 --num-train-epochs 3 --learning-rate 1e-3 --warmup-steps 50 --lr-scheduler-type cosine \
+  --feature-cache "$work/states" --save-steps 100 --output-dir "$work/captioner" --resume "${threads[@]}"

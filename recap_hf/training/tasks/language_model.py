@@ -13,7 +13,7 @@ import torch
 
 from recap_hf.modeling.options_recap import PAPER_PROMPT
 
-from ..config import AT_LEAST_1, NOT_NEGATIVE, SHARE, TrainingConfig, option, other_default, require
+from ..config import AT_LEAST_1, NOT_NEGATIVE, TrainingConfig, option, other_default, require
 from ..data import Clip, DataSummary, clips_of, load_splits
 from ..loss import CaptionLoss, checkpoint_activations, fuse_activations
 from ..neighbours import Neighbours, Query, find_neighbours
@@ -37,7 +37,7 @@ class LanguageModelTrainingConfig(BaseTrainingConfig, PromptConfig):
         "prompts", "", "CLAP: prompts hold the captions nearest to the target, else other ones of the same clip"
     )
     datastore: str = option("prompts", "", "with --clap: folder, Hub id or file to take the nearest captions from")
-    prompt_dropout: float = option("prompts", 0.1, "share of examples without captions in their prompt", check=SHARE)
+    prompt_dropout: float = other_default(PromptConfig, "prompt_dropout", 0.1)
     prompt_weight: float = option("prompts", 0.1, "loss of a prompt's token; a caption's is 1", check=NOT_NEGATIVE)
 
     learning_rate: float = other_default(TrainingConfig, "learning_rate", 5e-4)
@@ -70,8 +70,7 @@ class LanguageModelTrainingConfig(BaseTrainingConfig, PromptConfig):
         for split, clips in splits.items():
             # Every caption has its own prompt.
             single = [replace(clip, captions=[text]) for clip in clips for text in clip.captions]
-            dropout = {"prompt_dropout": self.prompt_dropout}
-            examples[split] = self.examples(split, single, processor, tables[split], None, **dropout)
+            examples[split] = self.examples(split, single, processor, tables[split], None)
         set_dropout(model, self.dropout)
         fuse_activations(model)
         if self.gradient_checkpointing:

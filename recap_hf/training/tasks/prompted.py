@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..collator import CaptionCollator, PromptedCaptions, PromptOptions, with_targets
-from ..config import AT_LEAST_1, NOT_NEGATIVE, TrainingConfig, option, require
+from ..config import AT_LEAST_1, NOT_NEGATIVE, SHARE, TrainingConfig, option, require
 from ..data import Clip, DataSummary
 from ..loss import CaptionLoss
 from ..neighbours import Neighbours
@@ -27,6 +27,7 @@ class PromptConfig(TrainingConfig):
         "prompts", 0, "draw the k captions of each epoch from this number of nearest ones (0: k)", check=NOT_NEGATIVE
     )
     shuffle_prompt: bool = option("prompts", False, "put the captions of a prompt in random order")
+    prompt_dropout: float = option("prompts", 0.0, "share of examples without captions in their prompt", check=SHARE)
     max_caption_tokens: int = option("optimisation", 60, "tokens that captions are cut to", check=AT_LEAST_1)
     gradient_checkpointing: bool = option("model", False, "less memory for more computing")
 
@@ -41,8 +42,8 @@ class PromptConfig(TrainingConfig):
         """The examples of a split; nothing is random in validation."""
         options = PromptOptions(self.num_retrieved)
         if split == "train":
-            drawn = (self.draw_from, self.shuffle_prompt)
-            options = PromptOptions(self.num_retrieved, *drawn, seed=self.seed, **dropout)
+            dropout |= {"prompt_dropout": self.prompt_dropout}
+            options = PromptOptions(self.num_retrieved, self.draw_from, self.shuffle_prompt, seed=self.seed, **dropout)
         targets = with_targets(clips, processor, self.max_caption_tokens)
         return PromptedCaptions(targets, store, processor, tables, options)
 

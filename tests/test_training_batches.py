@@ -188,6 +188,16 @@ def test_draws_are_keyed_by_seed_epoch_and_example(parts):
     assert len({tuple(shuffled.retrieved(row, epoch)) for epoch in range(9)}) > 3
 
 
+def test_the_number_of_captions_is_drawn_too(parts):
+    """Each number from 1 to k is as frequent as the others; the nearest captions are taken."""
+    varied = make(parts, vary_k=True)
+    pool = [parts[3].captions[number] for number in parts[3].rows[1]]
+    drawn = [varied.retrieved(Row(1, (2,)), epoch) for epoch in range(400)]
+    assert all(chosen == pool[: len(chosen)] for chosen in drawn)
+    shares = np.bincount([len(chosen) for chosen in drawn], minlength=6)[:6] / len(drawn)
+    assert shares == pytest.approx([0, 0.25, 0.25, 0.25, 0.25, 0], abs=0.08)
+
+
 def test_audio_dropout_hides_its_share(parts):
     hiding = make(parts, audio_dropout=0.3)
     flags = [

@@ -73,11 +73,18 @@ def test_validation_loss_falls(finished):
 
 def test_training_prompts_hold_the_nearest_captions_and_options_arrive(start: Path, tmp_path: Path):
     settings = config(
-        start, tmp_path, draw_from=6, shuffle_prompt=True, audio_dropout=0.25, prompt_dropout=0.5, seed=11
+        start,
+        tmp_path,
+        draw_from=6,
+        shuffle_prompt=True,
+        vary_num_retrieved=True,
+        audio_dropout=0.25,
+        prompt_dropout=0.5,
+        seed=11,
     )
     builder = build_corpus(settings, *new_captioner(settings))[0]["train"]
     shares = {"audio_dropout": 0.25, "prompt_dropout": 0.5}
-    assert builder.options == PromptOptions(k=4, draw_from=6, shuffle=True, **shares, seed=11)
+    assert builder.options == PromptOptions(k=4, draw_from=6, shuffle=True, vary_k=True, **shares, seed=11)
     plain = config(start, tmp_path)
     builder = build_corpus(plain, *new_captioner(plain))[0]["train"]
     assert all(len(builder.retrieved(row, epoch=0)) == 4 for row in (Row(0, (0,)), Row(5, (2,)), Row(7, (4,))))

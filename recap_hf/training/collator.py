@@ -27,6 +27,7 @@ class PromptOptions:
         k: captions in a prompt.
         draw_from: draw them from this number of nearest captions; 0 takes the k nearest.
         shuffle: random order instead of most similar first.
+        vary_k: draw the number of captions, too, from 1 to k.
         audio_dropout: share of rows whose audio is hidden.
         prompt_dropout: share of rows that get no captions in their prompt.
         seed: of the draws.
@@ -35,6 +36,7 @@ class PromptOptions:
     k: int
     draw_from: int = 0
     shuffle: bool = False
+    vary_k: bool = False
     audio_dropout: float = 0.0
     prompt_dropout: float = 0.0
     seed: int = 0
@@ -112,7 +114,8 @@ class PromptedCaptions(Dataset):
             return []
         table = self.neighbours[epoch % len(self.neighbours)]
         pool, rng = table.of(row.clip)[: options.draw_from or options.k], self._rng(row, epoch)
-        chosen = pool[np.sort(rng.choice(len(pool), size=min(options.k, len(pool)), replace=False))]
+        k = int(self._rng(row, epoch, 3).integers(options.k)) + 1 if options.vary_k else options.k
+        chosen = pool[np.sort(rng.choice(len(pool), size=min(k, len(pool)), replace=False))]
         if options.shuffle:
             chosen = rng.permutation(chosen)
         return [table.captions[number] for number in chosen]

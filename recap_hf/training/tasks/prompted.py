@@ -27,6 +27,9 @@ class PromptConfig(TrainingConfig):
         "prompts", 0, "draw the k captions of each epoch from this number of nearest ones (0: k)", check=NOT_NEGATIVE
     )
     shuffle_prompt: bool = option("prompts", False, "put the captions of a prompt in random order")
+    vary_num_retrieved: bool = option(
+        "prompts", False, "draw the number of captions of each prompt, too, from 1 to --num-retrieved"
+    )
     prompt_dropout: float = option("prompts", 0.0, "share of examples without captions in their prompt", check=SHARE)
     max_caption_tokens: int = option("optimisation", 60, "tokens that captions are cut to", check=AT_LEAST_1)
     gradient_checkpointing: bool = option("model", False, "less memory for more computing")
@@ -43,7 +46,8 @@ class PromptConfig(TrainingConfig):
         options = PromptOptions(self.num_retrieved)
         if split == "train":
             dropout |= {"prompt_dropout": self.prompt_dropout}
-            options = PromptOptions(self.num_retrieved, self.draw_from, self.shuffle_prompt, seed=self.seed, **dropout)
+            drawn = (self.draw_from, self.shuffle_prompt, self.vary_num_retrieved)
+            options = PromptOptions(self.num_retrieved, *drawn, seed=self.seed, **dropout)
         targets = with_targets(clips, processor, self.max_caption_tokens)
         return PromptedCaptions(targets, store, processor, tables, options)
 

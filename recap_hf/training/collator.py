@@ -113,8 +113,8 @@ class PromptedCaptions(Dataset):
         if not self.neighbours or not options.k or self._rng(row, epoch, 2).random() < options.prompt_dropout:
             return []
         table = self.neighbours[epoch % len(self.neighbours)]
-        pool, rng = table.of(row.clip)[: options.draw_from or options.k], self._rng(row, epoch)
         k = int(self._rng(row, epoch, 3).integers(options.k)) + 1 if options.vary_k else options.k
+        pool, rng = table.of(row.clip)[: options.draw_from or k], self._rng(row, epoch)
         chosen = pool[np.sort(rng.choice(len(pool), size=min(k, len(pool)), replace=False))]
         if options.shuffle:
             chosen = rng.permutation(chosen)

@@ -1,7 +1,5 @@
 """The folders behind `recap convert`: built, saved, and loaded again before they appear."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

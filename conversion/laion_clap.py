@@ -9,8 +9,6 @@ RoBERTa's layer norms use an epsilon of 1e-5 where `ClapTextConfig` defaults to 
 embeddings are off by about 1e-4.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -11,8 +11,6 @@ The exporter is PyTorch's dynamo-based one with dynamic shapes; the older tracin
 wrong without an error.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

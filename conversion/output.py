@@ -1,7 +1,5 @@
 """Where a conversion writes: a folder that appears only when everything in it has been checked."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import tempfile

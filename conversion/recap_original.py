@@ -10,8 +10,6 @@ retrieval used another CLAP (laion/clap-htsat-unfused) than their captioner; her
 retrieved are not always theirs.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

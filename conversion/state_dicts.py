@@ -6,8 +6,6 @@ tensors to another; `check_complete` compares its result with the model that is 
 by shape, and names every difference.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

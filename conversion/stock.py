@@ -5,8 +5,6 @@ has only a cross-attention of its own width; `widen_cross_attention` writes a na
 what it computes, so that a trained RECAP decoder runs in plain transformers.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

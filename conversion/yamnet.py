@@ -1,7 +1,5 @@
 """YAMNet's TFLite file (Google, Apache-2.0) into a `MobileNetClapModel` whose text tower is untrained."""
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ It is a package of its own, beside recap_hf: arguments are parsed before `import
 transformers, which takes seconds. So nothing here or at the head of a command's module imports them; `run` does.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys

@@ -1,7 +1,5 @@
 """`recap caption`: recordings in, captions out."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import sys

@@ -1,7 +1,5 @@
 """`recap compare`: two systems on the clips that both captioned, with paired bootstrap intervals."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

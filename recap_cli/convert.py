@@ -1,7 +1,5 @@
 """`recap convert`: weights of other layouts to this package's, and back."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """`recap datastore`: build, inspect, search and edit the captions that a captioner retrieves from."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

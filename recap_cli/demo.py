@@ -1,7 +1,5 @@
 """`recap demo`: a page to play with."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

@@ -1,7 +1,5 @@
 """`recap evaluate`: caption a split, score it, and compare the captioner with its baselines."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any

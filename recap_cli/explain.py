@@ -1,7 +1,5 @@
 """`recap explain`: the regions of a recording and the retrieved captions that each word of its caption depends on."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """`recap export`: a captioner for other runtimes."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

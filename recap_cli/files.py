@@ -3,8 +3,6 @@
 This module imports the standard library only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 Writers take one row after the other and keep none, so that memory does not grow with the recording.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from typing import IO, Any

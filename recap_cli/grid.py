@@ -1,7 +1,5 @@
 """`recap grid`: the paper's tables in one command."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 

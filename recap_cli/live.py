@@ -1,7 +1,5 @@
 """`recap live`: captions of sound as it arrives, from a pipe or a microphone."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import signal

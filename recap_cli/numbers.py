@@ -1,7 +1,5 @@
 """Types of numeric options: a value that they refuse is a usage error, before anything is loaded."""
 
-from __future__ import annotations
-
 import argparse
 
 

@@ -1,7 +1,5 @@
 """`recap onnx`: captions from an exported model; torch need not be installed."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

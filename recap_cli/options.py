@@ -1,7 +1,5 @@
 """Flags that the commands share. Nothing here imports torch, so that a wrong call is reported at once."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import sys

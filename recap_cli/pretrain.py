@@ -1,12 +1,8 @@
 """`recap pretrain`: the bases of a captioner, a CLAP and a GPT-2, on your own data."""
 
-from __future__ import annotations
-
 import argparse
 
-from recap_cli.train import run
-
-__all__ = ["add_arguments", "run"]
+from recap_cli.train import run as run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,5 @@
 """`recap push`: a checkpoint or a datastore to the Hugging Face Hub."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import TYPE_CHECKING
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_facts(args: argparse.Namespace) -> CardFacts:
+def read_facts(args: argparse.Namespace) -> "CardFacts":
     """The facts for the card: those of the file or the folder, and the figures of `--scores`."""
     from pathlib import Path
 

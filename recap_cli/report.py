@@ -1,7 +1,5 @@
 """`recap report`: one HTML page about an evaluation or a grid."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

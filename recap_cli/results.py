@@ -1,7 +1,5 @@
 """What commands have in common that give a result for each recording: `recap caption`, `recap tag`."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys

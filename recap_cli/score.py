@@ -1,7 +1,5 @@
 """`recap score`: every caption metric of a file of predictions."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

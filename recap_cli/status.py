@@ -1,14 +1,10 @@
 """Exit statuses of commands, and errors as messages instead of tracebacks."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable
 
 from recap_cli.files import printable
-
-__all__ = ["EXIT_FAILURE", "EXIT_OK", "EXIT_USAGE", "exit_status"]
 
 EXIT_OK = 0
 EXIT_FAILURE = 1

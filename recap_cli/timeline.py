@@ -1,7 +1,5 @@
 """`recap timeline`: what happens when, in recordings of any length."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import shutil

@@ -1,7 +1,5 @@
 """`recap train`: a captioner from recordings and captions."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -1,7 +1,5 @@
 """The web page of `recap demo`: Gradio's components around one captioner."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass, field

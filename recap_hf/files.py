@@ -1,7 +1,5 @@
 """Writing results: a file is complete or is not there."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

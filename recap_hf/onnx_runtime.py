@@ -4,8 +4,6 @@
 prompts are built by the same code as with torch; the log-mel, greedy search and beam search are here, in NumPy.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The prompts of the paper and of the authors' code."""
 
-from __future__ import annotations
-
 from recap_hf.modeling.options_recap import PAPER_PROMPT, PromptTemplate
 
 OFFICIAL_PROMPT = PromptTemplate(
@@ -13,5 +11,3 @@ OFFICIAL_PROMPT = PromptTemplate(
 """The authors' code (Sreyan88/RECAP, commit 832ad8a), which goes with pad token `!` and end token `.`."""
 
 PROMPT_PRESETS = {"paper": PAPER_PROMPT, "official": OFFICIAL_PROMPT}
-
-__all__ = ["OFFICIAL_PROMPT", "PROMPT_PRESETS"]

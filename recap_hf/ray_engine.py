@@ -6,8 +6,6 @@ its part again. When the run is interrupted, the next run does the parts that ar
 folder must be on a file system that all of them share.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

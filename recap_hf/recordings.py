@@ -1,7 +1,5 @@
 """The recordings that the names on a command line stand for."""
 
-from __future__ import annotations
-
 import glob
 from collections.abc import Sequence
 from pathlib import Path

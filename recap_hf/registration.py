@@ -1,7 +1,5 @@
 """What `import recap_hf` registers in transformers: the Auto classes and `pipeline("audio-captioning")`."""
 
-from __future__ import annotations
-
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,

@@ -1,7 +1,5 @@
 """Captions of recordings of any number: read ahead by threads, encoded in groups, decoded in batches."""
 
-from __future__ import annotations
-
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -73,6 +71,3 @@ def _read_ahead(
             # A caller that stops early does not wait for recordings that it will not get.
             for _, future in pending:
                 future.cancel()
-
-
-__all__ = ["caption_stream", "recordings_together"]

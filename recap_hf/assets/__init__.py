@@ -1,7 +1,5 @@
 """What ships inside the package: the embedded default model and example recordings."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

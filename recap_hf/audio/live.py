@@ -6,8 +6,6 @@ which is the fastest mode of the model. If that is still too slow, the delay gro
 pauses and the source has to wait.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque
@@ -52,7 +50,7 @@ class LiveSound:
         self._arrivals: deque[tuple[int, float]] = deque()
         self._received = self._taken = 0
 
-    def start(self) -> LiveSound:
+    def start(self) -> "LiveSound":
         """Starts the thread."""
         threading.Thread(target=self._read, daemon=True).start()
         return self

@@ -1,7 +1,5 @@
 """Sound from a pipe: raw PCM or WAV, read as it arrives, without seeking."""
 
-from __future__ import annotations
-
 import io
 import struct
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Captioned audio from published and other datasets, in one table."""
 
-from __future__ import annotations
-
 from .loading import NAMED_DATASETS, join, load_captions
 from .schema import CaptionData, LoadOptions, Problem, canonical_split
 

@@ -1,7 +1,5 @@
 """Tables of captions, as people and this package write them: text, CSV, TSV, JSON, JSON lines and Parquet."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -179,6 +177,3 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 yield from batch.to_pylist()
     except ArrowInvalid as error:
         raise ValueError(f"{path}: not readable as Parquet ({error}).") from error
-
-
-__all__ = ["CAPTION_SUFFIXES", "RESULT_COLUMNS", "caption_columns", "captions_in", "read_captions", "read_rows"]

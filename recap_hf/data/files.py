@@ -1,7 +1,5 @@
 """Tables of captions, and the audio files that they name."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping

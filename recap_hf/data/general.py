@@ -1,7 +1,5 @@
 """Your own data: a folder of audio with a metadata file, or a dataset of the Hub, with columns as you name them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +88,7 @@ def load_hub_dataset(name: str, options: LoadOptions) -> CaptionData:
     return from_dataset(load_dataset(path, config or None, data_dir=data_dir, split=split), options, source=name)
 
 
-def from_dataset(table: Dataset, options: LoadOptions, source: str) -> CaptionData:
+def from_dataset(table: "Dataset", options: LoadOptions, source: str) -> CaptionData:
     """A `datasets.Dataset` as caption data; audio is not decoded (path or bytes).
 
     Optional columns: `clip_id`, `source`, `licence` or `license`, `classes` and `class_scores`; without `clip_id`, the

@@ -1,7 +1,5 @@
 """`load_captions`: any of the known datasets by name, and several joined into one."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Datasets as published: Clotho, AudioCaps, the CSVs of RECAP's authors, and WavCaps."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections import defaultdict

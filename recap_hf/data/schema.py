@@ -4,8 +4,6 @@ A row is a clip: `clip_id`, `audio` (undecoded: path or bytes), `captions` (a li
 where a tagger or labels say so, `classes` (names of sounds) and `class_scores` (a number from 0 to 1 for each).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,7 +65,7 @@ class ClipRecord:
 class CaptionData:
     """A loaded dataset and what had to be left out of it."""
 
-    dataset: Dataset
+    dataset: "Dataset"
     problems: list[Problem] = field(default_factory=list)
 
 

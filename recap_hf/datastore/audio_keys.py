@@ -5,8 +5,6 @@ Retrieval", 2020 (the paper's [7]), prompt with captions of similar audio. A dat
 on CLAP: the row of a caption holds the embedding of its clip.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -182,6 +180,3 @@ def _embed(
         if rows:
             found[rows] = clip_keys(encode_recordings(recordings, embedder.model, embedder.processor))
     return found
-
-
-__all__ = ["build_audio_datastore", "clip_keys", "datastore_from_clips"]

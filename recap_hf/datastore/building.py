@@ -1,7 +1,5 @@
 """Building a datastore: sources are read and filtered, and embedded in chunks that a second run does not repeat."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -262,6 +260,3 @@ def _start_worker(rank: int, make: Callable[[int], _ChunkEmbedder], processes: i
 
 def _work(chunk: tuple[range, Path]) -> None:
     _WORKER["embed"](chunk)
-
-
-__all__ = ["BuildOptions", "build_datastore"]

@@ -1,7 +1,5 @@
 """Datastores of formats 1 and 2, which kept captions in segments and listed removed rows. Any edit writes format 3."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,6 +81,3 @@ def _kept_rows(folder: Path, segment: Mapping[str, Any]) -> np.ndarray:
             raise ValueError(f"{name}: expected ascending rows below {len(mask)} in int64.")
         mask[rows] = False
     return mask
-
-
-__all__ = ["open_earlier"]

@@ -5,8 +5,6 @@ embeddings, and an index keeps what it has learnt. A reader that has opened the 
 are deleted from the folder.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -297,14 +295,3 @@ def index_datastore(folder: str | Path, kind: str = "auto", recall: float = DEFA
         report = {**(edit.store.manifest["report"] or {}), "exact_search": kind == "exact"}
         publish(edit.folder, {**edit.store.manifest, "index": None, "report": report}, {}, search_index)
         return None if search_index is None else search_index.description
-
-
-__all__ = [
-    "Selection",
-    "add_captions",
-    "filter_datastore",
-    "index_datastore",
-    "merge_datastores",
-    "reembed_datastore",
-    "remove_captions",
-]

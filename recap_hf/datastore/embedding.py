@@ -1,7 +1,5 @@
 """The encoder of a datastore: a captioner's CLAP, its text tower for captions and its audio tower for recordings."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,7 +31,7 @@ class CaptionEmbedder:
         device: str | None = None,
         dtype: str = "float32",
         batch_size: int = 64,
-    ) -> CaptionEmbedder:
+    ) -> "CaptionEmbedder":
         """The encoder of a captioner.
 
         Args:
@@ -78,6 +76,3 @@ def _load_in_worker(name: str, device: str | None, dtype: str, batch_size: int, 
     if device is None and torch.cuda.device_count() > 1:
         device = f"cuda:{rank % torch.cuda.device_count()}"
     return CaptionEmbedder.from_pretrained(name, device, dtype, batch_size)
-
-
-__all__ = ["CaptionEmbedder"]

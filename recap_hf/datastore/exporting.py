@@ -1,7 +1,5 @@
 """The captions of a datastore as files that other programs read."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path
@@ -61,6 +59,3 @@ def _line(caption: str, row: int) -> str:
     if len(caption.splitlines()) > 1:
         raise ValueError(f"row {row}: a caption of several lines cannot be written to a .txt file; export to .jsonl")
     return caption
-
-
-__all__ = ["EXPORT_SUFFIXES", "export_datastore"]

@@ -3,8 +3,6 @@
 Reading is part of the remote code: `modeling/datastore_files_recap.py`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -224,6 +222,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-__all__ = ["array_blocks", "locked", "publish", "save_datastore", "write_captions", "write_new"]

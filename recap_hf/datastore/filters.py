@@ -1,7 +1,5 @@
 """Which captions go into a datastore: readable, short, not of clips that are evaluated on; and what was left out."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import unicodedata
@@ -44,7 +42,7 @@ class LeakGuard:
     texts: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
     @classmethod
-    def from_sources(cls, names: Iterable[str | Path], columns: Mapping[str, str] | None = None) -> LeakGuard:
+    def from_sources(cls, names: Iterable[str | Path], columns: Mapping[str, str] | None = None) -> "LeakGuard":
         """The clips that files of captions name (the test CSVs, say); of a dataset as published, its test split.
 
         Raises:
@@ -269,6 +267,3 @@ class CaptionFilter:
             "duplicates": self._duplicates.report(),
             "leak_guard": guard,
         }
-
-
-__all__ = ["DEFAULT_MAX_TOKENS", "CaptionFilter", "DuplicateCounter", "FilterOptions", "LeakGuard", "read_blacklist"]

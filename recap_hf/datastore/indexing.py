@@ -5,8 +5,6 @@ without themselves. Audio lies outside the cloud of captions (the modality gap o
 inverted-file index recall that text queries do not show: these queries are shifted by a constant vector.
 """
 
-from __future__ import annotations
-
 import bisect
 import math
 import time
@@ -60,11 +58,11 @@ class StoredIndex(Protocol):
         """See [`ExactIndex.search`]."""
 
     @classmethod
-    def build(cls, embeddings: Any, kind: str, recall: float) -> StoredIndex:
+    def build(cls, embeddings: Any, kind: str, recall: float) -> "StoredIndex":
         """An index of unit vectors of shape `(rows, dimension)` that finds the share `recall` of the nearest rows."""
 
     @classmethod
-    def read(cls, path: Path, description: Mapping[str, Any]) -> StoredIndex:
+    def read(cls, path: Path, description: Mapping[str, Any]) -> "StoredIndex":
         """The index in a file; a `ValueError` for a file that holds none."""
 
     def write(self, path: Path) -> None:
@@ -192,7 +190,7 @@ def build_faiss(embeddings: Any, kind: str, recall: float, seed: int = 0) -> Fai
     return found
 
 
-def tune(index: FaissIndex, embeddings: Any, queries: Sequence[Queries], recall: float, k: int = RECALL_AT) -> bool:
+def tune(index: FaissIndex, embeddings: Any, queries: Sequence["Queries"], recall: float, k: int = RECALL_AT) -> bool:
     """Sets the fastest pair of effort and candidates at which every sort of query reaches the target, and records
     what was measured. Half of the queries choose the pair, the other half measure its recall.
 
@@ -257,7 +255,7 @@ class Queries:
     own: np.ndarray
     right: Sequence[np.ndarray] = ()
 
-    def half(self, first: int) -> Queries:
+    def half(self, first: int) -> "Queries":
         """Every second query from the first or the second on."""
         return Queries(self.name, self.vectors[first::2], self.own[first::2], self.right[first::2])
 
@@ -307,6 +305,3 @@ def with_audio_gap(vectors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     noise = rng.standard_normal(vectors.shape) / math.sqrt(dimension)
     moved = vectors + _GAP * gap / np.linalg.norm(gap) + _NOISE * noise
     return (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float32)
-
-
-__all__ = ["DEFAULT_RECALL", "EXACT_UP_TO", "build_index", "check_index"]

@@ -8,8 +8,6 @@ A collection has the fields `row` (primary key, counted from 0), `embedding`, `c
 normalized for comparison) and `record` (all other values, JSON); its properties state which encoder made it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -298,7 +296,7 @@ class MilvusCaptionDatastore(CaptionDatastore):
         self.reopen()
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> MilvusCaptionDatastore:
+    def from_pretrained(cls, name_or_path: str | os.PathLike, **kwargs: Any) -> "MilvusCaptionDatastore":
         """Opens `milvus:ADDRESS#COLLECTION`.
 
         Args:
@@ -321,7 +319,7 @@ class MilvusCaptionDatastore(CaptionDatastore):
         search_params: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         token: str | None = None,
-    ) -> MilvusCaptionDatastore:
+    ) -> "MilvusCaptionDatastore":
         """Copies a datastore into a Milvus collection, block by block; it has its name when all of it is there.
 
         Args:
@@ -406,7 +404,7 @@ class MilvusCaptionDatastore(CaptionDatastore):
             )
         return _reopen, (self.address, self.collection.name, self.collection.search_params)
 
-    def __deepcopy__(self, memo: Any) -> MilvusCaptionDatastore:
+    def __deepcopy__(self, memo: Any) -> "MilvusCaptionDatastore":
         return type(self)(self.collection.client, self.collection.name, self.collection.search_params, self.address)
 
 
@@ -468,6 +466,3 @@ def _entity(key: int, record: Mapping[str, Any], vector: np.ndarray) -> dict[str
         raise ValueError(f"Row {key}: the caption or its clip id is longer than Milvus stores.")
     others = {name: value for name, value in record.items() if name != "caption"}
     return {"row": key, "embedding": vector, "caption": record["caption"], "clip": clip, "record": others}
-
-
-__all__ = ["MilvusCaptionDatastore", "connect", "is_milvus_name", "parse_milvus_name"]

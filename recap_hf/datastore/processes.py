@@ -1,7 +1,5 @@
 """Processes of multiprocessing that end with the one that started them."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import threading
@@ -39,6 +37,3 @@ def process_pool(
     """
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, context, _start, (context.Value("i", 0), initializer, arguments))
-
-
-__all__ = ["process_pool"]

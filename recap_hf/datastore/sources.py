@@ -1,7 +1,5 @@
 """Captions of files and datasets as records: caption, clip id, source, licence, split and further columns."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,6 +189,3 @@ def clip_records(clip: Mapping[str, Any], options: SourceOptions) -> list[dict[s
     known = {key: value for key, value in clip.items() if value is not None and key not in ("audio", "captions")}
     known |= {key: value for key in ("source", "licence") if (value := getattr(options, key))}
     return [{"caption": text, **known} for text in clip["captions"]]
-
-
-__all__ = ["CAPTION_CHOICES", "SourceOptions", "read_source"]

@@ -1,7 +1,5 @@
 """What a datastore holds, how well its index finds it, and whether its files are whole."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from pathlib import Path
@@ -157,6 +155,3 @@ def _encoder_problems(store: CaptionDatastore, embedder: Any) -> list[str]:
         for row, cosine in zip(rows, cosines, strict=True)
         if cosine < 0.99
     ]
-
-
-__all__ = ["describe", "verify_datastore"]

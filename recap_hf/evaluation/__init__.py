@@ -1,7 +1,5 @@
 """Evaluation of a captioner and its baselines: resumable, with intervals and the clip list in every result."""
 
-from __future__ import annotations
-
 from .clips import EvaluationClips, load_test_clips
 from .runner import EvaluationFolder, caption_clips, predictions_file, read_predictions, score_folder
 from .systems import SYSTEMS, Systems, load_captioner

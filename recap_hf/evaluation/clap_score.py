@@ -1,7 +1,5 @@
 """CLAPScore: cosine of caption and recording in the space of a CLAP that had no part in the caption."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

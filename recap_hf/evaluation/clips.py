@@ -1,7 +1,5 @@
 """Test clips: from the datasets of `recap_hf.data`, read in batches, with their numbers of events."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +33,7 @@ class EvaluationClips:
     def __len__(self) -> int:
         return len(self.clip_ids)
 
-    def select(self, positions: Sequence[int], name: str | None = None) -> EvaluationClips:
+    def select(self, positions: Sequence[int], name: str | None = None) -> "EvaluationClips":
         """The clips at `positions`."""
         columns = [[column[n] for n in positions] for column in (self.clip_ids, self.audio, self.references)]
         return EvaluationClips(name or self.name, *columns, list(self.notes))

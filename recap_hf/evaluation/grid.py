@@ -1,7 +1,5 @@
 """The paper's grid: train, caption and score every combination; what is finished is not done again."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a grid runs: training sets x test sets x datastores x seeds x k, from one YAML file."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature

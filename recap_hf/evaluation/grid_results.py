@@ -1,7 +1,5 @@
 """The tables and claims of a grid, from its finished runs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace

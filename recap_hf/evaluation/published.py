@@ -1,7 +1,5 @@
 """The paper's Tables 1 and 2: the published rows as printed, with remarks on them, and ours beside them."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One self-contained HTML page about an evaluation or a grid: tables, plots, clips to read and listen to."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections import defaultdict

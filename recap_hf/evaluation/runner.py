@@ -4,8 +4,6 @@ A run that was killed can be resumed: it starts at the last batch that is comple
 batches, and every digit of its scores, are those of a run without interruption.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence

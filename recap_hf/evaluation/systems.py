@@ -1,7 +1,5 @@
 """The captioner under evaluation and its baselines, all from one encoding of each batch."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any

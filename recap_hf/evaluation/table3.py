@@ -4,8 +4,6 @@ The paper shows one caption per setting. Here each setting is scored over all it
 chosen by hand: the clips with the largest, the middle and the smallest gain over the prefix method.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tables of scores as plain text and Markdown."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

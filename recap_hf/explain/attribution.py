@@ -5,8 +5,6 @@ Barkan et al., "Grad-SAM", CIKM 2021; Chefer et al., ICCV 2021). `insertion` hid
 remains of the log-probability.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Where the encoder states of a recording lie in it: seconds, and frequency bands."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +39,7 @@ class AudioGrid:
     band_edges_hz: tuple[float, ...]
 
     @classmethod
-    def of(cls, config: Any, feature_extractor: Any, num_samples: int) -> AudioGrid:
+    def of(cls, config: Any, feature_extractor: Any, num_samples: int) -> "AudioGrid":
         """The grid of a recording.
 
         Args:

@@ -1,7 +1,5 @@
 """Explanations: for each word of a caption the regions of the recording and the retrieved captions it depends on."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ time of reading them: half the bytes in bfloat16, a quarter in int8. Processors 
 VNNI (int8) also multiply these faster than float32. Both change captions a little; `recap bench` says how many.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from typing import Any
@@ -173,6 +171,3 @@ def _replace_linear_layers(decoder: Any, kind: type[nn.Module]) -> None:
                     setattr(parent, name, kind(layer.weight.t(), layer.bias))
                 elif isinstance(layer, nn.Linear):
                     setattr(parent, name, kind(layer.weight, layer.bias))
-
-
-__all__ = ["CPU_WEIGHTS", "Int8Linear", "PackedLinear", "cpu_capabilities", "lay_out_for_cpu", "prepare_for_cpu"]

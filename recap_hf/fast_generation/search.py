@@ -5,8 +5,6 @@ copies whole sequences at every step, and forgets the log-probabilities. [`fast_
 search on an unchanged decoder and leaves everything else to transformers.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +69,7 @@ class SearchPlan:
     fill_token_id: int
 
     @classmethod
-    def of(cls, config: GenerationConfig, prompt_length: int) -> SearchPlan:
+    def of(cls, config: GenerationConfig, prompt_length: int) -> "SearchPlan":
         """The plan of a call of `generate` with all its defaults filled in."""
         eos = () if config.eos_token_id is None else config.eos_token_id
         eos_token_ids = (eos,) if isinstance(eos, int) else tuple(eos)
@@ -314,6 +312,3 @@ def fast_generate(model: Any, **arguments: Any) -> tuple[torch.LongTensor, list[
     search = SharedPromptSearch()
     sequences = model.generate(custom_generate=search, **arguments)
     return sequences, search.sequence_scores
-
-
-__all__ = ["SearchPlan", "SharedPromptSearch", "fast_generate", "why_not"]

@@ -7,8 +7,6 @@ them are its own past. Beams that change places exchange these marks; no key and
 serves all beams of a clip.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -217,6 +215,3 @@ def _feed_forward(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     # GPT-2's activation written out is eight passes over the widest tensor there is; torch has it as one.
     inner = gelu(inner, approximate="tanh") if isinstance(layer.act, NewGELUActivation) else layer.act(inner)
     return layer.c_proj(inner)
-
-
-__all__ = ["SharedPromptCache", "decode_prompt", "decode_token"]

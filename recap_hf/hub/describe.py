@@ -1,7 +1,5 @@
 """What the files of a checkpoint and of a datastore say, as a card shows it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -97,7 +95,7 @@ def _read_json(folder: str | Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def encoder_text(config: RecapConfig) -> str:
+def encoder_text(config: "RecapConfig") -> str:
     """The CLAP of a checkpoint, in words."""
     text = config.clap.text_config
     return (
@@ -108,7 +106,7 @@ def encoder_text(config: RecapConfig) -> str:
     )
 
 
-def conditioning_part(config: RecapConfig, num_parameters: int) -> dict[str, str]:
+def conditioning_part(config: "RecapConfig", num_parameters: int) -> dict[str, str]:
     """What conditions GPT-2 on CLAP in a checkpoint: its name, and a description in words."""
     number = f", {num_parameters:,} parameters" if num_parameters else ""
     if config.conditioning == "prefix":
@@ -140,7 +138,7 @@ def read_weights(folder: str | Path) -> tuple[dict[str, int], list[str]]:
     return sizes, [name for name, _ in dtypes.most_common()]
 
 
-def describe_datastore(datastore: CaptionDatastore) -> DatastoreFacts:
+def describe_datastore(datastore: "CaptionDatastore") -> DatastoreFacts:
     """The description of a datastore on a card: one source per name and licence, the largest first."""
     counts = Counter((record.get("source") or UNNAMED, record.get("licence")) for record in datastore.records)
     sources = tuple(

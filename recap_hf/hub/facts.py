@@ -1,7 +1,5 @@
 """What a card may say: facts about a model, its data and its figures, as plain data that JSON and YAML hold."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -94,7 +92,7 @@ class CardFacts:
     tags: list[str] = field(default_factory=list)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CardFacts:
+    def from_dict(cls, values: Mapping[str, Any]) -> "CardFacts":
         """Facts from plain data.
 
         Raises:
@@ -106,7 +104,7 @@ class CardFacts:
         return facts
 
     @classmethod
-    def from_file(cls, path: str | Path) -> CardFacts:
+    def from_file(cls, path: str | Path) -> "CardFacts":
         """Facts from a JSON or YAML file.
 
         Raises:

@@ -3,8 +3,6 @@
 The identifiers are those of the Hub's documentation (huggingface.co/docs/hub/repositories-licenses).
 """
 
-from __future__ import annotations
-
 import re
 
 KNOWN_LICENCES = frozenset(  # one per word reads better than a column of eighty strings

@@ -1,7 +1,5 @@
 """The captions of a datastore as Parquet, so that `load_dataset` and the Hub's viewer show them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,7 +44,7 @@ def column_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in FIRST_COLUMNS if name in found] + sorted(found.difference(FIRST_COLUMNS))
 
 
-def to_table(records: Sequence[Mapping[str, Any]]) -> pyarrow.Table:
+def to_table(records: Sequence[Mapping[str, Any]]) -> "pyarrow.Table":
     """The records as columns."""
     import pyarrow
 
@@ -54,7 +52,7 @@ def to_table(records: Sequence[Mapping[str, Any]]) -> pyarrow.Table:
     return pyarrow.table([_column([record.get(name) for record in records]) for name in names], names)
 
 
-def _column(values: list[Any]) -> pyarrow.Array:
+def _column(values: list[Any]) -> "pyarrow.Array":
     """Values of one column; JSON texts where they have no common type, or one that is neither plain nor a list of
     texts."""
     import pyarrow

@@ -3,8 +3,6 @@
 A README.md that somebody wrote or edited stays as it is.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Only known files are pushed: the folder of a training also has optimiser states, logs and notes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -76,7 +74,7 @@ class PushOptions:
 class PushResult:
     """What a push did: the commit of huggingface_hub, the repository, and whether its README.md was kept."""
 
-    commit: CommitInfo
+    commit: "CommitInfo"
     repo_id: str
     card_kept: bool = False
 
@@ -179,7 +177,7 @@ def push_datastore(
         return upload(stage, repo_id, "dataset", options, DATASTORE_REPLACES)
 
 
-def push_store(store: Any, repo_id: str, **options: Any) -> CommitInfo:
+def push_store(store: Any, repo_id: str, **options: Any) -> "CommitInfo":
     """Saves a datastore and pushes its files; see `CaptionDatastore.push_to_hub`.
 
     Args:

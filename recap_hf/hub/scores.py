@@ -1,7 +1,5 @@
 """Figures for a card out of the files that `recap score` and `recap evaluate` write."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Scores of audio captions, exact to the reference implementations, with bootstrap intervals."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from .bootstrap import Difference, bootstrap_intervals, paired_bootstrap

@@ -1,7 +1,5 @@
 """Bootstrap intervals over clips: of one system's scores, and of paired differences between two systems."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

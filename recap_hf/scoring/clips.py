@@ -1,7 +1,5 @@
 """Names of clips: matching them between files, hashing them, and restricting scores to a published list."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

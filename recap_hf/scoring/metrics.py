@@ -7,8 +7,6 @@ sums to the corpus score: a bootstrap can then score any resample.
 A new metric is one function and one entry in `METRICS`: commands, tables and cards take name and label from there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,7 +1,5 @@
 """All caption metrics in one call, of one system or two, with the record that makes the figures comparable."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

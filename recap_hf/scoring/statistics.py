@@ -1,7 +1,5 @@
 """Properties of the captions beside their scores: vocabulary, lengths, novelty, and copying from the prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import numpy as np

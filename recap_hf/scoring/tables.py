@@ -1,7 +1,5 @@
 """Predictions with their references, from tables in the usual layouts."""
 
-from __future__ import annotations
-
 import ast
 import io
 import json

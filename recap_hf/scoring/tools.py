@@ -6,8 +6,6 @@ PATH, write into site-packages, download models, assign captions with unusual li
 forever on a jar that died.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -393,7 +391,7 @@ class ScoringTools:
             self.meteor.close()
         self._tokenized.clear()
 
-    def __enter__(self) -> ScoringTools:
+    def __enter__(self) -> "ScoringTools":
         return self
 
     def __exit__(self, *exception: Any) -> None:

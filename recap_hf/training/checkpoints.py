@@ -1,7 +1,5 @@
 """Checkpoints: files that are either there or not, with all that a run needs to continue as if it had not stopped."""
 
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import Any

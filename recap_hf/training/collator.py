@@ -1,7 +1,5 @@
 """Examples of captions behind retrieval prompts, and the collator that makes batches of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,7 +101,7 @@ class PromptedCaptions(Dataset):
             states = np.zeros_like(states) if self.audio_is_hidden(row, key.epoch) else states
         return Example(prompt.numpy(), [clip.targets[caption] for caption in row.captions], states, key.weight)
 
-    def without_captions(self) -> PromptedCaptions:
+    def without_captions(self) -> "PromptedCaptions":
         """The same clips, with prompts that hold no captions."""
         return PromptedCaptions(self.clips, self.features, self.processor, (), replace(self.options, k=0))
 
@@ -164,7 +162,7 @@ class Batch:
     shared: bool
     padded: bool
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "Batch":
         """The batch on `device`, hidden states in `dtype`."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}

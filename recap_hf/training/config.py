@@ -3,8 +3,6 @@
 `TrainingConfig` holds what every task has in common; each task adds its own fields in `recap_hf.training.tasks`.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 from collections.abc import Mapping
@@ -53,7 +51,7 @@ def option(group: str, default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def other_default(kind: type[TrainingConfig], name: str, default: Any, **metadata: Any) -> Any:
+def other_default(kind: type["TrainingConfig"], name: str, default: Any, **metadata: Any) -> Any:
     """The field `name` of a base class with another default, and other metadata where given."""
     known = dict(next(item for item in fields(kind) if item.name == name).metadata)
     return field(default=default, metadata={**known, **metadata})
@@ -139,7 +137,7 @@ class TrainingConfig:
         """Worker processes of a run on `device`."""
         return self.num_workers if self.num_workers >= 0 else 2 * (device.type != "cpu")
 
-    def build_task(self, accelerator: Any) -> Task:
+    def build_task(self, accelerator: Any) -> "Task":
         """The task that these settings describe, with its data loaded and its model on the accelerator's device."""
         raise NotImplementedError
 

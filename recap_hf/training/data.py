@@ -1,7 +1,5 @@
 """The clips of a run: the datasets that its settings name, by split, and the encoded audio of their clips."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field

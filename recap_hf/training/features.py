@@ -5,8 +5,6 @@ safetensors files that are written beside their place and renamed, so that a kil
 key is a hash of the recording's bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

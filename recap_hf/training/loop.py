@@ -1,7 +1,5 @@
 """The training loop, on Accelerate: order, loss and resume do not depend on the number of processes."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -4,8 +4,6 @@ The language modelling head is a third of GPT-2 small's arithmetic, and a prompt
 caption: states are gathered at the targets' places first, and only those are multiplied with the vocabulary.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The captions nearest to each clip, its own left out: searched once, kept until datastore or features change."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -4,8 +4,6 @@ Everything random is keyed by seed, epoch and example, never by a running genera
 another number of processes, has the same steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """A training run from settings to a folder with the trained model and a report."""
 
-from __future__ import annotations
-
 import json
 import logging
 import platform

@@ -1,7 +1,5 @@
 """What the training loop is given: a task. The loop knows no captions, no audio and no model."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager

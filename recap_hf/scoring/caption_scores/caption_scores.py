@@ -1,7 +1,5 @@
 """The caption scores as an `evaluate` module: `evaluate.load(recap_hf.scoring.evaluate_module())`."""
 
-from __future__ import annotations
-
 import datasets
 import evaluate
 

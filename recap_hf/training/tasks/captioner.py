@@ -3,8 +3,6 @@
 The defaults are the paper's recipe (Section 4): Adam at 5e-5, batches of 32, 100 epochs, k = 4, loss on the caption.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -74,7 +72,7 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
         if {TRAINING, TRAINING_BY_AUDIO} <= set(self.datastore):
             raise ValueError("--datastore takes the training captions once: either 'training' or 'training-audio'")
 
-    def build_task(self, accelerator: Any) -> CaptionerTask:
+    def build_task(self, accelerator: Any) -> "CaptionerTask":
         from huggingface_hub import get_token
 
         if self.push_to_hub and get_token() is None:

@@ -1,7 +1,5 @@
 """The contrastive loss of a CLAP: both directions, several captions of a clip, over all processes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -80,7 +78,7 @@ class Towers(nn.Module):
         if not with_classes and hasattr(clap, "classifier"):
             clap.classifier.requires_grad_(False)
 
-    def train(self, mode: bool = True) -> Towers:
+    def train(self, mode: bool = True) -> "Towers":
         super().train(mode)
         if self.clap.input_normalisation is not None:
             self.clap.input_normalisation.eval()

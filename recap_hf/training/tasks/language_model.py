@@ -1,7 +1,5 @@
 """Training of a GPT-2 on retrieval prompts and captions: `recap pretrain language-model`."""
 
-from __future__ import annotations
-
 import logging
 import math
 from dataclasses import dataclass, replace
@@ -54,7 +52,7 @@ class LanguageModelTrainingConfig(BaseTrainingConfig, PromptConfig):
         if self.datastore and not self.clap:
             raise ValueError("--datastore is searched by embeddings of captions: give --clap, too")
 
-    def build_task(self, accelerator: Any) -> LanguageModelTask:
+    def build_task(self, accelerator: Any) -> "LanguageModelTask":
         from recap_hf import RecapFeatureExtractor, RecapProcessor
 
         with accelerator.main_process_first():

@@ -1,7 +1,5 @@
 """What the tasks of captions behind retrieval prompts have in common: the captioner and the language model."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

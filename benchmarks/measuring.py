@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ import numpy as np
 
 from recap_hf.datastore.files import publish, write_new
 from recap_hf.datastore.indexing import RECALL_AT, Queries
-from recap_hf.datastore.processes import process_pool
 
 
 def single_query_ms(search: Callable[[np.ndarray], Any], queries: np.ndarray) -> dict[str, float]:
@@ -34,7 +35,7 @@ def resident_mb() -> dict[str, float]:
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function in a new process, so that its memory is measured alone, and returns what it returns."""
-    with process_pool(1) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 

@@ -13,15 +13,13 @@ from recap_cli.results import add_result_arguments, sources_of, write_results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap caption`."""
     add_result_arguments(parser)
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="recordings at once (default: 8)")
     parser.add_argument("--timeline", action="store_true", help=argparse.SUPPRESS)
     add_captioner_arguments(parser)
     add_engine_arguments(parser)
-    parser.add_argument(
-        "--part-size", type=positive, default=64, metavar="N", help="recordings in a part (default: 64)"
-    )
+    text = "recordings in a part (default: 64)"
+    parser.add_argument("--part-size", type=positive, default=64, metavar="N", help=text)
     parser.add_argument("--work-dir", metavar="DIR", help="of finished parts (default: beside --output)")
 
 

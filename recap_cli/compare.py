@@ -3,22 +3,14 @@
 import argparse
 import sys
 
+from recap_cli import score
 from recap_cli.files import check_output
-from recap_cli.score import (
-    add_table_arguments,
-    given_columns,
-    load_rows,
-    print_remarks,
-    scoring_options,
-    scoring_tools,
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap compare`."""
     parser.add_argument("first", metavar="A", help="predictions of the system to compare with")
     parser.add_argument("second", metavar="B", help="predictions of the other system; differences are B minus A")
-    add_table_arguments(parser)
+    score.add_table_arguments(parser)
     bootstrap = parser.add_argument_group("bootstrap")
     bootstrap.add_argument("--resamples", type=int, default=10_000, help="draws of the clips (default 10000)")
     bootstrap.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default 0.95)")
@@ -32,9 +24,9 @@ def run(args: argparse.Namespace) -> int:
     from recap_hf.scoring import compare_tables
 
     check_output(args.output, args.first, args.second, args.clip_list, args.training_captions)
-    first, _, notes = load_rows(args, args.first)
-    second, clip_list_name, further = load_rows(args, args.second)
-    with scoring_tools(args) as tools:
+    first, _, notes = score.load_rows(args, args.first)
+    second, clip_list_name, further = score.load_rows(args, args.second)
+    with score.scoring_tools(args) as tools:
         result = compare_tables(
             first,
             second,
@@ -42,11 +34,11 @@ def run(args: argparse.Namespace) -> int:
             resamples=args.resamples,
             confidence=args.confidence,
             seed=args.seed,
-            given=given_columns(args),
+            given=score.given_columns(args),
             clip_list_name=clip_list_name,
             pretokenized=args.pretokenized,
             tools=tools,
-            **scoring_options(args),
+            **score.scoring_options(args),
         )
     print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {100 * args.confidence:g}% interval")
     for key, row in result["metrics"].items():
@@ -55,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
             f"{key:10} {row['first']:8.4f} {row['second']:8.4f} {row['difference']:+9.4f}  "
             f"[{row['low']:+.4f}, {row['high']:+.4f}]{verdict}"
         )
-    print_remarks(result["skipped"], list(dict.fromkeys(notes + further + result["notes"])))
+    score.print_remarks(result["skipped"], list(dict.fromkeys(notes + further + result["notes"])))
     print(
         f"{result['num_clips']} clips in both (list {result['clip_list_sha256'][:12]}), {result['only_in_first']} "
         f"only in A, {result['only_in_second']} only in B; {args.resamples} resamples",

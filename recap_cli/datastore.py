@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return added
 
     sources, filters, index, model, form = _add_sources, _add_filters, _add_index, _add_model, _add_format
-    groups = (add_engine_arguments, sources, filters, index, model, form)
-    _add_build(action("build", _build, "make a datastore of captions", *groups, folder=False))
+    groups = (_add_build, add_engine_arguments, sources, filters, index, model, form)
+    action("build", _build, "make a datastore of captions", *groups, folder=False)
     info = action("info", _info, "show what a datastore holds, and how well it is searched", form)
     info.add_argument("--queries", type=count, default=128, help="captions to measure search on; 0: none" + _DEFAULT)
     _add_search(action("search", _search, "find the captions nearest to a text or a recording", model, form))
-    add = action(
-        "add", _add, "add captions; those that are there are not embedded again", sources, filters, model, form
-    )
+    text = "add captions; those that are there are not embedded again"
+    add = action("add", _add, text, sources, filters, model, form)
     add.add_argument("files", **_FILES)
-    add.add_argument(
-        "--index", choices=("auto", "keep"), default="auto", help="auto trains an outgrown index again" + _DEFAULT
-    )
+    text = "auto trains an outgrown index again" + _DEFAULT
+    add.add_argument("--index", choices=("auto", "keep"), default="auto", help=text)
     _add_remove(action("remove", _remove, "remove captions by clip, text, source, licence, split or row"))
     merge = action("merge", _merge, "add the captions of other datastores of the same encoder")
     merge.add_argument("others", nargs="+", metavar="OTHER", help="folders of datastores; they are not changed")
@@ -59,19 +58,13 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", **_FILES)
     parser.add_argument("--output", required=True, metavar="DIR", help="new or empty folder for the datastore")
     parser.add_argument("--overwrite", action="store_true", help="replace the datastore that DIR holds")
-    parser.add_argument(
-        "--embeddings-dtype",
-        choices=("float32", "float16", "int8"),
-        default="float32",
-        help="type in which they are stored" + _DEFAULT,
+    types, text = ("float32", "float16", "int8"), "type in which they are stored" + _DEFAULT
+    parser.add_argument("--embeddings-dtype", choices=types, default="float32", help=text)
+    text = (
+        "find captions by their text, or by the audio of their clips (after Koizumi et al.), which needs NAME:FOLDER "
+        "with recordings"
     )
-    parser.add_argument(
-        "--keys",
-        choices=("text", "audio"),
-        default="text",
-        help="find captions by their text, or by the audio of their clips (after Koizumi et al.), which needs "
-        "NAME:FOLDER with recordings" + _DEFAULT,
-    )
+    parser.add_argument("--keys", choices=("text", "audio"), default="text", help=text + _DEFAULT)
     parser.add_argument("--num-processes", type=positive, default=1, help="that embed" + _DEFAULT)
     parser.add_argument("--chunk-captions", type=positive, default=8192, help="embedded at a time" + _DEFAULT)
 
@@ -81,12 +74,10 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--text", help="search for captions like this one")
     query.add_argument("--audio", metavar="FILE", help="search for captions of this recording")
     parser.add_argument("--k", type=positive, default=4, help="captions to find" + _DEFAULT)
-    parser.add_argument(
-        "--diversity", type=float, default=0.0, metavar="SHARE", help="0 to 1: captions that differ" + _DEFAULT
-    )
-    parser.add_argument(
-        "--score-threshold", type=float, metavar="COSINE", help="leave out captions below it (default: none)"
-    )
+    text = "0 to 1: captions that differ" + _DEFAULT
+    parser.add_argument("--diversity", type=float, default=0.0, metavar="SHARE", help=text)
+    text = "leave out captions below it (default: none)"
+    parser.add_argument("--score-threshold", type=float, metavar="COSINE", help=text)
     parser.add_argument("--exclude-clip-id", metavar="ID", help="leave out the captions of this clip, and equal texts")
 
 
@@ -104,9 +95,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--to", choices=("milvus",), help="which")
     group.add_argument("--uri", metavar="URI", help="captions.db for Milvus Lite, http://HOST:PORT for a cluster")
     group.add_argument("--collection", default="captions", help="its name there" + _DEFAULT)
-    group.add_argument(
-        "--kind", default="HNSW", help="index of Milvus: HNSW, IVF_FLAT, IVF_SQ8, DISKANN, ..." + _DEFAULT
-    )
+    text = "index of Milvus: HNSW, IVF_FLAT, IVF_SQ8, DISKANN, ..."
+    group.add_argument("--kind", default="HNSW", help=text + _DEFAULT)
     group.add_argument("--index-params", type=_json_object, metavar="JSON", help="such as '{\"M\": 32}'")
     group.add_argument("--search-params", type=_json_object, metavar="JSON", help="such as '{\"ef\": 128}'")
     group.add_argument("--overwrite", action="store_true", help="replace a collection of that name")
@@ -114,12 +104,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except ValueError as error:
+        return dict(json.loads(text).items())
+    except (ValueError, AttributeError) as error:
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r} ({error})") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
-    return found
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
@@ -128,47 +115,28 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--licence", help="licence of all captions")
     group.add_argument("--split", help="split of all captions; which split of NAME:FOLDER to read (default: train)")
     group.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="such as caption=text")
-    group.add_argument(
-        "--captions",
-        choices=("all", "published", "weak"),
-        default="all",
-        help="which to read where a file also holds weakly labelled ones" + _DEFAULT,
-    )
+    text = "which to read where a file also holds weakly labelled ones" + _DEFAULT
+    group.add_argument("--captions", choices=("all", "published", "weak"), default="all", help=text)
 
 
 def _add_filters(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is left out")
-    group.add_argument(
-        "--max-tokens", type=count, default=50, help="longer captions, in decoder tokens; 0: none" + _DEFAULT
-    )
-    group.add_argument(
-        "--duplicates",
-        choices=("keep", "exact", "normalised"),
-        default="keep",
-        help="drop all but the first of equal captions; a search gives no text twice in any case" + _DEFAULT,
-    )
-    group.add_argument(
-        "--exclude-clips",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="captions, weak ones too, of the clips in these files (the test CSVs) or the test split of NAME:FOLDER",
-    )
+    text = "longer captions, in decoder tokens; 0: none" + _DEFAULT
+    group.add_argument("--max-tokens", type=count, default=50, help=text)
+    text = "drop all but the first of equal captions; a search gives no text twice in any case" + _DEFAULT
+    group.add_argument("--duplicates", choices=("keep", "exact", "normalised"), default="keep", help=text)
+    text = "captions, weak ones too, of the clips in these files (the test CSVs) or the test split of NAME:FOLDER"
+    group.add_argument("--exclude-clips", nargs="+", default=[], metavar="FILE", help=text)
     group.add_argument("--exclude-texts", action="store_true", help="and every caption with a text of those clips")
-    group.add_argument(
-        "--blacklist", nargs="+", default=[], metavar="FILE", help="JSON lists of clip ids, as WavCaps publishes them"
-    )
+    text = "JSON lists of clip ids, as WavCaps publishes them"
+    group.add_argument("--blacklist", nargs="+", default=[], metavar="FILE", help=text)
     group.add_argument("--commercial", action="store_true", help="captions whose licence forbids commercial use")
 
 
 def _add_index(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search index")
-    group.add_argument(
-        "--index",
-        default="auto",
-        metavar="KIND",
-        help="auto (by size), exact, ivf_flat, ivf_sq8, ivf_pq, hnsw, or a FAISS string" + _DEFAULT,
-    )
+    text = "auto (by size), exact, ivf_flat, ivf_sq8, ivf_pq, hnsw, or a FAISS string" + _DEFAULT
+    group.add_argument("--index", default="auto", metavar="KIND", help=text)
     group.add_argument("--recall", type=float, default=0.95, help="recall@4 against exact search" + _DEFAULT)
 
 
@@ -178,9 +146,8 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
     group.add_argument("--model", required=required, help=f"folder or Hub id of a captioner{default}")
     group.add_argument("--batch-size", type=positive, default=64, help="captions per pass" + _DEFAULT)
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: a GPU if there is one)")
-    group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
-    )
+    types = ("float32", "bfloat16", "float16")
+    group.add_argument("--dtype", choices=types, default="float32", help="default: %(default)s")
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
@@ -189,44 +156,32 @@ def _add_format(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0, or 1 where `verify` finds something wrong or `search` nothing."""
-    return args.action_function(args) or 0
+    from recap_hf import datastore
+    from recap_hf.data.schema import column_mapping
+
+    args.columns = column_mapping(getattr(args, "columns", ()))
+    return args.action_function(args, datastore) or 0
 
 
 def _note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _embedder(args: argparse.Namespace) -> Any:
-    from recap_hf.datastore import CaptionEmbedder
-
-    return CaptionEmbedder.from_pretrained(args.model, args.device, args.dtype, args.batch_size)
+def _embedder(args: argparse.Namespace, api: Any) -> Any:
+    return api.CaptionEmbedder.from_pretrained(args.model, args.device, args.dtype, args.batch_size)
 
 
-def _source_options(args: argparse.Namespace) -> Any:
-    from recap_hf.datastore import SourceOptions
-
-    return SourceOptions(args.source, args.licence, args.split, _columns(args), args.captions)
+def _source_options(args: argparse.Namespace, api: Any) -> Any:
+    return api.SourceOptions(args.source, args.licence, args.split, args.columns, args.captions)
 
 
-def _columns(args: argparse.Namespace) -> dict[str, str]:
-    columns = {}
-    for pair in getattr(args, "columns", []):
-        ours, equals, theirs = pair.partition("=")
-        if not (ours and equals and theirs):
-            raise ValueError(f"--columns takes OURS=THEIRS pairs, such as caption=text, got {pair!r}")
-        columns[ours] = theirs
-    return columns
-
-
-def _filter_options(args: argparse.Namespace) -> Any:
-    from recap_hf.datastore import FilterOptions, LeakGuard, read_blacklist
-
-    return FilterOptions(
+def _filter_options(args: argparse.Namespace, api: Any) -> Any:
+    return api.FilterOptions(
         max_tokens=args.max_tokens or None,
         duplicates=args.duplicates,
-        guard=LeakGuard.from_sources(args.exclude_clips, _columns(args)) if args.exclude_clips else None,
+        guard=api.LeakGuard.from_sources(args.exclude_clips, args.columns) if args.exclude_clips else None,
         guard_texts=args.exclude_texts,
-        blacklists=tuple(entry for path in args.blacklist for entry in read_blacklist(path)),
+        blacklists=tuple(entry for path in args.blacklist for entry in api.read_blacklist(path)),
         commercial=args.commercial,
     )
 
@@ -245,10 +200,8 @@ def _text_lines(contents: Any, indent: str = "") -> list[str]:
     return lines
 
 
-def _build(args: argparse.Namespace) -> None:
-    from recap_hf.datastore import BuildOptions, build_audio_datastore, build_datastore, describe
-
-    options = BuildOptions(
+def _build(args: argparse.Namespace, api: Any) -> None:
+    options = api.BuildOptions(
         index=args.index,
         recall=args.recall,
         dtype=args.embeddings_dtype,
@@ -261,27 +214,23 @@ def _build(args: argparse.Namespace) -> None:
     )
     if args.keys == "audio" and (args.num_processes > 1 or args.engine != "local"):
         raise ValueError("--num-processes and --engine embed captions; recordings are embedded by one process")
-    known = {"source_options": _source_options(args), "filter_options": _filter_options(args), "options": options}
+    known = {"source_options": _source_options(args, api), "filter_options": _filter_options(args, api)}
+    build = api.build_datastore
     if args.keys == "audio":
-        known["batch_size"] = min(args.batch_size, 16)
-    build = build_datastore if args.keys == "text" else build_audio_datastore
-    _show(describe(build(args.files, args.output, _embedder(args), **known), queries=0), args.format)
+        build, known["batch_size"] = api.build_audio_datastore, min(args.batch_size, 16)
+    store = build(args.files, args.output, _embedder(args, api), options=options, **known)
+    _show(api.describe(store, queries=0), args.format)
 
 
-def _info(args: argparse.Namespace) -> None:
-    from recap_hf import CaptionDatastore
-    from recap_hf.datastore import describe
-
-    _show(describe(CaptionDatastore.from_pretrained(args.folder), args.queries), args.format)
+def _info(args: argparse.Namespace, api: Any) -> None:
+    _show(api.describe(api.CaptionDatastore.from_pretrained(args.folder), args.queries), args.format)
 
 
-def _search(args: argparse.Namespace) -> int:
-    from recap_hf import CaptionDatastore
-
+def _search(args: argparse.Namespace, api: Any) -> int:
     if args.text is not None and not args.text.strip():
         raise ValueError("--text is empty: give the words to search for")
-    store = CaptionDatastore.from_pretrained(args.folder)
-    embedder = _embedder(args)
+    store = api.CaptionDatastore.from_pretrained(args.folder)
+    embedder = _embedder(args, api)
     store.check_encoder(embedder.fingerprint)
     queries = embedder.embed([args.text]) if args.text is not None else embedder.embed_audio(args.audio)
     options = {"diversity": args.diversity, "score_threshold": args.score_threshold}
@@ -294,75 +243,55 @@ def _search(args: argparse.Namespace) -> int:
     return 0 if hits else 1
 
 
-def _add(args: argparse.Namespace) -> None:
-    from itertools import chain
-
-    from recap_hf.datastore import add_captions, read_source
-
-    options = _source_options(args)
-    records = chain.from_iterable(read_source(name, options) for name in args.files)
-    _show(add_captions(args.folder, records, _embedder(args), _filter_options(args), args.index), args.format)
+def _add(args: argparse.Namespace, api: Any) -> None:
+    options, filters = _source_options(args, api), _filter_options(args, api)
+    records = chain.from_iterable(api.read_source(name, options) for name in args.files)
+    _show(api.add_captions(args.folder, records, _embedder(args, api), filters, args.index), args.format)
 
 
-def _remove(args: argparse.Namespace) -> None:
-    from recap_hf.datastore import LeakGuard, Selection, remove_captions
-
-    clips = LeakGuard.from_sources(args.clips_of).clip_ids if args.clips_of else ()
-    selection = Selection([*args.clip_id, *clips], args.text, args.source, args.licence, args.split, args.row)
-    print(f"removed: {remove_captions(args.folder, selection)}")
+def _remove(args: argparse.Namespace, api: Any) -> None:
+    clips = api.LeakGuard.from_sources(args.clips_of).clip_ids if args.clips_of else ()
+    selection = api.Selection([*args.clip_id, *clips], args.text, args.source, args.licence, args.split, args.row)
+    print(f"removed: {api.remove_captions(args.folder, selection)}")
 
 
-def _merge(args: argparse.Namespace) -> None:
-    from recap_hf import CaptionDatastore
-    from recap_hf.datastore import merge_datastores
-
+def _merge(args: argparse.Namespace, api: Any) -> None:
     if args.output:
         if Path(args.output).is_dir() and any(Path(args.output).iterdir()):
             raise FileExistsError(f"{args.output} is not empty: give a new folder as --output")
-        CaptionDatastore.from_pretrained(args.folder).save_pretrained(args.output)
-    print(f"added: {merge_datastores(args.output or args.folder, args.others)}")
+        api.CaptionDatastore.from_pretrained(args.folder).save_pretrained(args.output)
+    print(f"added: {api.merge_datastores(args.output or args.folder, args.others)}")
 
 
-def _filter(args: argparse.Namespace) -> None:
-    from recap_hf.datastore import filter_datastore
-
-    options = _filter_options(args)
-    count_tokens = _embedder(args).count_tokens if options.max_tokens is not None else None
-    _show(filter_datastore(args.folder, options, count_tokens), args.format)
+def _filter(args: argparse.Namespace, api: Any) -> None:
+    options = _filter_options(args, api)
+    count_tokens = _embedder(args, api).count_tokens if options.max_tokens is not None else None
+    _show(api.filter_datastore(args.folder, options, count_tokens), args.format)
 
 
-def _reembed(args: argparse.Namespace) -> None:
-    from recap_hf.datastore import reembed_datastore
-
-    reembed_datastore(args.folder, _embedder(args), _note)
+def _reembed(args: argparse.Namespace, api: Any) -> None:
+    api.reembed_datastore(args.folder, _embedder(args, api), _note)
 
 
-def _index(args: argparse.Namespace) -> None:
-    from recap_hf.datastore import index_datastore
-
-    _show(index_datastore(args.folder, args.index, args.recall) or {"kind": "exact"}, args.format)
+def _index(args: argparse.Namespace, api: Any) -> None:
+    _show(api.index_datastore(args.folder, args.index, args.recall) or {"kind": "exact"}, args.format)
 
 
-def _export(args: argparse.Namespace) -> None:
-    from recap_hf import CaptionDatastore
-    from recap_hf.datastore import MilvusCaptionDatastore, export_datastore
-
+def _export(args: argparse.Namespace, api: Any) -> None:
     if (args.file is None) == (args.to is None) or (args.to and not args.uri):
         raise ValueError("give either a FILE, or --to milvus with --uri: a file such as captions.db, or an address")
-    store = CaptionDatastore.from_pretrained(args.folder)
+    store = api.CaptionDatastore.from_pretrained(args.folder)
     if args.to == "milvus":
         name = f"milvus:{args.uri}#{args.collection}"
         options = (args.kind, args.index_params, args.search_params, args.overwrite)
-        exported = len(MilvusCaptionDatastore.from_datastore(store, name, *options))
+        exported = len(api.MilvusCaptionDatastore.from_datastore(store, name, *options))
         _note(f"use it as {name}")
     else:
-        exported = export_datastore(store, args.file, args.embeddings)
+        exported = api.export_datastore(store, args.file, args.embeddings)
     print(f"exported: {exported}")
 
 
-def _verify(args: argparse.Namespace) -> int:
-    from recap_hf.datastore import verify_datastore
-
-    problems = verify_datastore(args.folder, _embedder(args) if args.encoder else None)
+def _verify(args: argparse.Namespace, api: Any) -> int:
+    problems = api.verify_datastore(args.folder, _embedder(args, api) if args.encoder else None)
     print("\n".join(problems) if problems else "whole")
     return 1 if problems else 0

@@ -10,15 +10,9 @@ from recap_cli.numbers import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap demo`."""
     parser.add_argument("--model", help="folder or Hub id of a captioner (default: the embedded recap-tiny)")
-    parser.add_argument(
-        "--datastore",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="further captions to choose from: a datastore's folder or Hub id, or a file of captions; repeatable",
-    )
+    text = "further captions to choose from: a datastore's folder or Hub id, or a file of captions; repeatable"
+    parser.add_argument("--datastore", action="append", default=[], metavar="NAME=FOLDER", help=text)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--host", help="address to listen on; 0.0.0.0 for all (default: this machine alone)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")

@@ -10,19 +10,13 @@ from recap_cli.score import add_metric_arguments, scoring_options, scoring_tools
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap evaluate`."""
     _add_model_arguments(parser.add_argument_group("captioner"))
     _add_data_arguments(parser.add_argument_group("clips"))
-    parser.add_argument(
-        "--output-dir", required=True, metavar="DIR", help="predictions and scores; resumed if present"
-    )
+    text = "predictions and scores; resumed if present"
+    parser.add_argument("--output-dir", required=True, metavar="DIR", help=text)
     parser.add_argument("--overwrite", action="store_true", help="delete predictions of another run in the folder")
-    parser.add_argument(
-        "--systems",
-        nargs="+",
-        metavar="NAME",
-        help="recap, no_captions, random_captions, no_audio, audio_only, first_retrieved (default: all)",
-    )
+    text = "recap, no_captions, random_captions, no_audio, audio_only, first_retrieved (default: all)"
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help=text)
     parser.add_argument("--no-scores", action="store_true", help="caption only")
     parser.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap (default 2000)")
     add_metric_arguments(parser)
@@ -44,7 +38,7 @@ def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
     data.add_argument("--dataset", required=True, help="clotho, audiocaps, recap, wavcaps, audiofolder or a Hub id")
     data.add_argument("--data-dir", metavar="DIR", help="folder of the dataset")
     data.add_argument("--audio-dir", metavar="DIR", help="folder of the audio, if it is not that of the captions")
-    data.add_argument("--columns", nargs="+", metavar="OURS=THEIRS", help="columns under other names")
+    data.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="columns under other names")
     data.add_argument("--split", default="test", help="default: test")
     data.add_argument("--allow-missing", action="store_true", help="leave out clips without a recording")
     data.add_argument("--clip-list", metavar="FILE", help="only the clips that this text or CSV file names")
@@ -54,14 +48,9 @@ def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Captions, scores, prints the tables."""
-    from recap_hf.evaluation import (
-        Systems,
-        caption_clips,
-        load_captioner,
-        load_test_clips,
-        result_tables,
-        score_folder,
-    )
+    from recap_hf.data.schema import column_mapping
+    from recap_hf.evaluation import Systems, load_captioner, load_test_clips, result_tables
+    from recap_hf.evaluation.runner import caption_clips, score_folder
     from recap_hf.files import write_text
     from recap_hf.modeling.options_recap import CaptionOptions
 
@@ -72,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             tools.check()
         selection = ("split", "audio_dir", "allow_missing", "clip_list", "youtube_ids", "max_clips")
         chosen = {name: getattr(args, name) for name in selection}
-        clips = load_test_clips(args.dataset, args.data_dir, columns=_columns(args.columns), **chosen)
+        clips = load_test_clips(args.dataset, args.data_dir, columns=column_mapping(args.columns), **chosen)
         options = CaptionOptions.from_args(args)
         captioner = load_captioner(args.model, args.datastore, options, device=args.device, dtype=args.dtype)
         clap_score = _clap_scorer(args, captioner) if scoring else None
@@ -122,10 +111,3 @@ def _clap_scorer(args: argparse.Namespace, captioner: Any) -> Any:
         return {name: {"clap_score": values} for name, values in scores.items()}
 
     return score
-
-
-def _columns(pairs: list[str] | None) -> dict[str, str] | None:
-    wrong = [pair for pair in pairs or () if "=" not in pair]
-    if wrong:
-        raise ValueError(f"--columns takes pairs such as caption=text; got {wrong[0]!r}")
-    return dict(pair.split("=", 1) for pair in pairs) if pairs else None

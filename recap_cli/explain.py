@@ -14,7 +14,6 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap explain`."""
     parser.add_argument("input", metavar="RECORDING", help="file or URL; - is standard input")
     parser.add_argument("--output", metavar="PICTURE", help=f"draw the explanation ({', '.join(PICTURE_SUFFIXES)})")
     parser.add_argument("--caption", help="explain this caption instead of the model's")

@@ -5,13 +5,11 @@ import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap grid`."""
     parser.add_argument("config", metavar="FILE.yaml", nargs="?", help="the grid; --print-example shows the paper's")
     parser.add_argument("--output-dir", metavar="DIR", help="models, datastores, runs and tables; resumed if present")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
-    parser.add_argument(
-        "--tables-only", action="store_true", help="print the tables of the finished runs, run nothing"
-    )
+    text = "print the tables of the finished runs, run nothing"
+    parser.add_argument("--tables-only", action="store_true", help=text)
     parser.add_argument("--print-example", action="store_true", help="print the paper's grid as YAML and stop")
 
 

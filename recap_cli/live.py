@@ -17,7 +17,6 @@ SAMPLE_FORMATS = ("u8", "s16le", "s16be", "s24le", "s32le", "f32le", "f64le")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap live`."""
     parser.description = (
         "Caption sound as it arrives: WAV or raw PCM from standard input, a named pipe or a device, or a microphone. "
         "No sound is dropped: if the model is slower than the sound, a caption covers more of it (up to the encoder's "
@@ -27,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=positive, metavar="HZ", help="sampling rate of raw PCM, or of the microphone")
     parser.add_argument("--channels", type=positive, default=1, metavar="N", help="number of channels (default: 1)")
     parser.add_argument("--sample-format", choices=SAMPLE_FORMATS, default="s16le", help="default: %(default)s")
-    parser.add_argument(
-        "--microphone", nargs="?", const="", metavar="DEVICE", help='name or number; needs "recap-hf[live]"'
-    )
+    text = 'name or number; needs "recap-hf[live]"'
+    parser.add_argument("--microphone", nargs="?", const="", metavar="DEVICE", help=text)
     parser.add_argument("--interval", type=float, default=5.0, metavar="S", help="sound in a caption (default: 5)")
     parser.add_argument("--silence-db", type=float, default=-60.0, metavar="DB", help="silence, dBFS (default: -60)")
     parser.add_argument("--buffer", type=float, default=600.0, metavar="S", help="sound to buffer (default: 600)")

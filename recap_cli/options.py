@@ -65,11 +65,8 @@ def check_caption_options(args: argparse.Namespace) -> None:
 def add_captioner_arguments(parser: argparse.ArgumentParser) -> None:
     """`--model`, `--datastore`, `--device`, `--dtype`, and the caption options in groups of their own."""
     parser.add_argument("--model", help="folder or Hub id of a captioner (default: the one in the package)")
-    parser.add_argument(
-        "--datastore",
-        metavar="CAPTIONS",
-        help="captions to retrieve from: a datastore, milvus:URI#COLLECTION, or a .txt, .csv, .json or .jsonl file",
-    )
+    text = "captions to retrieve from: a datastore, milvus:URI#COLLECTION, or a .txt, .csv, .json or .jsonl file"
+    parser.add_argument("--datastore", metavar="CAPTIONS", help=text)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; int8 on CPUs only")
     add_caption_options(parser)
@@ -78,9 +75,8 @@ def add_captioner_arguments(parser: argparse.ArgumentParser) -> None:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """`--engine ray` and what it takes."""
     group = parser.add_argument_group("engine")
-    group.add_argument(
-        "--engine", choices=("local", "ray"), default="local", help="ray: parts of the work by several processes"
-    )
+    text = "ray: parts of the work by several processes"
+    group.add_argument("--engine", choices=("local", "ray"), default="local", help=text)
     group.add_argument("--num-workers", type=positive, default=2, metavar="N", help="processes of Ray (default: 2)")
     group.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster; auto: this machine's")
 

@@ -2,10 +2,7 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from recap_hf.hub import CardFacts
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--commit-message", metavar="TEXT", help="message of the commit")
     text = "JSON or YAML with facts for the card (default: FOLDER/card_facts.json)"
     parser.add_argument("--card-facts", metavar="FILE", help=text)
-    parser.add_argument(
-        "--scores",
-        action="append",
-        default=[],
-        metavar="[DATASET=]FILE",
-        help="figures for the card, from `recap evaluate` (scores.json) or `recap score`; repeatable",
-    )
+    text = "figures for the card, from `recap evaluate` (scores.json) or `recap score`; repeatable"
+    parser.add_argument("--scores", action="append", default=[], metavar="[DATASET=]FILE", help=text)
     text = "replace the README.md that the repository has (default: keep it)"
     parser.add_argument("--overwrite-card", action="store_true", help=text)
 
@@ -47,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_facts(args: argparse.Namespace) -> "CardFacts":
+def read_facts(args: argparse.Namespace) -> Any:
     """The facts for the card: those of the file or the folder, and the figures of `--scores`."""
     from pathlib import Path
 

@@ -8,18 +8,15 @@ from recap_cli.numbers import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap report`."""
     parser.add_argument("folder", metavar="DIR", help="what recap evaluate or recap grid wrote")
     parser.add_argument("--output", metavar="FILE.html", help="default: DIR/report.html")
     parser.add_argument("--audio-dir", metavar="DIR", help="folder of the recordings, for players in the page")
-    parser.add_argument(
-        "--clips", type=positive, default=8, metavar="N", help="best and worst clips to show (default 8)"
-    )
+    text = "best and worst clips to show (default 8)"
+    parser.add_argument("--clips", type=positive, default=8, metavar="N", help=text)
     parser.add_argument("--title", default="Evaluation of a RECAP captioner", help="title of the page")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the page."""
     from recap_hf.evaluation.report import write_report
 
     inputs = [path for path in Path(args.folder).rglob("*") if path.suffix in (".json", ".jsonl", ".md")]

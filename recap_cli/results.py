@@ -16,9 +16,8 @@ _SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".txt": "text"}
 
 def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     """The recordings, `--format` and `--output`."""
-    parser.add_argument(
-        "inputs", nargs="+", metavar="RECORDING", help="file, folder, pattern, URL; - is standard input"
-    )
+    text = "file, folder, pattern, URL; - is standard input"
+    parser.add_argument("inputs", nargs="+", metavar="RECORDING", help=text)
     parser.add_argument("--format", choices=FORMATS, help="default: that of the suffix of --output, else text")
     parser.add_argument("--output", metavar="FILE", help="write there instead of standard output")
 

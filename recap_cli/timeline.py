@@ -30,10 +30,8 @@ _SEGMENTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `recap timeline`."""
-    parser.add_argument(
-        "inputs", nargs="+", metavar="RECORDING", help="file, folder, pattern, URL; - is standard input"
-    )
+    text = "file, folder, pattern, URL; - is standard input"
+    parser.add_argument("inputs", nargs="+", metavar="RECORDING", help=text)
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
     parser.add_argument("--output", metavar="FILE", help="write there instead of standard output")
     parser.add_argument("--output-dir", metavar="DIR", help="write a file per recording there")

@@ -1,4 +1,4 @@
-"""Worker processes: what they return, and that none outlives a parent that is killed."""
+"""No process that embeds outlives a build that is killed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,28 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks a
 _PARENT = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_datastore_processes import count_and_note
-from recap_hf.datastore.processes import process_pool
+from functools import partial
+from datastore_parts import WordEmbedder
+from test_datastore_processes import BusyEmbedder
+from recap_hf.datastore import BuildOptions, build_datastore
 if __name__ == "__main__":
-    with process_pool(2) as pool:
-        list(pool.map(count_and_note, [{folder!r}] * 2))
+    embedder = WordEmbedder()
+    embedder.recipe = partial(BusyEmbedder, {notes!r})
+    build_datastore([{captions!r}], {store!r}, embedder, options=BuildOptions(processes=2, chunk_captions=5))
 """
 
 
-def count_and_note(folder):
-    """Busy for longer than any test, as one that builds an index is."""
-    Path(folder, str(os.getpid())).touch()
-    end = time.monotonic() + 600
-    while time.monotonic() < end:
-        sum(range(10_000))
+class BusyEmbedder:
+    """Embeds for longer than any test, and notes in which process."""
+
+    def __init__(self, folder, number):
+        self.folder = folder
+
+    def embed(self, captions):
+        Path(self.folder, str(os.getpid())).touch()
+        end = time.monotonic() + 600
+        while time.monotonic() < end:
+            sum(range(10_000))
 
 
 def is_alive(pid: int) -> bool:
@@ -51,7 +59,10 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     script = tmp_path / "parent.py"
     noted = tmp_path / "pids"
     noted.mkdir()
-    script.write_text(_PARENT.format(tests=str(Path(__file__).parent), folder=str(noted)))
+    captions = tmp_path / "captions.txt"
+    captions.write_text("".join(f"sound {number}\n" for number in range(10)))
+    places = {"notes": str(noted), "captions": str(captions), "store": str(tmp_path / "store")}
+    script.write_text(_PARENT.format(tests=str(Path(__file__).parent), **places))
     parent = subprocess.Popen([sys.executable, str(script)])
     try:
         assert wait_for(lambda: len(list(noted.iterdir())) == 2, 120)

@@ -13,6 +13,7 @@ import yaml
 
 import recap_hf.training
 from recap_cli import build_parser
+from recap_hf.data.schema import column_mapping
 from recap_hf.training.config import load_config, read_recipe
 from recap_hf.training.tasks.captioner import CaptionerTrainingConfig
 
@@ -132,4 +133,4 @@ def test_datasets_and_their_folders():
         config.sources()
     config.columns = ["caption"]
     with pytest.raises(ValueError, match="OURS=THEIRS"):
-        config.column_mapping()
+        column_mapping(config.columns)

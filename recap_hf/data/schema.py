@@ -78,6 +78,17 @@ def canonical_split(name: str) -> str:
     raise ValueError(f"unknown split {name!r}: expected one of {known}")
 
 
+def column_mapping(pairs: Iterable[str]) -> dict[str, str]:
+    """OURS=THEIRS pairs, as `--columns` takes them, as our column name -> the dataset's."""
+    mapping = {}
+    for pair in pairs:
+        ours, _, theirs = pair.partition("=")
+        if not (ours and theirs):
+            raise ValueError(f"--columns takes OURS=THEIRS pairs, such as caption=text, got {pair!r}")
+        mapping[ours] = theirs
+    return mapping
+
+
 def build_caption_data(records: Iterable[ClipRecord], options: LoadOptions) -> CaptionData:
     """Table of the records: clips of one id and source are merged; empty captions, and clips without the audio that
     they need, are left out and named."""

@@ -1,5 +1,7 @@
 """Caption datastores in their folders: built from any source, edited while they are read, indexed, inspected."""
 
+from recap_hf.modeling.retrieval_recap import CaptionDatastore
+
 from .audio_keys import build_audio_datastore, clip_keys, datastore_from_clips
 from .building import BuildOptions, build_datastore
 from .editing import (
@@ -21,6 +23,7 @@ from .summary import describe, verify_datastore
 
 __all__ = [
     "BuildOptions",
+    "CaptionDatastore",
     "CaptionEmbedder",
     "FilterOptions",
     "LeakGuard",

@@ -2,17 +2,19 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader, get_worker_info
 
 from recap_hf.modeling.datastore_files_recap import (
     EMBEDDING_TYPES,
@@ -26,7 +28,6 @@ from recap_hf.modeling.retrieval_recap import CaptionDatastore
 from .files import LOCK_NAME, fingerprint_entry, locked, publish, write_captions, write_new
 from .filters import CaptionFilter, FilterOptions
 from .indexing import DEFAULT_RECALL, build_index, check_index
-from .processes import process_pool
 from .sources import SourceOptions, read_source
 
 WORK_NAME = ".building"
@@ -43,7 +44,7 @@ class BuildOptions:
         dtype: of the stored embeddings; "float16" halves them and moves a cosine by less than 0.001, "int8" quarters
             them and moves it by less than 0.01.
         overwrite: replace a datastore that the folder holds.
-        processes: that embed side by side, each on its share of the cores or on a GPU of its own.
+        processes: that embed side by side, each on one core or on a GPU of its own.
         engine: "local", or "ray": the processes are Ray's, may die and may be on other machines that see the folder.
         ray_address: of a cluster; by default Ray is started on this machine.
         chunk_captions: embedded at a time; an interrupted build embeds unfinished chunks again.
@@ -176,9 +177,6 @@ def publish_build(
     return CaptionDatastore.from_pretrained(folder)
 
 
-# ---------------------------------------------------------------- embedding
-
-
 def chunk_path(work: Path, fingerprint: np.ndarray, contents: bytes) -> Path:
     """The file for the embeddings of `contents` by an encoder: another run that wants the same finds it there."""
     return work / f"{hashlib.sha256(fingerprint.round(3).tobytes() + contents).hexdigest()[:16]}.npy"
@@ -210,53 +208,54 @@ def _embed(records: CaptionRecords, embedder: Any, work: Path, options: BuildOpt
 
 def _run(left: list[Any], embedder: Any, records: CaptionRecords, work: Path, options: BuildOptions) -> Iterator[Any]:
     """Embeds chunks in this process, in several, or in Ray's, and yields something for each that is done."""
-    processes, recipe = min(options.processes, len(left)), getattr(embedder, "recipe", None)
-    if processes <= 1 and options.engine == "local":
-        yield from map(_ChunkEmbedder(embedder, records), left)
+    if not left:
         return
-    if recipe is None:
+    processes, recipe = min(options.processes, len(left)), getattr(embedder, "recipe", None)
+    here = processes <= 1 and options.engine == "local"
+    if recipe is None and not here:
         raise ValueError("Several processes each load the encoder: make it by CaptionEmbedder.from_pretrained")
-    make = partial(_make_chunk_embedder, recipe, records)
-    if options.engine == "ray" and left:
+    chunks = _Chunks(left, records, (lambda number: embedder) if here else recipe)
+    if options.engine == "ray":
         from recap_hf.ray_engine import run_parts
 
-        yield from run_parts(partial(make, 0), left, work, processes, options.ray_address, options.progress)
-    elif left:
-        with process_pool(processes, _start_worker, (make, processes)) as pool:
-            try:
-                for each in as_completed([pool.submit(_work, chunk) for chunk in left]):
-                    yield each.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        yield from run_parts(chunks.worker, range(len(left)), work, processes, options.ray_address, options.progress)
+    elif here:
+        yield from map(chunks.worker(), range(len(left)))
+    else:
+        # Each worker has one thread.
+        workers = {"num_workers": processes, "multiprocessing_context": "spawn", "worker_init_fn": end_with_parent}
+        yield from DataLoader(chunks, batch_size=None, in_order=False, **workers)
 
 
-class _ChunkEmbedder:
-    """Embeds the captions of some rows into a file. It may be there already: of a process that died afterwards."""
+class _Chunks:
+    """Embeds the captions of a chunk into its file when it is asked for its number. The file may be there already: of
+    a process that died afterwards."""
 
-    def __init__(self, embedder: Any, records: CaptionRecords) -> None:
-        self.embedder, self.records = embedder, records
+    def __init__(self, chunks: list[tuple[range, Path]], records: CaptionRecords, make: Callable[[int], Any]) -> None:
+        self.chunks, self.records, self.make, self.embedder = chunks, records, make, None
 
-    def __call__(self, chunk: tuple[range, Path]) -> None:
-        rows, path = chunk
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, number: int) -> int:
+        if self.embedder is None:
+            worker = get_worker_info()
+            self.embedder = self.make(worker.id if worker else 0)
+        rows, path = self.chunks[number]
         saved(path, lambda: self.embedder.embed([self.records[row]["caption"] for row in rows]))
+        return number
+
+    def worker(self) -> Callable[[int], int]:
+        """What embeds a chunk, for Ray's processes."""
+        return self.__getitem__
 
 
-def _make_chunk_embedder(recipe: Callable[[int], Any], records: CaptionRecords, rank: int) -> _ChunkEmbedder:
-    return _ChunkEmbedder(recipe(rank), records)
+def end_with_parent(number: int) -> None:
+    """Ends this process when the one that started it dies: nobody reads the result of a killed parent's worker."""
 
+    def end() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        # An orderly exit would wait for the thread that computes.
+        os._exit(1)
 
-# The chunk embedder of a worker process.
-_WORKER: dict[str, _ChunkEmbedder] = {}
-
-
-def _start_worker(rank: int, make: Callable[[int], _ChunkEmbedder], processes: int) -> None:
-    import torch
-
-    # The process is the pool's own, and others embed beside it.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    _WORKER["embed"] = make(rank)
-
-
-def _work(chunk: tuple[range, Path]) -> None:
-    _WORKER["embed"](chunk)
+    threading.Thread(target=end, name="end-with-parent", daemon=True).start()

@@ -141,16 +141,6 @@ class TrainingConfig:
         """The task that these settings describe, with its data loaded and its model on the accelerator's device."""
         raise NotImplementedError
 
-    def column_mapping(self) -> dict[str, str]:
-        """`--columns` as our name -> the dataset's."""
-        mapping = {}
-        for item in self.columns:
-            ours, equals, theirs = item.partition("=")
-            if not equals or not ours or not theirs:
-                raise ValueError(f"--columns takes OURS=THEIRS (caption=text, for example), got {item!r}")
-            mapping[ours] = theirs
-        return mapping
-
     def sources(self) -> list[tuple[str, str | None, str | None]]:
         """(dataset, data_dir, audio_dir) for each dataset.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from recap_hf.data import CaptionData, join, load_captions
-from recap_hf.data.schema import Problem
+from recap_hf.data.schema import Problem, column_mapping
 
 from .config import AudioTrainingConfig, TrainingConfig
 from .features import FeatureStore, store_features
@@ -88,7 +88,7 @@ def load_splits(config: TrainingConfig) -> dict[str, CaptionData]:
         ValueError, OSError: if a split is not there, or has no clips to train on.
     """
     audio = isinstance(config, AudioTrainingConfig)
-    options = {"columns": config.column_mapping() or None, "needs_audio": audio}
+    options = {"columns": column_mapping(config.columns) or None, "needs_audio": audio}
     options |= {"allow_missing": audio and config.allow_missing}
 
     def load(split: str) -> CaptionData:

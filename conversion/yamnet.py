@@ -106,10 +106,6 @@ def _state_dict(interpreter: Any) -> dict[str, torch.Tensor]:
             stored = interpreter.get_tensor(detail["index"])
         except ValueError:
             continue  # an activation
-        zeros, axis = (
-            detail["quantization_parameters"]["zero_points"],
-            detail["quantization_parameters"]["quantized_dimension"],
-        )
         shape = [-1 if dim == axis else 1 for dim in range(stored.ndim)]
         (biases if is_bias else weights).append((stored - zeros.reshape(shape)) * scales.reshape(shape))
     state = {}

@@ -154,8 +154,6 @@ class OnnxCaptioner:
             raise ValueError("the recording is empty or holds NaN or infinite samples")
         return resample(waveform, sampling_rate, self.sampling_rate)
 
-    # ------------------------------------------------------------- log-mel
-
     def log_mel(self, waveform: np.ndarray) -> np.ndarray:
         """Log-mel windows, float32 (windows, frames, mels), of a mono waveform at the model's rate.
 
@@ -193,8 +191,6 @@ class OnnxCaptioner:
         if is_yamnet:
             return np.log(magnitudes @ self._filters + _YAMNET_OFFSET).astype(np.float32)
         return (10 * np.log10(np.maximum(magnitudes**2 @ self._filters, _MEL_FLOOR))).astype(np.float32)
-
-    # -------------------------------------------------------------- graphs
 
     def encode(self, mel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Log-mel windows of one clip to its states (1, windows * n, d) and one unit query per window (windows, P)."""
@@ -234,8 +230,6 @@ class OnnxCaptioner:
         feeds.update({f"cross.{pair}": cache for pair, cache in zip(self._pairs, cross, strict=True)})
         logits, *present = self._decoder.run(["logits", *(f"present.{pair}" for pair in self._pairs)], feeds)
         return logits, present
-
-    # -------------------------------------------------------------- search
 
     def _fit_prompt(self, hits: list[dict[str, Any]]) -> tuple[list[int], int]:
         for count in range(len(hits), -1, -1):

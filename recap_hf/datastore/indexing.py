@@ -129,9 +129,6 @@ def build_index(embeddings: Any, kind: str = "auto", recall: float = DEFAULT_REC
     return index
 
 
-# -------------------------------------------------------------------- FAISS
-
-
 def _faiss() -> Any:
     try:
         import faiss
@@ -234,9 +231,6 @@ def _median_s(index: FaissIndex, embeddings: Any, vectors: np.ndarray, count: in
         np.asarray(embeddings[rows[rows >= 0]], dtype=np.float32) @ query
         times.append(time.perf_counter() - started)
     return float(np.median(times))
-
-
-# ------------------------------------------------------------------- recall
 
 
 @dataclass

@@ -63,8 +63,6 @@ class Grid:
         """Whether a run is finished."""
         return (self.path / run.folder / SCORES_FILE).is_file()
 
-    # ------------------------------------------------------------------- run
-
     def train_all(self) -> None:
         """Trains every captioner that is neither given nor finished. Raises `RuntimeError` if a training fails."""
         for model in self.config.all_models():
@@ -139,8 +137,6 @@ class Grid:
                 record["caption"] for name in run.model.training_set for record in self.training_captions(name)
             ],
         )
-
-    # ------------------------------------------------------------------ data
 
     def _load_clips(self, test_set: str) -> EvaluationClips:
         """The test clips of a domain."""

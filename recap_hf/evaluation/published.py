@@ -9,7 +9,7 @@ import numpy as np
 
 from recap_hf.scoring import METRIC_LABELS
 
-from .tables import markdown_table
+from .tables import format_score, markdown_table
 
 METRIC_KEYS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider")
 TEST_SETS = {"clotho": "Clotho", "audiocaps": "AudioCaps"}
@@ -77,7 +77,7 @@ def our_cells(label: str, corpora: Sequence[dict[str, float | None]], num_clips:
     if len(corpora) > 1:
         spreads = ["" if None in values else f" ±{np.std(values, ddof=1):.3f}" for values in columns.values()]
         cells = [cell + spread for cell, spread in zip(cells, spreads, strict=True)]
-    combined = _four_decimals(spider_from_parts(means["cider_d"], means["spice"]))
+    combined = format_score(spider_from_parts(means["cider_d"], means["spice"]))
     return [f"recap_hf: {label}", *cells, combined, str(num_clips), str(len(corpora)), clap]
 
 
@@ -123,10 +123,5 @@ def table_markdown(table: dict[str, Any]) -> str:
 def _published_cells(row: dict[str, str]) -> list[str]:
     misprinted = row["spice"] in MISPRINTED_SPICE
     cells = [row[key] + (" [b]" if key == "spice" and misprinted else "") for key in METRIC_KEYS]
-    combined = _four_decimals(spider_from_parts(published_value(row, "cider_d"), published_value(row, "spice")))
+    combined = format_score(spider_from_parts(published_value(row, "cider_d"), published_value(row, "spice")))
     return [row_label(row), *cells, combined, "?", "?", "?" if row["datastore"] else "-"]
-
-
-def _four_decimals(value: float | None) -> str:
-    # Halves of thousandths would hide small deviations.
-    return "-" if value is None else f"{value:.4f}"

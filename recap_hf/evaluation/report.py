@@ -98,9 +98,6 @@ def _main_metric(corpus: dict[str, float | None]) -> str:
     return next(key for key in (*_MAIN_METRICS, *corpus) if corpus.get(key) is not None)
 
 
-# ------------------------------------------------------------------ one evaluation
-
-
 def _section(folder: Path, test_set: str, player: Player, num_clips: int, title: str | None = None) -> dict[str, Any]:
     """Content of the page about one evaluation, the name of its clip list as the default title.
 
@@ -159,9 +156,6 @@ def _sources(rows: list[dict], values: list[float]) -> list[dict[str, Any]]:
     return sorted(means, key=lambda row: -row["clips"])
 
 
-# ------------------------------------------------------------------ a grid
-
-
 def _grid_content(folder: Path, player: Player) -> dict[str, Any]:
     grid = read_json(folder / RESULT_FILE)
     for setting in grid["settings"]:
@@ -211,22 +205,23 @@ def _series(points: Sequence[tuple[dict[str, Any], Any]]) -> dict[str, list[tupl
     return {name: [(x, float(np.mean(scores))) for x, scores in by_x.items()] for name, by_x in values.items()}
 
 
-# ------------------------------------------------------------------ plots
-
-
-def _svg(draw: Callable[[Any], None], height: float, title: str, x_label: str, y_label: str = "") -> str:
-    """What `draw` puts on axes, as an `<svg>` element with a title for screen readers; the same bytes every time."""
+def _axes(height: float) -> Any:
+    """Axes of a plot that is attached to no window."""
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('the plots of a report need matplotlib: pip install "recap-hf[report]"') from error
-    figure = Figure(figsize=(7, height), layout="constrained")
-    axes = figure.add_subplot()
+    axes = Figure(figsize=(7, height), layout="constrained").add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    draw(axes)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    return axes
+
+
+def _svg(axes: Any, title: str, x_label: str, y_label: str = "") -> str:
+    """A plot as an `<svg>` element with a title for screen readers; the same bytes every time."""
+    import matplotlib
+
+    figure = axes.figure
+    axes.set(xlabel=x_label, ylabel=y_label)
     if axes.get_legend_handles_labels()[0]:
         # Above the plot, where it hides no point.
         figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
@@ -239,57 +234,47 @@ def _svg(draw: Callable[[Any], None], height: float, title: str, x_label: str, y
 
 def _interval_plot(rows: Mapping[str, tuple[float, float, float]], label: str) -> str:
     """Scores of several systems with their intervals: name -> (score, low, high), the first highlighted."""
-
-    def draw(axes: Any) -> None:
-        names = list(rows)[::-1]
-        for place, name in enumerate(names):
-            score, low, high = rows[name]
-            colour = _BLUE if place == len(names) - 1 else _GREY
-            axes.plot([low, high], [place, place], color=colour, linewidth=2)
-            axes.plot([score], [place], "o", color=colour)
-            above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"{score:.3f}", (score, place), fontsize=8, **above)
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(-0.6, len(names) - 0.2)
-
-    return _svg(draw, 0.6 + 0.42 * len(rows), f"{label} of {', '.join(rows)} with intervals", label)
+    axes, names = _axes(0.6 + 0.42 * len(rows)), list(rows)[::-1]
+    for place, name in enumerate(names):
+        score, low, high = rows[name]
+        colour = _BLUE if place == len(names) - 1 else _GREY
+        axes.plot([low, high], [place, place], color=colour, linewidth=2)
+        axes.plot([score], [place], "o", color=colour)
+        above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{score:.3f}", (score, place), fontsize=8, **above)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.2)
+    return _svg(axes, f"{label} of {', '.join(rows)} with intervals", label)
 
 
 def _histogram(values: Sequence[float], label: str) -> str:
     """Number of clips by score."""
-
-    def draw(axes: Any) -> None:
-        axes.hist(values, bins=min(30, max(5, len(values) // 4)), color=_BLUE)
-        axes.axvline(float(np.mean(values)), color=_ORANGE, linewidth=2)
-
-    return _svg(draw, 2.6, f"Histogram of {label} over clips", f"{label} of a clip (line: mean)", "clips")
+    axes = _axes(2.6)
+    axes.hist(values, bins=min(30, max(5, len(values) // 4)), color=_BLUE)
+    axes.axvline(float(np.mean(values)), color=_ORANGE, linewidth=2)
+    return _svg(axes, f"Histogram of {label} over clips", f"{label} of a clip (line: mean)", "clips")
 
 
 def _scatter(x: Sequence[float], y: Sequence[float], x_label: str, y_label: str) -> str:
     """One point a clip."""
-
-    def draw(axes: Any) -> None:
-        axes.scatter(x, y, s=14, color=_BLUE, alpha=0.5, linewidths=0)
-
-    return _svg(draw, 3.2, f"{y_label} against {x_label}", x_label, y_label)
+    axes = _axes(3.2)
+    axes.scatter(x, y, s=14, color=_BLUE, alpha=0.5, linewidths=0)
+    return _svg(axes, f"{y_label} against {x_label}", x_label, y_label)
 
 
 def _lines(series: Mapping[str, Sequence[tuple[Any, float]]], x_label: str, y_label: str, log: bool = False) -> str:
     """Named series of points: joined over numbers (`log`: on a logarithmic axis), or alone over names."""
     xs = list(dict.fromkeys(x for points in series.values() for x, _ in points))
-    named = isinstance(xs[0], str)
-
-    def draw(axes: Any) -> None:
-        for number, (label, points) in enumerate(series.items()):
-            # Over names side by side, so that equal scores do not hide each other.
-            shift = 0.12 * (number - (len(series) - 1) / 2)
-            points = [(xs.index(x) + shift, y) for x, y in points] if named else sorted(points)
-            axes.plot(*zip(*points, strict=True), "o" if named else "o-", label=label)
-        if named:
-            axes.set_xticks(range(len(xs)), xs)
-        elif log:
-            axes.set_xscale("log")
-        else:
-            axes.set_xticks(sorted(xs))
-
-    return _svg(draw, 3.4, f"{y_label} {'by' if named else 'against'} {x_label}", x_label, y_label)
+    axes, named = _axes(3.4), isinstance(xs[0], str)
+    for number, (label, points) in enumerate(series.items()):
+        # Over names side by side, so that equal scores do not hide each other.
+        shift = 0.12 * (number - (len(series) - 1) / 2)
+        points = [(xs.index(x) + shift, y) for x, y in points] if named else sorted(points)
+        axes.plot(*zip(*points, strict=True), "o" if named else "o-", label=label)
+    if named:
+        axes.set_xticks(range(len(xs)), xs)
+    elif log:
+        axes.set_xscale("log")
+    else:
+        axes.set_xticks(sorted(xs))
+    return _svg(axes, f"{y_label} {'by' if named else 'against'} {x_label}", x_label, y_label)

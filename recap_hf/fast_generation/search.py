@@ -6,7 +6,6 @@ search on an unchanged decoder and leaves everything else to transformers.
 """
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,62 +45,33 @@ _INPUTS = frozenset(("encoder_outputs", "attention_mask", "decoder_input_ids", "
 _LAYERS = (Conv1D, torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.Dropout, PackedLinear, Int8Linear)
 
 
-@dataclass(frozen=True)
-class SearchPlan:
-    """A greedy or beam search.
+class _Search:
+    """The state of a search: what runs, what has finished, and which clips are still in the batch.
 
     Args:
-        num_beams, num_return_sequences, length_penalty, early_stopping: as in `GenerationConfig`.
+        config (`GenerationConfig`): of a call of `generate`, with all its defaults filled in.
         prompt_length (`int`): tokens of the prompts, padding included.
-        max_new_tokens, min_new_tokens (`int`): the end tokens are forbidden before `min_new_tokens`.
-        eos_token_ids (`tuple[int, ...]`): may be empty.
-        fill_token_id (`int`): stands behind a finished sequence.
+        num_clips (`int`), device: of the batch.
     """
 
-    num_beams: int
-    num_return_sequences: int
-    length_penalty: float
-    early_stopping: bool | str
-    prompt_length: int
-    max_new_tokens: int
-    min_new_tokens: int
-    eos_token_ids: tuple[int, ...]
-    fill_token_id: int
-
-    @classmethod
-    def of(cls, config: GenerationConfig, prompt_length: int) -> "SearchPlan":
-        """The plan of a call of `generate` with all its defaults filled in."""
+    def __init__(self, config: GenerationConfig, prompt_length: int, num_clips: int, device: torch.device) -> None:
         eos = () if config.eos_token_id is None else config.eos_token_id
-        eos_token_ids = (eos,) if isinstance(eos, int) else tuple(eos)
-        beams = config.num_beams or 1
-        fill = config.pad_token_id
+        eos = (eos,) if isinstance(eos, int) else tuple(eos)
+        beams, fill = config.num_beams or 1, config.pad_token_id
         if beams > 1:
             # As the beam search of transformers, for which pad token 0 is none.
-            fill = (fill or eos_token_ids[0]) if eos_token_ids else None
-        return cls(
-            num_beams=beams,
-            num_return_sequences=config.num_return_sequences or 1,
-            # Greedy search is a search of one beam that stops at its first end.
-            length_penalty=0.0 if beams == 1 else config.length_penalty,
-            early_stopping=True if beams == 1 else config.early_stopping,
-            prompt_length=prompt_length,
-            max_new_tokens=config.max_length - prompt_length,
-            min_new_tokens=max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length),
-            eos_token_ids=eos_token_ids,
-            fill_token_id=-1 if fill is None else fill,
-        )
-
-
-class _Search:
-    """The state of a search: what runs, what has finished, and which clips are still in the batch."""
-
-    def __init__(self, plan: SearchPlan, num_clips: int, device: torch.device) -> None:
-        self.plan = plan
+            fill = (fill or eos[0]) if eos else None
+        self.num_beams, self.num_return_sequences = beams, config.num_return_sequences or 1
+        # Greedy search is a search of one beam that stops at its first end.
+        self.length_penalty = 0.0 if beams == 1 else config.length_penalty
+        self.early_stopping = True if beams == 1 else config.early_stopping
+        self.max_new_tokens = tokens = config.max_length - prompt_length
+        # The end tokens are forbidden before.
+        self.min_new_tokens = max(config.min_new_tokens or 0, (config.min_length or 0) - prompt_length)
         self.length = 0
-        beams, tokens = plan.num_beams, plan.max_new_tokens
         # Rows of everything but `result_*`: the clips that are still in the batch.
         self.clips = torch.arange(num_clips, device=device)
-        self.running = torch.full((num_clips, beams, tokens), plan.fill_token_id, device=device)
+        self.running = torch.full((num_clips, beams, tokens), -1 if fill is None else fill, device=device)
         self.running_scores = torch.zeros(num_clips, beams, device=device)
         # The beams of a clip are equal at first: only one of them counts.
         self.running_scores[:, 1:] = _NEVER
@@ -112,49 +82,46 @@ class _Search:
         self.can_improve = torch.ones(num_clips, 1, dtype=torch.bool, device=device)
         self.result_tokens, self.result_scores = self.finished.clone(), self.finished_scores.clone()
         self.result_lengths = self.finished_lengths.clone()
-        self.eos = torch.tensor(plan.eos_token_ids, dtype=torch.long, device=device)
-        self.num_candidates = max(2, 1 + len(plan.eos_token_ids)) * beams
+        self.eos = torch.tensor(eos, dtype=torch.long, device=device)
+        self.num_candidates = max(2, 1 + len(eos)) * beams
         self.is_top = torch.arange(self.num_candidates, device=device) < beams
 
     def advance(self, logits: torch.Tensor) -> torch.Tensor:
         """Takes the logits `(rows, vocab_size)`, returns for each running beam the one that it goes on from."""
-        plan = self.plan
         log_probs = logits.float().log_softmax(dim=-1)
-        if self.length < plan.min_new_tokens and plan.eos_token_ids:
+        if self.length < self.min_new_tokens:
             log_probs[:, self.eos] = -torch.inf
         vocab_size = log_probs.shape[1]
-        log_probs = log_probs.view(-1, plan.num_beams, vocab_size) + self.running_scores[:, :, None]
+        log_probs = log_probs.view(-1, self.num_beams, vocab_size) + self.running_scores[:, :, None]
         scores, chosen = log_probs.flatten(1).topk(self.num_candidates)
         beams, tokens = chosen // vocab_size, chosen % vocab_size
         candidates = _rows(self.running, beams)
         candidates[:, :, self.length] = tokens
         self.length += 1
-        ends = torch.isin(tokens, self.eos) if plan.eos_token_ids else torch.zeros_like(tokens, dtype=torch.bool)
-        if self.length == plan.max_new_tokens:
+        ends = torch.isin(tokens, self.eos)
+        if self.length == self.max_new_tokens:
             ends = torch.ones_like(ends)
         self._finish(candidates, scores, ends)
-        self.running_scores, order = (scores + ends * _NEVER).topk(plan.num_beams)
+        self.running_scores, order = (scores + ends * _NEVER).topk(self.num_beams)
         self.running = _rows(candidates, order)
         self._see_what_can_improve()
         return beams.gather(1, order)
 
     def _finish(self, candidates: torch.Tensor, scores: torch.Tensor, ends: torch.Tensor) -> None:
-        plan = self.plan
         counts = ends & self.is_top
-        scores = scores / self.length**plan.length_penalty + ~counts * _NEVER + ~self.can_improve * _NEVER
-        if plan.early_stopping is True:
+        scores = scores / self.length**self.length_penalty + ~counts * _NEVER + ~self.can_improve * _NEVER
+        if self.early_stopping is True:
             scores = scores + self.is_finished.all(dim=1, keepdim=True) * _NEVER
         lengths = torch.full_like(counts, self.length, dtype=torch.long)
-        self.finished_scores, best = torch.cat([self.finished_scores, scores], dim=1).topk(plan.num_beams)
+        self.finished_scores, best = torch.cat([self.finished_scores, scores], dim=1).topk(self.num_beams)
         self.finished = _rows(torch.cat([self.finished, candidates], dim=1), best)
         self.finished_lengths = torch.cat([self.finished_lengths, lengths], dim=1).gather(1, best)
         self.is_finished = torch.cat([self.is_finished, counts], dim=1).gather(1, best)
 
     def _see_what_can_improve(self) -> None:
-        plan = self.plan
-        longest = plan.early_stopping == "never" and plan.length_penalty > 0.0
-        length = plan.max_new_tokens if longest else self.length
-        possible = self.running_scores[:, :1] / length**plan.length_penalty
+        longest = self.early_stopping == "never" and self.length_penalty > 0.0
+        length = self.max_new_tokens if longest else self.length
+        possible = self.running_scores[:, :1] / length**self.length_penalty
         worst = self.finished_scores.min(dim=1, keepdim=True)[0]
         worst = torch.where(self.is_finished, worst, _NEVER)
         self.can_improve = self.can_improve & (possible > worst).any(dim=1, keepdim=True)
@@ -162,9 +129,9 @@ class _Search:
     def leave(self) -> torch.Tensor | None:
         """Lets finished clips go if they are many: the rows of those that stay, or `None` where all do."""
         done = ~self.can_improve[:, 0]
-        if self.plan.early_stopping is True:
+        if self.early_stopping is True:
             done = done | self.is_finished.all(dim=1)
-        if self.length == self.plan.max_new_tokens:
+        if self.length == self.max_new_tokens:
             done = torch.ones_like(done)
         num_done = int(done.sum())
         if num_done < max(1, _LEAVE_FROM * len(done)):
@@ -180,10 +147,10 @@ class _Search:
 
     def results(self) -> tuple[torch.LongTensor, torch.Tensor]:
         """Generated tokens `(sequences, length)` and mean log-probabilities `(sequences,)`."""
-        kept = slice(0, self.plan.num_return_sequences)
+        kept = slice(0, self.num_return_sequences)
         lengths = self.result_lengths[:, kept].flatten()
         tokens = self.result_tokens[:, kept].flatten(0, 1)[:, : int(lengths.max())]
-        totals = self.result_scores[:, kept].flatten() * lengths.float() ** self.plan.length_penalty
+        totals = self.result_scores[:, kept].flatten() * lengths.float() ** self.length_penalty
         return tokens, totals / lengths
 
 
@@ -217,9 +184,8 @@ class SharedPromptSearch:
         reason = why_not(model, generation_config)
         if reason is not None:
             raise ValueError(f"SharedPromptSearch cannot generate here: {reason}. Leave `custom_generate` out.")
-        plan = SearchPlan.of(generation_config, input_ids.shape[1])
-        rows_of_a_clip = max(plan.num_beams, plan.num_return_sequences)
-        cache = SharedPromptCache(len(input_ids) // rows_of_a_clip)
+        beams, sequences = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+        cache = SharedPromptCache(len(input_ids) // max(beams, sequences))
         positions = model_kwargs["decoder_position_ids"]
         decoder = model.decoder
         logits = decode_prompt(
@@ -231,22 +197,21 @@ class SharedPromptSearch:
             model_kwargs["encoder_outputs"].last_hidden_state.to(decoder.dtype),
             model_kwargs.get("attention_mask"),
         )
-        state = _Search(plan, cache.num_clips, input_ids.device)
-        prompts, positions = input_ids[:: plan.num_beams], positions[:, -1]
+        state = _Search(generation_config, input_ids.shape[1], cache.num_clips, input_ids.device)
+        prompts, positions = input_ids[::beams], positions[:, -1]
         while True:
-            beams = state.advance(logits)
-            cache.reorder_beams(beams)
+            cache.reorder_beams(state.advance(logits))
             stay = state.leave()
             if stay is not None:
                 if not len(stay):
                     break
                 cache.keep_clips(stay)
-                positions = positions.view(-1, plan.num_beams)[stay].flatten()
+                positions = positions.view(-1, state.num_beams)[stay].flatten()
             positions = positions + 1
             logits = decode_token(decoder, cache, state.running[:, :, state.length - 1].flatten(), positions)
         tokens, log_probs = state.results()
         self.sequence_scores = log_probs.exp().tolist()
-        return torch.cat([prompts.repeat_interleave(plan.num_return_sequences, dim=0), tokens], dim=1)
+        return torch.cat([prompts.repeat_interleave(sequences, dim=0), tokens], dim=1)
 
 
 def why_not(model: Any, config: GenerationConfig) -> str | None:

@@ -43,14 +43,8 @@ class SharedPromptCache:
     def open_prompt(
         self, mask: torch.Tensor, encoder_mask: torch.Tensor | None, group_size: int, dtype: torch.dtype
     ) -> None:
-        """Makes room for the prompts.
-
-        Args:
-            mask (`torch.Tensor` of shape `(num_clips, prompt_length)`): 1 for tokens, 0 for padding.
-            encoder_mask (`torch.Tensor` of shape `(num_clips, encoder_length)`, *optional*): the same of the states.
-            group_size (`int`): beams or samples of a clip.
-            dtype (`torch.dtype`): of keys and values.
-        """
+        """Makes room for prompts with `mask` `(num_clips, prompt_length)`, 1 for tokens and 0 for padding, and states
+        with `encoder_mask` `(num_clips, encoder_length)`, for `group_size` beams of a clip, in `dtype`."""
         self.prompt_length, self.group_size = mask.shape[1], group_size
         self.bias = _bias(mask, dtype).expand(-1, -1, group_size, -1)
         self.encoder_bias = None
@@ -126,27 +120,12 @@ def decode_prompt(
     encoder_mask = None if encoder_attention_mask is None else encoder_attention_mask[first]
     states, mask = encoder_hidden_states[first].contiguous(), decoder_attention_mask[first]
     cache.open_prompt(mask, encoder_mask, group_size, states.dtype)
-    logits = _decode_prompt(decoder, cache, input_ids[first], position_ids[first], mask, states)
-    return logits[:, -1].repeat_interleave(group_size, dim=0)
-
-
-def _decode_prompt(
-    decoder: Any,
-    cache: SharedPromptCache,
-    input_ids: torch.LongTensor,
-    position_ids: torch.LongTensor,
-    mask: torch.Tensor,
-    states: torch.Tensor,
-) -> torch.Tensor:
-    """The prompts, a row per clip -> logits `(num_clips, 1, vocab_size)` after their last token."""
-    transformer = decoder.transformer
-    length = input_ids.shape[1]
-    bias = None
+    transformer, length, bias = decoder.transformer, input_ids.shape[1], None
     if not bool(mask.all()):
         dtype = cache.bias.dtype
         future = torch.full((length, length), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
         bias = torch.minimum(future.triu(diagonal=1), _bias(mask, dtype))
-    hidden = transformer.wte(input_ids) + transformer.wpe(position_ids)
+    hidden = transformer.wte(input_ids[first]) + transformer.wpe(position_ids[first])
     for layer_idx, block in enumerate(transformer.h):
         query, key, value = _split_heads(block.attn, block.attn.c_attn(block.ln_1(hidden)))
         cache.keys.append(key)
@@ -164,7 +143,8 @@ def _decode_prompt(
         cache.encoder.append(_split_heads(cross, cross.c_attn(states)))
         hidden = hidden + _cross_attention(cross, block.ln_cross_attn(hidden), cache, layer_idx)
         hidden = hidden + _feed_forward(block.mlp, block.ln_2(hidden))
-    return decoder.lm_head(transformer.ln_f(hidden))
+    logits = decoder.lm_head(transformer.ln_f(hidden))
+    return logits[:, -1].repeat_interleave(group_size, dim=0)
 
 
 def decode_token(

@@ -203,9 +203,6 @@ def render(template: str, **values: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
-# words and cells
-
-
 def cell(value: object) -> str:
     """A text as one line of Markdown that shows it as it is: no markup, no HTML, no end of a table's cell."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", re.sub(r"\s+", " ", str(value)).strip())
@@ -252,9 +249,6 @@ def licence_metadata(name: str | None) -> dict[str, str]:
     return (
         {"license": identifier} if identifier else {"license": "other", "license_name": slug(name).replace("_", "-")}
     )
-
-
-# figures
 
 
 def eval_results(results: Sequence[Result]) -> list[EvalResult]:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from recap_hf.data import load_captions
 from recap_hf.data.loading import NAMED_DATASETS
 from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
 from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS
@@ -46,8 +48,6 @@ def encode_recordings(recordings: Sequence[Any], model: Any, processor: Any) -> 
         recordings: what `load_audio` takes, or pairs of a waveform and its sampling rate.
         model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): the encoder and its features.
     """
-    import torch
-
     rate = processor.feature_extractor.sampling_rate
     waveforms = []
     for recording in recordings:
@@ -146,8 +146,6 @@ def _clips(
     sources: Sequence[str], options: SourceOptions, caption_filter: CaptionFilter, progress: Callable[[str], None]
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Clips with audio, each with the records of its captions; those without a caption that stays are left out."""
-    from recap_hf.data import load_captions
-
     for source in sources:
         kind, _, rest = str(source).partition(":")
         if not rest or kind not in (*NAMED_DATASETS, "hub"):

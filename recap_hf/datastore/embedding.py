@@ -6,6 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+from recap_hf.assets import default_model_path
+from recap_hf.modeling.captioning_recap import load_pretrained
+
+from .audio_keys import encode_recordings
 
 
 class CaptionEmbedder:
@@ -39,9 +45,6 @@ class CaptionEmbedder:
             device: by default a GPU if there is one.
             dtype: "bfloat16" is faster on a GPU; cosines with float32 stay above 0.999.
         """
-        from recap_hf.assets import default_model_path
-        from recap_hf.modeling.captioning_recap import load_pretrained
-
         name = name or default_model_path()
         embedder = cls(*load_pretrained(name, device, dtype), batch_size)
         embedder.recipe = partial(_load_in_worker, str(name), device, dtype, batch_size)
@@ -60,8 +63,6 @@ class CaptionEmbedder:
 
     def embed_audio(self, path: str | Path) -> np.ndarray:
         """Unit vectors of a recording's windows, float32 of shape `(1, num_windows, dimension)`."""
-        from .audio_keys import encode_recordings
-
         return encode_recordings([path], self.model, self.processor)
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
@@ -71,8 +72,6 @@ class CaptionEmbedder:
 
 def _load_in_worker(name: str, device: str | None, dtype: str, batch_size: int, rank: int) -> CaptionEmbedder:
     """The encoder, on one of several GPUs."""
-    import torch
-
     if device is None and torch.cuda.device_count() > 1:
         device = f"cuda:{rank % torch.cuda.device_count()}"
     return CaptionEmbedder.from_pretrained(name, device, dtype, batch_size)

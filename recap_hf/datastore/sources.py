@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recap_hf.data import LoadOptions, load_captions
 from recap_hf.data.caption_tables import (
     CAPTION_SUFFIXES,
     RESULT_COLUMNS,
@@ -13,7 +14,7 @@ from recap_hf.data.caption_tables import (
     read_rows,
 )
 from recap_hf.data.loading import NAMED_DATASETS
-from recap_hf.data.published import parse_abstract_captions
+from recap_hf.data.published import LICENCES, find_recap_table, parse_abstract_captions
 from recap_hf.data.schema import SPLITS, canonical_split, listed
 from recap_hf.modeling.retrieval_recap import MANIFEST_NAME, CaptionDatastore
 
@@ -128,8 +129,6 @@ def _is_plain(value: Any) -> bool:
 
 def guess_source(name: str, columns: Iterable[str]) -> tuple[str, str | None]:
     """Source and licence of a file of a published dataset, known by its name and columns; else the file's name."""
-    from recap_hf.data.published import LICENCES
-
     columns, stem = set(columns), Path(name).stem
     domain = next((each for each in ("audiocaps", "clotho") if each in name.lower()), None)
     if "abstract_captions" in columns:
@@ -169,16 +168,11 @@ def _read_folder(path: Path, options: SourceOptions) -> Iterator[dict[str, Any]]
 
 
 def _read_named(name: str, folder: str | None, options: SourceOptions) -> Iterator[dict[str, Any]]:
-    from recap_hf.data import load_captions
-
     split = options.split or "train"
     data = load_captions(name, folder, split=split, columns=dict(options.columns) or None, needs_audio=False)
     for row in data.dataset.remove_columns("audio"):
         yield from clip_records(row, options)
     if name == "recap" and options.captions != "published":
-        from recap_hf.data import LoadOptions
-        from recap_hf.data.published import find_recap_table
-
         table = find_recap_table(LoadOptions(folder, canonical_split(split), needs_audio=False))
         weak = SourceOptions(options.source, options.licence, options.split, options.columns, "weak")
         yield from records_of_rows(read_rows(table), table.name, weak)

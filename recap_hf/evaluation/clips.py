@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from recap_hf.data import load_captions
 from recap_hf.data.caption_tables import read_rows
 from recap_hf.scoring import match_clips, select_listed
 
@@ -90,8 +91,6 @@ def load_test_clips(
         ValueError: if no clip is left.
         FileNotFoundError: if recordings are missing and `allow_missing` is not set.
     """
-    from recap_hf.data import load_captions
-
     data = load_captions(
         dataset, data_dir, split=split, audio_dir=audio_dir, columns=columns, allow_missing=allow_missing
     )

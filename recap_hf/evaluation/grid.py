@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from recap_hf import read_captions
+from recap_hf.data import load_captions
+from recap_hf.datastore import build_index, datastore_from_clips
 from recap_hf.files import write_json
 from recap_hf.modeling.captioning_recap import Captioner
 from recap_hf.modeling.options_recap import CaptionOptions
@@ -159,16 +162,11 @@ class Grid:
             rows = np.sort(order[: max(1, round(run.share * len(store)))])
             return CaptionDatastore([store.records[row] for row in rows], store.embeddings[rows], store.fingerprint)
         if run.index:
-            from recap_hf.datastore import build_index
-
             store.set_index(build_index(store.embeddings, run.index))
         return store
 
     def _build(self, composition: tuple[str, ...], captioner: Captioner, by_audio: bool) -> CaptionDatastore:
         """All training captions of some domains or the large datastore, found by text or by the audio of clips."""
-        from recap_hf import read_captions
-        from recap_hf.datastore import datastore_from_clips
-
         is_large = composition == (LARGE,)
         names = self.config.domains if is_large else composition
         if by_audio:
@@ -190,8 +188,6 @@ class Grid:
         ]
 
     def _training_table(self, name: str, needs_audio: bool) -> Any:
-        from recap_hf.data import load_captions
-
         domain = self.config.domains[name]
         wanted = ("data_dir", "columns", *(("audio_dir", "allow_missing") if needs_audio else ()))
         options = {key: domain[key] for key in wanted if key in domain}

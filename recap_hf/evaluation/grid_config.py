@@ -6,6 +6,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from recap_hf.modeling.options_recap import CaptionOptions
 
 from .clips import load_test_clips
@@ -200,8 +202,6 @@ def read_grid(path: str | Path) -> GridConfig:
     Raises:
         ValueError: naming the key that is unknown, missing or has a wrong value.
     """
-    import yaml
-
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

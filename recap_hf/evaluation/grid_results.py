@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from recap_hf import CaptionDatastore
 from recap_hf.files import write_json, write_text
 from recap_hf.scoring import METRIC_LABELS
 from recap_hf.scoring.bootstrap import Difference, gain_difference, mean_difference
@@ -97,8 +98,6 @@ class GridResults:
 
     def _large_sources(self) -> str:
         """Counts by source and licence of the large datastore."""
-        from recap_hf import CaptionDatastore
-
         records = CaptionDatastore.from_pretrained(self.grid.path / "datastores" / LARGE).records
         counts = Counter(
             (record.get("source") or "unnamed source", record.get("licence") or "licence not stated")

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
+from jinja2 import Environment, PackageLoader
 
+from recap_hf.data.files import AudioIndex
 from recap_hf.files import write_text
+from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
 from recap_hf.scoring import METRIC_LABELS
 
 from .grid_config import LARGE_ROW, MAIN_ROW
@@ -48,8 +52,6 @@ def write_report(
     Raises:
         FileNotFoundError: if the folder holds neither, or there is no `audio_dir`.
     """
-    from jinja2 import Environment, PackageLoader
-
     folder, player = Path(folder), _player(audio_dir)
     grid, sections = None, []
     if (folder / RESULT_FILE).is_file():
@@ -69,11 +71,6 @@ def write_report(
 
 def _player(folder: str | Path | None) -> Player:
     """Finds recordings by test set and name below `folder`, and gives them as MP3, which every browser plays."""
-    import soundfile
-
-    from recap_hf.data.files import AudioIndex
-    from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
-
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(f"no folder {folder} (--audio-dir)")
     found: dict[Path, AudioIndex] = {}

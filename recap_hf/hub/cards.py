@@ -4,22 +4,19 @@ The metadata is huggingface_hub's `ModelCardData` and `DatasetCardData`, the fig
 written here is read back by `ModelCard.load`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
+
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from .facts import CardFacts, DataSource, Result
 from .licences import forbids_commercial_use, licence_identifier
-
-if TYPE_CHECKING:
-    from huggingface_hub import DatasetCard, EvalResult, ModelCard
 
 MARK = "<!-- rendered by recap_hf; a push renders it again until somebody edits it ({}) -->"
 PIPELINE_TAG = "audio-text-to-text"
@@ -101,8 +98,6 @@ def render_model_card(
         datastore: the datastore that it comes with.
         datastore_repo: id and revision of the dataset repository that holds the datastore, if one does.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
     facts = facts or CardFacts()
     name = repo_id.rpartition("/")[2]
     own = [result for result in facts.results if result.system is None]
@@ -152,8 +147,6 @@ def render_datastore_card(
         examples: a few captions to show.
         facts: what else is known (title, summary, licence, languages, limits, tags).
     """
-    from huggingface_hub import DatasetCard, DatasetCardData
-
     facts = facts or CardFacts()
     licences = unique(licence_identifier(source.licence) or "other" for source in datastore.sources if source.licence)
     metadata = licence_metadata(facts.licence) if facts.licence else {"license": licences or None}
@@ -257,8 +250,6 @@ def eval_results(results: Sequence[Result]) -> list[EvalResult]:
     Raises:
         ValueError: two test sets of different names would be written as one.
     """
-    from huggingface_hub import EvalResult
-
     names: dict[tuple, tuple] = {}
     converted = []
     for result in results:

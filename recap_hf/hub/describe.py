@@ -6,19 +6,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
 
-from recap_hf.modeling.configuration_recap import encoder_class
+from recap_hf.modeling.configuration_recap import RecapConfig, encoder_class
 from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
 from recap_hf.modeling.options_recap import PAPER_PROMPT, RETRIEVAL, CaptionOptions
+from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 from .cards import DatastoreFacts, ModelDescription
 from .facts import DataSource
-
-if TYPE_CHECKING:
-    from recap_hf import CaptionDatastore, RecapConfig
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 # Tensors of a checkpoint that are no parameters (those of integers are known by their type).
@@ -35,8 +33,6 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
     Raises:
         OSError: there is no `config.json`. ValueError: it is another model's.
     """
-    from recap_hf import RecapConfig
-
     saved = _read_json(folder, "config.json")
     if not saved:
         raise FileNotFoundError(f"{folder} has no config.json: expected a folder that `save_pretrained` wrote")
@@ -95,7 +91,7 @@ def _read_json(folder: str | Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def encoder_text(config: "RecapConfig") -> str:
+def encoder_text(config: RecapConfig) -> str:
     """The CLAP of a checkpoint, in words."""
     text = config.clap.text_config
     return (
@@ -106,7 +102,7 @@ def encoder_text(config: "RecapConfig") -> str:
     )
 
 
-def conditioning_part(config: "RecapConfig", num_parameters: int) -> dict[str, str]:
+def conditioning_part(config: RecapConfig, num_parameters: int) -> dict[str, str]:
     """What conditions GPT-2 on CLAP in a checkpoint: its name, and a description in words."""
     number = f", {num_parameters:,} parameters" if num_parameters else ""
     if config.conditioning == "prefix":
@@ -138,7 +134,7 @@ def read_weights(folder: str | Path) -> tuple[dict[str, int], list[str]]:
     return sizes, [name for name, _ in dtypes.most_common()]
 
 
-def describe_datastore(datastore: "CaptionDatastore") -> DatastoreFacts:
+def describe_datastore(datastore: CaptionDatastore) -> DatastoreFacts:
     """The description of a datastore on a card: one source per name and licence, the largest first."""
     counts = Counter((record.get("source") or UNNAMED, record.get("licence")) for record in datastore.records)
     sources = tuple(

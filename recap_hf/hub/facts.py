@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 FACTS_FILE = "card_facts.json"
 
 
@@ -110,8 +112,6 @@ class CardFacts:
         Raises:
             ValueError: the file is not what `from_dict` takes.
         """
-        import yaml
-
         text = Path(path).read_text(encoding="utf-8")
         is_yaml = Path(path).suffix in (".yaml", ".yml")
         try:

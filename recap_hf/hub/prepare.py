@@ -6,6 +6,9 @@ A README.md that somebody wrote or edited stays as it is.
 import json
 from pathlib import Path
 
+from recap_hf.modeling.processing_recap import DATASTORE_FOLDER
+from recap_hf.modeling.retrieval_recap import MANIFEST_NAME, CaptionDatastore
+
 from .cards import is_unedited, render_datastore_card, render_model_card, save_card
 from .describe import describe_checkpoint, describe_datastore
 from .facts import FACTS_FILE, CardFacts
@@ -26,9 +29,6 @@ def prepare_folder(
         facts: what is known beyond the files; default: `card_facts.json` in the folder.
         datastore_folder: the datastore, if the checkpoint only refers to it.
     """
-    from recap_hf.modeling.processing_recap import DATASTORE_FOLDER
-    from recap_hf.modeling.retrieval_recap import MANIFEST_NAME, CaptionDatastore
-
     folder = Path(folder)
     manifest, datastore, reference = folder / DATASTORE_FOLDER / MANIFEST_NAME, None, None
     if manifest.is_file():
@@ -48,8 +48,6 @@ def prepare_folder(
 
 def prepare_datastore(folder: Path, repo_id: str, facts: CardFacts | None = None) -> None:
     """Writes the Parquet files and the card of a datastore; `facts` as for `prepare_folder`."""
-    from recap_hf.modeling.retrieval_recap import CaptionDatastore
-
     datastore = CaptionDatastore.from_pretrained(folder)
     _drop_removed(datastore, folder)
     columns = write_parquet(datastore.records, folder / PARQUET_FOLDER)

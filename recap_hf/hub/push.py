@@ -12,13 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from huggingface_hub import CommitInfo, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+
+from recap_hf.modeling.configuration_recap import copy_remote_code
+from recap_hf.modeling.datastore_files_recap import FORMAT_VERSION, MANIFEST_NAME
+from recap_hf.modeling.processing_recap import DATASTORE_FOLDER
+
+from .describe import describe_checkpoint
 from .facts import CardFacts
 from .prepare import prepare_datastore, prepare_folder, read_facts
-
-if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
 
 CARD = "README.md"
 TOKENIZER_FILES = (
@@ -74,7 +79,7 @@ class PushOptions:
 class PushResult:
     """What a push did: the commit of huggingface_hub, the repository, and whether its README.md was kept."""
 
-    commit: "CommitInfo"
+    commit: CommitInfo
     repo_id: str
     card_kept: bool = False
 
@@ -87,8 +92,6 @@ def push_folder(
     facts: CardFacts | None = None,
 ) -> list[PushResult]:
     """Pushes a saved checkpoint or a saved datastore; see `push_checkpoint` and `push_datastore`."""
-    from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
-
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: expected a saved checkpoint or datastore")
@@ -123,12 +126,6 @@ def push_checkpoint(
         OSError: the push failed, or a file is a link that leaves the folder.
         ValueError: the folder holds no RECAP checkpoint, or no datastore where one is to be pushed.
     """
-    from recap_hf.modeling.configuration_recap import copy_remote_code
-    from recap_hf.modeling.processing_recap import DATASTORE_FOLDER
-    from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
-
-    from .describe import describe_checkpoint
-
     folder, options = Path(folder), options or PushOptions()
     describe_checkpoint(folder)
     if not list(folder.glob("model*.safetensors")):
@@ -177,7 +174,7 @@ def push_datastore(
         return upload(stage, repo_id, "dataset", options, DATASTORE_REPLACES)
 
 
-def push_store(store: Any, repo_id: str, **options: Any) -> "CommitInfo":
+def push_store(store: Any, repo_id: str, **options: Any) -> CommitInfo:
     """Saves a datastore and pushes its files; see `CaptionDatastore.push_to_hub`.
 
     Args:
@@ -191,8 +188,6 @@ def push_store(store: Any, repo_id: str, **options: Any) -> "CommitInfo":
 
 def datastore_files(folder: Path) -> tuple[str, ...]:
     """Names of the files of a datastore: its manifest, the files that the manifest names, card and licence."""
-    from recap_hf.modeling.retrieval_recap import MANIFEST_NAME
-
     path = folder / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -228,8 +223,6 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
 
 def write_reference(folder: Path, pushed: PushResult) -> None:
     """Writes a datastore that refers to the repository and the commit that it was pushed to."""
-    from recap_hf.modeling.datastore_files_recap import FORMAT_VERSION, MANIFEST_NAME
-
     folder.mkdir(parents=True)
     reference = {"repo_id": pushed.repo_id, "revision": pushed.commit.oid}
     text = json.dumps({"format_version": FORMAT_VERSION, "reference": reference}, indent=1) + "\n"
@@ -248,8 +241,6 @@ def upload(
         options: how to push.
         replaces: patterns of files in the repository that are deleted where the folder has no such file.
     """
-    from huggingface_hub import HfApi
-
     api = HfApi(token=options.token, library_name="recap_hf")
     place: dict[str, Any] = {"repo_type": repo_type, "revision": options.revision}
     with hub_errors(repo_id, repo_type, options.revision):
@@ -272,9 +263,6 @@ def upload(
 @contextmanager
 def hub_errors(repo_id: str, repo_type: str, revision: str | None = None) -> Iterator[None]:
     """Turns errors of huggingface_hub into an `OSError` of one line with the repository and what to do."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-
     where = f"cannot push to the {repo_type} repository {repo_id!r} at revision {revision or 'main'!r}"
     try:
         yield

@@ -10,6 +10,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hints
 
+import yaml
+
 from recap_hf.data import NAMED_DATASETS
 
 if TYPE_CHECKING:
@@ -235,8 +237,6 @@ def read_recipe(path: str | Path, kind: type[TrainingConfig]) -> dict[str, Any]:
     Raises:
         ValueError: for a file that does not parse, unknown keys, or values of the wrong kind.
     """
-    import yaml
-
     try:
         # JSON is YAML. Of the base loader every value is text, as on the command line.
         raw = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 
 from recap_hf.data import CaptionData, join, load_captions
 from recap_hf.data.schema import Problem, column_mapping
@@ -140,8 +141,6 @@ def load_encoded(
     Raises:
         ValueError: if no clip of a split can be encoded.
     """
-    from accelerate import PartialState
-
     clips, summary = {}, DataSummary()
     options = {"batch_size": config.encode_batch_size, "workers": config.workers(PartialState().device)}
     for split, data in splits.items():

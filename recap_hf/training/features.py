@@ -18,10 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch.utils.data import DataLoader
 
 from recap_hf.data.schema import Problem
 from recap_hf.files import replacing, write_text
+from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +146,6 @@ class FeatureStore:
         Raises:
             ValueError: if one holds NaN or a value beyond its type.
         """
-        from safetensors.numpy import save_file
-
         arrays = {f"{key}/{name}": np.ascontiguousarray(array) for key in clips for name, array in clips[key].items()}
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ValueError("the encoder's output holds NaN or exceeds fp16 (65,504): this CLAP is not usable")
@@ -154,8 +157,6 @@ class FeatureStore:
 @lru_cache(maxsize=256)
 def _open_shard(path: Path) -> Any:
     # Outside of the class: a store is copied to worker processes, and each maps the files itself.
-    from safetensors import safe_open
-
     return safe_open(path, framework="np")
 
 
@@ -189,9 +190,6 @@ def store_features(
         batch_size: recordings in a pass of the encoder.
         workers: processes that read, decode and resample recordings; 0: this one does.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
     started, state = time.monotonic(), PartialState()
     store, audio = FeatureStore(cache, encoder.identity), dataset["audio"]
     keys, failed = _content_keys(audio, store.folder.parent)
@@ -252,8 +250,6 @@ def read_clip(audio: dict[str, Any], sampling_rate: int) -> np.ndarray:
     Raises:
         ValueError, OSError, ImportError: for a recording that cannot be read or is too short, with the reason.
     """
-    from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
-
     waveform, rate = load_audio(audio)
     samples = waveform.shape[-1]
     if samples / rate < _SHORTEST:
@@ -281,9 +277,6 @@ def _content_keys(audio: Any, folder: Path) -> tuple[list[str | None], dict[int,
 
     Hashes of files are kept in `folder/content-keys.json`, and hold as long as path, size and time of change do.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
     state, index = PartialState(), folder / "content-keys.json"
     known: dict[str, str] = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
     own: list[tuple[int, str | None, str]] = []

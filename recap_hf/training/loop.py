@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import get_scheduler
 
 from .checkpoints import Checkpoints, load_checkpoint
 from .config import TrainingConfig, changed_settings
@@ -54,8 +55,6 @@ class TrainingLoop:
     """
 
     def __init__(self, config: TrainingConfig, task: Task, accelerator: Any) -> None:
-        from transformers import get_scheduler
-
         self.config, self.task, self.accelerator = config, task, accelerator
         self.trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
         steps = math.ceil(config.num_train_epochs * task.steps_per_epoch)

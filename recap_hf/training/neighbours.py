@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from recap_hf.files import replacing
 
@@ -57,9 +59,6 @@ def find_neighbours(datastore: Any, queries: Sequence[Query], top: int, cache: s
     Results are kept in `cache` under a hash of datastore and queries; a later call with the same ones reads them.
     Every process of a distributed run calls this; each searches its share.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
     state = PartialState()
     path = Path(cache) / f"neighbours-{search_key(datastore, queries, top)}.npy"
     known = path.is_file()

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from recap_hf.files import write_text
 from recap_hf.version import __version__
@@ -36,8 +39,6 @@ def train(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _train(config: TrainingConfig) -> dict[str, Any]:
-    from accelerate import Accelerator
-
     started, folder = time.monotonic(), Path(config.output_dir)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -78,8 +79,6 @@ def _train(config: TrainingConfig) -> dict[str, Any]:
 
 def _trackers(names: list[str]) -> list[str]:
     """The trackers to report to; one that is not installed is an error, while Accelerate would ignore it."""
-    from accelerate.tracking import get_available_trackers
-
     installed = [str(name) for name in get_available_trackers()]
     unknown = set(names) - {*installed, "all", "none"}
     if unknown:
@@ -112,8 +111,6 @@ def _checkpoint_to_resume(config: TrainingConfig, accelerator: Any) -> Path | No
 
 def _report(loop: TrainingLoop, prepared_s: float) -> dict[str, Any]:
     """What is known of every run, as plain data."""
-    import transformers
-
     config, task, progress, accelerator = loop.config, loop.task, loop.progress, loop.accelerator
     problems = [{"split": split, **asdict(problem)} for split, problem in task.data.problems]
     best = {"metric": config.metric_for_best_model, "value": progress.best_value, "step": progress.best_step}

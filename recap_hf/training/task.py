@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -102,8 +103,6 @@ class Task(ABC):
 
         Each process computes its share. Neither batches nor order depend on the number of processes.
         """
-        from accelerate.utils import gather_object
-
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
         first, step = self.accelerator.process_index, self.accelerator.num_processes
         own = [(number, compute(batches[number])) for number in range(first, len(batches), step)]

@@ -11,20 +11,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.processors import RobertaProcessing
 from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    ClapConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import cached_file
+
+from recap_hf import RecapFeatureExtractor, RecapForConditionalGeneration, RecapProcessor, default_model_path
+from recap_hf.modeling.configuration_recap import encoder_class
 
 from ..config import TrainingConfig, option, other_default
 from ..loss import checkpoint_activations, fuse_activations
 
 if TYPE_CHECKING:
-    from transformers import ClapConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
-
     from .captioner import CaptionerTrainingConfig
 
 logger = logging.getLogger(__name__)
 
 # The logit of a new class before training: a probability of 0.007.
 _RARE = -5.0
+_LARGE_ENOUGH = (lambda value: value >= 300, "at least 300 (256 bytes and special tokens)")
 
 
 @dataclass
@@ -32,10 +46,7 @@ class BaseTrainingConfig(TrainingConfig):
     """Settings that both bases have in common."""
 
     vocab_size: int = option(
-        "model",
-        4096,
-        "from scratch: tokens of the tokenizer, trained on the captions",
-        check=(lambda value: value >= 300, "at least 300 (256 bytes and special tokens)"),
+        "model", 4096, "from scratch: tokens of the tokenizer, trained on the captions", check=_LARGE_ENOUGH
     )
     weight_decay: float = other_default(TrainingConfig, "weight_decay", 0.01)
     adam_beta2: float = other_default(TrainingConfig, "adam_beta2", 0.98)
@@ -55,8 +66,6 @@ def new_clap_config(size: str, path: str, tokenizer: PreTrainedTokenizerBase) ->
     Raises:
         ValueError: if the file holds no such fields.
     """
-    from transformers import ClapConfig
-
     if size == "base" and not path:
         values: Any = {}
     else:
@@ -86,10 +95,6 @@ def train_tokenizer(
         folder: the tokenizer is written to it.
         accelerator: Accelerate's.
     """
-    from tokenizers import ByteLevelBPETokenizer, Tokenizer
-    from tokenizers.processors import RobertaProcessing
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     if kind == "gpt2":
         tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>")
     else:
@@ -132,12 +137,6 @@ def load_clap(name: str, with_texts: bool = False) -> tuple[Any, PreTrainedToken
     Raises:
         OSError, ValueError: if there is no such model.
     """
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import cached_file
-
-    from recap_hf import RecapFeatureExtractor
-    from recap_hf.modeling.configuration_recap import encoder_class
-
     captioner = _load_captioner(name)
     if captioner is not None:
         model, processor = captioner
@@ -185,8 +184,6 @@ def add_classes(clap: Any, names: Sequence[str]) -> None:
 
 def load_gpt2(name: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
     """An existing GPT-2 with its tokenizer; of a RECAP checkpoint, its language model without the cross-attention."""
-    from transformers import AutoTokenizer, GPT2LMHeadModel
-
     captioner = _load_captioner(name)
     if captioner is None:
         return GPT2LMHeadModel.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
@@ -195,8 +192,6 @@ def load_gpt2(name: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
 
 def _plain_gpt2(captioner: Any) -> GPT2LMHeadModel:
     """The language model of a captioner without its cross-attention."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     plain = GPT2LMHeadModel(GPT2Config(**{**captioner.config.decoder.to_dict(), "add_cross_attention": False}))
     plain.load_state_dict(captioner.decoder.state_dict(), strict=False)
     return plain
@@ -204,10 +199,6 @@ def _plain_gpt2(captioner: Any) -> GPT2LMHeadModel:
 
 def _load_captioner(name: str) -> tuple[Any, Any] | None:
     """Model and processor if `name` is a RECAP checkpoint."""
-    from transformers import AutoConfig
-
-    from recap_hf import RecapForConditionalGeneration, RecapProcessor, default_model_path
-
     if name == "embedded":
         name = str(default_model_path())
         if not Path(name).is_dir():
@@ -226,8 +217,6 @@ def new_captioner(config: CaptionerTrainingConfig) -> tuple[Any, Any]:
     Raises:
         OSError, ValueError: if a part cannot be loaded or does not fit.
     """
-    from recap_hf import RecapProcessor
-
     if config.clap:
         clap, clap_tokenizer, extractor = load_clap(config.clap, with_texts=True)
         gpt2, tokenizer = load_gpt2(config.decoder)
@@ -254,8 +243,6 @@ def new_captioner(config: CaptionerTrainingConfig) -> tuple[Any, Any]:
 
 
 def _combine(clap: Any, decoder: Any, config: CaptionerTrainingConfig, **settings: Any) -> Any:
-    from recap_hf import RecapForConditionalGeneration
-
     names = ["cross_attention_reduce_factor", *(["conditioning"] if config.conditioning else [])]
     names += ["prefix_length", "prefix_num_layers"] if config.conditioning == "prefix" else []
     settings = {name: getattr(config, name) for name in names} | settings

@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
+from huggingface_hub import get_token
 
+from recap_hf import CaptionDatastore, open_datastore
+from recap_hf.datastore import clip_keys
 from recap_hf.files import write_text
+from recap_hf.hub import PushOptions, push_checkpoint
+from recap_hf.hub.facts import FACTS_FILE
+from recap_hf.hub.prepare import prepare_folder
 
 from ..collator import PromptedCaptions
 from ..config import AT_LEAST_1, SHARE, AudioTrainingConfig, option
@@ -73,8 +80,6 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
             raise ValueError("--datastore takes the training captions once: either 'training' or 'training-audio'")
 
     def build_task(self, accelerator: Any) -> "CaptionerTask":
-        from huggingface_hub import get_token
-
         if self.push_to_hub and get_token() is None:
             # Known before the training, not after it.
             raise ValueError("--push-to-hub needs a login: hf auth login (or HF_TOKEN in the environment)")
@@ -95,11 +100,6 @@ def build_corpus(
     Returns:
         The examples by split; the datastore that is saved with the captioner, None without retrieval; and the counts.
     """
-    from accelerate import PartialState
-
-    from recap_hf import CaptionDatastore, open_datastore
-    from recap_hf.datastore import clip_keys
-
     with PartialState().main_process_first():
         splits = load_splits(config)
     clips, store, summary = load_encoded(config, AudioTower(model, processor), splits)
@@ -128,10 +128,6 @@ def build_corpus(
 
 def _store_by_text(records: list[dict], model: Any, processor: Any, fingerprint: np.ndarray, cache: Path) -> Any:
     """A datastore of the training captions, embedded once for all processes and later runs."""
-    from accelerate import PartialState
-
-    from recap_hf import CaptionDatastore
-
     digest = hashlib.blake2b(np.round(fingerprint, 4).astype(np.float32).tobytes(), digest_size=8)
     digest.update(json.dumps(records, sort_keys=True).encode())
     folder, state = cache / f"datastore-{digest.hexdigest()}", PartialState()
@@ -186,10 +182,6 @@ class CaptionerTask(PromptedTask):
         }
 
     def finish(self, folder: Path, report: dict[str, Any]) -> None:
-        from recap_hf.hub import PushOptions, push_checkpoint
-        from recap_hf.hub.facts import FACTS_FILE
-        from recap_hf.hub.prepare import prepare_folder
-
         config, repo = self.config, self.config.hub_model_id or folder.resolve().name
         write_text(folder / FACTS_FILE, json.dumps(card_facts(report), indent=2) + "\n")
         prepare_folder(folder, repo)

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from recap_hf import (
+    CaptionDatastore,
+    RecapFeatureExtractor,
+    RecapForConditionalGeneration,
+    RecapProcessor,
+    open_datastore,
+)
 from recap_hf.modeling.options_recap import PAPER_PROMPT
 
 from ..config import AT_LEAST_1, NOT_NEGATIVE, TrainingConfig, option, other_default, require
@@ -53,8 +61,6 @@ class LanguageModelTrainingConfig(BaseTrainingConfig, PromptConfig):
             raise ValueError("--datastore is searched by embeddings of captions: give --clap, too")
 
     def build_task(self, accelerator: Any) -> "LanguageModelTask":
-        from recap_hf import RecapFeatureExtractor, RecapProcessor
-
         with accelerator.main_process_first():
             loaded = load_splits(self)
         splits, summary = {split: clips_of(data) for split, data in loaded.items()}, DataSummary()
@@ -78,8 +84,6 @@ class LanguageModelTrainingConfig(BaseTrainingConfig, PromptConfig):
 
     def _start(self, clips: list[Clip], accelerator: Any) -> tuple[Any, Any]:
         """The GPT-2 to train and its tokenizer."""
-        from transformers import GPT2Config, GPT2LMHeadModel
-
         torch.manual_seed(self.seed)
         if self.decoder:
             return load_gpt2(self.decoder)
@@ -120,8 +124,6 @@ def _nearest_captions(
     config: LanguageModelTrainingConfig, splits: dict[str, list[Clip]], model: Any, processor: Any
 ) -> dict[str, list[Neighbours]]:
     """For each caption of a split the captions that its prompt may hold: one table, or none without retrieval."""
-    from recap_hf import CaptionDatastore, RecapForConditionalGeneration, RecapProcessor, open_datastore
-
     if not config.num_retrieved or not config.clap:
         return {split: [_same_clip(clips)] if config.num_retrieved else [] for split, clips in splits.items()}
     clap, clap_tokenizer, extractor = load_clap(config.clap, with_texts=True)

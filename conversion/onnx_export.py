@@ -35,7 +35,7 @@ from recap_hf.onnx_runtime import (
 )
 
 from .output import finished_folder
-from .state_dicts import ConversionError, require_cross_attention
+from .state_dicts import ConversionError, relative_error, require_cross_attention
 
 _TOLERANCE = 1e-4
 
@@ -328,18 +328,14 @@ def _compare(model: RecapForConditionalGeneration, processor: RecapProcessor, fo
     prompt, past = captioner.step(ids[:, :11].numpy(), captioner.empty_caches(1), cross, mask)
     later, _ = captioner.step(ids[:, 11:].numpy(), past, cross, mask)
     logits = model(encoder_outputs=encoding, decoder_input_ids=ids).logits[0]
-    differences = {
-        "log-mel": _relative(captioner.log_mel(clip.numpy()), mel),
-        "hidden states": _relative(hidden, encoding.last_hidden_state),
-        "audio embeddings": _relative(embeds, encoding.audio_embeds[0]),
-        "logits of the prompt": _relative(prompt[0], logits[10]),
-        "logits of a later token": _relative(later[0], logits[11]),
+    pairs = {
+        "log-mel": (captioner.log_mel(clip.numpy()), mel),
+        "hidden states": (hidden, encoding.last_hidden_state),
+        "audio embeddings": (embeds, encoding.audio_embeds[0]),
+        "logits of the prompt": (prompt[0], logits[10]),
+        "logits of a later token": (later[0], logits[11]),
     }
+    differences = {name: relative_error(torch.from_numpy(ours), theirs) for name, (ours, theirs) in pairs.items()}
     if worse := {name: value for name, value in differences.items() if not value <= _TOLERANCE}:
         raise ConversionError(f"the ONNX graphs compute something else than the model (relative differences): {worse}")
     return differences
-
-
-def _relative(actual: np.ndarray, reference: torch.Tensor) -> float:
-    expected = reference.numpy()
-    return float(np.abs(actual - expected).max() / np.abs(expected).max())

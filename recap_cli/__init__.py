@@ -6,6 +6,7 @@ transformers, which takes seconds. So nothing here or at the head of a command's
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -39,15 +40,9 @@ class _Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that also accepts `--snake_case` spellings of its `--kebab-case` flags."""
 
     def parse_known_args(self, args=None, namespace=None):
-        args = [self._kebab(arg) for arg in (sys.argv[1:] if args is None else args)]
+        args = sys.argv[1:] if args is None else args
+        args = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), arg) for arg in args]
         return super().parse_known_args(args, namespace)
-
-    @staticmethod
-    def _kebab(arg: str) -> str:
-        if not arg.startswith("--") or arg == "--":
-            return arg
-        flag, equals, value = arg.partition("=")
-        return flag.replace("_", "-") + equals + value
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:

@@ -64,17 +64,17 @@ def run(args: argparse.Namespace) -> int:
     targets = _targets(args, names) if args.output_dir else {args.output: names}
     for path in targets:
         check_output(path, *names)
-    job = _Job(args, load_captioner(args), settings)
+    captioner, failed = load_captioner(args), 0
     for path, group in targets.items():
         with open_output(path) as file:
             writer = TIMELINE_WRITERS[args.format](file, args.accessible)
             for name in group:
-                job.caption(name, writer)
+                failed += not _caption(args, captioner, settings, name, writer)
             writer.close()
-    if job.failed:
-        message = f"{job.failed} of {len(names)} recordings could not be captioned to the end."
+    if failed:
+        message = f"{failed} of {len(names)} recordings could not be captioned to the end."
         print(f"recap timeline: {message}", file=sys.stderr)
-    return 1 if job.failed else 0
+    return 1 if failed else 0
 
 
 def check_usage(args: argparse.Namespace, num_recordings: int) -> None:
@@ -87,53 +87,37 @@ def check_usage(args: argparse.Namespace, num_recordings: int) -> None:
         raise ValueError("--accessible needs --format srt or vtt")
 
 
-class _Job:
-    """Captions recordings one after the other and counts those that failed."""
+def _caption(args: argparse.Namespace, captioner: Any, settings: Any, name: str, writer: Any) -> bool:
+    """Writes one recording; returns whether it was read to its end."""
+    from tqdm import tqdm
 
-    def __init__(self, args: argparse.Namespace, captioner: Any, settings: Any) -> None:
-        self.args = args
-        self.captioner = captioner
-        self.settings = settings
-        self.failed = 0
+    from recap_hf.audio.timeline import TimelineSummary, caption_timeline
+    from recap_hf.modeling.audio_recap import SILENCE_CAPTION
+    from recap_hf.modeling.captioning_recap import READ_ERRORS
+    from recap_hf.recordings import reason_of
 
-    def caption(self, name: str, writer: Any) -> None:
-        """Writes one recording."""
-        from tqdm import tqdm
-
-        from recap_hf.audio.timeline import TimelineSummary
-        from recap_hf.modeling.captioning_recap import READ_ERRORS
-        from recap_hf.recordings import reason_of
-
-        summary = TimelineSummary(self.settings.same_caption)
-        writer.begin(name)
-        # Without a total: many formats do not say how long a recording is.
-        bar = tqdm(unit="s", disable=None, file=sys.stderr, leave=False, desc=printable(Path(name).name))
-        result = None
-        with bar, _source(name) as source:
-            segments = self._segments(source, summary)
-            # Errors of reading only: one of writing, such as a full disk or a closed pipe, ends the run.
-            while True:
-                try:
-                    segment = next(segments)
-                except StopIteration:
-                    result = summary.result()
-                    break
-                except READ_ERRORS as error:
-                    self.failed += 1
-                    bar.write(f"recap timeline: {printable(f'{name}: {reason_of(name, error)}')}", file=sys.stderr)
-                    break
-                bar.update(round(segment["end"]) - bar.n)
+    summary = TimelineSummary(settings.same_caption)
+    writer.begin(name)
+    # Without a total: many formats do not say how long a recording is.
+    bar = tqdm(unit="s", disable=None, file=sys.stderr, leave=False, desc=printable(Path(name).name))
+    result = None
+    with bar, _source(name) as source:
+        segments = caption_timeline(captioner, source, settings=settings, summary=summary, batch_size=args.batch_size)
+        # Errors of reading only: one of writing, such as a full disk or a closed pipe, ends the run.
+        while True:
+            try:
+                segment = next(segments)
+            except StopIteration:
+                result = summary.result()
+                break
+            except READ_ERRORS as error:
+                bar.write(f"recap timeline: {printable(f'{name}: {reason_of(name, error)}')}", file=sys.stderr)
+                break
+            bar.update(round(segment["end"]) - bar.n)
+            if not (args.skip_silence and segment["caption"] == SILENCE_CAPTION):
                 writer.write(segment)
-        writer.end(result)
-
-    def _segments(self, source: Any, summary: Any) -> Iterator[dict[str, Any]]:
-        from recap_hf.audio.timeline import caption_timeline
-        from recap_hf.modeling.audio_recap import SILENCE_CAPTION
-
-        options = {"settings": self.settings, "summary": summary, "batch_size": self.args.batch_size}
-        for segment in caption_timeline(self.captioner, source, **options):
-            if not (self.args.skip_silence and segment["caption"] == SILENCE_CAPTION):
-                yield segment
+    writer.end(result)
+    return result is not None
 
 
 def _targets(args: argparse.Namespace, names: Sequence[str]) -> dict[Path, list[str]]:

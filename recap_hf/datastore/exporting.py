@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 
 from recap_hf.hub.parquet import column_names, to_table
 
@@ -30,8 +31,6 @@ def export_datastore(store: Any, path: str | Path, embeddings: str | Path | None
     for target in (path, *([] if embeddings is None else [Path(embeddings)])):
         target.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".parquet":
-        import pyarrow.parquet
-
         pyarrow.parquet.write_table(to_table(store.records), path)
     elif suffix == ".csv":
         columns = column_names(store.records)

@@ -338,8 +338,10 @@ class MilvusCaptionDatastore(CaptionDatastore):
 
         address, collection = parse_milvus_name(name)
         client = connect(address, token)
-        if client.has_collection(collection) and not overwrite and _is_complete(client, collection):
-            raise FileExistsError(f"{address} has a collection {collection!r} already; overwrite it if it may go.")
+        if client.has_collection(collection) and not overwrite:
+            properties = client.describe_collection(collection).get("properties") or {}
+            if properties.get("recap.complete") == "1":
+                raise FileExistsError(f"{address} has a collection {collection!r} already; overwrite it if it may go.")
         defaults = _DEFAULTS.get(index_type, ({}, {}))
         index_params = defaults[0] if index_params is None else index_params
         search_params = defaults[1] if search_params is None else search_params
@@ -410,10 +412,6 @@ class MilvusCaptionDatastore(CaptionDatastore):
 
 def _reopen(address: str, name: str, search_params: Mapping[str, Any]) -> MilvusCaptionDatastore:
     return MilvusCaptionDatastore(connect(address), name, search_params, address)
-
-
-def _is_complete(client: Any, collection: str) -> bool:
-    return (client.describe_collection(collection).get("properties") or {}).get("recap.complete") == "1"
 
 
 def _create(

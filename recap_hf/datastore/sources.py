@@ -86,7 +86,9 @@ def records_of_rows(rows: Iterable[Mapping[str, Any]], name: str, options: Sourc
     for row in rows:
         # Of several files, only some may have the mapped columns.
         mapped = {theirs: ours for ours, theirs in options.columns.items() if theirs in row}
-        row = {_our_name(key, mapped): value for key, value in row.items() if key}
+        # An underscore tells a column that has the name of a mapped one.
+        names = {key: mapped.get(key) or (f"{key}_" if key in mapped.values() else key) for key in row if key}
+        row = {names[key]: row[key] for key in names}
         columns = caption_columns(row)
         if not columns and "abstract_captions" not in row:
             raise ValueError(
@@ -105,11 +107,6 @@ def records_of_rows(rows: Iterable[Mapping[str, Any]], name: str, options: Sourc
                     weak_seen.add((str(clip), text))
                     domain = str(common["source"]).removeprefix("recap-")
                     yield {"caption": text, **common, "source": f"{WEAK_PREFIX}-{domain}", "weak": True}
-
-
-def _our_name(column: str, mapped: Mapping[str, str]) -> str:
-    """Our name of a file's column; an underscore tells one that has the name of a mapped one."""
-    return mapped.get(column) or (f"{column}_" if column in mapped.values() else column)
 
 
 def _common(row: Mapping[str, Any], name: str, options: SourceOptions) -> dict[str, Any]:

@@ -176,7 +176,8 @@ def _from_gradient(model: Any, passage: Passage, groups: list[list[int]]) -> _We
             ]
             audio.append(torch.stack(weighted[: len(cross)]).sum(dim=(0, 1)).clamp(min=0))
             per_key = torch.stack(weighted[len(cross) :])[:, behind:].sum(dim=(0, 1))
-            captions.append(_per_caption(per_key, passage).clamp(min=0))
+            sums = [per_key[place].sum() for place in passage.captions]
+            captions.append((torch.stack(sums) if sums else per_key.new_zeros(0)).clamp(min=0))
     return log_probs.detach(), audio, captions
 
 
@@ -209,11 +210,6 @@ def _regions(grid: tuple[int, int, int]) -> torch.Tensor:
     windows, bands, cells = grid
     near = (torch.arange(cells)[:, None] - torch.arange(cells)).abs() <= _MARGIN
     return torch.block_diag(*[near.float()] * (windows * bands))
-
-
-def _per_caption(per_key: torch.Tensor, passage: Passage) -> torch.Tensor:
-    sums = [per_key[place].sum() for place in passage.captions]
-    return torch.stack(sums) if sums else per_key.new_zeros(0)
 
 
 @torch.no_grad()

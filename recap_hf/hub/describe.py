@@ -71,19 +71,15 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
         template = processor.get("prompt_template", PAPER_PROMPT.template)
         separator = processor.get("caption_separator", PAPER_PROMPT.separator)
         prompt = template.replace("{captions}", separator.join(captions))
-    chosen = {**_read_json(folder, "generation_config.json"), **_retrieval(processor)}
+    retrieval = {"k": processor.get("num_retrieved_captions"), **processor}
+    chosen = _read_json(folder, "generation_config.json")
+    chosen |= {name: retrieval.get(name) for name in CaptionOptions.names(RETRIEVAL)}
     options = [
         (option.name, chosen[option.name], option.metadata["help"])
         for option in fields(CaptionOptions)
         if chosen.get(option.name) is not None
     ]
     return ModelDescription(parts, prompt, number, options)
-
-
-def _retrieval(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """The retrieval options that a processor's file sets."""
-    saved = {"k": processor.get("num_retrieved_captions"), **processor}
-    return {name: saved.get(name) for name in CaptionOptions.names(RETRIEVAL)}
 
 
 def _read_json(folder: str | Path, name: str) -> dict[str, Any]:

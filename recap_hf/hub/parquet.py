@@ -3,10 +3,9 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pyarrow
+import pyarrow.parquet
 
 FIRST_COLUMNS = ("caption", "clip_id", "source", "licence")
 ROWS_PER_FILE = 1_000_000
@@ -26,8 +25,6 @@ def write_parquet(
     Returns:
         The columns: `caption` first, then those with a meaning of their own, then the others by name.
     """
-    import pyarrow.parquet
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     table = to_table(records)
@@ -44,19 +41,15 @@ def column_names(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in FIRST_COLUMNS if name in found] + sorted(found.difference(FIRST_COLUMNS))
 
 
-def to_table(records: Sequence[Mapping[str, Any]]) -> "pyarrow.Table":
+def to_table(records: Sequence[Mapping[str, Any]]) -> pyarrow.Table:
     """The records as columns."""
-    import pyarrow
-
     names = column_names(records)
     return pyarrow.table([_column([record.get(name) for record in records]) for name in names], names)
 
 
-def _column(values: list[Any]) -> "pyarrow.Array":
+def _column(values: list[Any]) -> pyarrow.Array:
     """Values of one column; JSON texts where they have no common type, or one that is neither plain nor a list of
     texts."""
-    import pyarrow
-
     types = [pyarrow.string(), pyarrow.bool_(), pyarrow.int64(), pyarrow.float64(), pyarrow.list_(pyarrow.string())]
     try:
         column = pyarrow.array(values)

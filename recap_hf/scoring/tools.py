@@ -44,11 +44,6 @@ class JavaRuntime:
     version: str
     source: str
 
-    @property
-    def major(self) -> int:
-        """Major version: 8 for `1.8.0`, 11 for `11.0.13`."""
-        return int(self.version.removeprefix("1.").split(".")[0])
-
     def start(self, *arguments: str, folder: str | os.PathLike, **streams: int) -> subprocess.Popen:
         """A Java process in `folder`, with UTF-8 as its character set, whatever the locale and environment."""
         environment = {name: value for name, value in os.environ.items() if name not in _JAVA_VARIABLES}
@@ -216,7 +211,9 @@ def spice(
             "https://nlp.stanford.edu/software/, unpack both jars and name their folder (--spice-models DIR)"
         )
     classpath = os.pathsep.join(map(str, [home / "spice-1.0.jar", home / "lib" / "*", *jars]))
-    opened = [f"--add-opens=java.base/java.{package}=ALL-UNNAMED" for package in _OPENED] * (java.major >= 16)
+    # 8 for `1.8.0`, 11 for `11.0.13`.
+    major = int(java.version.removeprefix("1.").split(".")[0])
+    opened = [f"--add-opens=java.base/java.{package}=ALL-UNNAMED" for package in _OPENED] * (major >= 16)
     pairs = enumerate(zip(captions, references, strict=True))
     clips = [{"image_id": number, "test": caption, "refs": list(refs)} for number, (caption, refs) in pairs]
     with tempfile.TemporaryDirectory() as folder:

@@ -159,15 +159,20 @@ def convert_to_stock(
     clap, decoder, cross = stock_parts(model)
     if inside:
         decoder = stock_decoder(model)
+    processor = RecapProcessor.from_pretrained(source) if _has_processor(source) else None
+    values = {key: getattr(model.config, key) for key in _CONFIG_SETTINGS}
+    values |= {key: getattr(processor, key) for key in _PROCESSOR_SETTINGS} if processor else {}
+    settings = {key: str(value) for key, value in values.items() if value is not None}
+    cross = {key: value.contiguous() for key, value in cross.items()}
     with finished_folder(out, overwrite) as folder:
         clap.save_pretrained(folder / "clap")
         decoder.save_pretrained(folder / "decoder")
-        save_file(
-            {key: value.contiguous() for key, value in cross.items()},
-            folder / CROSS_ATTENTION_FILE,
-            metadata=_settings_of(model.config, source),
-        )
-        _save_companions(source, folder)
+        save_file(cross, folder / CROSS_ATTENTION_FILE, metadata=settings)
+        if processor:
+            # Tokenizers and mel settings beside the parts that they belong to.
+            processor.tokenizer.save_pretrained(folder / "decoder")
+            processor.clap_tokenizer.save_pretrained(folder / "clap")
+            processor.feature_extractor.save_pretrained(folder / "clap")
         check_saved(clap, type(clap).from_pretrained(folder / "clap"))
         check_saved(decoder, GPT2LMHeadModel.from_pretrained(folder / "decoder"))
     return {**_sizes(model), "cross_attention_inside_decoder": inside}
@@ -201,14 +206,6 @@ _PROCESSOR_SETTINGS: dict[str, type] = {
     "prompt_without_captions": str,
     "target_prefix": str,
 }
-
-
-def _settings_of(config: RecapConfig, source: str | Path) -> dict[str, str]:
-    values = {key: getattr(config, key) for key in _CONFIG_SETTINGS}
-    if _has_processor(source):
-        processor = RecapProcessor.from_pretrained(source)
-        values |= {key: getattr(processor, key) for key in _PROCESSOR_SETTINGS}
-    return {key: str(value) for key, value in values.items() if value is not None}
 
 
 def _has_processor(source: str | Path) -> bool:
@@ -250,16 +247,6 @@ def _save(
             processor.check_model(model)
             processor.save_pretrained(folder)
         check_saved(model, RecapForConditionalGeneration.from_pretrained(folder))
-
-
-def _save_companions(source: str | Path, folder: Path) -> None:
-    """Tokenizers and mel settings beside the parts that they belong to, where the source has a processor."""
-    if not _has_processor(source):
-        return
-    processor = RecapProcessor.from_pretrained(source)
-    processor.tokenizer.save_pretrained(folder / "decoder")
-    processor.clap_tokenizer.save_pretrained(folder / "clap")
-    processor.feature_extractor.save_pretrained(folder / "clap")
 
 
 def _sizes(model: RecapForConditionalGeneration) -> dict[str, object]:

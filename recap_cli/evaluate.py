@@ -10,8 +10,24 @@ from recap_cli.score import add_metric_arguments, scoring_options, scoring_tools
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_model_arguments(parser.add_argument_group("captioner"))
-    _add_data_arguments(parser.add_argument_group("clips"))
+    add = parser.add_argument_group("captioner").add_argument
+    add("--model", metavar="NAME", help="checkpoint folder or Hub id (default: the embedded one)")
+    add("--datastore", metavar="NAME", help="folder, Hub id or file of captions, or none")
+    add("--exclude-references", action="store_true", help="never retrieve a text equal to a reference")
+    add("--batch-size", type=positive, default=16, help="clips captioned together (default 16)")
+    add("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
+    add("--seed", type=int, default=0, help="of random captions and bootstraps (default 0)")
+    add = parser.add_argument_group("clips").add_argument
+    add("--dataset", required=True, help="clotho, audiocaps, recap, wavcaps, audiofolder or a Hub id")
+    add("--data-dir", metavar="DIR", help="folder of the dataset")
+    add("--audio-dir", metavar="DIR", help="folder of the audio, if it is not that of the captions")
+    add("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="columns under other names")
+    add("--split", default="test", help="default: test")
+    add("--allow-missing", action="store_true", help="leave out clips without a recording")
+    add("--clip-list", metavar="FILE", help="only the clips that this text or CSV file names")
+    add("--youtube-ids", action="store_true", help="compare clip names by YouTube id alone")
+    add("--max-clips", type=count, default=0, metavar="N", help="only the first N clips")
     text = "predictions and scores; resumed if present"
     parser.add_argument("--output-dir", required=True, metavar="DIR", help=text)
     parser.add_argument("--overwrite", action="store_true", help="delete predictions of another run in the folder")
@@ -22,28 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_metric_arguments(parser)
     parser.add_argument("--clap-score-model", metavar="NAME", help="CLAPScore by this CLAP, not the captioner's own")
     add_caption_options(parser)
-
-
-def _add_model_arguments(model: argparse._ArgumentGroup) -> None:
-    model.add_argument("--model", metavar="NAME", help="checkpoint folder or Hub id (default: the embedded one)")
-    model.add_argument("--datastore", metavar="NAME", help="folder, Hub id or file of captions, or none")
-    model.add_argument("--exclude-references", action="store_true", help="never retrieve a text equal to a reference")
-    model.add_argument("--batch-size", type=positive, default=16, help="clips captioned together (default 16)")
-    model.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
-    model.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
-    model.add_argument("--seed", type=int, default=0, help="of random captions and bootstraps (default 0)")
-
-
-def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
-    data.add_argument("--dataset", required=True, help="clotho, audiocaps, recap, wavcaps, audiofolder or a Hub id")
-    data.add_argument("--data-dir", metavar="DIR", help="folder of the dataset")
-    data.add_argument("--audio-dir", metavar="DIR", help="folder of the audio, if it is not that of the captions")
-    data.add_argument("--columns", nargs="+", default=[], metavar="OURS=THEIRS", help="columns under other names")
-    data.add_argument("--split", default="test", help="default: test")
-    data.add_argument("--allow-missing", action="store_true", help="leave out clips without a recording")
-    data.add_argument("--clip-list", metavar="FILE", help="only the clips that this text or CSV file names")
-    data.add_argument("--youtube-ids", action="store_true", help="compare clip names by YouTube id alone")
-    data.add_argument("--max-clips", type=count, default=0, metavar="N", help="only the first N clips")
 
 
 def run(args: argparse.Namespace) -> int:

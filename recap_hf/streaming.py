@@ -2,8 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def caption_stream(
     """See `Captioner.caption_stream`."""
     waiting: list[tuple[Any, Any]] = []
     together = recordings_together(batch_size)
-    for source, waveform in _read_ahead(captioner, sources, 2 * together):
+    for source, waveform in read_ahead(partial(_read, captioner), sources, 2 * together):
         waiting.append((source, waveform))
         readable = [one for _, one in waiting if not isinstance(one, Exception)]
         seconds = sum(map(len, readable)) / captioner.sampling_rate
@@ -46,15 +47,15 @@ def _caption_batch(
         yield source, one if isinstance(one, Exception) else next(results)
 
 
-def _read_ahead(
-    captioner: Captioner, sources: Iterable[Any], ahead: int
-) -> Iterator[tuple[Any, np.ndarray | Exception]]:
-    def read(source: Any) -> np.ndarray | Exception:
-        try:
-            return captioner.read(source)
-        except READ_ERRORS as error:
-            return error
+def _read(captioner: Captioner, source: Any) -> np.ndarray | Exception:
+    try:
+        return captioner.read(source)
+    except READ_ERRORS as error:
+        return error
 
+
+def read_ahead(read: Callable[[Any], Any], sources: Iterable[Any], ahead: int) -> Iterator[tuple[Any, Any]]:
+    """Each source with the result of `read`, which threads compute for the next `ahead` sources."""
     # One core is the model's; libsndfile and soxr release Python's lock.
     with ThreadPoolExecutor(max_workers=max(1, min(8, (os.cpu_count() or 1) - 1))) as pool:
         pending: deque[tuple[Any, Future[Any]]] = deque()

@@ -227,12 +227,15 @@ def _run(left: list[Any], embedder: Any, records: CaptionRecords, work: Path, op
         yield from DataLoader(chunks, batch_size=None, in_order=False, **workers)
 
 
+@dataclass
 class _Chunks:
     """Embeds the captions of a chunk into its file when it is asked for its number. The file may be there already: of
     a process that died afterwards."""
 
-    def __init__(self, chunks: list[tuple[range, Path]], records: CaptionRecords, make: Callable[[int], Any]) -> None:
-        self.chunks, self.records, self.make, self.embedder = chunks, records, make, None
+    chunks: list[tuple[range, Path]]
+    records: CaptionRecords
+    make: Callable[[int], Any]
+    embedder: Any = None
 
     def __len__(self) -> int:
         return len(self.chunks)

@@ -1,7 +1,8 @@
 """The encoder of a datastore: a captioner's CLAP, its text tower for captions and its audio tower for recordings."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,20 @@ from recap_hf.modeling.captioning_recap import load_pretrained
 from .audio_keys import encode_recordings
 
 
+@dataclass(eq=False)
 class CaptionEmbedder:
     """Embeds captions and recordings, and counts decoder tokens.
 
     Args:
         model ([`RecapForConditionalGeneration`]), processor ([`RecapProcessor`]): the captioner.
         batch_size: captions per forward pass.
+        recipe: makes the same encoder in another process, given the number of that process.
     """
 
-    def __init__(self, model: Any, processor: Any, batch_size: int = 64) -> None:
-        self.model = model
-        self.processor = processor
-        self.batch_size = batch_size
-        # Makes the same encoder in another process, given the number of that process.
-        self.recipe: Callable[[int], CaptionEmbedder] | None = None
-        self._fingerprint: np.ndarray | None = None
+    model: Any
+    processor: Any
+    batch_size: int = 64
+    recipe: Callable[[int], "CaptionEmbedder"] | None = None
 
     @classmethod
     def from_pretrained(
@@ -46,16 +46,13 @@ class CaptionEmbedder:
             dtype: "bfloat16" is faster on a GPU; cosines with float32 stay above 0.999.
         """
         name = name or default_model_path()
-        embedder = cls(*load_pretrained(name, device, dtype), batch_size)
-        embedder.recipe = partial(_load_in_worker, str(name), device, dtype, batch_size)
-        return embedder
+        recipe = partial(_load_in_worker, str(name), device, dtype, batch_size)
+        return cls(*load_pretrained(name, device, dtype), batch_size, recipe)
 
-    @property
+    @cached_property
     def fingerprint(self) -> np.ndarray:
         """Embeddings of a few fixed texts, of shape `(4, dimension)`: they tell encoders apart."""
-        if self._fingerprint is None:
-            self._fingerprint = self.model.embed_fingerprint(self.processor)
-        return self._fingerprint
+        return self.model.embed_fingerprint(self.processor)
 
     def embed(self, captions: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32 of shape `(len(captions), dimension)`; batches are sorted by length."""

@@ -3,8 +3,8 @@
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from recap_hf.data import load_captions
 from recap_hf.data.caption_tables import read_rows
 from recap_hf.scoring import match_clips, select_listed
+from recap_hf.streaming import read_ahead
 
 # Words that join two events in a caption: "a dog barks and a car passes, then rain falls".
 _JOINTS = re.compile(r",|;|\b(?:and|while|as|then|followed by|with|before|after|over|amid)\b", re.IGNORECASE)
@@ -59,12 +60,9 @@ class EvaluationClips:
             except (ValueError, OSError) as error:
                 raise ValueError(f"the recording of clip {self.clip_ids[number]!r} cannot be read: {error}") from error
 
-        batches = [range(first, min(first + batch_size, len(self))) for first in range(start, len(self), batch_size)]
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            pending = [pool.map(read_clip, batch) for batch in batches[:1]]
-            for number, batch in enumerate(batches):
-                pending += [pool.map(read_clip, following) for following in batches[number + 1 : number + 2]]
-                yield batch.start, list(pending.pop(0))
+        waveforms = (waveform for _, waveform in read_ahead(read_clip, range(start, len(self)), batch_size))
+        for first in range(start, len(self), batch_size):
+            yield first, list(islice(waveforms, batch_size))
 
 
 def load_test_clips(

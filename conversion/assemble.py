@@ -129,11 +129,7 @@ def convert_stock(
         ids = {"pad_token": settings.get("pad_token_id"), "eos_token": settings.get("eos_token_id")}
         processor = _processor(model.config, tokenizer, clap, clap_tokenizer, ids, prompt)
     _save(model, processor, out, overwrite)
-    return {
-        **_sizes(model),
-        "trained_cross_attention": cross is not None,
-        "processor": processor is not None,
-    }
+    return {**_sizes(model), "trained_cross_attention": cross is not None, "processor": processor is not None}
 
 
 def convert_to_stock(

@@ -1,12 +1,6 @@
 """What `import recap_hf` registers in transformers: the Auto classes and `pipeline("audio-captioning")`."""
 
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoModel,
-    AutoModelForSpeechSeq2Seq,
-    AutoProcessor,
-)
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForSpeechSeq2Seq, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from recap_hf.assets import default_model_path

@@ -32,11 +32,7 @@ class CaptionEmbedder:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name: str | Path | None = None,
-        device: str | None = None,
-        dtype: str = "float32",
-        batch_size: int = 64,
+        cls, name: str | Path | None = None, device: str | None = None, dtype: str = "float32", batch_size: int = 64
     ) -> "CaptionEmbedder":
         """The encoder of a captioner.
 

@@ -6,13 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recap_hf.data import LoadOptions, load_captions
-from recap_hf.data.caption_tables import (
-    CAPTION_SUFFIXES,
-    RESULT_COLUMNS,
-    caption_columns,
-    captions_in,
-    read_rows,
-)
+from recap_hf.data.caption_tables import CAPTION_SUFFIXES, RESULT_COLUMNS, caption_columns, captions_in, read_rows
 from recap_hf.data.loading import NAMED_DATASETS
 from recap_hf.data.published import LICENCES, find_recap_table, parse_abstract_captions
 from recap_hf.data.schema import SPLITS, canonical_split, listed

@@ -98,10 +98,7 @@ class EvaluationFolder:
             write_text(predictions_file(self.path, name), "".join(map(_line, rows[name][: self.done])))
 
     def append(
-        self,
-        clip_ids: Sequence[str],
-        references: Sequence[Sequence[str]],
-        predictions: dict[str, list[CaptionResult]],
+        self, clip_ids: Sequence[str], references: Sequence[Sequence[str]], predictions: dict[str, list[CaptionResult]]
     ) -> None:
         """Writes one batch; it is on the disk when this returns."""
         for name in self.systems:

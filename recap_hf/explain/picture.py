@@ -53,10 +53,7 @@ def clip_spectrogram(waveform: Any, sampling_rate: int, feature_extractor: Any) 
 
 
 def draw_explanation(
-    explanation: CaptionExplanation,
-    waveform: Any,
-    feature_extractor: Any,
-    sampling_rate: int | None = None,
+    explanation: CaptionExplanation, waveform: Any, feature_extractor: Any, sampling_rate: int | None = None
 ) -> Figure:
     """Draws an explanation: the spectrogram under the caption; for each word the same with its map in colour, paler
     for a word that depends less on the audio; and the weight of each retrieved caption for each word.

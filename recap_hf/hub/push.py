@@ -149,10 +149,7 @@ def push_checkpoint(
 
 
 def push_datastore(
-    folder: str | os.PathLike,
-    repo_id: str,
-    options: PushOptions | None = None,
-    facts: CardFacts | None = None,
+    folder: str | os.PathLike, repo_id: str, options: PushOptions | None = None, facts: CardFacts | None = None
 ) -> PushResult:
     """Pushes a saved datastore as a dataset repository, with Parquet files for the viewer and a card.
 

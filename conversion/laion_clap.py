@@ -126,14 +126,10 @@ def _rename(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     if match := _QKV.match(key):
         block, kind = match.groups()
         if tensor.shape[0] % 3:
-            raise ConversionError(
-                f"wrong shape: {key} has {tensor.shape[0]} rows, which three projections cannot share"
-            )
+            raise ConversionError(f"wrong shape: {key} has {tensor.shape[0]} rows, not those of three projections")
         prefix = f"{_AUDIO_TARGET}{block}.attention.self"
-        return {
-            f"{prefix}.{name}.{kind}": part
-            for name, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True)
-        }
+        parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+        return {f"{prefix}.{name}.{kind}": part for name, part in parts}
     for pattern, replacement in _RENAMED:
         name, count = re.subn(pattern, replacement, key)
         if count:
@@ -189,10 +185,8 @@ def _audio_config(state: Mapping[str, torch.Tensor]) -> dict:
     embed = _shape(state, _AUDIO + "patch_embed.proj.weight", 4)[0]
     stages = _count(state, r"audio_branch\.layers\.(\d+)\.")
     depths = [_count(state, rf"audio_branch\.layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages)]
-    tables = [
-        _shape(state, f"{_AUDIO}layers.{stage}.blocks.0.attn.relative_position_bias_table", 2)
-        for stage in range(stages)
-    ]
+    table = "attn.relative_position_bias_table"
+    tables = [_shape(state, f"{_AUDIO}layers.{stage}.blocks.0.{table}", 2) for stage in range(stages)]
     window = (round(tables[0][0] ** 0.5) + 1) // 2 if tables else 8
     fused = any(key.startswith(_AUDIO + "patch_embed.mel_conv2d.") for key in state)
     config = {

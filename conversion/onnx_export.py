@@ -66,11 +66,8 @@ class CrossAttentionGraph(nn.Module):
         self.layers = nn.ModuleList(block.crossattention for block in model.decoder.transformer.h)
 
     def forward(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            _heads(part, layer.num_heads)
-            for layer in self.layers
-            for part in layer.c_attn(hidden_states).chunk(2, dim=-1)
-        ]
+        projected = [(layer, layer.c_attn(hidden_states).chunk(2, dim=-1)) for layer in self.layers]
+        return [_heads(part, layer.num_heads) for layer, parts in projected for part in parts]
 
 
 class DecoderGraph(nn.Module):
@@ -125,9 +122,8 @@ def _self_attention(
     layer: nn.Module, hidden: torch.Tensor, past: list[torch.Tensor], bias: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     queries, keys, values = layer.c_attn(hidden).chunk(3, dim=-1)
-    cache = [
-        torch.cat([old, _heads(new, layer.num_heads)], dim=2) for old, new in zip(past, (keys, values), strict=True)
-    ]
+    pairs = zip(past, (keys, values), strict=True)
+    cache = [torch.cat([old, _heads(new, layer.num_heads)], dim=2) for old, new in pairs]
     return _attend(layer, queries, *cache, bias), cache
 
 

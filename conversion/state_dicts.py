@@ -126,9 +126,7 @@ def state_dict_of(content: object, source: str | Path) -> dict[str, torch.Tensor
             content = content[wrapper]
             break
     if not isinstance(content, Mapping) or not content:
-        raise ConversionError(
-            f"{source} holds no state dict: expected names and tensors, got {type(content).__name__}"
-        )
+        raise ConversionError(f"{source} holds no state dict: expected named tensors, got {type(content).__name__}")
     if other := [str(key) for key, value in content.items() if not isinstance(value, torch.Tensor)]:
         raise ConversionError(f"{source} holds values that are not tensors:\n{list_keys(other)}")
     if all(key.startswith("module.") for key in content):

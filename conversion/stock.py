@@ -101,9 +101,8 @@ def stock_decoder(model: RecapForConditionalGeneration) -> GPT2LMHeadModel:
             f"{config.encoder_hidden_size} wide. Take the parts without the cross-attention inside."
         )
     _, state, cross = split_state_dict(model.state_dict())
-    wide = widen_cross_attention(
-        cross, config.decoder.n_head, config.cross_attention_reduce_factor, config.decoder.scale_attn_weights
-    )
+    scaled, factor = config.decoder.scale_attn_weights, config.cross_attention_reduce_factor
+    wide = widen_cross_attention(cross, config.decoder.n_head, factor, scaled)
     with torch.device("meta"):
         decoder = GPT2LMHeadModel(_decoder_config(model, True))
     state = {**state, **wide}

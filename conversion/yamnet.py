@@ -41,9 +41,8 @@ def convert_yamnet(
     """
     interpreter = _interpreter(source)
     state, names = _state_dict(interpreter), _class_names(source)
-    config = MobileNetClapConfig(
-        id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)}
-    )
+    labels = dict(enumerate(names))
+    config = MobileNetClapConfig(id2label=labels, label2id={name: number for number, name in labels.items()})
     model = MobileNetClapModel(config).eval()
     missing, unexpected = model.load_state_dict(state, strict=False)
     missing = [name for name in missing if name.startswith(("audio_model.", "classifier."))]

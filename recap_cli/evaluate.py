@@ -98,9 +98,8 @@ def _clap_scorer(args: argparse.Namespace, captioner: Any) -> Any:
     scorer.refuse_own(captioner)
 
     def score(clips: Any, folder: Any) -> dict[str, dict[str, Any]]:
-        captions = {
-            name: [row["prediction"] for row in read_predictions(folder.path, name)] for name in folder.systems
-        }
+        rows = {name: read_predictions(folder.path, name) for name in folder.systems}
+        captions = {name: [row["prediction"] for row in own] for name, own in rows.items()}
         scores = clap_scores(scorer, clips, captions, args.batch_size)
         return {name: {"clap_score": values} for name, values in scores.items()}
 

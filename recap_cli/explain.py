@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from recap_cli.files import standard_input
+from recap_cli.files import check_output, standard_input
 from recap_cli.options import add_captioner_arguments, check_caption_options, load_captioner
 
 # As in recap_hf.explain, which needs torch.
@@ -29,8 +29,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else None
     if output is not None and output.suffix.lower() not in PICTURE_SUFFIXES:
         raise ValueError(f"--output is a picture ({', '.join(PICTURE_SUFFIXES)}), got {args.output!r}.")
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"--output {args.output}: there is no folder {output.parent}; make it first.")
+    check_output(args.output, args.input)
     from recap_hf.explain import draw_explanation, explain_caption
     from recap_hf.explain.picture import require_matplotlib
     from recap_hf.modeling.audio_recap import is_silent, load_audio

@@ -53,10 +53,6 @@ class Writer:
         """Writes one row."""
         self.print(self.line(row) + "\n")
 
-    def line(self, row: dict[str, Any]) -> str:
-        """A row as one line."""
-        raise NotImplementedError
-
     def print(self, text: str) -> None:
         """Writes a text, with escapes for the characters that the encoding of the file lacks."""
         self.file.write(encodable(text, self.file))

@@ -88,14 +88,11 @@ def _format(args: argparse.Namespace) -> str:
     suffix = Path(args.output or "").suffix.lower()
     inferred = _SUFFIXES.get(suffix)
     if args.format is None and suffix and inferred is None:
-        hint = (
-            "recap timeline writes subtitles" if suffix in (".srt", ".vtt") else f"give --format {'|'.join(FORMATS)}"
-        )
+        hint = f"give --format {'|'.join(FORMATS)}"
+        hint = "recap timeline writes subtitles" if suffix in (".srt", ".vtt") else hint
         raise ValueError(f"--output {args.output}: no format has the suffix {suffix}: {hint}")
     if args.format is not None and inferred not in (None, args.format, "text"):
-        raise ValueError(
-            f"--output {args.output} and --format {args.format} contradict each other: change one of them"
-        )
+        raise ValueError(f"--output {args.output} and --format {args.format} contradict each other: change one")
     return args.format or inferred or "text"
 
 

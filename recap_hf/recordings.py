@@ -33,9 +33,7 @@ def expand_inputs(names: Sequence[str]) -> list[str]:
         elif path.is_dir() and path.suffix.lower() not in AUDIO_SUFFIXES:
             found = sorted(str(entry) for entry in path.rglob("*") if _may_be_recording(entry))
             if not found:
-                raise ValueError(
-                    f"{name}: no recordings in this folder (looked for {', '.join(sorted(AUDIO_SUFFIXES))})"
-                )
+                raise ValueError(f"{name}: no recordings in this folder (of {', '.join(sorted(AUDIO_SUFFIXES))})")
             files += found
         elif glob.has_magic(name):
             found = sorted(glob.glob(name, recursive=True))

@@ -68,9 +68,8 @@ class PcmFormat:
         """Whole frames as float32 of shape `(samples,)`, the mean of the channels."""
         subtype, endian, _ = SAMPLE_FORMATS[self.sample_format]
         layout = {"format": "RAW", "samplerate": self.rate, "channels": self.channels}
-        samples, _ = soundfile.read(
-            io.BytesIO(data), dtype="float32", always_2d=True, subtype=subtype, endian=endian, **layout
-        )
+        layout |= {"subtype": subtype, "endian": endian}
+        samples, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True, **layout)
         return samples.mean(axis=1)
 
 

@@ -105,9 +105,8 @@ def _text_rows(path: Path, suffix: str) -> Iterator[Mapping[str, Any]]:
 def _json_rows(content: Any, path: Path) -> list[Any]:
     if isinstance(content, Mapping):
         lists = {name: value for name, value in content.items() if isinstance(value, list)}
-        tables = [
-            lists[key] for key in ("rows", "predictions", "clips") if isinstance((lists.get(key) or [""])[0], Mapping)
-        ]
+        keys = ("rows", "predictions", "clips")
+        tables = [lists[key] for key in keys if isinstance((lists.get(key) or [""])[0], Mapping)]
         if "data" in lists or tables:
             return lists.get("data") or tables[0]
         if content and len(lists) == len(content):

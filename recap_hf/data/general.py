@@ -67,9 +67,8 @@ def load_caption_list(path: Path, options: LoadOptions) -> CaptionData:
     if options.needs_audio or options.split != "train":
         wanted = "recordings" if options.needs_audio else f"{options.split} split"
         raise ValueError(f"{path} holds captions to train on, and no {wanted}")
-    rows: Any = (
-        read_table(path, {}, options.columns) if path.is_file() else CaptionDatastore.from_pretrained(path).records
-    )
+    is_table = path.is_file()
+    rows = read_table(path, {}, options.columns) if is_table else CaptionDatastore.from_pretrained(path).records
     _require(rows[0], {}, path)
     named = ((row.get("clip_id") or f"caption-{number}", row) for number, row in enumerate(rows))
     return build_caption_data((_record(row, clip_id, None, path.name, "") for clip_id, row in named), options)

@@ -117,9 +117,7 @@ def load_wavcaps(options: LoadOptions) -> CaptionData:
     root = Path(options.data_dir)
     files = [root] if root.is_file() else sorted(root.rglob("*.json"))
     if not files:
-        raise FileNotFoundError(
-            f"{root} holds no WavCaps JSON file (such as json_files/BBC_Sound_Effects/bbc_final.json)"
-        )
+        raise FileNotFoundError(f"{root} holds no WavCaps JSON (such as json_files/BBC_Sound_Effects/bbc_final.json)")
     folder = options.audio_dir or (root.parent if root.is_file() else root)
     audio = AudioIndex(folder) if options.needs_audio else None
     expected = {"id": "id of the clip, its file name without extension", "caption": "the caption"}

@@ -133,9 +133,8 @@ def class_columns(row: Mapping, where: str) -> tuple[list[str], list[float]]:
     classes, scores = (row.get(name) or [] for name in ("classes", "class_scores"))
     if isinstance(classes, str):
         # A cell of a CSV file.
-        classes, scores = (
-            [part.strip() for part in (cell or "").split(";") if part.strip()] for cell in (classes, scores)
-        )
+        cells = [(cell or "").split(";") for cell in (classes, scores)]
+        classes, scores = ([part.strip() for part in cell if part.strip()] for cell in cells)
         scores = [float(score) for score in scores]
     scores = list(scores) or [1.0] * len(classes)
     if len(scores) != len(classes) or not all(0 <= score <= 1 for score in scores):

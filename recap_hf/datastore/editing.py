@@ -165,9 +165,8 @@ def add_captions(
         store = MilvusCaptionDatastore.from_pretrained(folder) if milvus else edit.store
         _require_text_keys(folder, store, "captions cannot be added to a datastore keyed by audio")
         _check_fingerprint(folder, store, embedder.fingerprint)
-        caption_filter = CaptionFilter(
-            options, embedder.count_tokens, store.records if options.duplicates != "keep" else ()
-        )
+        known = store.records if options.duplicates != "keep" else ()
+        caption_filter = CaptionFilter(options, embedder.count_tokens, known)
         kept = list(caption_filter.filter(records))
         embeddings = embedder.embed([record["caption"] for record in kept]) if kept else None
         if kept and milvus:
@@ -271,12 +270,8 @@ def reembed_datastore(
 
         new = write_new(edit.folder, store.records, blocks(), shape, manifest["dtype"])
         kind = "exact" if _is_exact(store) else "auto"
-        contents = {
-            **manifest,
-            "index": None,
-            "dimension": shape[1],
-            "fingerprint": fingerprint_entry(embedder.fingerprint),
-        }
+        dimension, fingerprint = shape[1], fingerprint_entry(embedder.fingerprint)
+        contents = {**manifest, "index": None, "dimension": dimension, "fingerprint": fingerprint}
         publish(edit.folder, contents, new, build_index(open_embeddings(new["embeddings"]), kind))
 
 

@@ -20,13 +20,8 @@ DEFAULT_MAX_TOKENS = 50
 _MAX_CHARACTERS = 2000
 _TOKENIZED_AT_ONCE = 1024
 # Keys of WavCaps' published blacklists -> the ending of its files' names, by which our loader names sources.
-_WAVCAPS_PARTS = {
-    "freesound": "fsd",
-    "audioset": "as",
-    "audiosetsl": "as",
-    "bbcsoundeffects": "bbc",
-    "soundbible": "sb",
-}
+_WAVCAPS_PARTS = {"freesound": "fsd", "bbcsoundeffects": "bbc", "soundbible": "sb"}
+_WAVCAPS_PARTS |= {"audioset": "as", "audiosetsl": "as"}
 
 
 @dataclass
@@ -119,10 +114,8 @@ def text_problem(text: str) -> str | None:
     if not any(char.isalnum() for char in text):
         return "empty"
     letters = sum(char.isalpha() or char.isspace() for char in text)
-    broken = any(
-        char == "\ufffd" or (unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn") and char not in "\t\n\r")
-        for char in text
-    )
+    bad = ("Cc", "Cs", "Co", "Cn")
+    broken = "\ufffd" in text or any(unicodedata.category(char) in bad for char in text if char not in "\t\n\r")
     if broken or len(text) > _MAX_CHARACTERS or letters < len(text) / 2:
         return "garbled"
     try:

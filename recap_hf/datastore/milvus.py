@@ -204,10 +204,6 @@ class MilvusCollection:
             scores[query, : len(found)] = [hit["distance"] for hit in found.values()]
         return rows, scores
 
-    def rows_of_clip(self, clip: str) -> list[int]:
-        found = self.client.query(self.name, filter=f"clip == {json.dumps(clip)}", output_fields=["row"])
-        return self.rows([each["row"] for each in found]).tolist()
-
 
 def _taken(found: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     """Record and embedding of an answer of Milvus."""
@@ -396,14 +392,14 @@ class MilvusCaptionDatastore(CaptionDatastore):
         return super().search(*args, **kwargs)
 
     def _rows_of(self, clip: str) -> Sequence[int]:
-        return self.collection.rows_of_clip(clip)
+        collection = self.collection
+        found = collection.client.query(collection.name, filter=f"clip == {json.dumps(clip)}", output_fields=["row"])
+        return collection.rows([each["row"] for each in found]).tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A connection cannot be copied: it is made again. The token comes from the environment.
         if self.address is None:
-            raise TypeError(
-                "A Milvus datastore is copied by its address: open it by CaptionDatastore.from_pretrained."
-            )
+            raise TypeError("A Milvus datastore is copied by its address: open it by CaptionDatastore.from_pretrained")
         return _reopen, (self.address, self.collection.name, self.collection.search_params)
 
     def __deepcopy__(self, memo: Any) -> "MilvusCaptionDatastore":
@@ -436,9 +432,8 @@ def _create(
     properties["recap.keys"] = getattr(store, "keys", "text")
     if store.fingerprint is not None:
         properties["recap.fingerprint"] = json.dumps(store.fingerprint.astype(float).round(6).tolist())
-    client.create_collection(
-        name, schema=schema, index_params=index, properties=properties, consistency_level="Strong"
-    )
+    options = {"schema": schema, "index_params": index, "properties": properties}
+    client.create_collection(name, consistency_level="Strong", **options)
 
 
 def insert_rows(client: Any, name: str, records: Sequence[Mapping[str, Any]], embeddings: Any, first: int = 0) -> None:
@@ -450,17 +445,14 @@ def insert_rows(client: Any, name: str, records: Sequence[Mapping[str, Any]], em
     step = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // (8 * embeddings.shape[1])))
     for start in range(0, len(records), step):
         vectors = np.asarray(embeddings[start : start + step], dtype=np.float32)
-        rows = [
-            _entity(first + start + number, record, vector)
-            for number, (record, vector) in enumerate(zip(records[start : start + step], vectors, strict=True))
-        ]
+        rows = []
+        for key, (record, vector) in enumerate(
+            zip(records[start : start + step], vectors, strict=True), first + start
+        ):
+            caption, clip_id = record["caption"], record.get("clip_id")
+            clip = "" if clip_id is None else normalize_clip_id(clip_id)
+            if len(caption.encode()) > _LONGEST_TEXT or len(clip.encode()) > _LONGEST_CLIP:
+                raise ValueError(f"Row {key}: the caption or its clip id is longer than Milvus stores.")
+            others = {field: value for field, value in record.items() if field != "caption"}
+            rows.append({"row": key, "embedding": vector, "caption": caption, "clip": clip, "record": others})
         client.insert(name, rows)
-
-
-def _entity(key: int, record: Mapping[str, Any], vector: np.ndarray) -> dict[str, Any]:
-    clip_id = record.get("clip_id")
-    clip = "" if clip_id is None else normalize_clip_id(clip_id)
-    if len(record["caption"].encode()) > _LONGEST_TEXT or len(clip.encode()) > _LONGEST_CLIP:
-        raise ValueError(f"Row {key}: the caption or its clip id is longer than Milvus stores.")
-    others = {name: value for name, value in record.items() if name != "caption"}
-    return {"row": key, "embedding": vector, "caption": record["caption"], "clip": clip, "record": others}

@@ -89,9 +89,8 @@ def load_test_clips(
         ValueError: if no clip is left.
         FileNotFoundError: if recordings are missing and `allow_missing` is not set.
     """
-    data = load_captions(
-        dataset, data_dir, split=split, audio_dir=audio_dir, columns=columns, allow_missing=allow_missing
-    )
+    options = {"audio_dir": audio_dir, "columns": columns, "allow_missing": allow_missing}
+    data = load_captions(dataset, data_dir, split=split, **options)
     table = data.dataset
     source = Path(data_dir).resolve().name if data_dir is not None and dataset == "audiofolder" else dataset
     name = f"{source} {split}"

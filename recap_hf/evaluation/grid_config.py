@@ -165,9 +165,8 @@ class GridConfig:
 
     def title(self, training_set: tuple[str, ...]) -> str:
         """Name of a training set as in the paper's first column."""
-        return TRAINING_SETS.get("+".join(training_set)) or " & ".join(
-            TEST_SETS.get(name, name) for name in training_set
-        )
+        names = " & ".join(TEST_SETS.get(name, name) for name in training_set)
+        return TRAINING_SETS.get("+".join(training_set), names)
 
     def label(self, run: Run) -> str:
         """Name of a run's row: as in the paper, DS holds captions of the test set's own training split."""

@@ -93,17 +93,12 @@ class GridResults:
                 "by the same command on the same data; they are not the published systems."
             )
         if any(run.datastore == (LARGE,) for run in self.scored):
-            notes.append(f"DSlarge: {self._large_sources()}.")
+            records = CaptionDatastore.from_pretrained(self.grid.path / "datastores" / LARGE).records
+            unknown = {"source": "unnamed source", "licence": "licence not stated"}
+            counts = Counter(tuple(record.get(key) or text for key, text in unknown.items()) for record in records)
+            parts = [f"{count:,} captions of {source} ({licence})" for (source, licence), count in counts.items()]
+            notes.append(f"DSlarge: {'; '.join(parts)}.")
         return notes
-
-    def _large_sources(self) -> str:
-        """Counts by source and licence of the large datastore."""
-        records = CaptionDatastore.from_pretrained(self.grid.path / "datastores" / LARGE).records
-        counts = Counter(
-            (record.get("source") or "unnamed source", record.get("licence") or "licence not stated")
-            for record in records
-        )
-        return "; ".join(f"{count:,} captions of {source} ({licence})" for (source, licence), count in counts.items())
 
     def stores(self) -> Iterator[list[str]]:
         """Cells of the table of datastore sizes and indexes."""

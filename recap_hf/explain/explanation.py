@@ -112,9 +112,8 @@ class CaptionExplanation:
             lines.append(f"    {'':{width}}  audio  captions  strongest regions (s, band in kHz)")
         for word in self.words:
             regions = ", ".join(self._regions(word.audio_map)) or "none in the audio"
-            lines.append(
-                f"    {word.text:{width}}  {word.audio_effect:+5.1f}  {word.captions_effect:+8.1f}  {regions}"
-            )
+            effects = f"{word.audio_effect:+5.1f}  {word.captions_effect:+8.1f}"
+            lines.append(f"    {word.text:{width}}  {effects}  {regions}")
         lines += [f"    {hit['weight']:.2f}  {' '.join(hit['caption'].split())}" for hit in self.retrieved]
         return "\n".join(lines)
 

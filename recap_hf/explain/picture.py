@@ -146,10 +146,8 @@ def _draw_captions(axes: Axes, explanation: CaptionExplanation, words: list[Word
     axes.imshow(table, aspect="auto", cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_xticks(range(len(words)), [word.text for word in words], fontsize=8, parse_math=False)
     axes.xaxis.tick_top()
-    labels = [
-        f"{textwrap.shorten(hit['caption'], 60, placeholder='…')}   {hit['weight']:.2f}"
-        for hit in explanation.retrieved
-    ]
+    texts = [textwrap.shorten(hit["caption"], 60, placeholder="…") for hit in explanation.retrieved]
+    labels = [f"{text}   {hit['weight']:.2f}" for text, hit in zip(texts, explanation.retrieved, strict=True)]
     axes.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
     axes.tick_params(length=0)
     for row, values in enumerate(table):

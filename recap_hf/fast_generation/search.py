@@ -33,13 +33,8 @@ _UNDERSTOOD = frozenset(
     )
 )
 # Values of other settings that change nothing. Anything else is left to transformers.
-_NEUTRAL = {
-    "use_cache": True,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "num_beam_groups": 1,
-}
+_NEUTRAL = {"use_cache": True, "num_beam_groups": 1}
+_NEUTRAL |= dict.fromkeys(("typical_p", "repetition_penalty", "encoder_repetition_penalty"), 1.0)
 # Arguments of `generate` that are tensors of the model, and no settings.
 _INPUTS = frozenset(("encoder_outputs", "attention_mask", "decoder_input_ids", "decoder_attention_mask"))
 _LAYERS = (Conv1D, torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.Dropout, PackedLinear, Int8Linear)

@@ -128,9 +128,8 @@ def decode_prompt(
             # Of the last layer's output only the last position is asked for; it sees all before it.
             hidden, query, causal = hidden[:, -1:], query[:, :, -1:], False
             bias = None if bias is None else bias[:, :, -1:]
-        output = scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, is_causal=causal, scale=block.attn.scaling
-        )
+        shape = {"attn_mask": bias, "is_causal": causal, "scale": block.attn.scaling}
+        output = scaled_dot_product_attention(query, key, value, **shape)
         hidden = hidden + block.attn.c_proj(output.transpose(1, 2).flatten(2))
         cross = block.crossattention
         cache.encoder.append(_split_heads(cross, cross.c_attn(states)))

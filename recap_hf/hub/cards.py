@@ -188,9 +188,8 @@ def render(template: str, **values: Any) -> str:
     def load(name: str) -> str:
         return resources.files("recap_hf.model_cards").joinpath(name).read_text(encoding="utf-8")
 
-    environment = Environment(
-        loader=FunctionLoader(load), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FunctionLoader(load), **options)
     environment.filters |= {"cell": cell, "code": code, "count": count, "linked": linked, "figure": figure}
     text = environment.get_template(template).render(**values)
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
@@ -239,9 +238,8 @@ def licence_metadata(name: str | None) -> dict[str, str]:
     if not name:
         return {}
     identifier = licence_identifier(name)
-    return (
-        {"license": identifier} if identifier else {"license": "other", "license_name": slug(name).replace("_", "-")}
-    )
+    other = {"license": "other", "license_name": slug(name).replace("_", "-")}
+    return {"license": identifier} if identifier else other
 
 
 def eval_results(results: Sequence[Result]) -> list[EvalResult]:

@@ -45,9 +45,8 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
     extractor = RecapFeatureExtractor(**encoder_class(config.clap).feature_settings(config.clap))
     rate = processor.get("feature_extractor", {}).get("sampling_rate", extractor.sampling_rate)
     sizes, dtypes = read_weights(folder)
-    conditioning = sum(
-        size for name, size in sizes.items() if ".crossattention." in name or name.startswith("prefix_mapper.")
-    )
+    marks = (".crossattention.", "prefix_mapper.")
+    conditioning = sum(size for name, size in sizes.items() if any(mark in name for mark in marks))
     parts = {
         "encoder": encoder_text(config),
         "decoder": (

@@ -40,9 +40,8 @@ def prepare_folder(
             _drop_removed(store, manifest.parent)
         datastore = describe_datastore(store)
     if _may_write_card(folder):
-        card = render_model_card(
-            repo_id, describe_checkpoint(folder), facts or read_facts(folder), datastore, reference
-        )
+        described = describe_checkpoint(folder)
+        card = render_model_card(repo_id, described, facts or read_facts(folder), datastore, reference)
         save_card(card, folder)
 
 

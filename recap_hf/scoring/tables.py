@@ -101,9 +101,8 @@ def _merge_rows(rows: list[dict[str, Any]], path: str | os.PathLike, id_is_named
                 # The column merely looked like one of names.
                 return [{key: value for key, value in row.items() if key != "clip_id"} for row in rows]
             raise ValueError(f"{path}: the clip {clip_id!r} has different predictions in its {len(each)} rows")
-    return [
-        {**each[0], "references": [text for row in each for text in row["references"]]} for each in rows_of.values()
-    ]
+    merged = [(each[0], [text for row in each for text in row["references"]]) for each in rows_of.values()]
+    return [{**row, "references": texts} for row, texts in merged]
 
 
 def parse_references(cell: Any, where: str) -> list[str]:

@@ -48,9 +48,8 @@ def with_targets(clips: Sequence[Clip], processor: Any, max_caption_tokens: int)
     texts = [processor.target_prefix + " ".join(caption.split()) for clip in clips for caption in clip.captions]
     tokens = iter(processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
     end = processor.tokenizer.eos_token_id
-    return [
-        replace(clip, targets=[[*next(tokens)[:max_caption_tokens], end] for _ in clip.captions]) for clip in clips
-    ]
+    cut = slice(max_caption_tokens)
+    return [replace(clip, targets=[[*next(tokens)[cut], end] for _ in clip.captions]) for clip in clips]
 
 
 @dataclass

@@ -124,9 +124,8 @@ def gather_rows(own: torch.Tensor, counts: Sequence[int], accelerator: Any) -> t
     if accelerator.num_processes == 1:
         return own
     padded = F.pad(own.detach(), (0, 0, 0, max(counts) - len(own)))
-    blocks = [
-        block[:count] for block, count in zip(accelerator.gather(padded).split(max(counts)), counts, strict=True)
-    ]
+    gathered = zip(accelerator.gather(padded).split(max(counts)), counts, strict=True)
+    blocks = [block[:count] for block, count in gathered]
     blocks[accelerator.process_index] = own
     return torch.cat(blocks)
 

@@ -87,9 +87,8 @@ class LanguageModelTrainingConfig(BaseTrainingConfig, PromptConfig):
         torch.manual_seed(self.seed)
         if self.decoder:
             return load_gpt2(self.decoder)
-        corpus = (
-            PAPER_PROMPT.build([text]) + PAPER_PROMPT.target_prefix + text for clip in clips for text in clip.captions
-        )
+        start = PAPER_PROMPT.target_prefix
+        corpus = (PAPER_PROMPT.build([text]) + start + text for clip in clips for text in clip.captions)
         folder = Path(self.output_dir) / "tokenizer"
         tokenizer = train_tokenizer(corpus, "gpt2", self.vocab_size, self.max_positions, folder, accelerator)
         tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
@@ -141,9 +140,8 @@ def _nearest_captions(
     for split, clips in splits.items():
         texts = [(clip, text) for clip in clips for text in clip.captions]
         embeds = captioner.embed_captions([text for _, text in texts], processor=embedder)
-        queries = [
-            Query(own[None], clip.clip_id, tuple(clip.captions)) for own, (clip, _) in zip(embeds, texts, strict=True)
-        ]
+        pairs = zip(embeds, texts, strict=True)
+        queries = [Query(own[None], clip.clip_id, tuple(clip.captions)) for own, (clip, _) in pairs]
         cache = Path(config.output_dir) / "neighbours"
         tables[split] = [find_neighbours(store, queries, config.draw_from or config.num_retrieved, cache)]
     return tables

@@ -13,6 +13,8 @@ wrong without an error.
 
 import copy
 import json
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,8 @@ from .output import finished_folder
 from .state_dicts import ConversionError, relative_error, require_cross_attention
 
 _TOLERANCE = 1e-4
+_RETRIEVAL = ("num_retrieved_captions", "retrieval_diversity", "retrieval_score_threshold", "max_prompt_tokens")
+_MEL_SETTINGS = ("sampling_rate", "fft_window_size", "hop_length", "padding", "spectrogram")
 
 
 class AudioEncoderGraph(nn.Module):
@@ -171,12 +175,9 @@ def export_onnx(source: str | Path, out: str | Path, overwrite: bool = False) ->
 
 def require_exporter() -> None:
     """Raise an `ImportError` that names the extra where the exporter's packages are missing."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"ONNX export needs {error.name}: pip install 'recap-hf[onnx]'") from error
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"ONNX export needs {missing[0]}: pip install 'recap-hf[onnx]'")
 
 
 def _settings(model: RecapForConditionalGeneration, processor: RecapProcessor) -> dict[str, object]:
@@ -197,24 +198,12 @@ def _settings(model: RecapForConditionalGeneration, processor: RecapProcessor) -
     return {
         "format_version": FORMAT_VERSION,
         "generation": {**known, "eos_token_id": config.eos_token_id},
-        "prompt": {
-            "template": processor.prompt_template,
-            "separator": processor.caption_separator,
-            "without_captions": processor.prompt_without_captions,
-            "target_prefix": processor.target_prefix,
-        },
-        "num_retrieved_captions": processor.num_retrieved_captions,
-        "retrieval_diversity": processor.retrieval_diversity,
-        "retrieval_score_threshold": processor.retrieval_score_threshold,
-        "max_prompt_tokens": processor.max_prompt_tokens,
+        "prompt": asdict(processor.prompt),
+        **{name: getattr(processor, name) for name in _RETRIEVAL},
         "special_token_ids": sorted(processor.tokenizer.all_special_ids),
         "mel": {
-            "sampling_rate": extractor.sampling_rate,
             "window_samples": int(extractor.nb_max_samples),
-            "fft_window_size": extractor.fft_window_size,
-            "hop_length": extractor.hop_length,
-            "padding": extractor.padding,
-            "spectrogram": extractor.spectrogram,
+            **{name: getattr(extractor, name) for name in _MEL_SETTINGS},
         },
         "num_layers": config.decoder.n_layer,
         "num_heads": config.decoder.n_head,

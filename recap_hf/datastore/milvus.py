@@ -445,10 +445,8 @@ def insert_rows(client: Any, name: str, records: Sequence[Mapping[str, Any]], em
     step = max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // (8 * embeddings.shape[1])))
     for start in range(0, len(records), step):
         vectors = np.asarray(embeddings[start : start + step], dtype=np.float32)
-        rows = []
-        for key, (record, vector) in enumerate(
-            zip(records[start : start + step], vectors, strict=True), first + start
-        ):
+        rows, pairs = [], zip(records[start : start + step], vectors, strict=True)
+        for key, (record, vector) in enumerate(pairs, first + start):
             caption, clip_id = record["caption"], record.get("clip_id")
             clip = "" if clip_id is None else normalize_clip_id(clip_id)
             if len(caption.encode()) > _LONGEST_TEXT or len(clip.encode()) > _LONGEST_CLIP:

@@ -96,11 +96,7 @@ def _main_metric(corpus: dict[str, float | None]) -> str:
 
 
 def _section(folder: Path, test_set: str, player: Player, num_clips: int, title: str | None = None) -> dict[str, Any]:
-    """Content of the page about one evaluation, the name of its clip list as the default title.
-
-    Raises:
-        FileNotFoundError: if the folder has no scores.
-    """
+    """Content of the page about one evaluation, the name of its clip list as the default title."""
     if not (folder / SCORES_FILE).is_file():
         raise FileNotFoundError(f"{folder} has no {SCORES_FILE}: run `recap evaluate` there first")
     scores = read_json(folder / SCORES_FILE)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,8 @@ class Systems:
         if not rows:
             return results
         sounding, ids = [waveforms[row] for row in rows], [clip_ids[row] for row in rows]
-        encoding = self._encode(sounding)
+        encode = partial(self.captioner.encode, sounding)
+        encoding = self.encodings.encode(self._clap, sounding, encode) if self.encodings else encode()
         retrieved = self.captioner.processor.retrieve(
             encoding.audio_embeds,
             exclude_clip_ids=ids,
@@ -156,11 +158,6 @@ class Systems:
         if name == "no_captions":
             return self.captioner.with_options(CaptionOptions(k=0)).generate(encoding, nothing)
         return self.captioner.generate(encoding, retrieved)
-
-    def _encode(self, waveforms: list[np.ndarray]) -> Any:
-        if self.encodings is None:
-            return self.captioner.encode(waveforms)
-        return self.encodings.encode(self._clap, waveforms, lambda: self.captioner.encode(waveforms))
 
     def _random_captions(self, clip_id: str) -> list[dict[str, Any]]:
         """k different captions of other clips, the same for a clip in every run with this seed."""

@@ -41,13 +41,8 @@ _LAYERS = (Conv1D, torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torc
 
 
 class _Search:
-    """The state of a search: what runs, what has finished, and which clips are still in the batch.
-
-    Args:
-        config (`GenerationConfig`): of a call of `generate`, with all its defaults filled in.
-        prompt_length (`int`): tokens of the prompts, padding included.
-        num_clips (`int`), device: of the batch.
-    """
+    """The state of a search: what runs, what has finished, and which clips are still in the batch. The defaults of
+    `config` are filled in, and `prompt_length` includes padding."""
 
     def __init__(self, config: GenerationConfig, prompt_length: int, num_clips: int, device: torch.device) -> None:
         eos = () if config.eos_token_id is None else config.eos_token_id

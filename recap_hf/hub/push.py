@@ -17,6 +17,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
+from recap_hf.files import write_json
 from recap_hf.modeling.configuration_recap import copy_remote_code
 from recap_hf.modeling.datastore_files_recap import FORMAT_VERSION, MANIFEST_NAME
 from recap_hf.modeling.processing_recap import DATASTORE_FOLDER
@@ -139,8 +140,12 @@ def push_checkpoint(
         copy_remote_code(stage)
         copy_files(folder, stage, (*CHECKPOINT_FILES, *(path.name for path in stage.glob("*_recap.py"))))
         if datastore_repo:
-            results.append(push_datastore(source, datastore_repo, options))
-            write_reference(stage / DATASTORE_FOLDER, results[0])
+            pushed = push_datastore(source, datastore_repo, options)
+            results.append(pushed)
+            (stage / DATASTORE_FOLDER).mkdir()
+            reference = {"repo_id": pushed.repo_id, "revision": pushed.commit.oid}
+            manifest = {"format_version": FORMAT_VERSION, "reference": reference}
+            write_json(stage / DATASTORE_FOLDER / MANIFEST_NAME, manifest)
         elif has_datastore:
             copy_files(source, stage / DATASTORE_FOLDER, datastore_files(source))
         prepare_folder(stage, repo_id, facts or read_facts(folder), source if datastore_repo else None)
@@ -216,14 +221,6 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
             raise OSError(f"{path} is a link to {path.resolve()}, outside of the folder. Replace it by a copy.")
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target / name)
-
-
-def write_reference(folder: Path, pushed: PushResult) -> None:
-    """Writes a datastore that refers to the repository and the commit that it was pushed to."""
-    folder.mkdir(parents=True)
-    reference = {"repo_id": pushed.repo_id, "revision": pushed.commit.oid}
-    text = json.dumps({"format_version": FORMAT_VERSION, "reference": reference}, indent=1) + "\n"
-    (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 
 def upload(

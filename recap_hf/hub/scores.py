@@ -46,20 +46,10 @@ def read_scores(path: str | Path, dataset: str | None = None, split: str = "test
             if corpus.get(key) is None:
                 continue
             low, high = intervals.get(key) or (None, None)
-            results.append(
-                Result(
-                    name,
-                    corpus[key],
-                    dataset,
-                    implementation_of(key, code),
-                    split=split,
-                    clips=clips,
-                    clip_list=list_name,
-                    low=low,
-                    high=high,
-                    system=None if system == MAIN_SYSTEM else system.replace("_", " "),
-                )
-            )
+            where = {"split": split, "clips": clips, "clip_list": list_name}
+            where["system"] = None if system == MAIN_SYSTEM else system.replace("_", " ")
+            figure = (name, corpus[key], dataset, implementation_of(key, code))
+            results.append(Result(*figure, low=low, high=high, **where))
     return results, list(content.get("notes") or [])
 
 

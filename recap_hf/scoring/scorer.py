@@ -180,14 +180,7 @@ def score_rows(rows: Rows, given: Mapping[str, str] | None = None, **options: An
 
 
 def _intersect(first: Rows, second: Rows, youtube: bool) -> tuple[Rows, Rows, list[str]]:
-    """Rows of the clips that both have, in the order of the first, with the first one's names and references.
-
-    Returns:
-        Both, and a note if references differed.
-
-    Raises:
-        ValueError: if no clip is in both, one is named twice, or one side has no names and the references differ.
-    """
+    """Rows of the clips that both have, with names, references and order of the first; a note if references differ."""
     if "clip_id" not in first[0] or "clip_id" not in second[0]:
         if [row["references"] for row in first] != [row["references"] for row in second]:
             raise ValueError(

@@ -230,8 +230,8 @@ def spice(
                 raise SpiceUnavailable(f"its jar was still running after {timeout_s:g} s") from error
         if process.returncode or not target.is_file():
             reason = next((line for line in said.splitlines() if "Exception" in line or "Error" in line), said[-300:])
-            said = f"its jar failed on Java {java.version} (exit status {process.returncode}): {reason}"
-            raise SpiceUnavailable(said)
+            status = f"Java {java.version} (exit status {process.returncode})"
+            raise SpiceUnavailable(f"its jar failed on {status}: {reason}")
         values = np.full(len(captions), math.nan)
         for item in json.loads(target.read_text(encoding="utf-8")):
             # None, of a clip without a score, becomes NaN.

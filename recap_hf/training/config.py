@@ -109,9 +109,7 @@ class TrainingConfig:
     num_processes: int = option("running", 0, "processes to start (0: as launched)", check=NOT_NEGATIVE, free=True)
     num_threads: int = option("running", 0, "torch threads of each process (0: as launched)", free=True)
     num_workers: int = option("running", -1, "worker processes for data (-1: 2 with a GPU, else none)", free=True)
-    mixed_precision: str | None = option(
-        "running", None, "no, bf16 or fp16 (default: as launched)", choices=["no", "bf16", "fp16"]
-    )
+    mixed_precision: str | None = option("running", None, "default: as launched", choices=["no", "bf16", "fp16"])
     device: str = option("running", "", "'cpu' does not use a GPU (default: as Accelerate finds)", choices=["", "cpu"])
     report_to: list[str] = option("running", [], "trackers: tensorboard, wandb, ..., 'all' or 'none'", free=True)
 

@@ -273,10 +273,8 @@ def content_key(audio: dict[str, Any]) -> str:
 
 
 def _content_keys(audio: Any, folder: Path) -> tuple[list[str | None], dict[int, str]]:
-    """Key of every row (each process hashes its share), and reason for the rows that cannot be read.
-
-    Hashes of files are kept in `folder/content-keys.json`, and hold as long as path, size and time of change do.
-    """
+    """Key of every row (each process hashes its share), and reason for the rows that cannot be read."""
+    # Hashes of files are kept, and hold as long as path, size and time of change do.
     state, index = PartialState(), folder / "content-keys.json"
     known: dict[str, str] = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
     own: list[tuple[int, str | None, str]] = []

@@ -87,11 +87,7 @@ def _trackers(names: list[str]) -> list[str]:
 
 
 def _checkpoint_to_resume(config: TrainingConfig, accelerator: Any) -> Path | None:
-    """The checkpoint to continue from.
-
-    Raises:
-        ValueError: if there are checkpoints, and the settings say neither to continue nor to overwrite them.
-    """
+    """The checkpoint to continue from; a `ValueError` if the settings do not say what to do with those there are."""
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.save_total_limit)
     latest, wanted = checkpoints.latest(), config.resume_from_checkpoint or ("latest" if config.resume else "")
     if wanted:

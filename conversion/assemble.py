@@ -186,22 +186,11 @@ def read_cross_attention(path: str | Path) -> tuple[dict[str, torch.Tensor], dic
 
 
 # What belongs to a cross-attention: settings of the model and of the processor that it was trained with.
-_CONFIG_SETTINGS: dict[str, type] = {
-    "cross_attention_reduce_factor": int,
-    "audio_position_embedding": str,
-    "pad_token_id": int,
-    "bos_token_id": int,
-    "eos_token_id": int,
-}
-_PROCESSOR_SETTINGS: dict[str, type] = {
-    "num_retrieved_captions": int,
-    "retrieval_diversity": float,
-    "retrieval_score_threshold": float,
-    "prompt_template": str,
-    "caption_separator": str,
-    "prompt_without_captions": str,
-    "target_prefix": str,
-}
+_INTEGERS = ("cross_attention_reduce_factor", "pad_token_id", "bos_token_id", "eos_token_id")
+_CONFIG_SETTINGS: dict[str, type] = {"audio_position_embedding": str, **dict.fromkeys(_INTEGERS, int)}
+_TEXTS = ("prompt_template", "caption_separator", "prompt_without_captions", "target_prefix")
+_PROCESSOR_SETTINGS: dict[str, type] = {"num_retrieved_captions": int, **dict.fromkeys(_TEXTS, str)}
+_PROCESSOR_SETTINGS |= dict.fromkeys(("retrieval_diversity", "retrieval_score_threshold"), float)
 
 
 def _has_processor(source: str | Path) -> bool:

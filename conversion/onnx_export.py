@@ -270,18 +270,9 @@ def _export_graphs(model: RecapForConditionalGeneration, folder: Path, mel_shape
 
 
 def _export(module: nn.Module, args: tuple, shapes: dict, names: tuple[list[str], list[str]], path: Path) -> None:
+    options = {"input_names": names[0], "output_names": names[1], "dynamic_shapes": shapes}
     with torch.no_grad():
-        torch.onnx.export(
-            module.eval(),
-            args,
-            path,
-            input_names=names[0],
-            output_names=names[1],
-            dynamic_shapes=shapes,
-            dynamo=True,
-            verbose=False,
-            external_data=True,
-        )
+        torch.onnx.export(module.eval(), args, path, dynamo=True, verbose=False, external_data=True, **options)
 
 
 def _export_companions(processor: RecapProcessor, settings: dict[str, object], folder: Path) -> None:

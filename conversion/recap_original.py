@@ -80,13 +80,10 @@ def recap_config_from_original(state: Mapping[str, torch.Tensor], original: dict
             f"config.json has cross_attention_reduce_factor {original['decoder']['cross_attention_reduce_factor']}, "
             f"but the cross-attention is {width} wide in a decoder of {decoder.n_embd}: a factor of {factor}"
         )
-    return RecapConfig(
-        clap=clap.config.to_dict(),
-        decoder=decoder.to_dict(),
-        cross_attention_reduce_factor=factor,
-        pad_token_id=_first(original.get("pad_token_id"), _PAD_TOKEN_ID),
-        eos_token_id=_first(original.get("eos_token_id"), _EOS_TOKEN_ID),
-    )
+    ids = {"pad_token_id": _PAD_TOKEN_ID, "eos_token_id": _EOS_TOKEN_ID}
+    ids |= {name: original[name] for name in ids if original.get(name) is not None}
+    parts = {"clap": clap.config.to_dict(), "decoder": decoder.to_dict()}
+    return RecapConfig(**parts, cross_attention_reduce_factor=factor, **ids)
 
 
 def processor_settings_from_original(original: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,10 +95,6 @@ def processor_settings_from_original(original: Mapping[str, Any]) -> dict[str, A
         "prompt_without_captions": OFFICIAL_PROMPT.without_captions,
         "target_prefix": OFFICIAL_PROMPT.target_prefix,
     }
-
-
-def _first(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def convert_recap_original_state_dict(

@@ -21,16 +21,9 @@ from safetensors.torch import load_file
 _SHOWN = 20
 # Metrics and learning rates that training scripts leave in their checkpoints; they are data and call nothing.
 _SCALAR = np.float64(0).__reduce__()[0]
-_PLAIN_NUMPY = [
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    np.dtypes.Float32DType,
-    np.dtypes.Float64DType,
-    np.dtypes.Int32DType,
-    np.dtypes.Int64DType,
-    np.dtypes.BoolDType,
-]
+_PLAIN_NUMPY = [(_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+_KINDS = ("Float32", "Float64", "Int32", "Int64", "Bool")
+_PLAIN_NUMPY += [np.dtype, *(getattr(np.dtypes, f"{kind}DType") for kind in _KINDS)]
 
 
 class ConversionError(ValueError):

@@ -26,20 +26,10 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.output, args.first, args.second, args.clip_list, args.training_captions)
     first, _, notes = score.load_rows(args, args.first)
     second, clip_list_name, further = score.load_rows(args, args.second)
+    options = {name: getattr(args, name) for name in ("resamples", "confidence", "seed", "pretokenized")}
+    options |= {"given": score.given_columns(args), "clip_list_name": clip_list_name, **score.scoring_options(args)}
     with score.scoring_tools(args) as tools:
-        result = compare_tables(
-            first,
-            second,
-            youtube=args.youtube_ids,
-            resamples=args.resamples,
-            confidence=args.confidence,
-            seed=args.seed,
-            given=score.given_columns(args),
-            clip_list_name=clip_list_name,
-            pretokenized=args.pretokenized,
-            tools=tools,
-            **score.scoring_options(args),
-        )
+        result = compare_tables(first, second, youtube=args.youtube_ids, tools=tools, **options)
     print(f"{'':10} {'A':>8} {'B':>8} {'B - A':>9}  {100 * args.confidence:g}% interval")
     for key, row in result["metrics"].items():
         verdict = "" if row["excludes_zero"] else "  (includes 0)"

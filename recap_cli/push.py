@@ -25,13 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from recap_hf.hub import PushOptions, push_folder
 
-    options = PushOptions(
-        private=args.private or None,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        commit_message=args.commit_message,
-        overwrite_card=args.overwrite_card,
-    )
+    names = ("revision", "create_pr", "commit_message", "overwrite_card")
+    options = PushOptions(private=args.private or None, **{name: getattr(args, name) for name in names})
     for result in push_folder(args.folder, args.repo, options, args.datastore_repo, read_facts(args)):
         if result.card_kept:
             print(f"{result.repo_id}: kept its README.md; --overwrite-card replaces it", file=sys.stderr)

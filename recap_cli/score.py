@@ -59,15 +59,9 @@ def run(args: argparse.Namespace) -> int:
 
     check_output(args.output, args.file, args.clip_list, args.training_captions)
     rows, clip_list_name, notes = load_rows(args, args.file)
+    options = {"clip_list_name": clip_list_name, "pretokenized": args.pretokenized, **scoring_options(args)}
     with scoring_tools(args) as tools:
-        result = score_rows(
-            rows,
-            given_columns(args),
-            clip_list_name=clip_list_name,
-            pretokenized=args.pretokenized,
-            tools=tools,
-            **scoring_options(args),
-        )
+        result = score_rows(rows, given_columns(args), tools=tools, **options)
     result.notes[:0] = notes
     for key, value in result.corpus.items():
         print(f"{key:10} {format_score(value)}")
@@ -87,14 +81,8 @@ def load_rows(args: argparse.Namespace, path: str) -> tuple[list[dict[str, Any]]
     """The predictions of one file, restricted to `--clip-list`, the name of that list, and remarks."""
     from recap_hf.scoring import read_predictions, select_listed
 
-    rows = read_predictions(
-        path,
-        prediction=args.prediction_column,
-        references=args.references_column,
-        clip_id=args.id_column,
-        retrieved=args.retrieved_column,
-        numbers=list(given_columns(args).values()),
-    )
+    columns = {name: getattr(args, f"{name}_column") for name in ("prediction", "references", "retrieved")}
+    rows = read_predictions(path, clip_id=args.id_column, numbers=list(given_columns(args).values()), **columns)
     if not args.clip_list:
         return rows, None, []
     if "clip_id" not in rows[0]:

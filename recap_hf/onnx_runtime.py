@@ -132,13 +132,10 @@ class OnnxCaptioner:
         if fits and not hits:
             return {"caption": UNRECOGNISED_CAPTION, "score": 0.0, "retrieved": [], **fits}
         prompt, used = self._fit_prompt(hits)
-        tokens, log_probability = self.search(
-            prompt,
-            self.cross_caches(hidden),
-            self.num_beams if num_beams is None else num_beams,
-            self._settings["generation"]["max_new_tokens"] if max_new_tokens is None else max_new_tokens,
-            self.states_mask(hidden),
-        )
+        beams = self.num_beams if num_beams is None else num_beams
+        longest = self._settings["generation"]["max_new_tokens"] if max_new_tokens is None else max_new_tokens
+        caches, mask = self.cross_caches(hidden), self.states_mask(hidden)
+        tokens, log_probability = self.search(prompt, caches, beams, longest, mask)
         kept = [token for token in prompt + tokens if token not in self._settings["special_token_ids"]]
         text = self._tokenizer.decode(kept, skip_special_tokens=False)
         score = float(np.exp(log_probability / len(tokens)))

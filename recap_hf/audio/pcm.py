@@ -23,14 +23,8 @@ SAMPLE_FORMATS: dict[str, tuple[str, str, int]] = {
 }
 _READ_BYTES = 1 << 16
 _WAV_PCM, _WAV_FLOAT, _WAV_EXTENSIBLE = 1, 3, 0xFFFE
-_WAV_FORMATS = {
-    (_WAV_PCM, 8): "u8",
-    (_WAV_PCM, 16): "s16le",
-    (_WAV_PCM, 24): "s24le",
-    (_WAV_PCM, 32): "s32le",
-    (_WAV_FLOAT, 32): "f32le",
-    (_WAV_FLOAT, 64): "f64le",
-}
+_WAV_FORMATS = {(_WAV_PCM, 8): "u8", (_WAV_FLOAT, 32): "f32le", (_WAV_FLOAT, 64): "f64le"}
+_WAV_FORMATS |= {(_WAV_PCM, bits): f"s{bits}le" for bits in (16, 24, 32)}
 # Programs that write WAV to a pipe do not know its length: they write 0, all ones, or a value near 2 GiB.
 _UNKNOWN_LENGTH = 0x7FFFF000
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,7 @@ class GridConfig:
 
     def all_models(self) -> list[Model]:
         """Every captioner, given or trained."""
-        return [
-            Model(training_set, seed, method)
-            for training_set in self.training_sets
-            for seed in self.seeds
-            for method in ("", *self.related_methods)
-        ]
+        return [Model(*each) for each in product(self.training_sets, self.seeds, ("", *self.related_methods))]
 
     def runs(self) -> Iterator[Run]:
         """Every evaluation, those of one model together.

@@ -178,15 +178,9 @@ class SharedPromptSearch:
         cache = SharedPromptCache(len(input_ids) // max(beams, sequences))
         positions = model_kwargs["decoder_position_ids"]
         decoder = model.decoder
-        logits = decode_prompt(
-            decoder,
-            cache,
-            input_ids,
-            model_kwargs["decoder_attention_mask"],
-            positions,
-            model_kwargs["encoder_outputs"].last_hidden_state.to(decoder.dtype),
-            model_kwargs.get("attention_mask"),
-        )
+        states = model_kwargs["encoder_outputs"].last_hidden_state.to(decoder.dtype)
+        masks = model_kwargs["decoder_attention_mask"], model_kwargs.get("attention_mask")
+        logits = decode_prompt(decoder, cache, input_ids, masks[0], positions, states, masks[1])
         state = _Search(generation_config, input_ids.shape[1], cache.num_clips, input_ids.device)
         prompts, positions = input_ids[::beams], positions[:, -1]
         while True:

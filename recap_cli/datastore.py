@@ -65,7 +65,8 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
         "with recordings"
     )
     parser.add_argument("--keys", choices=("text", "audio"), default="text", help=text + _DEFAULT)
-    parser.add_argument("--num-processes", type=positive, default=1, help="that embed" + _DEFAULT)
+    text = "that embed, each on a core or a GPU of its own" + _DEFAULT
+    parser.add_argument("--num-processes", type=positive, default=1, help=text)
     parser.add_argument("--chunk-captions", type=positive, default=8192, help="embedded at a time" + _DEFAULT)
 
 

@@ -1,6 +1,6 @@
 """The captioner that ships: `python -m recipes.recap_tiny.ship CAPTIONER DATA OUT --threshold X [--folds ...]`.
 
-Writes weights and embeddings in half precision, the decoding and the threshold of recap-tiny, and `RECORDINGS.csv`:
+Writes weights and embeddings in half precision, the decoding and the threshold of recap-tiny, `ATTRIBUTION.md`, and `RECORDINGS.csv`:
 every recording that the training used, with its source, author and licence. The code is not written: it is in the
 package.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         ship(arguments.captioner, out, arguments.threshold)
     count = write_recordings(Path(arguments.data), arguments.folds, out / "RECORDINGS.csv")
+    shutil.copyfile(Path(__file__).with_name("ATTRIBUTION.md"), out / "ATTRIBUTION.md")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB, trained on {count} recordings")
 

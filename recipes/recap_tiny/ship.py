@@ -1,8 +1,8 @@
 """The captioner that ships: `python -m recipes.recap_tiny.ship CAPTIONER DATA OUT --threshold X [--folds ...]`.
 
-Writes weights and embeddings in half precision, the decoding and the threshold of recap-tiny, `ATTRIBUTION.md`, and `RECORDINGS.csv`:
-every recording that the training used, with its source, author and licence. The code is not written: it is in the
-package.
+Writes weights and embeddings in half precision, the decoding and the threshold of recap-tiny, `ATTRIBUTION.md`, and
+`RECORDINGS.csv`: every recording that the training used, with its source, author and licence. The code is not written:
+it is in the package.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ def caption_items(captioner: Any, waveforms: Sequence[np.ndarray], batch_size: i
 
     from benchmarks.sound_events import SAMPLING_RATE
     from recap_hf.modeling.audio_recap import resample
+    from recap_hf.modeling.options_recap import CaptionOptions
 
     captions: dict[str, list[str]] = {system: [] for system in SYSTEMS}
     for start in range(0, len(waveforms), batch_size):
@@ -88,7 +89,7 @@ def caption_items(captioner: Any, waveforms: Sequence[np.ndarray], batch_size: i
         results = (
             captioner.generate(encoding, retrieved),
             None,
-            captioner.generate(encoding, [[] for _ in batch]),
+            captioner.with_options(CaptionOptions(k=0)).generate(encoding, [[] for _ in batch]),
             captioner.generate(silent, retrieved),
             captioner.generate(encoding, others),
             captioner.generate(silent, others),

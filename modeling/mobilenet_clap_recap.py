@@ -90,12 +90,14 @@ class _Convolution(nn.Module):
         self.convolution = nn.Conv2d(inputs, outputs, size, stride, groups=groups)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        (size, _), (stride, _) = self.convolution.kernel_size, self.convolution.stride
-        missing = [max((-(-side // stride) - 1) * stride + size - side, 0) for side in states.shape[-2:]]
-        if any(missing):
-            rows, columns = missing
-            states = F.pad(states, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        return F.relu6(self.convolution(states))
+        layer = self.convolution
+        (size, _), (stride, _) = layer.kernel_size, layer.stride
+        rows, columns = (max((-(-side // stride) - 1) * stride + size - side, 0) for side in states.shape[-2:])
+        padding = (rows // 2, columns // 2)
+        if rows % 2 or columns % 2:
+            states, padding = F.pad(states, (columns // 2, -(-columns // 2), rows // 2, -(-rows // 2))), 0
+        states = F.conv2d(states, layer.weight, layer.bias, layer.stride, padding, groups=layer.groups)
+        return F.relu6(states, inplace=True)
 
 
 class MobileNetAudioTower(nn.Module):

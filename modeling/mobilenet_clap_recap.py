@@ -117,10 +117,8 @@ class MobileNetAudioTower(nn.Module):
         return self.layers(patches[:, None]).mean(dim=(2, 3))
 
     def of_sound(self, patches: torch.Tensor, has_sound: torch.Tensor) -> torch.Tensor:
-        """Features of `(N, n)` patches, `(N, n, d)`; zero where `has_sound`, `(N, n)` and boolean, is false.
-
-        On a CPU, patches without sound cost nothing, and the others run some at a time, so that states fit its cache.
-        """
+        """Features of `(N, n)` patches, `(N, n, d)`; zero where `has_sound`, `(N, n)` and boolean, is false. On a CPU,
+        patches without sound cost nothing, and the others run some at a time, so that states fit its cache."""
         if patches.device.type != "cpu" or torch.compiler.is_exporting() or torch.jit.is_tracing():
             return self(patches.flatten(0, 1)).unflatten(0, patches.shape[:2]) * has_sound[..., None]
         sounding = patches[has_sound].contiguous()

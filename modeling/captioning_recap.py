@@ -34,7 +34,7 @@ except ImportError:
     default_model_path = fast_generate = None
 
 # What a broken recording can raise; anything else is a fault of the program and must be seen.
-READ_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError)
+READ_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError, MemoryError)
 
 
 @dataclass
@@ -157,14 +157,11 @@ class Captioner:
             `ValueError`: for a recording that is empty or holds NaN or infinite samples; and what `load_audio` raises.
         """
         if isinstance(source, (np.ndarray, torch.Tensor, list)):
-            waveform = to_mono(source)
-            if not waveform.size or not np.isfinite(waveform).all():
-                raise ValueError("The recording is empty or holds NaN or infinite samples.")
-            return waveform
+            return to_mono(source, "The recording")
         if hasattr(source, "keys") and "audio" in source:
             source = source["audio"]
         waveform, rate = load_audio(source)
-        return resample(to_mono(waveform), rate, self.sampling_rate)
+        return resample(to_mono(waveform, "The recording"), rate, self.sampling_rate)
 
     def encode(self, waveforms: Sequence[np.ndarray]) -> RecapEncoderOutput:
         """Hidden states and query embeddings of waveforms at `sampling_rate`."""
@@ -385,13 +382,25 @@ def load_pretrained(
         if default_model_path is None:
             raise ValueError("Name a checkpoint, or install the package, which has a default: pip install recap-hf")
         name_or_path = default_model_path()
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"The device {str(device)!r} is not there: torch finds no GPU on this machine. Use 'cpu'.")
+    device = chosen_device(device)
     dtypes = {} if dtype is None else {"dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype}
+    # Without a choice transformers asks on standard input, where sound may come in, whether to run a folder's code.
+    kwargs.setdefault("trust_remote_code", False)
     model = RecapForConditionalGeneration.from_pretrained(str(name_or_path), **dtypes, **kwargs)
     return model.eval().to(device), RecapProcessor.from_pretrained(str(name_or_path), **kwargs)
+
+
+def chosen_device(device: Any = None) -> torch.device:
+    """A device of torch; of `None` a GPU where there is one. A `ValueError` for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"The device must be one of torch, such as 'cpu' or 'cuda:0', got {device!r}.") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"The device {str(device)!r} is not there: torch finds no GPU on this machine. Use 'cpu'.")
+    return found
 
 
 def _candidates(

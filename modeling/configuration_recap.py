@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,18 @@ def _sub_config(name: str, value: Any, config_class: type[PretrainedConfig]) -> 
             )
         return config_class(**{key: item for key, item in value.items() if key != "model_type"})
     raise TypeError(f"`{name}` must be a {config_class.__name__}, a dict or None, got {type(value).__name__}.")
+
+
+@contextlib.contextmanager
+def loading(name: Any, files: str) -> Iterator[None]:
+    """Turns what damaged files of a checkpoint raise into a `ValueError` of one line that names folder and files."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise ValueError(f"{name}: {files} cannot be loaded: {text}") from error
 
 
 def push_arguments(folder: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:

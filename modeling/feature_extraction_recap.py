@@ -71,7 +71,7 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         kwargs: the other parameters of `ClapFeatureExtractor`.
 
     Raises:
-        `ValueError`: on an unknown `truncation`, `padding` or `compute_dtype`.
+        `ValueError`: on an unknown `truncation`, `padding` or `compute_dtype`, or an impossible `sampling_rate`.
     """
 
     model_input_names = ["input_features", "input_features_mask"]  # noqa: RUF012
@@ -94,6 +94,7 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
             raise ValueError(f"`truncation` must be 'rand_trunc' or 'fusion', got {truncation!r}.")
         if self.padding not in ("repeatpad", "repeat", "pad"):
             raise ValueError(f"`padding` must be 'repeatpad', 'repeat' or 'pad', got {self.padding!r}.")
+        check_sampling_rate(self.sampling_rate, "The feature extractor")
         if compute_dtype not in ("float32", "float64"):
             raise ValueError(f"`compute_dtype` must be 'float32' or 'float64', got {compute_dtype!r}.")
         self.compute_dtype = compute_dtype
@@ -208,12 +209,7 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         return self._log_mel(torch.from_numpy(waveform[None]), *self._taper_and_filters(None))[0]
 
     def _prepare_clip(self, clip: Any, sampling_rate: int, index: int) -> np.ndarray:
-        waveform = to_mono(clip)
-        if waveform.size == 0:
-            raise ValueError(f"Clip {index} is empty: it has no samples.")
-        if not np.isfinite(waveform).all():
-            raise ValueError(f"Clip {index} holds NaN or infinite samples.")
-        return resample(waveform, sampling_rate, self.sampling_rate)
+        return resample(to_mono(clip, f"Clip {index}"), sampling_rate, self.sampling_rate)
 
     def _pad_window(self, window: np.ndarray) -> np.ndarray:
         """The window at its full length, as `padding` says, with half a frame mirrored at either end (`"yamnet"`: with

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
-from .configuration_recap import PREFIX, RecapConfig, copy_remote_code, encoder_class, push_arguments
+from .configuration_recap import PREFIX, RecapConfig, copy_remote_code, encoder_class, loading, push_arguments
 from .generation_recap import (
     CACHE,
     RecapEncoderOutput,
@@ -203,6 +203,15 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
         for block in cross_attending:
             # `post_init` leaves new layers in an initialised decoder without GPT-2's scaling by depth.
             block.crossattention.apply(self.decoder._init_weights)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but a `ValueError` names weights that are missing instead of making new ones."""
+        with loading(name_or_path, "config.json or the weights"):
+            model, info = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(f"{len(missing)} weights are missing, such as {', '.join(missing[:3])}")
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def from_clap_gpt2_pretrained(

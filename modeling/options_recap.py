@@ -186,6 +186,8 @@ class PromptTemplate:
     target_prefix: str
 
     def __post_init__(self) -> None:
+        if not all(isinstance(text, str) for text in vars(self).values()):
+            raise ValueError(f"Template, separator and prefix of a prompt must be texts, got {vars(self)}.")
         if self.template.count(PLACEHOLDER) != 1:
             raise ValueError(f"`prompt_template` must contain {PLACEHOLDER!r} exactly once, got {self.template!r}.")
         if not self.ending:

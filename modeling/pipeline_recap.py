@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
+from .audio_recap import is_clip_and_rate
 from .captioning_recap import READ_ERRORS, Captioner
 from .index_recap import from_package
 from .options_recap import RETRIEVAL, CaptionOptions
@@ -37,8 +38,8 @@ class AudioCaptioningPipeline(Pipeline):
         generation parameters (`no_repeat_ngram_size`, `num_return_sequences`, ...): of `generate`.
 
     Each input is a path, a URL, bytes, a waveform of shape `(samples,)` or `(channels, samples)` at the feature
-    extractor's rate, `{"array", "sampling_rate"}`, or a `datasets` row or Audio value, decoded or not. Lists,
-    generators and datasets of these are streamed, `batch_size` at a time.
+    extractor's rate, `{"array", "sampling_rate"}`, a pair of array and rate, or a `datasets` row or Audio value,
+    decoded or not. Lists, iterators, Series and datasets of these are streamed, `batch_size` at a time.
 
     Returns for each input the fields of a [`CaptionResult`] that are set: `{"caption": str, "score": float,
     "retrieved": [{"caption": str, "score": float, ...}]}`, with `"similarity"` and `"candidates"` where captions are
@@ -65,11 +66,15 @@ class AudioCaptioningPipeline(Pipeline):
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Captions one input, a list (as a list), or a stream of them: generators, datasets and their columns."""
         known = (str, bytes, bytearray, memoryview, os.PathLike, np.ndarray, torch.Tensor, collections.abc.Mapping)
-        if isinstance(inputs, tuple):
+        if isinstance(inputs, tuple) and not is_clip_and_rate(inputs):
             inputs = list(inputs)
-        elif not isinstance(inputs, (*known, list, Dataset)) and hasattr(inputs, "__len__"):
-            # A column of `datasets` or a Series: the base class knows lists and torch's datasets.
-            inputs = iter(inputs)
+        if isinstance(inputs, list) and not inputs:
+            return []
+        file = isinstance(inputs, (*known, list, tuple, Dataset)) or hasattr(inputs, "read")
+        if not file and hasattr(inputs, "__iter__"):
+            # A Series, a column of `datasets`, a set, an iterator: the base class knows lists, generators and torch's
+            # datasets. By position: a Series has labels.
+            inputs = (one for one in inputs)
         if kwargs.get("return_timestamps", self._forward_params.get("return_timestamps")) and "batch_size" in kwargs:
             kwargs["segment_batch_size"] = kwargs.pop("batch_size")
         return super().__call__(inputs, *args, **kwargs)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
-from .configuration_recap import AUTO_MAP, RecapConfig, copy_remote_code, encoder_class, push_arguments
+from .configuration_recap import AUTO_MAP, RecapConfig, copy_remote_code, encoder_class, loading, push_arguments
 from .feature_extraction_recap import RecapFeatureExtractor
 from .options_recap import PAPER_PROMPT, CaptionOptions, PromptTemplate
 from .retrieval_recap import MANIFEST_NAME, CaptionDatastore
@@ -386,7 +386,8 @@ class RecapProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> RecapProcessor:
         """As in transformers; `datastore=` replaces the datastore of the checkpoint."""
         datastore = kwargs.pop("datastore", None)
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        with loading(pretrained_model_name_or_path, "processor_config.json or a tokenizer"):
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if datastore is None:
             datastore = _find_datastore(pretrained_model_name_or_path, kwargs)
         processor.datastore = datastore

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from recap_hf.files import write_json
     from recap_hf.scoring import compare_tables
 
-    check_output(args.output, args.first, args.second, args.clip_list, args.training_captions)
+    check_output(args.output, args.first, args.second, args.clip_list, args.training_captions, suffix=".json")
     first, _, notes = score.load_rows(args, args.first)
     second, clip_list_name, further = score.load_rows(args, args.second)
     options = {name: getattr(args, name) for name in ("resamples", "confidence", "seed", "pretokenized")}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recap_cli.numbers import count, positive
-from recap_cli.options import add_engine_arguments
+from recap_cli.options import add_engine_arguments, add_threads, set_threads
 
 _FILES = {
     "nargs": "+",
@@ -149,6 +149,7 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = False) -> None:
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: a GPU if there is one)")
     types = ("float32", "bfloat16", "float16")
     group.add_argument("--dtype", choices=types, default="float32", help="default: %(default)s")
+    add_threads(group)
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +170,9 @@ def _note(message: str) -> None:
 
 
 def _embedder(args: argparse.Namespace, api: Any) -> Any:
-    return api.CaptionEmbedder.from_pretrained(args.model, args.device, args.dtype, args.batch_size)
+    embedder = api.CaptionEmbedder.from_pretrained(args.model, args.device, args.dtype, args.batch_size)
+    set_threads(args, embedder.model)
+    return embedder
 
 
 def _source_options(args: argparse.Namespace, api: Any) -> Any:

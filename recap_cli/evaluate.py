@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from recap_cli.numbers import count, positive
-from recap_cli.options import add_caption_options
+from recap_cli.options import add_caption_options, add_threads, set_threads
 from recap_cli.score import add_metric_arguments, scoring_options, scoring_tools
 
 
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap (default 2000)")
     add_metric_arguments(parser)
     parser.add_argument("--clap-score-model", metavar="NAME", help="CLAPScore by this CLAP, not the captioner's own")
+    add_threads(parser)
     add_caption_options(parser)
 
 
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         clips = load_test_clips(args.dataset, args.data_dir, columns=column_mapping(args.columns), **chosen)
         options = CaptionOptions.from_args(args)
         captioner = load_captioner(args.model, args.datastore, options, device=args.device, dtype=args.dtype)
+        set_threads(args, captioner.model)
         clap_score = _clap_scorer(args, captioner) if scoring else None
         folder = caption_clips(
             Systems(captioner, args.seed, args.exclude_references),

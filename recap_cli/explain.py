@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.output, args.input)
     from recap_hf.explain import draw_explanation, explain_caption
     from recap_hf.explain.picture import require_matplotlib
+    from recap_hf.files import replacing
     from recap_hf.modeling.audio_recap import is_silent, load_audio
 
     if output is not None:
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"{args.input}: {explanation.to_text()}")
     if output is not None:
-        draw_explanation(explanation, waveform, captioner.processor.feature_extractor, rate).savefig(output)
+        figure = draw_explanation(explanation, waveform, captioner.processor.feature_extractor, rate)
+        with replacing(output) as temporary:
+            figure.savefig(temporary, format=output.suffix[1:].lower())
         print(f"recap explain: drew {args.output}", file=sys.stderr)
     return 0

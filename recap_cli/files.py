@@ -8,12 +8,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 # Control characters, which terminals obey, and the surrogates of bytes in a file name that are not UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".txt": "text", ".srt": "srt", ".vtt": "vtt"}
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -24,9 +25,11 @@ def standard_input() -> IO[bytes]:
     return sys.stdin.buffer
 
 
-def check_output(output: str | os.PathLike | None, *inputs: str | os.PathLike | None) -> None:
-    """Raises `ValueError` if the file `output` is one of the input files, is a folder, or its folder does not exist.
-    `None` is no file."""
+def check_output(
+    output: str | os.PathLike | None, *inputs: str | os.PathLike | None, suffix: str | None = None
+) -> None:
+    """Raises `ValueError` if the file `output` is one of the input files, is a folder, has another suffix than
+    `suffix`, or its folder does not exist. `None` is no file."""
     if output is None:
         return
     target = Path(output)
@@ -37,6 +40,25 @@ def check_output(output: str | os.PathLike | None, *inputs: str | os.PathLike | 
     for each in filter(None, inputs):
         if target.exists() and os.path.exists(each) and os.path.samefile(each, target):
             raise ValueError(f"--output names the input file {each}: give another file")
+    if suffix and target.suffix.lower() != suffix:
+        raise ValueError(f"--output {output}: a {suffix} file is written; give it that suffix")
+
+
+def format_of(output: str | None, given: str | None, formats: Collection[str]) -> str:
+    """The format of results: `given` (`--format`), else that of the suffix of the file `output`, else text.
+
+    Raises:
+        `ValueError`: for a suffix of none of `formats`, or of another than `given`.
+    """
+    suffix = Path(output or "").suffix.lower()
+    inferred = _SUFFIXES.get(suffix)
+    if given is None and suffix and inferred not in formats:
+        hint = f"give --format {'|'.join(formats)}"
+        hint = "recap timeline writes subtitles" if inferred in ("srt", "vtt") else hint
+        raise ValueError(f"--output {output}: no format has the suffix {suffix}: {hint}")
+    if given is not None and inferred not in (None, given, "text"):
+        raise ValueError(f"--output {output} and --format {given} contradict each other: change one of them")
+    return given or inferred or "text"
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 from recap_cli.numbers import positive
 
+_SMALL_MODEL = 20_000_000
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
@@ -69,7 +70,24 @@ def add_captioner_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--datastore", metavar="CAPTIONS", help=text)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; int8 on CPUs only")
+    add_threads(parser)
     add_caption_options(parser)
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """`--threads`."""
+    text = "of the CPU that the model uses (default: 1 for a small model, else one for each core)"
+    parser.add_argument("--threads", type=positive, metavar="N", help=text)
+
+
+def set_threads(args: argparse.Namespace, model: Any) -> None:
+    """Sets the number of threads of this process. Small matrices are slower on several threads where other processes
+    use the cores, too: each step waits for the last thread."""
+    import torch
+
+    small = sum(parameter.numel() for parameter in model.parameters()) < _SMALL_MODEL
+    if args.threads or small:
+        torch.set_num_threads(args.threads or 1)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,24 +99,32 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ray-address", metavar="ADDRESS", help="of a cluster; auto: this machine's")
 
 
+def be_quiet() -> None:
+    """Bars, hints and notes of each retry would stand between results on a terminal. This process is the command's
+    own."""
+    import huggingface_hub
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
+
+
 def load_captioner(args: argparse.Namespace) -> Any:
     """The `Captioner` that the arguments of `add_captioner_arguments` name, its weights laid out for a CPU.
 
     Raises:
         `OSError`: if there is no such checkpoint. `ValueError`: for a wrong combination of arguments.
     """
-    from transformers.utils import logging
-
     from recap_hf.fast_generation import prepare_for_cpu
     from recap_hf.modeling.captioning_recap import Captioner
     from recap_hf.modeling.options_recap import CaptionOptions
 
-    # This process is the command's own: bars and hints would stand between results on a terminal.
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    be_quiet()
     dtype = "float32" if args.dtype == "int8" else args.dtype
     options = CaptionOptions.from_args(args)
     captioner = Captioner.from_pretrained(args.model, device=args.device, dtype=dtype, options=options)
+    set_threads(args, captioner.model)
     if captioner.model.device.type == "cpu" and args.dtype != "float16":
         prepare_for_cpu(captioner.model, args.dtype)
     elif args.dtype == "int8":

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from recap_hf.evaluation.report import write_report
 
     inputs = [path for path in Path(args.folder).rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
-    check_output(args.output, *inputs)
+    check_output(args.output, *inputs, suffix=".html")
     output = args.output or Path(args.folder) / "report.html"
     print(write_report(args.folder, output, audio_dir=args.audio_dir, num_clips=args.clips, title=args.title))
     return 0

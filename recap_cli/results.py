@@ -4,14 +4,12 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-from recap_cli.files import check_output, open_output, printable, standard_input
+from recap_cli.files import check_output, format_of, open_output, printable, standard_input
 
 # As in recap_cli.formats, which needs recap_hf.
 FORMATS = ("text", "json", "jsonl", "csv")
-_SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".txt": "text"}
 
 
 def add_result_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +44,7 @@ def write_results(
 
     try:
         check(args)
-        names, form = expand_inputs(args.inputs), _format(args)
+        names, form = expand_inputs(args.inputs), format_of(args.output, args.format, FORMATS)
         check_output(args.output, *names)
     except ValueError as error:
         print(f"recap {verb}: error: {printable(str(error))}", file=sys.stderr)
@@ -82,18 +80,6 @@ def write_results(
 def sources_of(names: Iterable[str]) -> Iterator[str | bytes]:
     """The recordings that names stand for: standard input for `-`."""
     return (standard_input().read() if name == "-" else name for name in names)
-
-
-def _format(args: argparse.Namespace) -> str:
-    suffix = Path(args.output or "").suffix.lower()
-    inferred = _SUFFIXES.get(suffix)
-    if args.format is None and suffix and inferred is None:
-        hint = f"give --format {'|'.join(FORMATS)}"
-        hint = "recap timeline writes subtitles" if suffix in (".srt", ".vtt") else hint
-        raise ValueError(f"--output {args.output}: no format has the suffix {suffix}: {hint}")
-    if args.format is not None and inferred not in (None, args.format, "text"):
-        raise ValueError(f"--output {args.output} and --format {args.format} contradict each other: change one")
-    return args.format or inferred or "text"
 
 
 @contextlib.contextmanager

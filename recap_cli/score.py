@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from recap_hf.evaluation.tables import format_score
     from recap_hf.scoring import score_rows
 
-    check_output(args.output, args.file, args.clip_list, args.training_captions)
+    check_output(args.output, args.file, args.clip_list, args.training_captions, suffix=".json")
     rows, clip_list_name, notes = load_rows(args, args.file)
     options = {"clip_list_name": clip_list_name, "pretokenized": args.pretokenized, **scoring_options(args)}
     with scoring_tools(args) as tools:

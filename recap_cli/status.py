@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from recap_cli.files import printable
@@ -13,12 +14,26 @@ _EXIT_INTERRUPTED = 130
 
 
 def exit_status(name: str, run: Callable[[], int | None]) -> int:
-    """Runs a command. An error is one message on standard error and not a traceback.
+    """Runs a command. An error or a warning is one message on standard error, without traceback or source.
 
     Args:
         name: what the user called, such as `recap caption`.
         run: the command; `None` stands for 0.
     """
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_line(message, category, *place, **options):
+            if category is UserWarning:
+                print(f"{name}: warning: {printable(str(message))}", file=sys.stderr)
+            else:
+                show(message, category, *place, **options)
+
+        warnings.showwarning = show_line
+        return _exit_status(name, run)
+
+
+def _exit_status(name: str, run: Callable[[], int | None]) -> int:
     try:
         return run() or EXIT_OK
     except BrokenPipeError:

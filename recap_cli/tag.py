@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recap_cli.numbers import positive
+from recap_cli.options import add_threads, be_quiet, set_threads
 from recap_cli.results import add_result_arguments, sources_of, write_results
 
 
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="smallest probability of a tag and of its times, 0 to 1 (default: 0.1)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
+    add_threads(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,18 +69,15 @@ class _Tags:
 
 def _tagged(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, Any]]:
     """Each name with its tags, or the exception that reading it raised."""
-    from transformers.utils import logging
-
     from recap_hf.tagging import Tagger
 
-    # This process is the command's own: bars and hints would stand between results on a terminal.
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    be_quiet()
     labels = None
     if args.labels is not None:
         lines = Path(args.labels).read_text(encoding="utf-8-sig").splitlines()
         labels = [line.strip() for line in lines if line.strip()]
     tagger = Tagger.from_pretrained(args.model, device=args.device, labels=labels, template=args.template)
+    set_threads(args, tagger.clap)
     results = tagger.tag_stream(sources_of(names), args.top, args.threshold)
     for name, (_, result) in zip(names, results, strict=True):
         yield name, result if isinstance(result, Exception) else _Tags(result)

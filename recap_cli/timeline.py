@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
-from recap_cli.files import check_output, open_output, printable, standard_input
+from recap_cli.files import check_output, format_of, open_output, printable, standard_input
 from recap_cli.numbers import positive
 from recap_cli.options import add_captioner_arguments, check_caption_options, load_captioner
 
@@ -32,7 +32,7 @@ _SEGMENTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "file, folder, pattern, URL; - is standard input"
     parser.add_argument("inputs", nargs="+", metavar="RECORDING", help=text)
-    parser.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
+    parser.add_argument("--format", choices=FORMATS, help="default: that of the suffix of --output, else text")
     parser.add_argument("--output", metavar="FILE", help="write there instead of standard output")
     parser.add_argument("--output-dir", metavar="DIR", help="write a file per recording there")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="segments at once (default: 8)")
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_caption_options(args)
         names = expand_inputs(args.inputs)
+        check_output(args.output, *names)
+        args = argparse.Namespace(**{**vars(args), "format": format_of(args.output, args.format, FORMATS)})
         check_usage(args, len(names))
     except ValueError as error:
         print(f"recap timeline: error: {error}", file=sys.stderr)

@@ -146,10 +146,7 @@ class OnnxCaptioner:
             audio, sampling_rate = load_audio(audio)
         elif sampling_rate is None:
             raise ValueError("`sampling_rate` is missing: give the rate of the waveform in Hz")
-        waveform = to_mono(audio)
-        if not waveform.size or not np.isfinite(waveform).all():
-            raise ValueError("the recording is empty or holds NaN or infinite samples")
-        return resample(waveform, sampling_rate, self.sampling_rate)
+        return resample(to_mono(audio, "The recording"), sampling_rate, self.sampling_rate)
 
     def log_mel(self, waveform: np.ndarray) -> np.ndarray:
         """Log-mel windows, float32 (windows, frames, mels), of a mono waveform at the model's rate.

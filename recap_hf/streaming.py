@@ -3,8 +3,10 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -56,19 +58,37 @@ def _read(captioner: Captioner, source: Any) -> np.ndarray | Exception:
 
 def read_ahead(read: Callable[[Any], Any], sources: Iterable[Any], ahead: int) -> Iterator[tuple[Any, Any]]:
     """Each source with the result of `read`, which threads compute for the next `ahead` sources."""
-    # One core is the model's; libsndfile and soxr release Python's lock.
-    with ThreadPoolExecutor(max_workers=max(1, min(8, (os.cpu_count() or 1) - 1))) as pool:
-        pending: deque[tuple[Any, Future[Any]]] = deque()
-        try:
-            for source in sources:
-                pending.append((source, pool.submit(read, source)))
-                if len(pending) > ahead:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
+    jobs: SimpleQueue[tuple[Any, Future[Any]] | None] = SimpleQueue()
+
+    def work() -> None:
+        while (job := jobs.get()) is not None:
+            source, future = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(read(source))
+                except BaseException as error:
+                    # Raised where the result is taken.
+                    future.set_exception(error)
+
+    # One core is the model's; libsndfile and soxr release Python's lock. When Python ends it waits for a pool, and not
+    # for daemons: a pipe without a writer cannot hold back Ctrl-C.
+    workers = max(1, min(8, (os.cpu_count() or 1) - 1))
+    for _ in range(workers):
+        Thread(target=work, daemon=True).start()
+    pending: deque[tuple[Any, Future[Any]]] = deque()
+    try:
+        for source in sources:
+            pending.append((source, Future()))
+            jobs.put(pending[-1])
+            if len(pending) > ahead:
                 first, future = pending.popleft()
                 yield first, future.result()
-        finally:
-            # A caller that stops early does not wait for recordings that it will not get.
-            for _, future in pending:
-                future.cancel()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        # A caller that stops early does not wait for recordings that it will not get.
+        for _, future in pending:
+            future.cancel()
+        for _ in range(workers):
+            jobs.put(None)

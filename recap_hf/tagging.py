@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from recap_hf.audio.stream import AudioStream
 from recap_hf.modeling.audio_recap import is_silent
-from recap_hf.modeling.captioning_recap import READ_ERRORS
+from recap_hf.modeling.captioning_recap import READ_ERRORS, chosen_device
 from recap_hf.training.tasks.bases import load_clap
 
 # Windows in a pass of the audio tower.
@@ -119,8 +119,7 @@ class Tagger:
         """
         name = "embedded" if name_or_path is None else os.fspath(name_or_path)
         clap, tokenizer, extractor = load_clap(name, with_texts=labels is not None)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(clap.to(device), extractor, tokenizer, labels, template)
+        return cls(clap.to(chosen_device(device)), extractor, tokenizer, labels, template)
 
     def tag(self, recordings: Iterable[Any], top: int | None = 10, threshold: float = 0.1) -> list[list[Tag]]:
         """The tags of recordings, most probable first.

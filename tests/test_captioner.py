@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -275,6 +279,21 @@ def test_long_recordings_are_not_gathered(captioner, files, encoded_together, mo
     results = list(captioner.caption_stream(files[:4], 2))
     assert not any(isinstance(result, Exception) for _, result in results)
     assert encoded_together == [2, 2]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on this system")
+def test_an_interrupt_does_not_wait_for_a_recording(captioner, tmp_path):
+    os.mkfifo(tmp_path / "pipe.wav")
+    before = set(threading.enumerate())
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(captioner.caption_stream([str(tmp_path / "pipe.wav")]))
+    assert time.monotonic() - start < 1.3
+    # Python does not wait for them when it ends.
+    readers = set(threading.enumerate()) - before
+    assert readers and all(thread.daemon for thread in readers)
+    (tmp_path / "pipe.wav").open("wb").close()
 
 
 def made_up(lengths: list[int]):

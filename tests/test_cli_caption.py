@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import synthetic_clip
 from test_audio import BROKEN, encode
 
@@ -42,6 +43,15 @@ def test_text(capsys, recordings, model_folder):
     first, *hits = out.splitlines()
     assert first.startswith(f"{recordings / 'b.wav'}: ")
     assert {hit.split("  ")[-1] for hit in hits} == {"a dog barks", "rain falls"}
+
+
+def test_threads(capsys, recordings, model_folder, monkeypatch):
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for options in ((), ("--threads", 3)):
+        run(capsys, recordings / "silent.wav", "--model", model_folder, *options)
+    # One for a small model, unless asked for.
+    assert threads == [1, 3]
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "csv"])

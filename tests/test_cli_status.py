@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from recap_cli.status import exit_status
+
+
+def test_a_warning_is_one_line(capsys):
+    def warned():
+        warnings.warn("a.wav\n\x1b[2J is cut off", stacklevel=1)
+
+    before = warnings.showwarning
+    assert exit_status("recap x", warned) == 0
+    assert capsys.readouterr().err == "recap x: warning: a.wav\\x0a\\x1b[2J is cut off\n"
+    assert warnings.showwarning is before
 
 
 def test_statuses(capsys):

@@ -66,6 +66,8 @@ def test_split_words_of_every_dataset(clotho_folder: Path):
     assert load_captions("clotho", clotho_folder, split="development").dataset[0]["split"] == "train"
     with pytest.raises(FileNotFoundError, match=re.escape("clotho_captions_evaluation.csv")):
         load_captions("clotho", clotho_folder, split="evaluation")
+    with pytest.raises(ValueError, match=r"dataset 'cloto' is unknown: expected clotho, .* or a file or folder"):
+        load_captions("cloto")
     with pytest.raises(ValueError, match="unknown split 'evalution'"):
         load_captions("clotho", clotho_folder, split="evalution")
 

@@ -101,6 +101,10 @@ def test_command_refuses(tmp_path, capsys):
     assert "--output is a picture" in capsys.readouterr().err
     assert main(["explain", "clip.wav", "--output", str(tmp_path / "none" / "x.png")]) == 1
     assert "there is no folder" in capsys.readouterr().err
+    (tmp_path / "sound.png").write_bytes(b"an input, whatever its name says")
+    assert main(["explain", str(tmp_path / "sound.png"), "--output", str(tmp_path / "sound.png")]) == 1
+    assert "--output names the input file" in capsys.readouterr().err
+    assert (tmp_path / "sound.png").read_bytes() == b"an input, whatever its name says"
     soundfile.write(tmp_path / "silent.wav", np.zeros(48_000), 48_000)
     assert main(["explain", str(tmp_path / "silent.wav")]) == 1
     assert "no sound" in capsys.readouterr().err

@@ -126,6 +126,14 @@ def test_round_trip(tmp_path):
     assert (loaded.truncation, loaded.compute_dtype, loaded.nb_max_samples) == ("fusion", "float64", 480_000)
 
 
+def test_a_saved_rate_that_no_recording_has_is_refused(tmp_path):
+    RecapFeatureExtractor().save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(path.read_text().replace('"sampling_rate": 48000', '"sampling_rate": 1'))
+    with pytest.raises(ValueError, match="a sampling rate of 1 Hz is not possible"):
+        RecapFeatureExtractor.from_pretrained(tmp_path)
+
+
 def test_clap_configurations_load(tmp_path):
     ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(tmp_path)
     assert RecapFeatureExtractor.from_pretrained(tmp_path).truncation == "rand_trunc"

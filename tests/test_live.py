@@ -89,7 +89,7 @@ def test_wav_without_seeking(subtype, container):
 
 
 def test_what_is_no_sound_is_named():
-    with pytest.raises(ValueError, match="not WAV: name its format with --rate"):
+    with pytest.raises(ValueError, match=r"not WAV.*name the format with --rate"):
         read(b"hello, this is a text")
     with pytest.raises(ValueError, match="ends before its samples"):
         read(b"RIFF\0\0\0\0WAVE")
@@ -249,7 +249,7 @@ def start(*options, **streams):
 
 def test_what_is_wrong_is_said_before_the_model_is_loaded(capsys):
     _, errors = start("--model", "no/such").communicate(b"hello, this is a text", timeout=300)
-    assert b"recap live: error: Standard input is not WAV: name its format with --rate" in errors
+    assert b"recap live: error: The sound is not WAV." in errors and b"name the format with --rate" in errors
     assert main(["live", "--model", "no/such", "nowhere.fifo"]) == 1
     assert "No such file or directory: 'nowhere.fifo'" in capsys.readouterr().err
     assert main(["live", "--microphone", "--rate", "48000", "pipe"]) == 2

@@ -69,6 +69,31 @@ def test_lists_generators_and_datasets(captioner, clips):
         assert same_results(results, expected[:2])
 
 
+def test_series_sets_iterators_and_pairs(captioner, clips):
+    pandas = pytest.importorskip("pandas")
+    expected = [captioner(clip) for clip in clips]
+    # Labels in another order than the rows, and with gaps.
+    series = pandas.Series(
+        [{"array": clip, "sampling_rate": 48_000} for clip in clips], index=[7, 0, 3, 1, 9, 2, 4][: len(clips)]
+    )
+    assert same_results(list(captioner(series)), expected)
+    assert same_results(list(captioner(series.iloc[1:])), expected[1:])
+    rows = dict(enumerate(series))
+    for source in (
+        iter(list(clips)),
+        rows.values(),
+        map(np.asarray, clips),
+        torch.utils.data.DataLoader(clips, batch_size=None),
+    ):
+        assert same_results(list(captioner(source)), expected)
+    assert captioner([]) == []
+    stereo = np.round(np.stack([clips[0], clips[0]], axis=1) * 20_000).astype(np.int16)
+    alone = captioner({"array": stereo[:, 0], "sampling_rate": 16_000})
+    for pair in ((16_000, stereo), (stereo, 16_000), (np.int64(16_000), torch.from_numpy(stereo))):
+        assert same_results(captioner(pair), alone)
+    assert same_results(captioner([(16_000, stereo)] * 2), [alone] * 2)
+
+
 def test_undecoded_datasets_rows(captioner, clips, tmp_path):
     from datasets import Audio, Dataset
 

@@ -108,6 +108,8 @@ def test_an_output_never_replaces_an_input(predictions, tmp_path, capsys):
     for command in (["score", predictions], ["compare", predictions, predictions]):
         assert main([*command, *columns, "--output", str(link)]) == 1
         assert "--output names the input file" in capsys.readouterr().err
+        assert main([*command, *columns, "--output", str(tmp_path / "scores.csv")]) == 1
+        assert "scores.csv: a .json file is written" in capsys.readouterr().err
     assert Path(predictions).read_bytes() == before
 
 

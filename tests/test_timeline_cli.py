@@ -73,9 +73,15 @@ def test_several_recordings_standard_input_and_broken_ones(run, recording, tmp_p
     # The summary knows of the silence that is not written.
     assert whole["sounds"][-1] == {"caption": "silence", "seconds": 3.0, "segments": None}
     assert broken["segments"] == [] and "error" in broken
-    assert "error" in cut and cut["segments"][0]["start"] == 0.0
-    assert "broken.wav: not a recording" in errors and "cut.wav: the recording is truncated" in errors
-    assert "2 of 4 recordings could not be captioned to the end" in errors
+    assert "error" not in cut and cut["segments"][0]["start"] == 0.0
+    assert "broken.wav: not a recording" in errors and "cut.wav: cut off or damaged" in errors
+    assert "1 of 4 recordings could not be captioned to the end" in errors
+
+
+def test_the_suffix_of_the_file_is_its_format(run, recording, tmp_path):
+    for suffix, head in {".srt": "1\n00:00:00,000 --> ", ".vtt": "WEBVTT\n\n", ".csv": "file,start,end,"}.items():
+        assert run(recording, "--output", tmp_path / f"out{suffix}")[0] == 0
+        assert (tmp_path / f"out{suffix}").read_text().startswith(head)
 
 
 def test_readable_cues(run, recording):
@@ -90,6 +96,9 @@ def test_readable_cues(run, recording):
     [
         (("--format", "srt"), "--format srt holds one recording, got 2"),
         (("--output", "x", "--output-dir", "y"), "--output and --output-dir exclude each other"),
+        (("--output", "x.docx"), "--output x.docx: no format has the suffix .docx: give --format text|json"),
+        (("--output", "x.csv", "--format", "vtt"), "--output x.csv and --format vtt contradict each other"),
+        (("--output", "x.srt"), "--format srt holds one recording, got 2"),
         (("--accessible",), "--accessible needs --format srt or vtt"),
     ],
 )
@@ -154,7 +163,7 @@ def test_help_is_quick_and_needs_no_torch():
 def test_an_input_is_never_overwritten(run, recording):
     data = recording.read_bytes()
     status, _, err = run(recording, "--output", recording)
-    assert status == 1
+    assert status == 2
     assert "names the input file" in err
     assert recording.read_bytes() == data
 

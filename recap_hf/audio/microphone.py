@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from recap_hf.modeling.audio_recap import Mixer
+
+from .stream import MIXER_PATIENCE
+
 _BLOCK_S = 0.1
 
 
@@ -18,7 +22,7 @@ def microphone_blocks(
     Args:
         device (`str`, *optional*): name or number from `python -m sounddevice`; empty: the default microphone.
         rate (`int`, *optional*): sampling rate in Hz; default: the device's.
-        channels (`int`, *optional*, defaults to 1): number of channels; their mean is taken.
+        channels (`int`, *optional*, defaults to 1): number of channels; they are mixed.
 
     Raises:
         `ImportError`: without sounddevice.
@@ -34,6 +38,7 @@ def microphone_blocks(
             "use a pipe: arecord -f cd -t wav | recap live"
         ) from error
     chosen = int(device) if device.isdigit() else device or None
+    mix = Mixer(MIXER_PATIENCE)
     try:
         rate = rate or int(sounddevice.query_devices(chosen, "input")["default_samplerate"])
         # Unbounded: PortAudio's callback must not block.
@@ -44,7 +49,7 @@ def microphone_blocks(
             device=chosen,
             channels=channels,
             dtype="float32",
-            callback=lambda data, *_: blocks.put(data.mean(axis=1)),
+            callback=lambda data, *_: blocks.put(np.array(mix(data.T))),
         )
     except (sounddevice.PortAudioError, ValueError) as error:
         raise OSError(

@@ -9,7 +9,9 @@ from typing import BinaryIO
 import numpy as np
 import soundfile
 
-from recap_hf.modeling.audio_recap import check_sampling_rate
+from recap_hf.modeling.audio_recap import Mixer, check_sampling_rate
+
+from .stream import MIXER_PATIENCE
 
 # FFmpeg's names: libsndfile's subtype and byte order, and the width of a sample in bytes.
 SAMPLE_FORMATS: dict[str, tuple[str, str, int]] = {
@@ -58,13 +60,13 @@ class PcmFormat:
         """Bytes of one sample of all channels."""
         return SAMPLE_FORMATS[self.sample_format][2] * self.channels
 
-    def mono(self, data: bytes) -> np.ndarray:
-        """Whole frames as float32 of shape `(samples,)`, the mean of the channels."""
+    def samples(self, data: bytes) -> np.ndarray:
+        """Whole frames as float32 of shape `(channels, samples)`."""
         subtype, endian, _ = SAMPLE_FORMATS[self.sample_format]
         layout = {"format": "RAW", "samplerate": self.rate, "channels": self.channels}
         layout |= {"subtype": subtype, "endian": endian}
         samples, _ = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True, **layout)
-        return samples.mean(axis=1)
+        return samples.T
 
 
 def pcm_blocks(file: BinaryIO, raw: PcmFormat | None = None) -> Iterator[tuple[np.ndarray, int]]:
@@ -84,11 +86,13 @@ def pcm_blocks(file: BinaryIO, raw: PcmFormat | None = None) -> Iterator[tuple[n
         pending = b""
     elif raw is None:
         raise ValueError(
-            "Standard input is not WAV: name its format with --rate (and --channels, --sample-format if it is not one "
-            "channel of s16le), or pipe WAV. Convert compressed formats: ffmpeg -i INPUT -f wav - | recap live"
+            "The sound is not WAV. Caption a file with recap timeline. Of a pipe, name the format with --rate (and "
+            "--channels, --sample-format if it is not one channel of s16le), or pipe WAV. Convert compressed formats: "
+            "ffmpeg -i INPUT -f wav - | recap live"
         )
     else:
         pcm, left, pending = raw, None, head
+    mix = Mixer(MIXER_PATIENCE)
     while left is None or left > 0:
         data = read(_READ_BYTES if left is None else min(_READ_BYTES, left)) or b""
         if left is not None:
@@ -96,7 +100,7 @@ def pcm_blocks(file: BinaryIO, raw: PcmFormat | None = None) -> Iterator[tuple[n
         pending += data
         whole = len(pending) // pcm.frame_size * pcm.frame_size
         if whole:
-            yield pcm.mono(pending[:whole]), pcm.rate
+            yield mix(pcm.samples(pending[:whole])), pcm.rate
             pending = pending[whole:]
         if not data:
             break

@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 import soxr
 
-from recap_hf.modeling.audio_recap import load_audio, read_blocks, to_mono
+from recap_hf.modeling.audio_recap import Mixer, check_samples, load_audio, to_mono
+
+from .reading import read_blocks
 
 DEFAULT_BLOCK_S = 5.0
 # Frames read from a file at once, independent of `block_s`: decoded MP3 samples depend on it (by about 1e-7).
 _READ_FRAMES = 1 << 16
+# Samples after which channels that cancel each other do so not by chance.
+MIXER_PATIENCE = 4_800
 _FILE_TYPES = (str, os.PathLike, bytes, bytearray, memoryview)
 
 
@@ -29,12 +33,12 @@ def resample_blocks(
         name (`str`, *optional*): of the recording, for messages.
 
     Raises:
-        `ValueError`: for NaN or infinite samples.
+        `ValueError`: for NaN, infinity, and samples far outside [-1, 1].
     """
     resampler = None
     for block, rate in blocks:
-        if not np.isfinite(block).all():
-            raise ValueError(f"{name}: the recording holds NaN or infinite samples.")
+        if block.size:
+            check_samples(block, f"{name}: the recording")
         if rate != sampling_rate:
             if resampler is None:
                 resampler = soxr.ResampleStream(rate, sampling_rate, 1, dtype="float32", quality="HQ")
@@ -51,8 +55,8 @@ class AudioStream:
     """A recording as an iterator of mono float32 blocks at one sampling rate.
 
     The concatenation of the blocks does not depend on `block_s`, to the bit. Files are read as needed; a URL is
-    downloaded first. Channels are averaged and the rate is converted by soxr at high quality, as `load_audio`,
-    `to_mono` and `resample` do for a whole recording.
+    downloaded first. Channels are mixed and the rate is converted by soxr at high quality, as `load_audio`, `to_mono`
+    and `resample` do for a whole recording.
 
     Args:
         source: as for `load_audio` (path, URL, bytes, binary file, `datasets` Audio value or row), or a waveform of
@@ -61,8 +65,8 @@ class AudioStream:
         block_s (`float`, *optional*, defaults to 5): maximum length of a block in seconds.
 
     Raises, during iteration:
-        `FileNotFoundError`, `IsADirectoryError`, `PermissionError`, `ValueError`, `ImportError`: as `load_audio`. A
-        truncated file yields all samples it has, and then raises `ValueError`.
+        `FileNotFoundError`, `IsADirectoryError`, `PermissionError`, `ValueError`, `ImportError`: as `load_audio`,
+        which warns of a file that is cut off or damaged.
 
     Example:
         >>> for block in AudioStream("street.flac"):
@@ -97,10 +101,11 @@ class AudioStream:
         if isinstance(source, Mapping) and source.get("array", source.get("raw")) is None:
             # An undecoded Audio value; of a mapping without any audio `load_audio` reports what is missing.
             source = next((source[key] for key in ("bytes", "path") if source.get(key) is not None), source)
-        if isinstance(source, _FILE_TYPES) or hasattr(source, "read"):
+        if isinstance(source, _FILE_TYPES) or (hasattr(source, "read") and not hasattr(source, "get_all_samples")):
+            mix = Mixer(MIXER_PATIENCE)
             for block, rate in read_blocks(source, _READ_FRAMES):
-                yield from self._split(block.mean(axis=0), rate)
-        elif isinstance(source, Mapping) or hasattr(source, "get_all_samples"):
+                yield from self._split(mix(block), rate)
+        elif isinstance(source, (Mapping, tuple)) or hasattr(source, "get_all_samples"):
             waveform, rate = load_audio(source)
             yield from self._split(to_mono(waveform), rate)
         else:

@@ -10,6 +10,7 @@ from typing import Any
 
 from recap_hf.modeling.audio_recap import SILENCE_CAPTION
 
+_MARKUP = re.compile(r"<(?=[A-Za-z/])|\{(?=\\)")
 _ARTICLE = re.compile(r"^(?:an?|the|some)\s+", re.IGNORECASE)
 _CHARACTERS_PER_SECOND = 17.0
 _LINE_LENGTH = 42
@@ -93,9 +94,10 @@ def clock(seconds: float, point: str = ".") -> str:
 
 
 def srt_block(number: int, cue: Cue) -> str:
-    """A cue of a SubRip file."""
+    """A cue of a SubRip file. It has no escapes: a space behind `<` or `{` makes markup plain text."""
     times = f"{clock(cue.start, ',')} --> {clock(cue.end, ',')}"
-    return f"{number}\n{times}\n{cue.text.replace('-->', '->')}\n\n"
+    text = _MARKUP.sub(lambda found: found[0] + " ", cue.text.replace("-->", "->"))
+    return f"{number}\n{times}\n{text}\n\n"
 
 
 def vtt_block(cue: Cue) -> str:

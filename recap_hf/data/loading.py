@@ -56,8 +56,13 @@ def load_captions(
         data = _LOADERS[name](options)
     elif (path := Path(name)).is_file() or (path / MANIFEST_NAME).is_file():
         data = load_caption_list(path, options)
-    else:
+    elif path.exists() or "/" in name:
         data = load_hub_dataset(name, options)
+    else:
+        raise ValueError(
+            f"dataset {name!r} is unknown: expected {', '.join(NAMED_DATASETS)}, USER/NAME of the Hub, or a file or "
+            "folder that is there"
+        )
     missing = [problem.detail for problem in data.problems if problem.kind == "missing"]
     for detail in missing:
         logger.info("%s: %s", name, detail)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 
+from recap_hf.files import replacing
 from recap_hf.hub.parquet import column_names, to_table
 
 EXPORT_SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
@@ -31,10 +32,11 @@ def export_datastore(store: Any, path: str | Path, embeddings: str | Path | None
     for target in (path, *([] if embeddings is None else [Path(embeddings)])):
         target.parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".parquet":
-        pyarrow.parquet.write_table(to_table(store.records), path)
+        with replacing(path) as temporary:
+            pyarrow.parquet.write_table(to_table(store.records), temporary)
     elif suffix == ".csv":
         columns = column_names(store.records)
-        with open(path, "w", encoding="utf-8", newline="") as file:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(store.records)
@@ -43,13 +45,13 @@ def export_datastore(store: Any, path: str | Path, embeddings: str | Path | None
             lines = (_line(record["caption"], row) for row, record in enumerate(store.records))
         else:
             lines = (json.dumps(record, ensure_ascii=False) for record in store.records)
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
             if suffix == ".json":
                 file.write("[\n" + ",\n".join(lines) + "\n]\n")
             else:
                 file.writelines(line + "\n" for line in lines)
     if embeddings is not None:
-        with open(embeddings, "wb") as file:
+        with replacing(embeddings) as temporary, open(temporary, "wb") as file:
             np.save(file, np.asarray(store.embeddings), allow_pickle=False)
     return len(store)
 

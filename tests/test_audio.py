@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -189,6 +190,25 @@ def test_a_wav_of_unknown_length_is_read(size):
     position = data.index(b"data") + 4
     data[4:8] = data[position : position + 4] = size
     np.testing.assert_array_equal(load_audio(bytes(data))[0], load_audio(encode("wav"))[0])
+
+
+def test_a_wav_with_a_long_chunk_before_its_samples():
+    data = encode("wav")
+    chunk = b"LIST" + struct.pack("<I", 100_000) + b"INFO" + bytes(99_996)
+    longer = data[:4] + struct.pack("<I", len(data) - 8 + len(chunk)) + data[8:12] + chunk + data[12:]
+    np.testing.assert_array_equal(load_audio(longer)[0], load_audio(data)[0])
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 400_000, b"ID3\x04\0\0\0\0\0\0" * 40_000, b"\xff\xfb" * 200_000])
+@pytest.mark.filterwarnings("ignore:.*cut off or damaged")
+def test_garbage_in_an_mp3_takes_no_long_time(garbage):
+    data = encode("mp3")
+    data = data[144_000 * 64 // 48_000 :]
+    start = time.monotonic()
+    for broken in (garbage + data, data[:3_000] + garbage + data[3_000:], data + garbage):
+        with contextlib.suppress(ValueError):
+            load_audio(broken)
+    assert time.monotonic() - start < 3
 
 
 def test_an_ogg_without_end_mark_is_read():

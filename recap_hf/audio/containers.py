@@ -1,7 +1,5 @@
 """Recordings that libsndfile does not read: m4a, webm and the audio tracks of videos, by PyAV, which brings FFmpeg."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from itertools import chain

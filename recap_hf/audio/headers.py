@@ -3,15 +3,16 @@
 libsndfile takes the first for empty and guesses the length of the second from its first frames.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from typing import BinaryIO
 
+# Bytes of a frame at 8 kbit/s and 24 kHz.
+_SHORTEST_FRAME = 24
 _UNKNOWN_SIZE = b"\xff\xff\xff\xff"
 _HEAD_BYTES = 1 << 16
-# Bits per sample of an MP3 frame, by version: kbit/s by index, rates in Hz by index.
+_MAX_TAGS, _MAX_RESYNCS = 16, 1_000
+# MPEG versions as a frame's header has them; for each of them kbit/s and rates in Hz by index.
 _MPEG1, _MPEG2, _MPEG25 = 3, 2, 0
 _KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
@@ -28,7 +29,8 @@ def with_length(data: BinaryIO) -> BinaryIO:
     """
     data.seek(0)
     head = data.read(_HEAD_BYTES)
-    size = data.seek(0, 2)
+    data.seek(0, 2)
+    size = data.tell()
     copy = _wav_with_length(head, size, data) or _mp3_with_length(head, size, data) or data
     copy.seek(0)
     return copy
@@ -49,6 +51,8 @@ def _wav_with_length(head: bytes, size: int, data: BinaryIO) -> BinaryIO | None:
     place = 12
     while head[place : place + 4] not in (b"data", b""):
         place += 8 + (_number(head, place + 4) + 1) // 2 * 2
+    if head[place : place + 4] != b"data":
+        return None
     samples = place + 8
     # Samples follow a size of 0, and not a last chunk of a recording that is empty.
     empty = samples >= size or samples + 8 + _number(head, samples + 4) in (size, size - 1)
@@ -63,7 +67,9 @@ def _number(head: bytes, place: int) -> int:
 
 def _mp3_with_length(head: bytes, size: int, data: BinaryIO) -> BinaryIO | None:
     start = 0
-    while head[:3] == b"ID3" and len(head) >= 10:
+    for _ in range(_MAX_TAGS):
+        if head[:3] != b"ID3" or len(head) < 10:
+            break
         # A tag's size has seven bits in a byte.
         start += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
         data.seek(start)
@@ -96,8 +102,9 @@ def _frame(head: bytes) -> tuple[int, int, int, bool] | None:
 
 
 def _count_frames(data: BinaryIO, place: int, size: int) -> int:
-    """Frames from `place` to the end; one that is cut counts, so that its lack is noticed."""
-    frames = 0
+    """Frames from `place` to the end; one that is cut counts, so that its lack is noticed. Where there is much garbage
+    between frames, as many as there can be."""
+    frames = resyncs = 0
     while place < size:
         data.seek(place)
         head = data.read(4)
@@ -106,6 +113,9 @@ def _count_frames(data: BinaryIO, place: int, size: int) -> int:
             # Tags at the end hold no frame. Elsewhere the decoder looks for the next frame, too.
             if head[:3] in (b"TAG", b"APE", b"LYR"):
                 break
+            resyncs += 1
+            if resyncs > _MAX_RESYNCS:
+                return frames + (size - place) // _SHORTEST_FRAME
             garbage = head[1:] + data.read(_HEAD_BYTES)
             skipped = garbage.find(b"\xff")
             place += len(garbage) + 1 if skipped < 0 else skipped + 1

@@ -1,7 +1,5 @@
 """Reading recordings of every kind: paths, URLs, pipes, bytes and files, block by block, also cut or damaged ones."""
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -162,9 +160,10 @@ def _is_truncated(data: Any, log: str, announced: int, read: int) -> bool:
 def _lacks_last_page(data: Any) -> bool:
     """Whether it is Ogg and ends before or inside the page that is marked as the last one, in its sixth byte."""
     data.seek(0)
-    head, size = data.read(4), data.seek(0, io.SEEK_END)
+    head = data.read(4)
+    data.seek(0, io.SEEK_END)
     # A page has at most 65,307 bytes.
-    data.seek(max(0, size - 65_307))
+    data.seek(max(0, data.tell() - 65_307))
     tail = data.read()
     data.seek(0)
     page = tail[max(0, tail.rfind(b"OggS")) :]

@@ -91,7 +91,7 @@ def test_srt_is_read_by_pysubs2():
     assert [(line.start / 1000, line.end / 1000) for line in lines] == times()
     # Two dashes and a sharp bracket are a timing.
     assert [line.plaintext for line in lines][:2] == TEXTS[:2]
-    assert lines[2].plaintext == TEXTS[2].replace("-->", "->").replace("<", "< ")
+    assert lines[2].plaintext == TEXTS[2].replace("-->", "->").replace("<wind>", "‹wind›")
 
 
 def test_vtt_is_read_by_webvtt():

@@ -10,7 +10,7 @@ from typing import Any
 
 from recap_hf.modeling.audio_recap import SILENCE_CAPTION
 
-_MARKUP = re.compile(r"<(?=[A-Za-z/])|\{(?=\\)")
+_MARKUP = re.compile(r"<([^<>]*)>|\{\\([^{}]*)\}")
 _ARTICLE = re.compile(r"^(?:an?|the|some)\s+", re.IGNORECASE)
 _CHARACTERS_PER_SECOND = 17.0
 _LINE_LENGTH = 42
@@ -94,9 +94,9 @@ def clock(seconds: float, point: str = ".") -> str:
 
 
 def srt_block(number: int, cue: Cue) -> str:
-    """A cue of a SubRip file. It has no escapes: a space behind `<` or `{` makes markup plain text."""
+    """A cue of a SubRip file. It has no escapes: `<i>` or `{\\an8}` of a caption stand between other brackets."""
     times = f"{clock(cue.start, ',')} --> {clock(cue.end, ',')}"
-    text = _MARKUP.sub(lambda found: found[0] + " ", cue.text.replace("-->", "->"))
+    text = _MARKUP.sub(lambda found: f"‹{found[1] or found[2]}›", cue.text.replace("-->", "->"))
     return f"{number}\n{times}\n{text}\n\n"
 
 

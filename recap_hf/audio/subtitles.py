@@ -10,7 +10,7 @@ from typing import Any
 
 from recap_hf.modeling.audio_recap import SILENCE_CAPTION
 
-_MARKUP = re.compile(r"<([^<>]*)>|\{\\([^{}]*)\}")
+_MARKUP = re.compile(r"<([^<>]+)>|\{\\([^{}]*)\}")
 _ARTICLE = re.compile(r"^(?:an?|the|some)\s+", re.IGNORECASE)
 _CHARACTERS_PER_SECOND = 17.0
 _LINE_LENGTH = 42

@@ -1,7 +1,5 @@
 """`recap tag`: the sounds in recordings, with probabilities and times."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The sounds in a recording, with probabilities and times, by the audio tower of a CLAP."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -105,7 +103,7 @@ class Tagger:
         device: Any = None,
         labels: Sequence[str] | None = None,
         template: str = "{}",
-    ) -> Tagger:
+    ) -> "Tagger":
         """Loads a CLAP.
 
         Args:
@@ -190,7 +188,7 @@ class Tagger:
         named = [(self.names[number], float(probabilities[number]), runs[number]) for number in order]
         return [Tag(*one) for one in named if one[1] >= threshold]
 
-    def _windows(self, recording: Any) -> Iterator[_Window]:
+    def _windows(self, recording: Any) -> "Iterator[_Window]":
         """The windows of a recording that hold sound, as the feature extractor cuts them: the last ends with it."""
         extractor = self.feature_extractor
         length, held, start = int(extractor.nb_max_samples), np.zeros(0, dtype=np.float32), 0
@@ -211,7 +209,7 @@ class Tagger:
                 yield _Window(start + offset, window, covered)
             covered = start + offset + length
 
-    def _features(self, windows: list[_Window]) -> torch.Tensor:
+    def _features(self, windows: "list[_Window]") -> torch.Tensor:
         """The audio tower's features, `(windows, patches, d)`."""
         parameter, rate = next(self.clap.audio_model.parameters()), self.feature_extractor.sampling_rate
         samples = [window.samples for window in windows]
@@ -219,7 +217,7 @@ class Tagger:
         return self.clap.audio_features(mel["input_features"].to(parameter.dtype))
 
     def _spans(
-        self, windows: list[_Window], features: torch.Tensor, parts: int
+        self, windows: "list[_Window]", features: torch.Tensor, parts: int
     ) -> tuple[list[tuple[float, float]], np.ndarray]:
         """Start and end in seconds of the parts of windows that count, and which do, `(windows, parts)`: those with
         sound that are not wholly in the window before."""
@@ -259,6 +257,3 @@ def _extend(run: list[tuple[float, float]], begin: float, end: float) -> None:
     if run and begin <= run[-1][1]:
         begin = run.pop()[0]
     run.append((begin, end))
-
-
-__all__ = ["Tag", "Tagger"]

@@ -150,6 +150,3 @@ class _Track:
                     self.damage = "the number of channels or the sampling rate changes"
                     return
                 yield frame
-
-
-__all__ = ["read_container", "warn_cut"]

@@ -1,7 +1,5 @@
 """Sound from a microphone, by PortAudio through the sounddevice wheel."""
 
-from __future__ import annotations
-
 import queue
 from collections.abc import Iterator
 

@@ -170,6 +170,3 @@ def _lacks_last_page(data: Any) -> bool:
     # Its head of 27 bytes ends with the number of segments; their lengths follow, and then they.
     whole = len(page) >= 27 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
     return head == b"OggS" and not (whole and page[5] & 4)
-
-
-__all__ = ["read_blocks"]

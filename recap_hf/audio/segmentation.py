@@ -1,7 +1,5 @@
 """Segmentation of a recording: silence by level, and boundaries within sound where the CLAP embedding changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Recordings of any length, read block by block: mono at one sampling rate, in constant memory."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Subtitles: cues of SubRip and WebVTT, and readable ones for people who cannot hear, such as [dog barking]."""
 
-from __future__ import annotations
-
 import html
 import re
 import textwrap

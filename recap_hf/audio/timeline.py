@@ -1,7 +1,5 @@
 """Timelines: a recording of any length becomes segments with start, end, caption, score and retrieved captions."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -58,7 +56,7 @@ def caption_timeline(
     source: Any,
     *,
     settings: TimelineSettings | None = None,
-    summary: TimelineSummary | None = None,
+    summary: "TimelineSummary | None" = None,
     batch_size: int = DEFAULT_SEGMENT_BATCH,
 ) -> Iterator[dict[str, Any]]:
     """Captions a recording of any length, segment by segment, in constant memory.

@@ -1,7 +1,5 @@
 """An explanation as a picture: the spectrogram, a map over it per word, and the weights of the retrieved captions."""
 
-from __future__ import annotations
-
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +51,8 @@ def clip_spectrogram(waveform: Any, sampling_rate: int, feature_extractor: Any) 
 
 
 def draw_explanation(
-    explanation: CaptionExplanation, waveform: Any, feature_extractor: Any, sampling_rate: int | None = None
-) -> Figure:
+    explanation: "CaptionExplanation", waveform: Any, feature_extractor: Any, sampling_rate: int | None = None
+) -> "Figure":
     """Draws an explanation: the spectrogram under the caption; for each word the same with its map in colour, paler
     for a word that depends less on the audio; and the weight of each retrieved caption for each word.
 
@@ -101,7 +99,7 @@ def draw_explanation(
 
 
 def _draw_spectrogram(
-    axes: Axes, spectrogram: np.ndarray, explanation: CaptionExplanation, extractor: Any, labels: bool = True
+    axes: "Axes", spectrogram: np.ndarray, explanation: "CaptionExplanation", extractor: Any, labels: bool = True
 ) -> None:
     low = max(spectrogram.min(), spectrogram.max() - _DYNAMIC_RANGE_DB)
     axes.imshow(
@@ -123,14 +121,14 @@ def _draw_spectrogram(
     axes.set_yticks([axis.place(hz) for hz in ticks], [f"{hz / 1000:g} kHz" for hz in ticks])
 
 
-def _strength(word: WordExplanation, words: list[WordExplanation]) -> float:
+def _strength(word: "WordExplanation", words: "list[WordExplanation]") -> float:
     """Opacity of a word's map, 0 to 1: 1 for the word with the most weight on the audio."""
     most = max(other.cell_weights.sum() for other in words)
     # The square root, so that a word with a tenth of the weight is still visible.
     return float(np.sqrt(word.cell_weights.sum() / most)) if most > 0 else 0.0
 
 
-def _draw_map(axes: Axes, audio_map: np.ndarray, explanation: CaptionExplanation, opacity: float) -> None:
+def _draw_map(axes: "Axes", audio_map: np.ndarray, explanation: "CaptionExplanation", opacity: float) -> None:
     # By density: the last bin may be shorter than the others.
     density = audio_map / np.diff(explanation.time_edges_s)
     density /= density.max() if density.max() > 0 else 1.0
@@ -140,7 +138,7 @@ def _draw_map(axes: Axes, audio_map: np.ndarray, explanation: CaptionExplanation
     axes.pcolorfast(explanation.time_edges_s, np.linspace(0, axes.get_ylim()[1], len(density) + 1), colours)
 
 
-def _draw_captions(axes: Axes, explanation: CaptionExplanation, words: list[WordExplanation]) -> None:
+def _draw_captions(axes: "Axes", explanation: "CaptionExplanation", words: "list[WordExplanation]") -> None:
     """Rows are captions with their mean weight, columns are words."""
     table = np.array([word.caption_weights for word in words]).T.reshape(len(explanation.retrieved), len(words))
     axes.imshow(table, aspect="auto", cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")

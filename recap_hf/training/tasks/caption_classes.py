@@ -1,8 +1,6 @@
 """How well a caption fits a recording by the classes of sounds: those that it names, and those that a tagger or labels
 give the recording."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +38,7 @@ class CaptionClasses:
         self._implied = [self._ancestors(number, parents) for number in range(len(self.names))]
 
     @classmethod
-    def from_csv(cls, path: str | Path) -> CaptionClasses:
+    def from_csv(cls, path: str | Path) -> "CaptionClasses":
         """Classes of a CSV file with the columns `name`, `words` and, where wanted, `parents` (separated by `;`).
 
         Raises:

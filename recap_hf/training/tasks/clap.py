@@ -1,7 +1,5 @@
 """Contrastive training of a CLAP on recordings and captions: `recap pretrain clap`."""
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections.abc import Iterable, Sequence
@@ -116,7 +114,7 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
         """Whether the audio tower's outputs never change."""
         return self.freeze in ("audio", "audio_model")
 
-    def build_task(self, accelerator: Any) -> ClapTask:
+    def build_task(self, accelerator: Any) -> "ClapTask":
         with accelerator.main_process_first():
             splits = load_splits(self)
         texts = chain.from_iterable(splits["train"].dataset["captions"])
@@ -159,7 +157,7 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
             clap = RecapClapEncoder(settings)
         return clap, tokenizer, extractor
 
-    def _targets(self, clap: Any, clips: list[Clip], texts: list[str]) -> Targets:
+    def _targets(self, clap: Any, clips: list[Clip], texts: list[str]) -> "Targets":
         """What the audio is trained towards, besides its own captions."""
         heard = any(clip.classes for clip in clips)
         if (self.caption_classes or self.class_loss_weight) and not heard:

@@ -1,7 +1,5 @@
 """Clips and captions for the contrastive training of a CLAP. Everything random is keyed by seed, epoch and clip."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

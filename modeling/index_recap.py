@@ -261,29 +261,28 @@ def merge_round_robin(found: Sequence[Sequence[Hit]], k: int, text_of: Callable[
     return sorted(merged.values(), key=_by_similarity)
 
 
-def choose_diverse(hits: Sequence[Hit], embeddings: Any, k: int, diversity: float) -> list[Hit]:
-    """Maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998): k of the hits that are near the query and far
-    from each other. Each next one has the largest `(1 - diversity) * cosine to the query - diversity * largest cosine
-    to those chosen before`.
+def choose_diverse(query: np.ndarray, hits: Sequence[Hit], embeddings: Any, k: int, diversity: float) -> list[Hit]:
+    """Matching pursuit (Mallat and Zhang, IEEE Transactions on Signal Processing, 1993): each further caption is the
+    nearest to what those chosen before leave of the query. Of two sounds at once, it finds captions of either.
 
     Args:
+        query: unit vector.
         hits: (row, cosine), most similar first; the first is always chosen.
         embeddings: unit vectors of all rows.
         k: hits to choose; they are returned most similar first.
-        diversity: 0 gives the first k, 1 looks at nothing but the distance from each other.
+        diversity: share of a chosen caption's direction that is taken out of the query; 0 gives the first k.
     """
     if len(hits) <= k or not diversity:
         return list(hits[:k])
     vectors = np.asarray(embeddings[np.array([row for row, _ in hits])], dtype=np.float32)
-    relevance = (1 - diversity) * np.array([score for _, score in hits])
-    chosen = [0]
-    nearest = vectors @ vectors[0]
+    gains, chosen = vectors @ query, [0]
     while len(chosen) < k:
-        gain = relevance - diversity * nearest
-        gain[chosen] = -np.inf
-        best = int(np.argmax(gain))
-        chosen.append(best)
-        nearest = np.maximum(nearest, vectors @ vectors[best])
+        last = chosen[-1]
+        share = diversity * max(float(gains[last]), 0.0)
+        # It is not chosen again.
+        gains[last] = -np.inf
+        gains -= share * (vectors @ vectors[last])
+        chosen.append(int(gains.argmax()))
     return [hits[number] for number in sorted(chosen)]
 
 

@@ -37,8 +37,8 @@ class CaptionOptions:
     retrieval to its processor, decoding and reranking to its `generation_config.json`.
 
     Each field states its meaning and range. The options of decoding are those of `transformers.GenerationConfig`,
-    `retrieval_diversity` is that of maximal marginal relevance, and `rerank="clap"` returns the candidate whose CLAP
-    text embedding is nearest to the recording.
+    `retrieval_diversity` is the share of a retrieved caption that the next ones need not say, and `rerank="clap"`
+    returns the candidate whose CLAP text embedding is nearest to the recording.
 
     Raises:
         `ValueError`: for a value outside its range; the message names the option and the range.

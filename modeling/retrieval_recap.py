@@ -37,8 +37,8 @@ _SAME_ENCODER_COSINE = 0.99
 # Scores this close are the same score: float32 dot products of unit vectors differ by less between libraries.
 _TIE = 1e-6
 _QUERIES_AT_ONCE = 256
-# Diverse captions are chosen from this many times as many.
-_POOL = 8
+# Diverse captions are chosen from this many times as many, and from 200 at least.
+_POOL, _POOL_AT_LEAST = 8, 200
 # Files that are read as a table of captions.
 CAPTION_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
@@ -249,7 +249,7 @@ class CaptionDatastore:
             exclude_clip_ids (`Sequence`, *optional*): for each clip its id, or `None`. Captions of that id are left
                 out, and so is every caption with the text of one of them.
             exclude_texts (`Sequence[Sequence[str]]`, *optional*): for each clip texts to leave out.
-            diversity (`float`, *optional*, defaults to 0): 0 to 1, maximal marginal relevance: see [`choose_diverse`].
+            diversity (`float`, *optional*, defaults to 0): 0 to 1, captions that differ: see [`choose_diverse`].
             score_threshold (`float`, *optional*): captions whose cosine is below it are left out.
 
         Returns:
@@ -281,14 +281,15 @@ class CaptionDatastore:
         texts = [()] * len(queries) if exclude_texts is None else exclude_texts
         excluded = {clip: self._excluded(ids[clip], texts[clip]) for clip in set(clips.tolist())}
         found: list[list[list[Hit]]] = [[] for _ in queries]
-        pool = k * _POOL if diversity else k
+        pool = max(k * _POOL, _POOL_AT_LEAST) if diversity else k
         for start in range(0, len(clips), _QUERIES_AT_ONCE):
             block = slice(start, start + _QUERIES_AT_ONCE)
-            nearest = self._nearest(queries[clips[block], windows[block]], pool, [excluded[c] for c in clips[block]])
-            for clip, hits in zip(clips[block], nearest, strict=True):
+            own = queries[clips[block], windows[block]]
+            nearest = self._nearest(own, pool, [excluded[c] for c in clips[block]])
+            for clip, query, hits in zip(clips[block], own, nearest, strict=True):
                 if score_threshold is not None:
                     hits = [hit for hit in hits if hit[1] >= score_threshold]
-                found[clip].append(choose_diverse(hits, self._vectors, k, diversity))
+                found[clip].append(choose_diverse(query, hits, self._vectors, k, diversity))
         merged = [merge_round_robin(of_clip, k, self._text) for of_clip in found]
         return [[self._result(row, score) for row, score in hits] for hits in merged]
 

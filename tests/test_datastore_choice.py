@@ -37,18 +37,30 @@ def captions(hits):
 
 def test_diversity_brings_what_the_nearest_do_not_say(store):
     assert captions(store.search(QUERY, 2)) == ["dog", "a dog"]
-    # By hand: the second gains (1 - d) * cosine - d * similarity to the first: at d = 0.5 "a dog" gives
-    # 0.5 * 0.994 - 0.5 * 1.0 = -0.003, "dog and rain" 0.5 * 0.8 - 0.5 * 0.796 = 0.002.
-    assert captions(store.search(QUERY, 2, diversity=0.5)) == ["dog", "dog and rain"]
-    found = store.search(QUERY, 3, diversity=0.5)[0]
+    # By hand: without its part along "dog" the query is (1, 0, 0) - 0.995 (0.995, 0.0995, 0) = (0.0099, -0.099, 0), of
+    # which "a dog" explains 0.0098 - 0.0108 = -0.001, and "dog and rain" 0.8 * 0.0099 = 0.008.
+    assert captions(store.search(QUERY, 2, diversity=1.0)) == ["dog", "dog and rain"]
+    # Of the half that stays, (0.505, -0.0495, 0), "a dog" explains 0.497, "dog and rain" 0.404.
+    assert captions(store.search(QUERY, 2, diversity=0.5)) == ["dog", "a dog"]
+    found = store.search(QUERY, 3, diversity=1.0)[0]
     assert [hit["score"] for hit in found] == sorted((hit["score"] for hit in found), reverse=True)
 
 
 def test_no_diversity_is_the_plain_search(store):
     assert store.search(QUERY, 3, diversity=0.0) == store.search(QUERY, 3)
     hits = [(0, 0.9), (1, 0.8), (2, 0.7)]
-    assert choose_diverse(hits, np.eye(3), 2, 0.0) == hits[:2]
-    assert choose_diverse(hits, np.eye(3), 5, 0.9) == hits
+    query = np.ones(3, dtype=np.float32)
+    assert choose_diverse(query, hits, np.eye(3), 2, 0.0) == hits[:2]
+    assert choose_diverse(query, hits, np.eye(3), 5, 0.9) == hits
+
+
+def test_a_mixture_finds_captions_of_both_sounds():
+    """Two orthogonal sounds, the first louder: its captions are all nearer than those of the second."""
+    embeddings = unit([[1, 0, 0], [1, 0, 0.1], [1, 0, -0.1], [1, 0, 0.2], [0, 1, 0]])
+    store = CaptionDatastore.from_embeddings(["dog", "a dog", "the dog", "dogs", "rain"], embeddings)
+    mixture = unit([[1, 0.7, 0]])
+    assert captions(store.search(mixture, 3)) == ["dog", "a dog", "the dog"]
+    assert set(captions(store.search(mixture, 2, diversity=1.0))) == {"dog", "rain"}
 
 
 def test_captions_below_the_threshold_are_left_out(store):
@@ -127,7 +139,7 @@ def test_a_datastore_in_int8_is_searched_saved_and_edited(int8_folder, tmp_path)
 def test_a_processor_retrieves_as_it_is_set(tiny_processor, store):
     tiny_processor.datastore = store
     assert captions(tiny_processor.retrieve(QUERY, 2)) == ["dog", "a dog"]
-    tiny_processor.retrieval_diversity = 0.5
+    tiny_processor.retrieval_diversity = 1.0
     assert captions(tiny_processor.retrieve(QUERY, 2)) == ["dog", "dog and rain"]
     tiny_processor.retrieval_diversity, tiny_processor.retrieval_score_threshold = 0.0, 0.9945
     assert captions(tiny_processor.retrieve(QUERY, 4)) == ["dog"]

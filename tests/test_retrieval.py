@@ -263,9 +263,9 @@ def test_a_thousand_captions_are_found_at_once(backend, diversity):
     store = CaptionDatastore.from_embeddings(
         [f"caption {n}" for n in range(20_000)], generator.normal(size=(20_000, 64))
     )
-    started = time.perf_counter()
+    started = time.process_time()
     (hits,) = store.search(generator.normal(size=(1, 64)).astype(np.float32), k=1000, diversity=diversity)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert len({hit["row"] for hit in hits}) == 1000
 
 

@@ -18,7 +18,7 @@ from recap_hf.files import replacing
 logger = logging.getLogger(__name__)
 
 # Part of every key: raised when the search changes what it returns.
-SEARCH_VERSION = 2
+SEARCH_VERSION = 3
 _CLIPS_PER_SEARCH = 256
 
 
@@ -53,14 +53,16 @@ class Query:
     captions: tuple[str, ...]
 
 
-def find_neighbours(datastore: Any, queries: Sequence[Query], top: int, cache: str | Path) -> Neighbours:
+def find_neighbours(
+    datastore: Any, queries: Sequence[Query], top: int, cache: str | Path, diversity: float = 0.0
+) -> Neighbours:
     """The `top` nearest captions of every clip, without captions of the clip's id and without its captions' texts.
 
     Results are kept in `cache` under a hash of datastore and queries; a later call with the same ones reads them.
     Every process of a distributed run calls this; each searches its share.
     """
     state = PartialState()
-    path = Path(cache) / f"neighbours-{search_key(datastore, queries, top)}.npy"
+    path = Path(cache) / f"neighbours-{search_key(datastore, queries, top, diversity)}.npy"
     known = path.is_file()
     # No process may find the file that another one writes below, and so skip the gathering.
     state.wait_for_everyone()
@@ -74,7 +76,7 @@ def find_neighbours(datastore: Any, queries: Sequence[Query], top: int, cache: s
         chunk = [queries[number] for number in numbers]
         embeds = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(query.embeds) for query in chunk], batch_first=True)
         ids, texts = [query.clip_id for query in chunk], [query.captions for query in chunk]
-        hits = datastore.search(embeds.numpy(), k=top, exclude_clip_ids=ids, exclude_texts=texts)
+        hits = datastore.search(embeds.numpy(), top, ids, texts, diversity)
         found += [(number, [hit["row"] for hit in each]) for number, each in zip(numbers, hits, strict=True)]
         logger.info("Retrieval: %d of %d clips", len(found), len(own))
     rows = np.full((len(queries), top), -1, dtype=np.int32)
@@ -88,9 +90,9 @@ def find_neighbours(datastore: Any, queries: Sequence[Query], top: int, cache: s
     return Neighbours(rows, datastore.captions)
 
 
-def search_key(datastore: Any, queries: Sequence[Query], top: int) -> str:
+def search_key(datastore: Any, queries: Sequence[Query], top: int, diversity: float = 0.0) -> str:
     """Hash of everything that the result of a search depends on."""
-    digest = hashlib.blake2b(json.dumps([SEARCH_VERSION, top, datastore.keys]).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([SEARCH_VERSION, top, diversity, datastore.keys]).encode(), digest_size=16)
     for record in datastore.records:
         digest.update(json.dumps([record["caption"], record.get("clip_id")]).encode())
     for start in range(0, len(datastore.embeddings), 1 << 14):

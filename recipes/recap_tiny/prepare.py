@@ -19,7 +19,7 @@ import numpy as np
 from recap_hf.training.tasks.caption_classes import CaptionClasses, agreement
 
 from . import lexicon
-from .grammar import Sound, describe
+from .grammar import Sound, describe, repeated_words
 from .recordings import (
     RATE,
     Recording,
@@ -162,9 +162,11 @@ def silenced(captions: Sequence[str], without: Sequence[str]) -> list[str]:
 
 
 def read_corpus(path: Path) -> list[str]:
-    """The different captions of a CSV file with the column `caption`."""
+    """The different captions of a CSV file with the column `caption` that say no word twice ("a man speaks as a man
+    speaks")."""
     with open(path, encoding="utf-8", newline="") as handle:
-        return list(dict.fromkeys(row["caption"].strip() for row in csv.DictReader(handle)))
+        texts = dict.fromkeys(row["caption"].strip() for row in csv.DictReader(handle))
+    return [text for text in texts if not repeated_words(text)]
 
 
 def load_scores(

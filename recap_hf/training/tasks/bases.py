@@ -239,6 +239,7 @@ def new_captioner(config: CaptionerTrainingConfig) -> tuple[Any, Any]:
         wanted = config.audio_position_embedding
         model.config.audio_position_embedding = None if wanted == "none" else wanted
     processor.num_retrieved_captions = config.num_retrieved
+    processor.retrieval_diversity = config.retrieval_diversity
     return model.eval(), processor
 
 

@@ -121,7 +121,7 @@ def build_corpus(
     top = config.draw_from or config.num_retrieved
     for split, own in clips.items():
         queries = [Query(store.read(clip.key, "embeds"), clip.clip_id, tuple(clip.captions)) for clip in own]
-        tables = [find_neighbours(each, queries, top, cache) for each in datastores]
+        tables = [find_neighbours(each, queries, top, cache, config.retrieval_diversity) for each in datastores]
         examples[split] = config.examples(split, own, processor, tables, store, audio_dropout=config.audio_dropout)
     return examples, datastores[0] if datastores else None, summary
 

@@ -143,7 +143,8 @@ def _nearest_captions(
         pairs = zip(embeds, texts, strict=True)
         queries = [Query(own[None], clip.clip_id, tuple(clip.captions)) for own, (clip, _) in pairs]
         cache = Path(config.output_dir) / "neighbours"
-        tables[split] = [find_neighbours(store, queries, config.draw_from or config.num_retrieved, cache)]
+        top = config.draw_from or config.num_retrieved
+        tables[split] = [find_neighbours(store, queries, top, cache, config.retrieval_diversity)]
     return tables
 
 

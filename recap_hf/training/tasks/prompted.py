@@ -24,6 +24,9 @@ class PromptConfig(TrainingConfig):
     draw_from: int = option(
         "prompts", 0, "draw the k captions of each epoch from this number of nearest ones (0: k)", check=NOT_NEGATIVE
     )
+    retrieval_diversity: float = option(
+        "prompts", 0.0, "0: the nearest captions; to 1: captions that differ from each other", check=SHARE
+    )
     shuffle_prompt: bool = option("prompts", False, "put the captions of a prompt in random order")
     vary_num_retrieved: bool = option(
         "prompts", False, "draw the number of captions of each prompt, too, from 1 to --num-retrieved"

@@ -195,7 +195,7 @@ def captions(captioner: Any, data: Path) -> dict[str, Any]:
     persons = []
     for recording, text in zip(chosen, texts, strict=True):
         heard = _class_scores(captioner, recording.path)[[n for n in voices if n < 521]].max()
-        persons.append(lexicon.names_person(text) and heard < 0.1)
+        persons.append(bool(lexicon.names_person(text) and heard < 0.1))
     for name, flags in (("repeated sounds", repeated), ("broken sentences", broken), ("unsupported persons", persons)):
         figure(name, sum(flags), len(flags))
     lengths = [len(text.split()) for text in texts]

@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets = {"single sounds": singles(args.sounds, args.fold), "mixtures": mixtures(args.sounds, entries)}
     report = {}
     for name, items in sets.items():
+        # In the order of the files, the next clip has often the same sound.
+        items = [items[number] for number in np.random.default_rng(0).permutation(len(items))]
         captions = caption_items(captioner, [item.waveform for item in items], args.batch_size)
         report[name] = evaluate(captions, [item.events for item in items], rules)
         print(f"\n{name}, {len(items)} clips\n\n{table(report[name])}", flush=True)

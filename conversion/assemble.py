@@ -132,9 +132,7 @@ def convert_stock(
     return {**_sizes(model), "trained_cross_attention": cross is not None, "processor": processor is not None}
 
 
-def convert_to_stock(
-    source: str | Path, out: str | Path, inside: bool = False, overwrite: bool = False
-) -> dict[str, object]:
+def convert_to_stock(source: str | Path, out: str | Path, inside: bool = False, overwrite: bool = False) -> dict:
     """Take a RECAP folder apart into ``clap/``, ``decoder/`` and ``cross_attention.safetensors``.
 
     `ClapModel` and `GPT2LMHeadModel` load the two folders without this package; `convert_stock` puts the three
@@ -223,9 +221,7 @@ def _processor(
     return RecapProcessor.from_config(config, decoder_tokenizer, texts, feature_extractor=extractor, **settings)
 
 
-def _save(
-    model: RecapForConditionalGeneration, processor: RecapProcessor | None, out: str | Path, overwrite: bool
-) -> None:
+def _save(model: torch.nn.Module, processor: RecapProcessor | None, out: str | Path, overwrite: bool) -> None:
     with finished_folder(out, overwrite) as folder:
         model.save_pretrained(folder)
         if processor is not None:

@@ -241,9 +241,7 @@ def _text_config(state: Mapping[str, torch.Tensor]) -> dict:
     }
 
 
-def laion_feature_extractor(
-    config: ClapConfig, state: Mapping[str, torch.Tensor] | None = None
-) -> ClapFeatureExtractor:
+def laion_feature_extractor(config: ClapConfig, state: Mapping | None = None) -> ClapFeatureExtractor:
     """The extractor of LAION's settings: 48 kHz, hops of 10 ms, 50 to 14,000 Hz, short clips repeated to 10 s."""
     window = 1024
     filters = (state or {}).get(_AUDIO + "logmel_extractor.melW")

@@ -191,9 +191,7 @@ def _settings(model: RecapForConditionalGeneration, processor: RecapProcessor) -
         if (value := getattr(generation, name, None)) not in (None, neutral)
     }
     if unknown or generation.early_stopping == "never":
-        raise ConversionError(
-            f"the ONNX runner has greedy and beam search; this model's generation config also asks for {unknown}"
-        )
+        raise ConversionError(f"the ONNX runner has greedy and beam search; the generation config asks for {unknown}")
     extractor, config = processor.feature_extractor, model.config
     return {
         "format_version": FORMAT_VERSION,

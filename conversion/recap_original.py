@@ -68,9 +68,7 @@ def recap_config_from_original(state: Mapping[str, torch.Tensor], original: dict
     decoder.tie_word_embeddings = word is None or head is None or torch.equal(word, head)
     query = state.get("decoder.transformer.h.0.crossattention.q_attn.weight")
     if query is None:
-        raise ConversionError(
-            "the checkpoint has no cross-attention: missing\n  decoder.transformer.h.0.crossattention.q_attn.weight"
-        )
+        raise ConversionError("the checkpoint has no cross-attention: decoder.transformer.h.0.crossattention.q_attn")
     width = query.shape[-1]
     if width == 0 or decoder.n_embd % width:
         raise ConversionError(f"a cross-attention {width} wide does not divide a decoder {decoder.n_embd} wide")

@@ -62,9 +62,7 @@ def join_parts(
         for keys in model.decoder.load_state_dict(decoder.state_dict(), strict=False)
     )
     if missing or unexpected:
-        raise ValueError(
-            f"The decoder's weights do not fit a GPT-2 language model: missing {missing}, unexpected {unexpected}."
-        )
+        raise ValueError(f"The decoder's weights are not a GPT-2's: missing {missing}, unexpected {unexpected}.")
     return model.eval()
 
 

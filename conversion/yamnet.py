@@ -21,9 +21,7 @@ MIN_AGREEMENT, MAX_DIFFERENCE = 0.8, 0.08
 _MAX_PATCHES = 200
 
 
-def convert_yamnet(
-    source: str | Path, out: str | Path, *, recordings: Sequence[str | Path], overwrite: bool = False
-) -> dict[str, Any]:
+def convert_yamnet(source: str | Path, out: str | Path, *, recordings: Sequence, overwrite: bool = False) -> dict:
     """Writes a folder with the model and its feature extractor, after comparing it with the file.
 
     Args:
@@ -132,11 +130,8 @@ def _compare(model: Any, extractor: Any, interpreter: Any, recordings: Sequence[
         largest.append(np.abs(theirs - ours).max())
     if not same:
         raise ConversionError("no recording of at least 0.975 s to compare on: give some")
-    return {
-        "patches": len(same),
-        "same_first_class": round(float(np.mean(same)), 4),
-        "mean_largest_difference": round(float(np.mean(largest)), 4),
-    }
+    share, difference = (round(float(np.mean(each)), 4) for each in (same, largest))
+    return {"patches": len(same), "same_first_class": share, "mean_largest_difference": difference}
 
 
 def _patches(recordings: Sequence[str | Path], rate: int, length: int = 15_600) -> Iterator[np.ndarray]:

@@ -25,9 +25,7 @@ def standard_input() -> IO[bytes]:
     return sys.stdin.buffer
 
 
-def check_output(
-    output: str | os.PathLike | None, *inputs: str | os.PathLike | None, suffix: str | None = None
-) -> None:
+def check_output(output: str | Path | None, *inputs: str | Path | None, suffix: str | None = None) -> None:
     """Raises `ValueError` if the file `output` is one of the input files, is a folder, has another suffix than
     `suffix`, or its folder does not exist. `None` is no file."""
     if output is None:

@@ -7,12 +7,8 @@ from typing import Any
 
 from recap_cli.files import check_output
 
-# Name of a value that `score_captions` takes -> flag with its column.
-_GIVEN = {
-    "spice": "spice_column",
-    "sbert_sim": "sentence_similarity_column",
-    "error_probability": "error_probability_column",
-}
+# Name of a value that `score_captions` takes -> flag with its column, without `_column`.
+_GIVEN = {"spice": "spice", "sbert_sim": "sentence_similarity", "error_probability": "error_probability"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +89,8 @@ def load_rows(args: argparse.Namespace, path: str) -> tuple[list[dict[str, Any]]
 
 def given_columns(args: argparse.Namespace) -> dict[str, str]:
     """Name of a given value -> column of the file, for the columns that were named."""
-    return {name: getattr(args, flag) for name, flag in _GIVEN.items() if getattr(args, flag)}
+    columns = {name: getattr(args, f"{flag}_column") for name, flag in _GIVEN.items()}
+    return {name: column for name, column in columns.items() if column}
 
 
 def scoring_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,22 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `recap tag`."""
     add_result_arguments(parser)
     parser.add_argument("--model", help="folder or Hub id of a captioner or a CLAP (default: the one in the package)")
-    parser.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="labels to choose from, one a line (default: the classes of the CLAP's classification head)",
-    )
-    parser.add_argument(
-        "--template", default="{}", help="prompt around each label, such as 'the sound of {}' (default: the label)"
-    )
+    text = "labels to choose from, one a line (default: the classes of the CLAP's classification head)"
+    parser.add_argument("--labels", metavar="FILE", help=text)
+    text = "prompt around each label, such as 'the sound of {}' (default: the label)"
+    parser.add_argument("--template", default="{}", help=text)
     parser.add_argument("--top", type=positive, default=10, metavar="N", help="tags of a recording (default: 10)")
-    parser.add_argument(
-        "--threshold",
-        type=_share,
-        default=0.1,
-        metavar="X",
-        help="smallest probability of a tag and of its times, 0 to 1 (default: 0.1)",
-    )
+    text = "smallest probability of a tag and of its times, 0 to 1 (default: 0.1)"
+    parser.add_argument("--threshold", type=_share, default=0.1, metavar="X", help=text)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)")
     add_threads(parser)
 

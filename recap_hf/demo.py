@@ -131,9 +131,8 @@ class DemoCaptioner:
             for block in AudioStream(path, rate):
                 left -= len(block)
                 if left < 0:
-                    raise RefusedError(
-                        f"The recording is longer than {self.settings.max_seconds:g} seconds. Please cut out a part."
-                    )
+                    longest = f"{self.settings.max_seconds:g} seconds"
+                    raise RefusedError(f"The recording is longer than {longest}. Please cut out a part.")
                 blocks.append(block)
         except RefusedError:
             raise

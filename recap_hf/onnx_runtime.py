@@ -234,12 +234,7 @@ class OnnxCaptioner:
         raise ValueError(f"a prompt without captions has {len(tokens)} tokens, more than the decoder takes")
 
     def search(
-        self,
-        prompt: list[int],
-        cross: Caches,
-        num_beams: int,
-        max_new_tokens: int,
-        states_mask: np.ndarray | None = None,
+        self, prompt: list[int], cross: Caches, num_beams: int, max_new_tokens: int, states_mask: Any = None
     ) -> tuple[list[int], float]:
         """The best continuation of `prompt`: greedy for one beam, else beam search as transformers defines it.
 

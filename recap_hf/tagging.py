@@ -67,12 +67,7 @@ class Tagger:
     """
 
     def __init__(
-        self,
-        clap: Any,
-        feature_extractor: Any,
-        tokenizer: Any = None,
-        labels: Sequence[str] | None = None,
-        template: str = "{}",
+        self, clap: Any, feature_extractor: Any, tokenizer: Any = None, labels: Any = None, template: str = "{}"
     ) -> None:
         self.clap, self.feature_extractor = clap.eval(), feature_extractor
         self._texts: torch.Tensor | None = None
@@ -97,12 +92,7 @@ class Tagger:
 
     @classmethod
     def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike | None = None,
-        *,
-        device: Any = None,
-        labels: Sequence[str] | None = None,
-        template: str = "{}",
+        cls, name_or_path: Any = None, *, device: Any = None, labels: Sequence | None = None, template: str = "{}"
     ) -> "Tagger":
         """Loads a CLAP.
 
@@ -216,9 +206,7 @@ class Tagger:
         mel = self.feature_extractor(samples, sampling_rate=rate, return_tensors="pt", device=parameter.device)
         return self.clap.audio_features(mel["input_features"].to(parameter.dtype))
 
-    def _spans(
-        self, windows: "list[_Window]", features: torch.Tensor, parts: int
-    ) -> tuple[list[tuple[float, float]], np.ndarray]:
+    def _spans(self, windows: "list[_Window]", features: torch.Tensor, parts: int) -> tuple[list, np.ndarray]:
         """Start and end in seconds of the parts of windows that count, and which do, `(windows, parts)`: those with
         sound that are not wholly in the window before."""
         rate, patches = self.feature_extractor.sampling_rate, features.shape[1]

@@ -9,7 +9,7 @@ pauses and the source has to wait.
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from recap_hf.modeling.captioning_recap import Captioner
 
 from .segmentation import is_quiet
-from .stream import resample_blocks
+from .stream import Blocks, resample_blocks
 from .timeline import silent_segment
 
 # A shorter rest at the end of the stream is part of the piece before.
@@ -34,9 +34,7 @@ class LiveSound:
         sampling_rate (`int`, *optional*, defaults to 48,000): sampling rate of the buffer in Hz.
     """
 
-    def __init__(
-        self, blocks: Iterable[tuple[np.ndarray, int]], buffer_s: float = 600.0, sampling_rate: int = 48_000
-    ) -> None:
+    def __init__(self, blocks: Blocks, buffer_s: float = 600.0, sampling_rate: int = 48_000) -> None:
         self.sampling_rate = sampling_rate
         self.limit = round(buffer_s * sampling_rate)
         self.ended = False
@@ -132,15 +130,11 @@ class LiveCaptioner:
         `ValueError`: for an interval of at most 0.1 s, or longer than the encoder's window.
     """
 
-    def __init__(
-        self, captioner: Captioner, interval_s: float = 5.0, silence_db: float = -60.0, batch_size: int = 8
-    ) -> None:
+    def __init__(self, captioner: Captioner, interval_s: float = 5, silence_db: float = -60, batch_size: int = 8):
         window_s = captioner.processor.feature_extractor.max_length_s
         if not _SHORTEST_S < interval_s <= window_s:
-            raise ValueError(
-                f"The interval must be above {_SHORTEST_S} s and at most the encoder's window of {window_s} s, got "
-                f"{interval_s} s."
-            )
+            limits = f"above {_SHORTEST_S} s and at most the encoder's window of {window_s} s"
+            raise ValueError(f"The interval must be {limits}, got {interval_s} s.")
         self.captioner = captioner
         self.rate = captioner.sampling_rate
         self.interval = round(interval_s * self.rate)

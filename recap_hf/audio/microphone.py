@@ -1,20 +1,17 @@
 """Sound from a microphone, by PortAudio through the sounddevice wheel."""
 
 import queue
-from collections.abc import Iterator
 
 import numpy as np
 
 from recap_hf.modeling.audio_recap import Mixer
 
-from .stream import MIXER_PATIENCE
+from .stream import MIXER_PATIENCE, Blocks
 
 _BLOCK_S = 0.1
 
 
-def microphone_blocks(
-    device: str = "", rate: int | None = None, channels: int = 1
-) -> Iterator[tuple[np.ndarray, int]]:
+def microphone_blocks(device: str = "", rate: int | None = None, channels: int = 1) -> Blocks:
     """Mono float32 blocks of 0.1 s with their sampling rate, without end.
 
     Args:

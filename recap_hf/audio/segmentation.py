@@ -45,13 +45,11 @@ class SegmentationSettings:
             if not getattr(self, name) >= BLOCK_S:
                 raise ValueError(f"`{name}` must be at least {BLOCK_S} s, got {getattr(self, name)!r}.")
         if self.hop_s > self.window_s:
-            raise ValueError(
-                f"`hop_s` ({self.hop_s} s) must not be longer than `window_s` ({self.window_s} s): sound between "
-                "the windows would be skipped."
-            )
+            limit = f"`window_s` ({self.window_s} s): sound between the windows would be skipped."
+            raise ValueError(f"`hop_s` ({self.hop_s} s) must not be longer than {limit}")
         if self.max_segment_s < 2 * self.window_s:
             raise ValueError(
-                f"`max_segment_s` ({self.max_segment_s} s) must be at least two windows of {self.window_s} s."
+                f"`max_segment_s` must be at least two windows, {2 * self.window_s} s, got {self.max_segment_s}."
             )
         if not 0 < self.novelty <= 2:
             raise ValueError(f"`novelty` must lie between 0 and 2 (1 - cosine), got {self.novelty!r}.")
@@ -116,12 +114,7 @@ class Segmenter:
         settings ([`SegmentationSettings`], *optional*)
     """
 
-    def __init__(
-        self,
-        embed: Callable[[list[np.ndarray]], np.ndarray],
-        sampling_rate: int,
-        settings: SegmentationSettings | None = None,
-    ) -> None:
+    def __init__(self, embed: Callable, sampling_rate: int, settings: SegmentationSettings | None = None) -> None:
         self.embed = embed
         self.settings = settings or SegmentationSettings()
         self.block = round(BLOCK_S * sampling_rate)

@@ -16,12 +16,11 @@ DEFAULT_BLOCK_S = 5.0
 _READ_FRAMES = 1 << 16
 # Samples after which channels that cancel each other do so not by chance.
 MIXER_PATIENCE = 4_800
+Blocks = Iterable[tuple[np.ndarray, int]]
 _FILE_TYPES = (str, os.PathLike, bytes, bytearray, memoryview)
 
 
-def resample_blocks(
-    blocks: Iterable[tuple[np.ndarray, int]], sampling_rate: int, name: str = "The sound"
-) -> Iterator[np.ndarray]:
+def resample_blocks(blocks: Blocks, sampling_rate: int, name: str = "The sound") -> Iterator[np.ndarray]:
     """Converts mono blocks to one sampling rate.
 
     Args:

@@ -126,9 +126,7 @@ def silent_segment(start: float, end: float) -> dict[str, Any]:
     return {**times, "caption": SILENCE_CAPTION, "score": 1.0, "retrieved": []}
 
 
-def _captioned(
-    captioner: Captioner, pieces: Iterable[Piece], batch_size: int, shortest: int
-) -> Iterator[dict[str, Any]]:
+def _captioned(captioner: Captioner, pieces: Iterable[Piece], batch_size: int, shortest: int) -> Iterator[dict]:
     """A segment for each piece, in order; sound is captioned `batch_size` pieces at a time."""
     rate = captioner.sampling_rate
     waiting: list[dict[str, Any]] = []

@@ -13,9 +13,7 @@ from .caption_tables import read_rows
 from .schema import listed, require_columns
 
 
-def read_table(
-    path: str | Path, expected: Mapping[str, str], mapping: Mapping[str, str] | None = None
-) -> list[dict[str, Any]]:
+def read_table(path: str | Path, expected: Mapping[str, str], mapping: Mapping | None = None) -> list[dict[str, Any]]:
     """Rows of a CSV, TSV, JSON, JSONL or Parquet file, all with the same columns, mapped ones under our names.
 
     Args:
@@ -48,9 +46,7 @@ def renamed(
     """
     for ours, theirs in (mapping or {}).items():
         if theirs not in names:
-            raise ValueError(
-                f"{where} has the columns {listed(names)}; the mapping {ours}={theirs} names none of them"
-            )
+            raise ValueError(f"{where} has columns {listed(names)}; the mapping {ours}={theirs} names none of them")
     taken = set((mapping or {}).values())
     for row in rows:
         kept = {name: value for name, value in row.items() if name not in taken}

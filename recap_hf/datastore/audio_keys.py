@@ -59,7 +59,7 @@ def encode_recordings(recordings: Sequence[Any], model: Any, processor: Any) -> 
 
 
 def datastore_from_clips(
-    clips: Sequence[Mapping[str, Any]], model: Any, processor: Any, batch_size: int = 16
+    clips: Sequence[Mapping], model: Any, processor: Any, batch_size: int = 16
 ) -> CaptionDatastore:
     """A datastore keyed by audio: a search finds the most similar recordings, and gives a caption of each.
 
@@ -162,9 +162,7 @@ def _clips(
                 yield dict(clip), kept
 
 
-def _embed(
-    clips: Sequence[Mapping[str, Any]], embedder: Any, batch_size: int, progress: Callable[[str], None]
-) -> np.ndarray:
+def _embed(clips: Sequence[Mapping], embedder: Any, batch_size: int, progress: Callable[[str], None]) -> np.ndarray:
     """Keys of clips, of shape `(num_clips, dimension)`; zeros where a recording cannot be read."""
     found = np.zeros((len(clips), embedder.fingerprint.shape[1]), dtype=np.float32)
     for start in range(0, len(clips), batch_size):

@@ -81,11 +81,7 @@ class Edit:
     store: CaptionDatastore
 
     def commit(
-        self,
-        kept: np.ndarray | None = None,
-        added: Sequence[tuple[Sequence[Any], Any]] = (),
-        index: str = "auto",
-        **changes: Any,
+        self, kept: np.ndarray | None = None, added: Sequence[tuple] = (), index: str = "auto", **changes: Any
     ) -> None:
         """Makes the edit visible, at once.
 
@@ -251,15 +247,11 @@ def merge_datastores(folder: str | Path, others: Sequence[str | Path], index: st
     return sum(map(len, stores))
 
 
-def reembed_datastore(
-    folder: str | Path, embedder: Any, progress: Callable[[str], None] = lambda message: None
-) -> None:
+def reembed_datastore(folder: str | Path, embedder: Any, progress: Callable[[str], None] = lambda _: None) -> None:
     """Moves a datastore to another encoder: the same captions, embedded again, and an index of the size's kind."""
     with editing(folder) as edit:
         store, manifest = edit.store, edit.store.manifest
-        _require_text_keys(
-            folder, store, "a datastore keyed by audio cannot be moved to another encoder without its recordings"
-        )
+        _require_text_keys(folder, store, "audio keys cannot be moved to another encoder without its recordings")
         shape = (len(store), embedder.fingerprint.shape[1])
 
         def blocks() -> Iterator[np.ndarray]:

@@ -111,9 +111,7 @@ class MilvusCollection:
         self.dimension = int(fields["embedding"]["params"]["dim"])
         self.properties = about.get("properties") or {}
         if self.properties.get("recap.complete") != "1":
-            raise ValueError(
-                f"The Milvus collection {name!r} is not complete: its export was cut off. Export it again."
-            )
+            raise ValueError(f"The Milvus collection {name!r} is not complete: its export broke off. Export it again.")
         self.index = dict(client.describe_index(name, "embedding") or {})
         self.kind = str(self.index.get("index_type", "FLAT"))
         stored = json.loads(self.properties.get("recap.search_params", "{}"))
@@ -282,7 +280,7 @@ class MilvusCaptionDatastore(CaptionDatastore):
     """
 
     def __init__(
-        self, client: Any, name: str, search_params: Mapping[str, Any] | None = None, address: str | None = None
+        self, client: Any, name: str, search_params: Mapping | None = None, address: str | None = None
     ) -> None:
         if not client.has_collection(name):
             found = ", ".join(client.list_collections()) or "none"
@@ -411,12 +409,7 @@ def _reopen(address: str, name: str, search_params: Mapping[str, Any]) -> Milvus
 
 
 def _create(
-    client: Any,
-    name: str,
-    store: CaptionDatastore,
-    index_type: str,
-    index_params: Mapping[str, Any],
-    search_params: Mapping[str, Any],
+    client: Any, name: str, store: CaptionDatastore, index_type: str, index_params: Mapping, search_params: Mapping
 ) -> None:
     from pymilvus import DataType, MilvusClient
 

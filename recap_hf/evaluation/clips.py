@@ -40,9 +40,7 @@ class EvaluationClips:
         columns = [[column[n] for n in positions] for column in (self.clip_ids, self.audio, self.references)]
         return EvaluationClips(name or self.name, *columns, list(self.notes))
 
-    def batches(
-        self, start: int, batch_size: int, read: Callable[[Any], np.ndarray]
-    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+    def batches(self, start: int, batch_size: int, read: Callable) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Positions and waveforms of batches from clip `start` on; the next batch is read ahead.
 
         Args:

@@ -72,12 +72,7 @@ class EvaluationFolder:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike,
-        settings: dict[str, Any],
-        systems: Sequence[str],
-        batch_size: int,
-        overwrite: bool = False,
+        self, path: str | Path, settings: dict, systems: Sequence[str], batch_size: int, overwrite: bool = False
     ) -> None:
         self.path = Path(path)
         self.systems = list(systems)
@@ -98,7 +93,7 @@ class EvaluationFolder:
             write_text(predictions_file(self.path, name), "".join(map(_line, rows[name][: self.done])))
 
     def append(
-        self, clip_ids: Sequence[str], references: Sequence[Sequence[str]], predictions: dict[str, list[CaptionResult]]
+        self, clip_ids: Sequence[str], references: Sequence, predictions: dict[str, list[CaptionResult]]
     ) -> None:
         """Writes one batch; it is on the disk when this returns."""
         for name in self.systems:

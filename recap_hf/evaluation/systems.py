@@ -64,23 +64,15 @@ class Systems:
     """
 
     def __init__(
-        self,
-        captioner: Captioner,
-        seed: int = 0,
-        exclude_references: bool = False,
-        encodings: EncodingCache | None = None,
+        self, captioner: Captioner, seed: int = 0, exclude_references: bool = False, encodings: Any = None
     ) -> None:
         self.captioner, self.seed, self.exclude_references = captioner, seed, exclude_references
         self.encodings = encodings
         self._clap = _hash_weights(captioner.model.clap) if encodings else ""
         # Without audio there is nothing to rerank by.
         kept = {**captioner.options.to_dict(), "rerank": NO_RERANKING, "candidates": None, "rerank_weight": None}
-        self._without_audio = Captioner(
-            captioner.model,
-            captioner.processor,
-            options=CaptionOptions(**kept),
-            generate_kwargs=captioner.generate_kwargs,
-        )
+        parts, given = (captioner.model, captioner.processor), captioner.generate_kwargs
+        self._without_audio = Captioner(*parts, options=CaptionOptions(**kept), generate_kwargs=given)
         self.retrieval = captioner.processor.retrieval_options.merged_with(captioner.options)
 
     def check(self, systems: Sequence[str] | None) -> list[str]:
@@ -102,11 +94,7 @@ class Systems:
         return list(dict.fromkeys(systems))
 
     def caption(
-        self,
-        waveforms: Sequence[np.ndarray],
-        clip_ids: Sequence[str],
-        references: Sequence[Sequence[str]],
-        systems: Sequence[str],
+        self, waveforms: Sequence[np.ndarray], clip_ids: Sequence[str], references: Sequence, systems: Sequence[str]
     ) -> dict[str, list[CaptionResult]]:
         """Captions of one batch by each system.
 
@@ -136,9 +124,7 @@ class Systems:
                 results[name][row] = result
         return results
 
-    def _caption_as(
-        self, name: str, encoding: Any, retrieved: list[list[dict[str, Any]]], clip_ids: list[str]
-    ) -> list[CaptionResult]:
+    def _caption_as(self, name: str, encoding: Any, retrieved: list[list[dict]], clip_ids: list[str]) -> list[Any]:
         nothing: list[list[dict[str, Any]]] = [[] for _ in clip_ids]
         if name == "first_retrieved":
             first = [(hits or [{"caption": "", "score": 0.0}])[0] for hits in retrieved]
@@ -205,9 +191,7 @@ def _describe_datastore(datastore: Any) -> dict[str, Any]:
     return {"captions": len(datastore), "keys": datastore.keys, "index": index, "sha256": digest.hexdigest()}
 
 
-def load_captioner(
-    model: str | None = None, datastore: Any = None, options: CaptionOptions | None = None, **loading: Any
-) -> Captioner:
+def load_captioner(model: str | None = None, datastore: Any = None, options: Any = None, **loading: Any) -> Captioner:
     """[`Captioner.from_pretrained`], where `datastore="none"` gives a captioner without a datastore."""
     loaded, processor = load_pretrained(model, **loading)
     if datastore == "none":

@@ -96,11 +96,8 @@ def _has_bfloat16() -> bool:
 def cpu_capabilities() -> dict[str, bool]:
     """Which of the processor's instructions for narrow types torch can use: `bfloat16`, `amx`, `int8`."""
     supports_vnni = getattr(torch.cpu, "_is_vnni_supported", None) or torch.cpu._is_avx512_vnni_supported
-    return {
-        "bfloat16": _has_bfloat16(),
-        "amx": bool(torch.cpu._is_amx_tile_supported()),
-        "int8": bool(supports_vnni()),
-    }
+    amx = bool(torch.cpu._is_amx_tile_supported())
+    return {"bfloat16": _has_bfloat16(), "amx": amx, "int8": bool(supports_vnni())}
 
 
 def prepare_for_cpu(model: Any, weights: str = "float32") -> Any:

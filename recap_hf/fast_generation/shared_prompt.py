@@ -40,9 +40,7 @@ class SharedPromptCache:
         self.encoder: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.encoder_bias: torch.Tensor | None = None
 
-    def open_prompt(
-        self, mask: torch.Tensor, encoder_mask: torch.Tensor | None, group_size: int, dtype: torch.dtype
-    ) -> None:
+    def open_prompt(self, mask: torch.Tensor, encoder_mask: Any, group_size: int, dtype: torch.dtype) -> None:
         """Makes room for prompts with `mask` `(num_clips, prompt_length)`, 1 for tokens and 0 for padding, and states
         with `encoder_mask` `(num_clips, encoder_length)`, for `group_size` beams of a clip, in `dtype`."""
         self.prompt_length, self.group_size = mask.shape[1], group_size
@@ -161,9 +159,7 @@ def _split_heads(layer: Any, projected: torch.Tensor) -> tuple[torch.Tensor, ...
     return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _self_attention(
-    layer: Any, hidden: torch.Tensor, cache: SharedPromptCache, layer_idx: int, places: slice
-) -> torch.Tensor:
+def _self_attention(layer: Any, hidden: Any, cache: SharedPromptCache, layer_idx: int, places: slice) -> torch.Tensor:
     query, key, value = _split_heads(layer, layer.c_attn(hidden))
     keys, values = cache.keys[layer_idx], cache.values[layer_idx]
     keys[:, :, places] = key

@@ -12,9 +12,7 @@ ROWS_PER_FILE = 1_000_000
 PATTERN = "train-*.parquet"
 
 
-def write_parquet(
-    records: Sequence[Mapping[str, Any]], folder: str | Path, rows_per_file: int = ROWS_PER_FILE
-) -> list[str]:
+def write_parquet(records: Sequence, folder: str | Path, rows_per_file: int = ROWS_PER_FILE) -> list[str]:
     """Writes the rows of a datastore as Parquet files; the same rows give the same bytes.
 
     Args:

@@ -51,11 +51,7 @@ def bootstrap_intervals(
 
 
 def paired_bootstrap(
-    first: Mapping[str, MetricScores],
-    second: Mapping[str, MetricScores],
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    first: Mapping, second: Mapping, resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Difference]:
     """Percentile intervals of `second` minus `first`, when clips are drawn with replacement and both score one draw.
 

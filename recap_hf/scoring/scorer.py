@@ -245,9 +245,7 @@ def compare_tables(
     }
 
 
-def _check(
-    predictions: Sequence[str], references: Sequence, clip_ids: Sequence[str] | None, metrics: Sequence[str]
-) -> None:
+def _check(predictions: Sequence, references: Sequence, clip_ids: Sequence | None, metrics: Sequence[str]) -> None:
     if isinstance(predictions, str) or isinstance(references, str):
         raise ValueError("expected a list of predictions and a list of references, one entry per clip, got a string")
     if len(predictions) != len(references):

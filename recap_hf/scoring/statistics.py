@@ -36,9 +36,7 @@ def novel_words(references: Sequence[Sequence[str]], known: set[str]) -> list[se
     return [words_of(map(normalize_text, refs)) - known for refs in references]
 
 
-def novelty(
-    captions: Sequence[str], references: Sequence[Sequence[str]], training_captions: Iterable[str]
-) -> dict[str, float]:
+def novelty(captions: Sequence[str], references: Sequence, training_captions: Iterable[str]) -> dict[str, float]:
     """What differs from the training captions, ignoring case and punctuation.
 
     `novel_captions` is the share of captions that equal no training caption. `novel_reference_words` counts the words

@@ -130,9 +130,7 @@ class MeteorJar:
         self.java = java
         self._process: subprocess.Popen | None = None
 
-    def score(
-        self, captions: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> tuple[float, np.ndarray, np.ndarray]:
+    def score(self, captions: Sequence[str], references: Sequence) -> tuple[float, np.ndarray, np.ndarray]:
         """METEOR of tokenized captions.
 
         Returns:
@@ -154,9 +152,8 @@ class MeteorJar:
             scores = [float(self._process.stdout.readline()) for _ in range(len(answers) + 1)]
         except (ValueError, OSError) as error:
             self.close()
-            raise RuntimeError(
-                f"the METEOR jar failed (Java {self.java.version}, {self.java.path}): {error}"
-            ) from error
+            java = f"Java {self.java.version}, {self.java.path}"
+            raise RuntimeError(f"the METEOR jar failed ({java}): {error}") from error
         statistics = np.array([[float(value) for value in answer.split()] for answer in answers])
         # The jar counts no chunk for a caption that matches its reference as a whole.
         whole = (statistics[:, 21:23] == statistics[:, 0:2]).all(axis=1) & (statistics[:, 20] == 1)
@@ -271,9 +268,7 @@ class FenseModels:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
-            raise ImportError(
-                'the sentence model of FENSE needs sentence-transformers: pip install "recap-hf[fense]"'
-            ) from error
+            raise ImportError('FENSE needs sentence-transformers: pip install "recap-hf[fense]"') from error
         sentences, checkpoint = Path(sentence_model), Path(error_detector)
         if not sentences.is_dir():
             raise FileNotFoundError(f"no Sentence-BERT folder at {sentences}; nothing is downloaded")
@@ -281,9 +276,8 @@ class FenseModels:
             raise FileNotFoundError(f"no error detector at {checkpoint}; nothing is downloaded")
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if not isinstance(saved, dict) or not {"model_type", "num_classes", "state_dict"} <= saved.keys():
-            raise ValueError(
-                f"{checkpoint} is no error detector of FENSE: expected the keys model_type, num_classes and state_dict"
-            )
+            keys = "model_type, num_classes and state_dict"
+            raise ValueError(f"{checkpoint} is no error detector of FENSE: expected the keys {keys}")
         self.device = device
         self.names = {"sentence_model": sentences.name, "error_detector": checkpoint.name}
         self.sentence_model = SentenceTransformer(str(sentences), device=device, local_files_only=True)

@@ -174,9 +174,7 @@ class EncodedDataset:
     reused: int = 0
 
 
-def store_features(
-    dataset: Any, encoder: Any, cache: str | Path, *, batch_size: int = 8, workers: int = 0
-) -> EncodedDataset:
+def store_features(dataset: Any, encoder: Any, cache: Any, *, batch_size: int = 8, workers: int = 0) -> EncodedDataset:
     """Features of every clip of a dataset; only what is not stored yet is computed.
 
     Every process of a distributed run calls this; each does its share of the shards.

@@ -25,13 +25,7 @@ class Row(NamedTuple):
 
 
 def plan_epoch(
-    clips: Sequence[Clip],
-    lengths: Sequence[int],
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    *,
-    share_prompts: bool = False,
+    clips: Sequence, lengths: Sequence[int], batch_size: int, seed: int, epoch: int, *, share_prompts: bool = False
 ) -> list[list[Row]]:
     """The steps of one epoch: every caption once, `batch_size` captions in a step (one may have fewer).
 

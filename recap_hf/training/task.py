@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
 from torch.utils.data import Dataset
 
 from .config import TrainingConfig
@@ -66,9 +65,7 @@ class Task(ABC):
     collator: Callable[[list[Any]], Any]
     steps_per_epoch: int
 
-    def __init__(
-        self, config: TrainingConfig, accelerator: Any, model: nn.Module, module: nn.Module, data: DataSummary
-    ) -> None:
+    def __init__(self, config: TrainingConfig, accelerator: Any, model: Any, module: Any, data: DataSummary) -> None:
         self.config, self.accelerator, self.model, self.module, self.data = config, accelerator, model, module, data
         self.batch_size = config.global_batch_size(accelerator.num_processes)
 

@@ -47,9 +47,8 @@ class CaptionClasses:
         with open(path, encoding="utf-8-sig", newline="") as handle:
             rows = list(csv.DictReader(handle))
         if not rows or not {"name", "words"} <= set(rows[0]):
-            raise ValueError(
-                f"{path}: expected the columns name and words, found {', '.join(rows[0]) if rows else 'none'}"
-            )
+            found = ", ".join(rows[0]) if rows else "none"
+            raise ValueError(f"{path}: expected the columns name and words, found {found}")
         parents = [[part.strip() for part in (row.get("parents") or "").split(";") if part.strip()] for row in rows]
         try:
             return cls([row["name"] for row in rows], [row["words"] for row in rows], parents)

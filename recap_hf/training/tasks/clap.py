@@ -25,16 +25,7 @@ from .bases import (
     with_new_text_tower,
 )
 from .caption_classes import CaptionClasses
-from .clap_data import (
-    ORDER,
-    PairCollator,
-    PairedClips,
-    SoftTargets,
-    StoredAudio,
-    Variation,
-    paired_clips,
-    positives,
-)
+from .clap_data import PairCollator, PairedClips, SoftTargets, StoredAudio, Variation, paired_clips, positives
 from .contrastive import Towers, contrastive_loss, fix_input_statistics, gather_rows, retrieval_metrics
 
 logger = logging.getLogger(__name__)
@@ -42,6 +33,9 @@ logger = logging.getLogger(__name__)
 # What CLAP's text tower is given at most (LAION's setting), if it has room for it.
 _MAX_TEXT_TOKENS = 77
 _CLIPS_FOR_STATISTICS = 512
+# The stream of random numbers for the order of clips; `clap_data` has another.
+_ORDER = 10
+_SIZES = "from scratch: tiny (3.9 M parameters), small (13 M) or base (118 M: LAION's but for the vocabulary)"
 
 
 @dataclass
@@ -49,16 +43,9 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
     """Every setting of a CLAP's training, from scratch or from an existing one."""
 
     clap: str = option(
-        "model",
-        "",
-        "CLAP or RECAP checkpoint to fine-tune the CLAP of ('embedded': the default's); without it, from scratch",
+        "model", "", "CLAP or RECAP checkpoint to fine-tune the CLAP of, or 'embedded'; else from scratch"
     )
-    size: str = option(
-        "model",
-        "tiny",
-        "from scratch: tiny (3.9 M parameters), small (13 M) or base (118 M: LAION's but for the vocabulary)",
-        choices=["tiny", "small", "base"],
-    )
+    size: str = option("model", "tiny", _SIZES, choices=["tiny", "small", "base"])
     clap_config: str = option("model", "", "from scratch: JSON of a ClapConfig, instead of --size")
     freeze: str = option(
         "model",
@@ -68,9 +55,7 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
         choices=["none", "audio", "text", "audio_model"],
     )
 
-    captions_per_clip: int = option(
-        "data", 2, "captions of a clip in a step, drawn again in each epoch", check=AT_LEAST_1
-    )
+    captions_per_clip: int = option("data", 2, "captions of a clip in a step, drawn anew each epoch", check=AT_LEAST_1)
     random_crop: bool = option("data", True, "train on a random 10-second window of a longer recording")
     random_gain_db: float = option("data", 0.0, "change the level by at most this, in dB", check=NOT_NEGATIVE)
     mask_frames: int = option("data", 0, "hide at most this number of frames (10 ms) in a row", check=NOT_NEGATIVE)
@@ -234,14 +219,12 @@ class ClapTask(Task):
         self.batch_size = min(self.batch_size, len(examples.clips))
         passes = accelerator.num_processes * config.gradient_accumulation_steps
         if self.batch_size < 2 * passes:
-            raise ValueError(
-                f"{self.batch_size} clips in a step are too few for {passes} passes: each needs at least two"
-            )
+            raise ValueError(f"{self.batch_size} clips in a step are too few for {passes} passes: each needs two")
         self.steps_per_epoch = len(examples.clips) // self.batch_size
 
     def plan(self, epoch: int) -> list[list[int]]:
         """Every step is full; the clips that remain are left to other epochs."""
-        order = np.random.default_rng([self.config.seed, ORDER, epoch]).permutation(len(self.examples.clips)).tolist()
+        order = np.random.default_rng([self.config.seed, _ORDER, epoch]).permutation(len(self.examples.clips)).tolist()
         return [order[number * self.batch_size :][: self.batch_size] for number in range(self.steps_per_epoch)]
 
     def split(self, step: Sequence[int], parts: int) -> list[list[int]]:
@@ -272,9 +255,8 @@ class ClapTask(Task):
             # With one pass, these are the embeddings that the gradient continues from.
             with step.one_pass(number), torch.set_grad_enabled(passes == 1):
                 outputs.append(embed(number))
-        audio, texts = (
-            torch.cat(blocks).detach().requires_grad_() for blocks in zip(*(own[:2] for own in outputs), strict=True)
-        )
+        blocks = zip(*(own[:2] for own in outputs), strict=True)
+        audio, texts = (torch.cat(block).detach().requires_grad_() for block in blocks)
         loss = contrastive_loss(
             gather_rows(audio, _per_process(step.parts, passes), accelerator),
             gather_rows(texts, _per_process(captions, passes), accelerator),

@@ -16,7 +16,7 @@ from ..task import Key
 from .caption_classes import CaptionClasses, agreement
 
 # Streams of random numbers that differ from those of prompts.
-ORDER, DRAW = 10, 11
+DRAW = 11
 
 
 class StoredAudio:

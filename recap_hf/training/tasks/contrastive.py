@@ -65,9 +65,7 @@ class Towers(nn.Module):
         with_classes: also give scores of the classes of the CLAP's classification head.
     """
 
-    def __init__(
-        self, clap: Any, frozen: str = "none", from_features: bool = False, with_classes: bool = False
-    ) -> None:
+    def __init__(self, clap: Any, frozen: str = "none", from_features: bool = False, with_classes: bool = False):
         super().__init__()
         self.clap, self.from_features, self.with_classes = clap, from_features, with_classes
         if clap.input_normalisation is not None:

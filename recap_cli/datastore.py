@@ -60,10 +60,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the datastore that DIR holds")
     types, text = ("float32", "float16", "int8"), "type in which they are stored" + _DEFAULT
     parser.add_argument("--embeddings-dtype", choices=types, default="float32", help=text)
-    text = (
-        "find captions by their text, or by the audio of their clips (after Koizumi et al.), which needs NAME:FOLDER "
-        "with recordings"
-    )
+    text = "find captions by their text, or by the audio of their clips, which needs NAME:FOLDER with recordings"
     parser.add_argument("--keys", choices=("text", "audio"), default="text", help=text + _DEFAULT)
     text = "that embed, each on a core or a GPU of its own" + _DEFAULT
     parser.add_argument("--num-processes", type=positive, default=1, help=text)
@@ -180,14 +177,10 @@ def _source_options(args: argparse.Namespace, api: Any) -> Any:
 
 
 def _filter_options(args: argparse.Namespace, api: Any) -> Any:
-    return api.FilterOptions(
-        max_tokens=args.max_tokens or None,
-        duplicates=args.duplicates,
-        guard=api.LeakGuard.from_sources(args.exclude_clips, args.columns) if args.exclude_clips else None,
-        guard_texts=args.exclude_texts,
-        blacklists=tuple(entry for path in args.blacklist for entry in api.read_blacklist(path)),
-        commercial=args.commercial,
-    )
+    guard = api.LeakGuard.from_sources(args.exclude_clips, args.columns) if args.exclude_clips else None
+    blacklists = tuple(entry for path in args.blacklist for entry in api.read_blacklist(path))
+    own = {"guard": guard, "guard_texts": args.exclude_texts, "blacklists": blacklists, "commercial": args.commercial}
+    return api.FilterOptions(args.max_tokens or None, args.duplicates, **own)
 
 
 def _show(contents: Any, form: str) -> None:
@@ -205,17 +198,10 @@ def _text_lines(contents: Any, indent: str = "") -> list[str]:
 
 
 def _build(args: argparse.Namespace, api: Any) -> None:
-    options = api.BuildOptions(
-        index=args.index,
-        recall=args.recall,
-        dtype=args.embeddings_dtype,
-        overwrite=args.overwrite,
-        processes=args.num_workers if args.engine == "ray" else args.num_processes,
-        engine=args.engine,
-        ray_address=args.ray_address,
-        chunk_captions=args.chunk_captions,
-        progress=_note,
-    )
+    given = {name: getattr(args, name) for name in ("index", "recall", "overwrite", "engine", "ray_address")}
+    given |= {"dtype": args.embeddings_dtype, "chunk_captions": args.chunk_captions, "progress": _note}
+    given["processes"] = args.num_workers if args.engine == "ray" else args.num_processes
+    options = api.BuildOptions(**given)
     if args.keys == "audio" and (args.num_processes > 1 or args.engine != "local"):
         raise ValueError("--num-processes and --engine embed captions; recordings are embedded by one process")
     known = {"source_options": _source_options(args, api), "filter_options": _filter_options(args, api)}

@@ -61,16 +61,10 @@ def run(args: argparse.Namespace) -> int:
         captioner = load_captioner(args.model, args.datastore, options, device=args.device, dtype=args.dtype)
         set_threads(args, captioner.model)
         clap_score = _clap_scorer(args, captioner) if scoring else None
-        folder = caption_clips(
-            Systems(captioner, args.seed, args.exclude_references),
-            clips,
-            args.output_dir,
-            names=args.systems,
-            batch_size=args.batch_size,
-            overwrite=args.overwrite,
-            sources={"model": args.model or "embedded default", "datastore": args.datastore or "the checkpoint's"},
-            progress=_report_progress,
-        )
+        systems = Systems(captioner, args.seed, args.exclude_references)
+        sources = {"model": args.model or "embedded default", "datastore": args.datastore or "the checkpoint's"}
+        how = {"names": args.systems, "batch_size": args.batch_size, "overwrite": args.overwrite}
+        folder = caption_clips(systems, clips, args.output_dir, sources=sources, progress=_report_progress, **how)
         if scoring:
             notes = clips.notes + ([f"CLAPScore by {args.clap_score_model}"] if clap_score else [])
             given = clap_score(clips, folder) if clap_score else None

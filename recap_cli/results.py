@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from recap_cli.files import check_output, format_of, open_output, printable, standard_input
@@ -12,11 +12,11 @@ from recap_cli.files import check_output, format_of, open_output, printable, sta
 FORMATS = ("text", "json", "jsonl", "csv")
 
 
-def add_result_arguments(parser: argparse.ArgumentParser) -> None:
+def add_result_arguments(parser: argparse.ArgumentParser, formats: Sequence[str] = FORMATS) -> None:
     """The recordings, `--format` and `--output`."""
     text = "file, folder, pattern, URL; - is standard input"
     parser.add_argument("inputs", nargs="+", metavar="RECORDING", help=text)
-    parser.add_argument("--format", choices=FORMATS, help="default: that of the suffix of --output, else text")
+    parser.add_argument("--format", choices=formats, help="default: that of the suffix of --output, else text")
     parser.add_argument("--output", metavar="FILE", help="write there instead of standard output")
 
 

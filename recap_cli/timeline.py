@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 from recap_cli.files import check_output, format_of, open_output, printable, standard_input
 from recap_cli.numbers import positive
 from recap_cli.options import add_captioner_arguments, check_caption_options, load_captioner
+from recap_cli.results import add_result_arguments
 
 FORMATS = ("text", "json", "jsonl", "csv", "srt", "vtt", "audacity")
 # These have no field for the name of a recording.
@@ -30,15 +31,11 @@ _SEGMENTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    text = "file, folder, pattern, URL; - is standard input"
-    parser.add_argument("inputs", nargs="+", metavar="RECORDING", help=text)
-    parser.add_argument("--format", choices=FORMATS, help="default: that of the suffix of --output, else text")
-    parser.add_argument("--output", metavar="FILE", help="write there instead of standard output")
+    add_result_arguments(parser, FORMATS)
     parser.add_argument("--output-dir", metavar="DIR", help="write a file per recording there")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="segments at once (default: 8)")
     parser.add_argument("--skip-silence", action="store_true", help="leave out segments of silence")
-    text = "readable SRT and VTT: [dog barking], no silence"
-    parser.add_argument("--accessible", action="store_true", help=text)
+    parser.add_argument("--accessible", action="store_true", help="readable SRT and VTT: [dog barking], no silence")
     group = parser.add_argument_group("segments")
     for flag, (name, unit, text) in _SEGMENTS.items():
         group.add_argument(flag, dest=name, type=float, metavar=unit, help=text)

@@ -158,36 +158,28 @@ def build_page(captioner: DemoCaptioner) -> gradio.Blocks:
         gradio.Markdown(_HEAD)
         with gradio.Row():
             with gradio.Column(min_width=300):
-                recording = gradio.Audio(
-                    sources=["upload", "microphone"],
-                    type="filepath",
-                    label=f"Recording, {limits}",
-                    editable=False,
-                    buttons=[],
-                )
+                audio = {"sources": ["upload", "microphone"], "type": "filepath", "editable": False, "buttons": []}
+                recording = gradio.Audio(label=f"Recording, {limits}", **audio)
                 paths = [path for name in _EXAMPLES if (path := examples_path() / f"{name}.flac").is_file()]
                 if paths:
                     labels = [path.stem.replace("_", " ").capitalize() for path in paths]
                     gradio.Examples([[str(path)] for path in paths], recording, example_labels=labels)
                 choice = gradio.Radio(choices, value=choices[0], label="Captions to retrieve from")
-                own = gradio.Textbox(
-                    label="Your own captions, one in each line",
-                    placeholder="church bells ring in the distance\na tram brakes and squeals",
-                    lines=4,
-                )
+                text = "church bells ring in the distance\na tram brakes and squeals"
+                own = gradio.Textbox(label="Your own captions, one in each line", placeholder=text, lines=4)
                 button = gradio.Button("Caption", variant="primary")
             with gradio.Column(min_width=300):
+                table, text = (
+                    {"interactive": False, "wrap": True},
+                    "Timeline in seconds: choose a row to listen from there",
+                )
                 parts = {
                     "caption": gradio.Textbox(label="Caption", interactive=False),
                     "retrieved": gradio.Dataframe(
-                        headers=["similarity", "caption"], label="Retrieved captions", interactive=False, wrap=True
+                        headers=["similarity", "caption"], label="Retrieved captions", **table
                     ),
                     "timeline": gradio.Dataframe(
-                        headers=["start", "end", "caption"],
-                        label="Timeline in seconds: choose a row to listen from there",
-                        type="array",
-                        interactive=False,
-                        wrap=True,
+                        headers=["start", "end", "caption"], label=text, type="array", **table
                     ),
                 }
         parts["explanation"] = gradio.Plot(label="Explanation: regions of the sound that each word depends on")

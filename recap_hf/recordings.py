@@ -27,21 +27,17 @@ def expand_inputs(names: Sequence[str]) -> list[str]:
     for name in names:
         if not name:
             raise ValueError("an empty name was given; expected a file, a folder, a pattern, a URL or -")
-        path = Path(name)
+        path, found, problem = Path(name), [name], ""
         if name == STANDARD_INPUT or "://" in name or path.is_file():
-            files.append(name)
+            pass
         elif path.is_dir() and path.suffix.lower() not in AUDIO_SUFFIXES:
             found = sorted(str(entry) for entry in path.rglob("*") if _may_be_recording(entry))
-            if not found:
-                raise ValueError(f"{name}: no recordings in this folder (of {', '.join(sorted(AUDIO_SUFFIXES))})")
-            files += found
+            problem = f"no recordings in this folder (of {', '.join(sorted(AUDIO_SUFFIXES))})"
         elif glob.has_magic(name):
-            found = sorted(glob.glob(name, recursive=True))
-            if not found:
-                raise ValueError(f"{name}: no file matches this pattern")
-            files += found
-        else:
-            files.append(name)
+            found, problem = sorted(glob.glob(name, recursive=True)), "no file matches this pattern"
+        if not found:
+            raise ValueError(f"{name}: {problem}")
+        files += found
     return files
 
 

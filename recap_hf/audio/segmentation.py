@@ -44,13 +44,12 @@ class SegmentationSettings:
         for name in ("window_s", "hop_s", "min_silence_s", "max_segment_s"):
             if not getattr(self, name) >= BLOCK_S:
                 raise ValueError(f"`{name}` must be at least {BLOCK_S} s, got {getattr(self, name)!r}.")
-        if self.hop_s > self.window_s:
-            limit = f"`window_s` ({self.window_s} s): sound between the windows would be skipped."
+        window = self.window_s
+        if self.hop_s > window:
+            limit = f"`window_s` ({window} s): sound between the windows would be skipped."
             raise ValueError(f"`hop_s` ({self.hop_s} s) must not be longer than {limit}")
-        if self.max_segment_s < 2 * self.window_s:
-            raise ValueError(
-                f"`max_segment_s` must be at least two windows, {2 * self.window_s} s, got {self.max_segment_s}."
-            )
+        if self.max_segment_s < 2 * window:
+            raise ValueError(f"`max_segment_s` must be at least two windows of {window} s, got {self.max_segment_s}.")
         if not 0 < self.novelty <= 2:
             raise ValueError(f"`novelty` must lie between 0 and 2 (1 - cosine), got {self.novelty!r}.")
 

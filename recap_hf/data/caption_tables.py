@@ -77,11 +77,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file of captions.")
     try:
-        if suffix == ".parquet":
-            rows = _parquet_rows(path)
-        else:
-            rows = _text_rows(path, suffix)
-        for row in rows:
+        for row in _parquet_rows(path) if suffix == ".parquet" else _text_rows(path, suffix):
             yield {str(name): None if is_missing(value) else value for name, value in row.items()}
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}). Save it as UTF-8.") from error
@@ -115,10 +111,8 @@ def _json_rows(content: Any, path: Path) -> list[Any]:
                 raise ValueError(f"{path}: expected columns of one length, got {lengths}.")
             return [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)]
     if not isinstance(content, list):
-        raise ValueError(
-            f"{path}: expected a list, an object with one under data, rows, predictions or clips, or an object of "
-            "columns."
-        )
+        kinds = "a list, an object with one under data, rows, predictions or clips, or an object of columns"
+        raise ValueError(f"{path}: expected {kinds}.")
     return content
 
 

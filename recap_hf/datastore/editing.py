@@ -238,10 +238,8 @@ def merge_datastores(folder: str | Path, others: Sequence[str | Path], index: st
                     "made by different encoders. Move one to the other's by `recap datastore reembed`"
                 )
             if store.keys != own.keys:
-                raise ValueError(
-                    f"{other} is keyed by {store.keys}, {folder} by {own.keys}: keys of two kinds cannot be searched "
-                    "together"
-                )
+                keys = f"{other} is keyed by {store.keys}, {folder} by {own.keys}"
+                raise ValueError(f"{keys}: keys of two kinds cannot be searched together")
             _check_fingerprint(folder, own, store.fingerprint)
         edit.commit(added=[(store.records, store.embeddings) for store in stores], index=index)
     return sum(map(len, stores))

@@ -185,14 +185,9 @@ class MilvusCollection:
         if self.kind in _DEPTHS:
             depth = _DEPTHS[self.kind]
             params[depth] = max(int(params.get(depth, 0)), k)
-        answers = self.client.search(
-            self.name,
-            data=list(np.ascontiguousarray(queries, dtype=np.float32)),
-            anns_field="embedding",
-            limit=k,
-            search_params={"metric_type": "IP", "params": params},
-            output_fields=_FIELDS,
-        )
+        data, settings = list(np.ascontiguousarray(queries, dtype=np.float32)), {"metric_type": "IP", "params": params}
+        options = {"anns_field": "embedding", "limit": k, "search_params": settings, "output_fields": _FIELDS}
+        answers = self.client.search(self.name, data=data, **options)
         rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
         for query, answer in enumerate(answers):
             # A row comes twice where it was written twice.

@@ -120,26 +120,15 @@ class Grid:
             captioner = captioner.with_datastore(self.datastore(run, captioner))
         names = [MAIN_SYSTEM] if run.model.method == PREFIX else [MAIN_SYSTEM, "first_retrieved"]
         clips = self.clips(run.test_set)
-        folder = caption_clips(
-            Systems(captioner, 0, evaluation.get("exclude_references", False), self._encodings),
-            clips,
-            self.path / run.folder,
-            # All baselines of the row that the claims are about.
-            names=None if self.config.is_main(run) and run.k == self.config.k[0] else names,
-            batch_size=evaluation.get("batch_size", 16),
-            sources={"model": run.model.name, "datastore": self.config.label(run)},
-        )
-        score_folder(
-            folder,
-            clips.name,
-            resamples=self.config.resamples,
-            notes=clips.notes,
-            tools=tools,
-            metrics=self.config.scoring.get("metrics"),
-            training_captions=[
-                record["caption"] for name in run.model.training_set for record in self.training_captions(name)
-            ],
-        )
+        # All baselines of the row that the claims are about.
+        names = None if self.config.is_main(run) and run.k == self.config.k[0] else names
+        systems = Systems(captioner, 0, evaluation.get("exclude_references", False), self._encodings)
+        sources = {"model": run.model.name, "datastore": self.config.label(run)}
+        how = {"names": names, "batch_size": evaluation.get("batch_size", 16), "sources": sources}
+        folder = caption_clips(systems, clips, self.path / run.folder, **how)
+        known = [record["caption"] for name in run.model.training_set for record in self.training_captions(name)]
+        options = {"tools": tools, "metrics": self.config.scoring.get("metrics"), "training_captions": known}
+        score_folder(folder, clips.name, resamples=self.config.resamples, notes=clips.notes, **options)
 
     def _load_clips(self, test_set: str) -> EvaluationClips:
         """The test clips of a domain."""

@@ -179,11 +179,8 @@ def _grid_plots(folder: Path, runs: list[dict[str, Any]]) -> list[str]:
     by_size = [(run, run["captions"]) for run in growing]
     by_index = [(run, run["index"] or "exact") for run in whole if run["datastore"] in indexed]
     drawn = []
-    for points, x_label in (
-        (by_k, "captions in the prompt (k)"),
-        (by_size, "captions in the datastore"),
-        (by_index, "search index of the datastore"),
-    ):
+    labels = ("captions in the prompt (k)", "captions in the datastore", "search index of the datastore")
+    for points, x_label in zip((by_k, by_size, by_index), labels, strict=True):
         series = _series(points)
         if any(len(each) > 1 for each in series.values()):
             drawn.append(_lines(series, x_label, METRIC_LABELS[metric], log=points is by_size))

@@ -111,13 +111,10 @@ class Systems:
         sounding, ids = [waveforms[row] for row in rows], [clip_ids[row] for row in rows]
         encode = partial(self.captioner.encode, sounding)
         encoding = self.encodings.encode(self._clap, sounding, encode) if self.encodings else encode()
-        retrieved = self.captioner.processor.retrieve(
-            encoding.audio_embeds,
-            exclude_clip_ids=ids,
-            exclude_texts=[references[row] for row in rows] if self.exclude_references else None,
-            datastore=self.captioner.datastore,
-            options=self.captioner.options,
-        )
+        texts = [references[row] for row in rows] if self.exclude_references else None
+        given = {"datastore": self.captioner.datastore, "options": self.captioner.options}
+        given |= {"exclude_clip_ids": ids, "exclude_texts": texts}
+        retrieved = self.captioner.processor.retrieve(encoding.audio_embeds, **given)
         for name in systems:
             found = self._caption_as(name, encoding, retrieved, ids)
             for row, result in zip(rows, found, strict=True):

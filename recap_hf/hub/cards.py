@@ -114,19 +114,9 @@ def render_model_card(
         model_name=name if own else None,
         eval_results=eval_results(own) if own else None,
     )
-    return ModelCard(
-        render(
-            "model_card.md",
-            card_data=card_data.to_yaml(),
-            title=facts.title or name,
-            repo_id=repo_id,
-            model=description,
-            facts=facts,
-            datastore=datastore,
-            datastore_repo=datastore_repo,
-            tables=result_tables(facts.results),
-        )
-    )
+    values = {"title": facts.title or name, "repo_id": repo_id, "model": description, "facts": facts}
+    values |= {"datastore": datastore, "datastore_repo": datastore_repo, "tables": result_tables(facts.results)}
+    return ModelCard(render("model_card.md", card_data=card_data.to_yaml(), **values))
 
 
 def render_datastore_card(
@@ -166,19 +156,9 @@ def render_datastore_card(
             for source in datastore.sources
         ],
     )
-    return DatasetCard(
-        render(
-            "datastore_card.md",
-            card_data=card_data.to_yaml(),
-            title=title,
-            repo_id=repo_id,
-            facts=facts,
-            datastore=datastore,
-            data_file=data_file,
-            columns=columns,
-            examples=examples,
-        )
-    )
+    values = {"title": title, "repo_id": repo_id, "facts": facts, "datastore": datastore, "data_file": data_file}
+    values |= {"columns": columns, "examples": examples}
+    return DatasetCard(render("datastore_card.md", card_data=card_data.to_yaml(), **values))
 
 
 def render(template: str, **values: Any) -> str:

@@ -27,29 +27,14 @@ from .facts import CardFacts
 from .prepare import prepare_datastore, prepare_folder, read_facts
 
 CARD = "README.md"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES += ("vocab.json", "merges.txt")
 DOCUMENTS = (CARD, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "RECORDINGS.csv")
-CHECKPOINT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "chat_template.jinja",
-    *TOKENIZER_FILES,
-    "clap_tokenizer/config.json",
-    *(f"clap_tokenizer/{name}" for name in TOKENIZER_FILES),
-    *DOCUMENTS,
-)
+CHECKPOINT_FILES = ("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json")
+CHECKPOINT_FILES += ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+CHECKPOINT_FILES += (*(f"clap_tokenizer/{name}" for name in ("config.json", *TOKENIZER_FILES)), *TOKENIZER_FILES)
+CHECKPOINT_FILES += ("chat_template.jinja", *DOCUMENTS)
+_AGAIN = "Run the same command again: files that have arrived are not sent a second time."
 # Files of an earlier push, which this one replaces or deletes.
 CHECKPOINT_REPLACES = ("model*.safetensors", "model.safetensors.index.json", "datastore/*", "*_recap.py")
 DATASTORE_REPLACES = ("data/*.parquet", "*.jsonl", "*.npy", "*.faiss", "*.bin", "*.arrow")
@@ -213,9 +198,8 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
     patterns = tuple(patterns)
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source).as_posix()
-        if not path.is_file() or not any(
-            name.count("/") == each.count("/") and fnmatch(name, each) for each in patterns
-        ):
+        wanted = any(name.count("/") == each.count("/") and fnmatch(name, each) for each in patterns)
+        if not (wanted and path.is_file()):
             continue
         if not any(path.resolve().is_relative_to(place) for place in allowed):
             raise OSError(f"{path} is a link to {path.resolve()}, outside of the folder. Replace it by a copy.")
@@ -266,14 +250,12 @@ def hub_errors(repo_id: str, repo_type: str, revision: str | None = None) -> Ite
         raise OSError(f"{where}: offline mode is on. Unset HF_HUB_OFFLINE and try again.") from error
     except HfHubHTTPError as error:
         status, said = error.response.status_code, error.server_message or str(error).splitlines()[0]
-        remedy = "Run the same command again: files that have arrived are not sent a second time."
+        remedy = _AGAIN
         if status in (401, 403, 404):
             token = "a token is set" if get_token() else "no token is set"
             remedy = f"Check the names, and that the token may write there ({token}; hf auth login), or --create-pr."
         raise OSError(f"{where}: the Hub answered {status}: {said} {remedy}") from error
     except (HTTPError, RuntimeError) as error:
         # huggingface_hub raises a RuntimeError for an upload that failed after several tries.
-        raise OSError(
-            f"{where}: {str(error).rstrip('.')} ({error.__cause__ or type(error).__name__}). Run the same command "
-            "again: files that have arrived are not sent a second time."
-        ) from error
+        said = f"{str(error).rstrip('.')} ({error.__cause__ or type(error).__name__})."
+        raise OSError(f"{where}: {said} {_AGAIN}") from error

@@ -36,9 +36,8 @@ def read_scores(path: str | Path, dataset: str | None = None, split: str = "test
         list_name = clip_list.get("name") or f"sha256 {clip_list['sha256'][:12]}"
         clips = int(clip_list["num_clips"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no file of scores ({error!r}): expected what `recap evaluate` or `recap score` writes"
-        ) from error
+        expected = "expected what `recap evaluate` or `recap score` writes"
+        raise ValueError(f"{path} is no file of scores ({error!r}): {expected}") from error
     dataset = dataset or clip_list.get("name") or path.resolve().parent.name
     results = []
     for system, (corpus, intervals) in corpora.items():

@@ -169,9 +169,8 @@ def clap_config_from_laion(state: Mapping[str, torch.Tensor]) -> ClapConfig:
 def _shape(state: Mapping[str, torch.Tensor], key: str, rank: int) -> tuple[int, ...]:
     if key not in state:
         roots = list_keys({each.split(".", 1)[0] for each in state})
-        raise ConversionError(
-            f"the LAION-CLAP checkpoint does not fit; missing:\n  {key}\nIt holds {len(state)} tensors under:\n{roots}"
-        )
+        found = f"It holds {len(state)} tensors under:\n{roots}"
+        raise ConversionError(f"the LAION-CLAP checkpoint does not fit; missing:\n  {key}\n{found}")
     if state[key].dim() != rank:
         raise ConversionError(f"wrong shape: {key} is {tuple(state[key].shape)}, expected {rank} dimensions")
     return tuple(state[key].shape)
@@ -225,10 +224,8 @@ def _text_config(state: Mapping[str, torch.Tensor]) -> dict:
     vocabulary, hidden = _shape(state, prefix + "embeddings.word_embeddings.weight", 2)
     types = _shape(state, prefix + "embeddings.token_type_embeddings.weight", 2)[0]
     if types != 1:
-        raise ConversionError(
-            f"this LAION-CLAP checkpoint cannot be converted: its text branch has {types} token types, so it is BERT; "
-            "only RoBERTa has a counterpart in ClapModel"
-        )
+        hint = f"its text branch has {types} token types, so it is BERT; only RoBERTa has a counterpart in ClapModel"
+        raise ConversionError(f"this LAION-CLAP checkpoint cannot be converted: {hint}")
     return {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
@@ -263,10 +260,9 @@ def _check_mel_filters(state: Mapping[str, torch.Tensor], extractor: ClapFeature
         return
     expected = torch.from_numpy(extractor.mel_filters_slaney)
     if stored.shape != expected.shape or (stored - expected).abs().max() > 1e-3 * expected.max():
-        raise ConversionError(
-            f"audio_branch.logmel_extractor.melW {tuple(stored.shape)} is not LAION's mel filter bank "
-            f"{tuple(expected.shape)} (50 to 14,000 Hz, Slaney): no ClapFeatureExtractor setting is known for it"
-        )
+        wanted = f"LAION's mel filter bank {tuple(expected.shape)} (50 to 14,000 Hz, Slaney)"
+        found = f"audio_branch.logmel_extractor.melW {tuple(stored.shape)}"
+        raise ConversionError(f"{found} is not {wanted}: no ClapFeatureExtractor setting is known for it")
 
 
 def convert_laion_clap(

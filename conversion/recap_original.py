@@ -73,11 +73,10 @@ def recap_config_from_original(state: Mapping[str, torch.Tensor], original: dict
     if width == 0 or decoder.n_embd % width:
         raise ConversionError(f"a cross-attention {width} wide does not divide a decoder {decoder.n_embd} wide")
     factor = decoder.n_embd // width
-    if original["decoder"].get("cross_attention_reduce_factor", factor) != factor:
-        raise ConversionError(
-            f"config.json has cross_attention_reduce_factor {original['decoder']['cross_attention_reduce_factor']}, "
-            f"but the cross-attention is {width} wide in a decoder of {decoder.n_embd}: a factor of {factor}"
-        )
+    stated = original["decoder"].get("cross_attention_reduce_factor", factor)
+    if stated != factor:
+        found = f"the cross-attention is {width} wide in a decoder of {decoder.n_embd}: a factor of {factor}"
+        raise ConversionError(f"config.json has cross_attention_reduce_factor {stated}, but {found}")
     ids = {"pad_token_id": _PAD_TOKEN_ID, "eos_token_id": _EOS_TOKEN_ID}
     ids |= {name: original[name] for name in ids if original.get(name) is not None}
     parts = {"clap": clap.config.to_dict(), "decoder": decoder.to_dict()}

@@ -188,10 +188,9 @@ def require_cross_attention(config: Any, purpose: str) -> None:
         ConversionError: naming the conditioning and what it was wanted for.
     """
     if config.conditioning != "cross_attention":
-        raise ConversionError(
-            f"{purpose} needs a captioner with cross-attention; this one has conditioning={config.conditioning!r}. "
-            "Run it with transformers (AudioCaptioningPipeline), or train one with --conditioning cross_attention"
-        )
+        hint = "Run it with transformers (AudioCaptioningPipeline), or train one with --conditioning cross_attention"
+        needed = f"{purpose} needs a captioner with cross-attention"
+        raise ConversionError(f"{needed}; this one has conditioning={config.conditioning!r}. {hint}")
 
 
 def check_saved(model: torch.nn.Module, reloaded: torch.nn.Module) -> None:

@@ -94,10 +94,8 @@ def stock_decoder(model: RecapForConditionalGeneration) -> GPT2LMHeadModel:
     """
     config = model.config
     if config.encoder_hidden_size != config.decoder.n_embd:
-        raise ConversionError(
-            f"the stock GPT-2 reads encoder states as wide as itself ({config.decoder.n_embd}); these are "
-            f"{config.encoder_hidden_size} wide. Take the parts without the cross-attention inside."
-        )
+        hint = f"these are {config.encoder_hidden_size} wide. Take the parts without the cross-attention inside."
+        raise ConversionError(f"stock GPT-2 reads encoder states as wide as itself ({config.decoder.n_embd}); {hint}")
     _, state, cross = split_state_dict(model.state_dict())
     scaled, factor = config.decoder.scale_attn_weights, config.cross_attention_reduce_factor
     wide = widen_cross_attention(cross, config.decoder.n_head, factor, scaled)

@@ -49,10 +49,9 @@ def convert_yamnet(source: str | Path, out: str | Path, *, recordings: Sequence,
     extractor = RecapFeatureExtractor(**MobileNetClapModel.feature_settings(config))
     report = _compare(model, extractor, interpreter, recordings)
     if report["same_first_class"] < MIN_AGREEMENT or report["mean_largest_difference"] > MAX_DIFFERENCE:
-        raise ConversionError(
-            f"{source}: the converted model disagrees with it: {report}; expected the same first class in at least "
-            f"{MIN_AGREEMENT:.0%} of patches and a difference of at most {MAX_DIFFERENCE}"
-        )
+        wanted = f"the same first class in at least {MIN_AGREEMENT:.0%} of patches and a difference of at most "
+        problem = f"{source}: the converted model disagrees with it: {report}"
+        raise ConversionError(f"{problem}; expected {wanted}{MAX_DIFFERENCE}")
     with finished_folder(out, overwrite) as folder:
         model.save_pretrained(folder)
         extractor.save_pretrained(folder)
@@ -73,10 +72,8 @@ def _interpreter(source: str | Path) -> Any:
         raise ConversionError(f"{source}: not a TFLite model: {error}") from error
     shapes = [part()[0]["shape"].tolist() for part in (interpreter.get_input_details, interpreter.get_output_details)]
     if shapes != [[15600], [1, 521]]:
-        raise ConversionError(
-            f"{source}: expected YAMNet for classification, from (15600,) to (1, 521), found {shapes[0]} to "
-            f"{shapes[1]}"
-        )
+        hint = f"expected YAMNet for classification, from (15600,) to (1, 521), found {shapes[0]} to {shapes[1]}"
+        raise ConversionError(f"{source}: {hint}")
     return interpreter
 
 

@@ -128,10 +128,8 @@ def _targets(args: argparse.Namespace, names: Sequence[str]) -> dict[Path, list[
     for name in names:
         path = folder / f"{_stem(name)}{suffix}"
         if path in targets:
-            raise ValueError(
-                f"Two recordings would be written to {path.name} in {folder}: run recap timeline once for each, or "
-                "use --format jsonl with --output."
-            )
+            hint = "run recap timeline once for each, or use --format jsonl with --output."
+            raise ValueError(f"Two recordings would be written to {path.name} in {folder}: {hint}")
         targets[path] = [name]
     folder.mkdir(parents=True, exist_ok=True)
     return targets

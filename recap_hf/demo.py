@@ -116,10 +116,8 @@ class DemoCaptioner:
             return self._captioners[choice]
         captions = [" ".join(line.split()) for line in own.splitlines() if line.strip()]
         if not 0 < len(captions) <= _MAX_OWN or max(map(len, captions)) > _MAX_CHARACTERS:
-            raise RefusedError(
-                f"Write 1 to {_MAX_OWN} captions of your own, one in each line, of at most {_MAX_CHARACTERS} "
-                f"characters; got {len(captions)}."
-            )
+            wanted = f"1 to {_MAX_OWN} captions of your own, one in each line, of at most {_MAX_CHARACTERS} characters"
+            raise RefusedError(f"Write {wanted}; got {len(captions)}.")
         return self.captioner.with_datastore(captions)
 
     def _read(self, path: str) -> np.ndarray:

@@ -68,11 +68,10 @@ class OnnxCaptioner:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}: make the folder with `recap export onnx`")
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        if settings.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder / SETTINGS} is of format {settings.get('format_version')!r}, this version reads "
-                f"{FORMAT_VERSION}: export the model again"
-            )
+        found = settings.get("format_version")
+        if found != FORMAT_VERSION:
+            known = f"this version reads {FORMAT_VERSION}: export the model again"
+            raise ValueError(f"{folder / SETTINGS} is of format {found!r}, {known}")
         self._settings = settings
         self.prompt = PromptTemplate(**settings["prompt"])
         self.num_beams: int = settings["generation"]["num_beams"]

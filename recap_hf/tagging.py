@@ -73,10 +73,8 @@ class Tagger:
         self._texts: torch.Tensor | None = None
         if labels is None:
             if not hasattr(clap, "classify_features"):
-                raise ValueError(
-                    f"A {type(clap).__name__} has no classification head: give labels (--labels FILE), or a CLAP that "
-                    "has one (MobileNetClapModel)."
-                )
+                hint = "give labels (--labels FILE), or a CLAP that has one (MobileNetClapModel)."
+                raise ValueError(f"A {type(clap).__name__} has no classification head: {hint}")
             self.names = [clap.config.id2label[number] for number in range(clap.config.num_labels)]
             return
         self.names = list(dict.fromkeys(labels))

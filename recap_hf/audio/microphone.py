@@ -28,10 +28,8 @@ def microphone_blocks(device: str = "", rate: int | None = None, channels: int =
     except ImportError as error:
         raise ImportError('Recording from a microphone needs sounddevice: pip install "recap-hf[live]"') from error
     except OSError as error:
-        raise OSError(
-            f"sounddevice finds no PortAudio ({error}). Install it (Debian and Ubuntu: apt install libportaudio2), or "
-            "use a pipe: arecord -f cd -t wav | recap live"
-        ) from error
+        hint = "Install it (on Debian: apt install libportaudio2), or use a pipe: arecord -f cd -t wav | recap live"
+        raise OSError(f"sounddevice finds no PortAudio ({error}). {hint}") from error
     chosen = int(device) if device.isdigit() else device or None
     mix = Mixer(MIXER_PATIENCE)
     try:
@@ -47,10 +45,8 @@ def microphone_blocks(device: str = "", rate: int | None = None, channels: int =
             callback=lambda data, *_: blocks.put(np.array(mix(data.T))),
         )
     except (sounddevice.PortAudioError, ValueError) as error:
-        raise OSError(
-            f"The microphone {device or '(default)'} cannot be opened: {error}. List microphones with: python -m "
-            "sounddevice"
-        ) from error
+        hint = "List microphones with: python -m sounddevice"
+        raise OSError(f"The microphone {device or '(default)'} cannot be opened: {error}. {hint}") from error
     with stream:
         while True:
             yield blocks.get(), rate

@@ -85,11 +85,9 @@ def pcm_blocks(file: BinaryIO, raw: PcmFormat | None = None) -> Iterator[tuple[n
         pcm, left = _wav_header(file)
         pending = b""
     elif raw is None:
-        raise ValueError(
-            "The sound is not WAV. Caption a file with recap timeline. Of a pipe, name the format with --rate (and "
-            "--channels, --sample-format if it is not one channel of s16le), or pipe WAV. Convert compressed formats: "
-            "ffmpeg -i INPUT -f wav - | recap live"
-        )
+        name = "name the format with --rate (and --channels, --sample-format if it is not one channel of s16le)"
+        hint = f"Of a pipe, {name}, or pipe WAV. Convert compressed formats: ffmpeg -i INPUT -f wav - | recap live"
+        raise ValueError(f"The sound is not WAV. Caption a file with recap timeline. {hint}")
     else:
         pcm, left, pending = raw, None, head
     mix = Mixer(MIXER_PATIENCE)
@@ -137,8 +135,6 @@ def _wav_format(body: bytes) -> PcmFormat:
     if tag == _WAV_EXTENSIBLE and len(body) >= 26:
         tag = struct.unpack("<H", body[24:26])[0]
     if (tag, bits) not in _WAV_FORMATS:
-        raise ValueError(
-            f"Expected WAV with PCM of 8 to 32 bits or floats, got format {tag} with {bits} bits. Convert it: ffmpeg "
-            "-i INPUT -f wav - | recap live"
-        )
+        hint = "Convert it: ffmpeg -i INPUT -f wav - | recap live"
+        raise ValueError(f"Expected WAV with PCM of 8 to 32 bits or floats, got format {tag} with {bits} bits. {hint}")
     return PcmFormat(rate, channels, _WAV_FORMATS[tag, bits])

@@ -73,9 +73,8 @@ def _open_source(source: Any) -> tuple[str, Any]:
     if hasattr(source, "read"):
         name = str(getattr(source, "name", "<stream>"))
         return name, source if getattr(source, "seekable", lambda: True)() else _spool(name, source)
-    raise TypeError(
-        f"Audio must be a path, a URL, bytes, a binary file or a datasets Audio value, got {type(source).__name__}."
-    )
+    kinds = "a path, a URL, bytes, a binary file or a datasets Audio value"
+    raise TypeError(f"Audio must be {kinds}, got {type(source).__name__}.")
 
 
 def _download(url: str) -> Any:
@@ -98,10 +97,8 @@ def _spool(name: str, stream: Any) -> Any:
     while block := read(1 << 20):
         file.write(block)
         if file.tell() > _MAX_DOWNLOAD or time.monotonic() > latest:
-            raise ValueError(
-                f"{name}: {file.tell() >> 20} MiB came and no end; at most {_MAX_DOWNLOAD >> 30} GiB and "
-                f"{_MAX_DOWNLOAD_S} s are read from a URL, a pipe or a device. Save it as a file first."
-            )
+            most = f"at most {_MAX_DOWNLOAD >> 30} GiB and {_MAX_DOWNLOAD_S} s are read from a URL, a pipe or a device"
+            raise ValueError(f"{name}: {file.tell() >> 20} MiB came and no end; {most}. Save it as a file first.")
     file.seek(0)
     return file
 

@@ -27,10 +27,8 @@ def read_captions(path: str | os.PathLike) -> list[dict[str, Any]]:
     for number, row in enumerate(read_rows(path), start=1):
         columns = caption_columns(row)
         if not columns:
-            raise ValueError(
-                f"{path}, row {number}: expected a text under 'caption', 'captions' or 'caption_1', ..., found the "
-                f"columns {', '.join(map(str, row))}."
-            )
+            wanted = "expected a text under 'caption', 'captions' or 'caption_1', ..."
+            raise ValueError(f"{path}, row {number}: {wanted}, found the columns {', '.join(map(str, row))}.")
         rest = {key: row[key] for key in row if row[key] is not None and key not in RESULT_COLUMNS.union(columns)}
         records += [{"caption": text, **rest} for text in captions_in(row, columns)]
     if not records:
@@ -124,10 +122,8 @@ def _csv_rows(path: Path, reader: Any) -> Iterator[Mapping[str, Any]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise ValueError(
-                f"{path}, line {line}: not readable ({error}). A text that begins with a double quote must end with "
-                "one; a quote inside it is written twice."
-            ) from error
+            hint = "A text that begins with a double quote must end with one; a quote inside it is written twice."
+            raise ValueError(f"{path}, line {line}: not readable ({error}). {hint}") from error
         if cells is None:
             return
         if not cells:
@@ -138,10 +134,9 @@ def _csv_rows(path: Path, reader: Any) -> Iterator[Mapping[str, Any]]:
             if repeated:
                 raise ValueError(f"{path}: expected each column once, got {repeated[0]!r} more than once.")
         elif len(cells) != len(names):
-            raise ValueError(
-                f"{path}, line {line}: expected {len(names)} cells, as in the first line, got {len(cells)}. Put a "
-                "text that contains the separator into double quotes."
-            )
+            wanted = f"expected {len(names)} cells, as in the first line, got {len(cells)}."
+            hint = "Put a text that contains the separator into double quotes."
+            raise ValueError(f"{path}, line {line}: {wanted} {hint}")
         else:
             yield {name: cell for name, cell in zip(names, cells, strict=True) if name}
 

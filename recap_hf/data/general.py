@@ -42,10 +42,9 @@ def load_audiofolder(options: LoadOptions) -> CaptionData:
     rows = read_table(table, {}, options.columns)
     _require(rows[0], {"file_name": "path of the audio file, from the metadata file"}, table)
     if split_is_column and "split" not in rows[0] and options.split != "train":
-        raise ValueError(
-            f"{table} has no column 'split', so all of it is training data: for a {options.split} split add the "
-            f"column, or put the clips in {folder}/{options.split}/ with a metadata file of their own"
-        )
+        hint = f"add the column, or put the clips in {folder}/{options.split}/ with a metadata file of their own"
+        problem = f"{table} has no column 'split', so all of it is training data"
+        raise ValueError(f"{problem}: for a {options.split} split {hint}")
     root = Path(options.audio_dir or table.parent)
     records = []
     for row in rows:

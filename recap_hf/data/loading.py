@@ -59,19 +59,15 @@ def load_captions(
     elif path.exists() or "/" in name:
         data = load_hub_dataset(name, options)
     else:
-        raise ValueError(
-            f"dataset {name!r} is unknown: expected {', '.join(NAMED_DATASETS)}, USER/NAME of the Hub, or a file or "
-            "folder that is there"
-        )
+        hint = f"expected {', '.join(NAMED_DATASETS)}, USER/NAME of the Hub, or a file or folder that is there"
+        raise ValueError(f"dataset {name!r} is unknown: {hint}")
     missing = [problem.detail for problem in data.problems if problem.kind == "missing"]
     for detail in missing:
         logger.info("%s: %s", name, detail)
     shown = "; ".join(missing[:5]) + ("; ..." if len(missing) > 5 else "")
     if missing and not allow_missing:
-        raise FileNotFoundError(
-            f"dataset {name!r}: {len(missing)} clips have no audio file, {len(data.dataset)} have ({shown}). "
-            "To go on without them, give --allow-missing"
-        )
+        counts = f"{len(missing)} clips have no audio file, {len(data.dataset)} have ({shown})"
+        raise FileNotFoundError(f"dataset {name!r}: {counts}. To go on without them, give --allow-missing")
     if missing:
         logger.warning("dataset %r: going on without %d clips that have no audio file (%s)", name, len(missing), shown)
     if not len(data.dataset):

@@ -138,10 +138,9 @@ def class_columns(row: Mapping, where: str) -> tuple[list[str], list[float]]:
         scores = [float(score) for score in scores]
     scores = list(scores) or [1.0] * len(classes)
     if len(scores) != len(classes) or not all(0 <= score <= 1 for score in scores):
-        raise ValueError(
-            f"{where}: `class_scores` must hold a number from 0 to 1 for each of the {len(classes)} `classes`, got "
-            f"{scores[:5]}{'...' if len(scores) > 5 else ''}"
-        )
+        wanted = f"a number from 0 to 1 for each of the {len(classes)} `classes`"
+        got = f"{scores[:5]}{'...' if len(scores) > 5 else ''}"
+        raise ValueError(f"{where}: `class_scores` must hold {wanted}, got {got}")
     return list(classes), scores
 
 
@@ -160,10 +159,9 @@ def require_columns(found: Sequence[str], expected: Mapping[str, str], where: st
     if missing:
         wanted = "; ".join(f"{name} ({meaning})" for name, meaning in expected.items())
         example = " ".join(f"{name}=YOURS" for name in missing)
-        raise ValueError(
-            f"{where} has the columns {listed(found)}. Expected: {wanted}. Not found: {listed(missing)}. "
-            f"If the same thing stands under another name, map it: --columns {example}"
-        )
+        hint = f"If the same thing stands under another name, map it: --columns {example}"
+        has = f"{where} has the columns {listed(found)}. Expected: {wanted}. Not found: {listed(missing)}."
+        raise ValueError(f"{has} {hint}")
 
 
 def listed(names: Sequence[str]) -> str:

@@ -149,10 +149,8 @@ def _clips(
     for source in sources:
         kind, _, rest = str(source).partition(":")
         if not rest or kind not in (*NAMED_DATASETS, "hub"):
-            raise ValueError(
-                f"{source}: keys of audio need recordings beside the captions: expected {NAMED_DATASETS[0]}:FOLDER, "
-                f"another of {', '.join(NAMED_DATASETS[1:])}, or hub:USER/NAME"
-            )
+            hint = f"expected {NAMED_DATASETS[0]}:FOLDER, another of {', '.join(NAMED_DATASETS[1:])}, or hub:USER/NAME"
+            raise ValueError(f"{source}: keys of audio need recordings beside the captions: {hint}")
         progress(f"Reading {source}")
         name, folder = (rest, None) if kind == "hub" else (kind, rest)
         columns = dict(options.columns) or None

@@ -127,16 +127,13 @@ def build_folder(folder: Path, options: BuildOptions, dimension: int) -> Iterato
         raise NotADirectoryError(f"{folder} is a file; the datastore needs a folder of its own")
     if (folder / MANIFEST_NAME).is_file():
         if not options.overwrite:
-            raise FileExistsError(
-                f"{folder} holds a datastore already. To add to it: recap datastore add {folder} FILE...; to replace "
-                "it, give --overwrite"
-            )
+            hint = f"To add to it: recap datastore add {folder} FILE...; to replace it, give --overwrite"
+            raise FileExistsError(f"{folder} holds a datastore already. {hint}")
     elif folder.is_dir():
         foreign = sorted(each.name for each in folder.iterdir() if not each.name.startswith((".", LOCK_NAME)))
         if foreign:
-            raise FileExistsError(
-                f"{folder} holds files that are not of a datastore, such as {foreign[0]!r}: give a new or empty folder"
-            )
+            found = f"holds files that are not of a datastore, such as {foreign[0]!r}"
+            raise FileExistsError(f"{folder} {found}: give a new or empty folder")
     check_index(options.index, options.recall, dimension)
     made, work = not folder.exists(), folder / WORK_NAME
     work.mkdir(parents=True, exist_ok=True)

@@ -174,10 +174,9 @@ def add_captions(
 
 def _require_text_keys(folder: str | Path, store: CaptionDatastore, problem: str) -> None:
     if store.keys == AUDIO_KEYS:
-        raise ValueError(
-            f"{folder}: {problem}: it finds captions by the audio of their clips, and a text has no such key. "
-            "Build it again from the recordings: recap datastore build --keys audio"
-        )
+        reason = "it finds captions by the audio of their clips, and a text has no such key"
+        hint = "Build it again from the recordings: recap datastore build --keys audio"
+        raise ValueError(f"{folder}: {problem}: {reason}. {hint}")
 
 
 def _check_fingerprint(folder: str | Path, store: CaptionDatastore, fingerprint: np.ndarray | None) -> None:
@@ -233,10 +232,9 @@ def merge_datastores(folder: str | Path, others: Sequence[str | Path], index: st
         own = edit.store
         for other, store in zip(others, stores, strict=True):
             if store.dimension != own.dimension:
-                raise ValueError(
-                    f"{other} has embeddings of dimension {store.dimension}, {folder} of {own.dimension}: they were "
-                    "made by different encoders. Move one to the other's by `recap datastore reembed`"
-                )
+                hint = "different encoders made them. Move one to the other's by `recap datastore reembed`"
+                sizes = f"{other} has embeddings of dimension {store.dimension}, {folder} of {own.dimension}"
+                raise ValueError(f"{sizes}: {hint}")
             if store.keys != own.keys:
                 keys = f"{other} is keyed by {store.keys}, {folder} by {own.keys}"
                 raise ValueError(f"{keys}: keys of two kinds cannot be searched together")

@@ -94,10 +94,8 @@ def check_index(kind: str, recall: float, dimension: int) -> None:
     try:
         faiss.index_factory(dimension, kind, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise ValueError(
-            f"{kind!r} is no kind of index for dimension {dimension}: expected auto, exact, {', '.join(kinds)} or a "
-            "FAISS string"
-        ) from error
+        hint = f"expected auto, exact, {', '.join(kinds)} or a FAISS string"
+        raise ValueError(f"{kind!r} is no kind of index for dimension {dimension}: {hint}") from error
 
 
 def build_index(embeddings: Any, kind: str = "auto", recall: float = DEFAULT_RECALL) -> StoredIndex | None:

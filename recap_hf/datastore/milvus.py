@@ -64,10 +64,11 @@ def parse_milvus_name(name: str | os.PathLike) -> tuple[str, str]:
 def refuse_milvus(folder: str | os.PathLike) -> None:
     """A `ValueError` for the name of a collection where a folder is needed."""
     if is_milvus_name(folder):
-        raise ValueError(
-            f"{folder} is in Milvus, where captions are added and removed, searched and exported. For this export "
-            "them into a file, build a datastore of it, change that, and export it to Milvus with --overwrite"
+        hint = (
+            "export them into a file, build a datastore of it, change that, and export it to Milvus with --overwrite"
         )
+        where = f"{folder} is in Milvus, where captions are added and removed, searched and exported"
+        raise ValueError(f"{where}. For this {hint}")
 
 
 def connect(address: str, token: str | None = None) -> Any:
@@ -104,10 +105,9 @@ class MilvusCollection:
         about = client.describe_collection(name)
         fields = {field["name"]: field for field in about["fields"]}
         if not {"row", "embedding", "caption", "clip", "record"} <= set(fields):
-            raise ValueError(
-                f"The Milvus collection {name!r} has the fields {', '.join(fields)}, and is no datastore of captions: "
-                "make one with `recap datastore export STORE --to milvus`."
-            )
+            found = f"has the fields {', '.join(fields)}, and is no datastore of captions"
+            hint = "make one with `recap datastore export STORE --to milvus`"
+            raise ValueError(f"The Milvus collection {name!r} {found}: {hint}.")
         self.dimension = int(fields["embedding"]["params"]["dim"])
         self.properties = about.get("properties") or {}
         if self.properties.get("recap.complete") != "1":

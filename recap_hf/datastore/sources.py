@@ -60,10 +60,8 @@ def read_source(name: str | Path, options: SourceOptions | None = None) -> Itera
     if path.is_dir():
         return _read_folder(path, options)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{name}: no such file of captions. Expected a {', '.join(CAPTION_SUFFIXES)} file, a datastore, or a "
-            f"dataset such as {NAMED_DATASETS[0]}:FOLDER or hub:USER/NAME"
-        )
+        kinds = f"a {', '.join(CAPTION_SUFFIXES)} file, a datastore, or a dataset such as {NAMED_DATASETS[0]}:FOLDER"
+        raise FileNotFoundError(f"{name}: no such file of captions. Expected {kinds} or hub:USER/NAME")
     return records_of_rows(read_rows(path), path.name, options)
 
 
@@ -85,10 +83,9 @@ def records_of_rows(rows: Iterable[Mapping[str, Any]], name: str, options: Sourc
         row = {names[key]: row[key] for key in names}
         columns = caption_columns(row)
         if not columns and "abstract_captions" not in row:
-            raise ValueError(
-                f"{name} has the columns {listed(list(row))}, none of which holds captions: expected 'caption', "
-                "'captions' or 'caption_1', ... If they stand under another name, map it: --columns caption=YOURS"
-            )
+            found = f"{name} has the columns {listed(list(row))}, none of which holds captions"
+            hint = "If they stand under another name, map it: --columns caption=YOURS"
+            raise ValueError(f"{found}: expected 'caption', 'captions' or 'caption_1', ... {hint}")
         clip = next((row[key] for key in _CLIP_COLUMNS if isinstance(row.get(key), (str, int))), None)
         common = _common(row, name, options) | ({} if clip is None else {"clip_id": str(clip)})
         if options.captions != "weak":
@@ -145,11 +142,9 @@ def _read_folder(path: Path, options: SourceOptions) -> Iterator[dict[str, Any]]
         if (folder / MANIFEST_NAME).is_file():
             return records_of_rows(CaptionDatastore.from_pretrained(folder).records, path.name, options)
     if not (path / "dataset_info.json").is_file():
-        raise ValueError(
-            f"{path}: a folder is read as a datastore ({MANIFEST_NAME}) or a saved dataset (dataset_info.json), and "
-            f"this holds neither. For a dataset as published write NAME:{path}, with NAME one of "
-            f"{', '.join(NAMED_DATASETS)}"
-        )
+        kinds = f"a datastore ({MANIFEST_NAME}) or a saved dataset (dataset_info.json)"
+        hint = f"For a dataset as published write NAME:{path}, with NAME one of {', '.join(NAMED_DATASETS)}"
+        raise ValueError(f"{path}: a folder is read as {kinds}, and this holds neither. {hint}")
     from datasets import Audio, load_from_disk
 
     table = load_from_disk(str(path))

@@ -51,10 +51,8 @@ class ClapScorer:
         theirs = captioner.model.embed_fingerprint(captioner.processor)
         ours = self.encoder.fingerprint(self.tokenizer)
         if theirs.shape == ours.shape and (theirs * ours).sum(axis=1).min() > _SAME_ENCODER_COSINE:
-            raise ValueError(
-                f"{self.name} is the CLAP that the captioner itself retrieves with, so it cannot judge the captions; "
-                "give another checkpoint"
-            )
+            reason = "is the CLAP that the captioner itself retrieves with, so it cannot judge the captions"
+            raise ValueError(f"{self.name} {reason}; give another checkpoint")
 
 
 def clap_scores(

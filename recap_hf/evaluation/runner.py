@@ -119,10 +119,8 @@ class EvaluationFolder:
             if before.get(key) != now.get(key)
         ]
         if changes:
-            raise ValueError(
-                f"{self.path} holds predictions made with other settings ({'; '.join(changes)}); choose another "
-                "--output-dir, or start afresh with --overwrite"
-            )
+            hint = "choose another --output-dir, or start afresh with --overwrite"
+            raise ValueError(f"{self.path} holds predictions made with other settings ({'; '.join(changes)}); {hint}")
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -248,11 +248,9 @@ def eval_results(results: Sequence[Result]) -> list[EvalResult]:
         )
         described = (entry.dataset_name, result.clips)
         if names.setdefault(entry.unique_identifier, described) != described:
-            raise ValueError(
-                f"two test sets share the name {entry.dataset_type!r}, split {result.split!r} and clip list "
-                f"{result.clip_list!r}: {names[entry.unique_identifier]} and {described} (name, clips). Give each its "
-                "own `clip_list`."
-            )
+            shared = f"the name {entry.dataset_type!r}, split {result.split!r} and clip list {result.clip_list!r}"
+            both = f"{names[entry.unique_identifier]} and {described} (name, clips)"
+            raise ValueError(f"two test sets share {shared}: {both}. Give each its own `clip_list`.")
         converted.append(entry)
     return converted
 

@@ -36,11 +36,10 @@ def describe_checkpoint(folder: str | Path) -> ModelDescription:
     saved = _read_json(folder, "config.json")
     if not saved:
         raise FileNotFoundError(f"{folder} has no config.json: expected a folder that `save_pretrained` wrote")
-    if saved.get("model_type") != RecapConfig.model_type:
-        raise ValueError(
-            f"{folder}/config.json is the configuration of a {saved.get('model_type')!r} model, expected "
-            f"{RecapConfig.model_type!r}"
-        )
+    kind = saved.get("model_type")
+    if kind != RecapConfig.model_type:
+        found = f"{folder}/config.json is the configuration of a {kind!r} model"
+        raise ValueError(f"{found}, expected {RecapConfig.model_type!r}")
     config, processor = RecapConfig.from_pretrained(folder), _read_json(folder, "processor_config.json")
     extractor = RecapFeatureExtractor(**encoder_class(config.clap).feature_settings(config.clap))
     rate = processor.get("feature_extractor", {}).get("sampling_rate", extractor.sampling_rate)

@@ -116,10 +116,8 @@ def select_listed(
     pairs = match_clips(clip_ids, listed, youtube)
     if not pairs:
         hint = "" if youtube else "; for AudioSet clips named in two ways, try --youtube-ids"
-        raise ValueError(
-            f"none of the {len(clip_ids)} clips of {source} is on the list {title} "
-            f"(clips like {clip_ids[0]!r}, list like {listed[0]!r}){hint}"
-        )
+        names = f"(clips like {clip_ids[0]!r}, list like {listed[0]!r})"
+        raise ValueError(f"none of the {len(clip_ids)} clips of {source} is on the list {title} {names}{hint}")
     found, notes = {pair[1] for pair in pairs}, []
     absent = [name for position, name in enumerate(listed) if position not in found]
     if absent:

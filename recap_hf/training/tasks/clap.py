@@ -89,10 +89,8 @@ class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
         if self.clap and self.clap_config:
             raise ValueError("give either --clap (to fine-tune it), or --clap-config (to start from scratch)")
         if self.audio_is_frozen and (self.random_gain_db or self.mask_frames or self.mask_bins):
-            raise ValueError(
-                f"--freeze {self.freeze} encodes each recording once: --random-gain-db, --mask-frames and --mask-bins "
-                "need an audio tower that is trained"
-            )
+            hint = "--random-gain-db, --mask-frames and --mask-bins need an audio tower that is trained"
+            raise ValueError(f"--freeze {self.freeze} encodes each recording once: {hint}")
 
     @property
     def audio_is_frozen(self) -> bool:

@@ -49,10 +49,8 @@ def read_container(
         head = data.read(64)
         if any(head[place : place + len(mark)] == mark for place, mark in _CONTAINERS):
             raise ImportError(f'{name}: m4a, webm, wma, AAC and video files need PyAV: pip install "recap-hf[av]"')
-        kinds = (
-            'WAV, FLAC, Ogg, Opus and MP3 are read as they are, m4a, webm and video with: pip install "recap-hf[av]"'
-        )
-        raise ValueError(f"{name}: not a recording that can be read ({reason}). {kinds}")
+        hint = "WAV, FLAC, Ogg, Opus and MP3 are read as they are, m4a, webm and video with: pip install"
+        raise ValueError(f'{name}: not a recording that can be read ({reason}). {hint} "recap-hf[av]"')
     read, rate, damage = 0, 0, "the file ends early" if is_cut else ""
     try:
         with av.open(data, options=_NOTHING_ELSE, metadata_errors="replace") as container:

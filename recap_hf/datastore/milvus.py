@@ -64,11 +64,9 @@ def parse_milvus_name(name: str | os.PathLike) -> tuple[str, str]:
 def refuse_milvus(folder: str | os.PathLike) -> None:
     """A `ValueError` for the name of a collection where a folder is needed."""
     if is_milvus_name(folder):
-        hint = (
-            "export them into a file, build a datastore of it, change that, and export it to Milvus with --overwrite"
-        )
+        hint = "build a datastore of it, change that, and export it to Milvus with --overwrite"
         where = f"{folder} is in Milvus, where captions are added and removed, searched and exported"
-        raise ValueError(f"{where}. For this {hint}")
+        raise ValueError(f"{where}. For this export them into a file, {hint}")
 
 
 def connect(address: str, token: str | None = None) -> Any:

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,18 +168,12 @@ def build_page(captioner: DemoCaptioner) -> gradio.Blocks:
                 own = gradio.Textbox(label="Your own captions, one in each line", placeholder=text, lines=4)
                 button = gradio.Button("Caption", variant="primary")
             with gradio.Column(min_width=300):
-                table, text = (
-                    {"interactive": False, "wrap": True},
-                    "Timeline in seconds: choose a row to listen from there",
-                )
+                table = partial(gradio.Dataframe, interactive=False, wrap=True)
+                text = "Timeline in seconds: choose a row to listen from there"
                 parts = {
                     "caption": gradio.Textbox(label="Caption", interactive=False),
-                    "retrieved": gradio.Dataframe(
-                        headers=["similarity", "caption"], label="Retrieved captions", **table
-                    ),
-                    "timeline": gradio.Dataframe(
-                        headers=["start", "end", "caption"], label=text, type="array", **table
-                    ),
+                    "retrieved": table(headers=["similarity", "caption"], label="Retrieved captions"),
+                    "timeline": table(headers=["start", "end", "caption"], label=text, type="array"),
                 }
         parts["explanation"] = gradio.Plot(label="Explanation: regions of the sound that each word depends on")
 

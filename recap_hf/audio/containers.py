@@ -28,9 +28,7 @@ _MAX_DAMAGED = 1_000
 _ERRORS = (OSError, RuntimeError, MemoryError, EOFError, *(() if av is None else (av.FFmpegError,)))
 
 
-def read_container(
-    name: str, data: Any, reason: str, frames: int, is_cut: bool = False
-) -> Iterator[tuple[np.ndarray, int]]:
+def read_container(name: str, data: Any, reason: str, frames: int, is_cut: bool = False) -> Iterator[tuple[Any, int]]:
     """The first audio track of a file that PyAV reads: float32 blocks of shape `(channels, samples)` and the rate.
 
     Args:

@@ -58,9 +58,7 @@ def encode_recordings(recordings: Sequence[Any], model: Any, processor: Any) -> 
         return model.encode_audio(**inputs.to(model.device)).audio_embeds.float().cpu().numpy()
 
 
-def datastore_from_clips(
-    clips: Sequence[Mapping], model: Any, processor: Any, batch_size: int = 16
-) -> CaptionDatastore:
+def datastore_from_clips(clips: Sequence, model: Any, processor: Any, batch_size: int = 16) -> CaptionDatastore:
     """A datastore keyed by audio: a search finds the most similar recordings, and gives a caption of each.
 
     Args:

@@ -81,7 +81,7 @@ class Edit:
     store: CaptionDatastore
 
     def commit(
-        self, kept: np.ndarray | None = None, added: Sequence[tuple] = (), index: str = "auto", **changes: Any
+        self, kept: np.ndarray | None = None, added: Sequence = (), index: str = "auto", **changes: Any
     ) -> None:
         """Makes the edit visible, at once.
 

@@ -272,9 +272,7 @@ class MilvusCaptionDatastore(CaptionDatastore):
         `OSError`: if there is no such collection. `ValueError`: if it is none of captions, or not complete.
     """
 
-    def __init__(
-        self, client: Any, name: str, search_params: Mapping | None = None, address: str | None = None
-    ) -> None:
+    def __init__(self, client: Any, name: str, search_params: Mapping | None = None, address: str | None = None):
         if not client.has_collection(name):
             found = ", ".join(client.list_collections()) or "none"
             raise FileNotFoundError(f"Milvus has no collection {name!r} (it has: {found}).")

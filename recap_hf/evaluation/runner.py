@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from recap_hf.files import write_json, write_text
-from recap_hf.modeling.captioning_recap import CaptionResult
 from recap_hf.modeling.retrieval_recap import normalize_text
 from recap_hf.scoring import ScoringTools, bootstrap_intervals, clip_list_hash, paired_bootstrap, score_captions
 
@@ -92,9 +91,7 @@ class EvaluationFolder:
         for name in self.systems:
             write_text(predictions_file(self.path, name), "".join(map(_line, rows[name][: self.done])))
 
-    def append(
-        self, clip_ids: Sequence[str], references: Sequence, predictions: dict[str, list[CaptionResult]]
-    ) -> None:
+    def append(self, clip_ids: Sequence[str], references: Sequence, predictions: dict[str, list]) -> None:
         """Writes one batch; it is on the disk when this returns."""
         for name in self.systems:
             with open(predictions_file(self.path, name), "a", encoding="utf-8") as file:

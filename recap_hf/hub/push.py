@@ -207,9 +207,7 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
         shutil.copyfile(path, target / name)
 
 
-def upload(
-    folder: Path, repo_id: str, repo_type: str, options: PushOptions, replaces: Iterable[str] = ()
-) -> PushResult:
+def upload(folder: Path, repo_id: str, repo_type: str, options: PushOptions, replaces: Iterable = ()) -> PushResult:
     """Pushes all of a folder in one commit; files that the repository already has are not sent again.
 
     Args:

@@ -113,9 +113,7 @@ def _num_clips(scores: Collection[MetricScores]) -> int:
     return sizes.pop()
 
 
-def _samples(
-    scores: Mapping[str, MetricScores], resamples: int, confidence: float, seed: int
-) -> dict[str, np.ndarray]:
+def _samples(scores: Mapping, resamples: int, confidence: float, seed: int) -> dict[str, np.ndarray]:
     """(resamples,) corpus scores of each metric."""
     if resamples < 100:
         raise ValueError(f"{resamples} resamples give no interval; expected at least 100")

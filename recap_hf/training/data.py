@@ -110,10 +110,8 @@ def load_splits(config: TrainingConfig) -> dict[str, CaptionData]:
         try:
             splits["validation"] = load(config.validation_split)
         except (OSError, ValueError) as error:
-            raise type(error)(
-                f"{error} (validation: to validate on a share of the training clips give --validation-share 0.05; to "
-                "train without validation give --validation-split none)"
-            ) from error
+            hint = "give --validation-share 0.05; to train without validation give --validation-split none"
+            raise type(error)(f"{error} (validation: to validate on a share of the training clips {hint})") from error
     limits = {"train": config.max_train_clips, "validation": config.max_validation_clips}
     for split, data in splits.items():
         if limits[split]:

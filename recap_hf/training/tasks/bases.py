@@ -45,9 +45,7 @@ _LARGE_ENOUGH = (lambda value: value >= 300, "at least 300 (256 bytes and specia
 class BaseTrainingConfig(TrainingConfig):
     """Settings that both bases have in common."""
 
-    vocab_size: int = option(
-        "model", 4096, "from scratch: tokens of the tokenizer, trained on the captions", check=_LARGE_ENOUGH
-    )
+    vocab_size: int = option("model", 4096, "from scratch: tokens, trained on the captions", check=_LARGE_ENOUGH)
     weight_decay: float = other_default(TrainingConfig, "weight_decay", 0.01)
     adam_beta2: float = other_default(TrainingConfig, "adam_beta2", 0.98)
     warmup_steps: int = other_default(TrainingConfig, "warmup_steps", 100)
@@ -230,10 +228,9 @@ def new_captioner(config: CaptionerTrainingConfig) -> tuple[Any, Any]:
         keep = bool(config.model) if config.keep_cross_attention is None else config.keep_cross_attention
         if not keep or config.conditioning not in ("", model.config.conditioning):
             if config.keep_cross_attention:
-                raise ValueError(
-                    "--keep-cross-attention continues with what the checkpoint has, which is "
-                    f"{model.config.conditioning}: not together with --conditioning {config.conditioning}"
-                )
+                kept = f"what the checkpoint has, which is {model.config.conditioning}"
+                other = f"not together with --conditioning {config.conditioning}"
+                raise ValueError(f"--keep-cross-attention continues with {kept}: {other}")
             model = _with_new_conditioning(model, processor, config)
     if config.audio_position_embedding:
         wanted = config.audio_position_embedding

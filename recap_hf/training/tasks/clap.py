@@ -42,9 +42,7 @@ _SIZES = "from scratch: tiny (3.9 M parameters), small (13 M) or base (118 M: LA
 class ClapTrainingConfig(BaseTrainingConfig, AudioTrainingConfig):
     """Every setting of a CLAP's training, from scratch or from an existing one."""
 
-    clap: str = option(
-        "model", "", "CLAP or RECAP checkpoint to fine-tune the CLAP of, or 'embedded'; else from scratch"
-    )
+    clap: str = option("model", "", "CLAP or RECAP checkpoint to fine-tune its CLAP, or 'embedded'; else from scratch")
     size: str = option("model", "tiny", _SIZES, choices=["tiny", "small", "base"])
     clap_config: str = option("model", "", "from scratch: JSON of a ClapConfig, instead of --size")
     freeze: str = option(

@@ -39,9 +39,7 @@ class LanguageModelTrainingConfig(BaseTrainingConfig, PromptConfig):
     num_heads: int = option("model", 4, "from scratch: heads", check=AT_LEAST_1)
     max_positions: int = option("model", 512, "from scratch: longest text in tokens")
 
-    clap: str = option(
-        "prompts", "", "CLAP: prompts hold the captions nearest to the target, else other ones of the same clip"
-    )
+    clap: str = option("prompts", "", "CLAP: prompts hold the captions nearest to the target, else others of its clip")
     datastore: str = option("prompts", "", "with --clap: folder, Hub id or file to take the nearest captions from")
     prompt_dropout: float = other_default(PromptConfig, "prompt_dropout", 0.1)
     prompt_weight: float = option("prompts", 0.1, "loss of a prompt's token; a caption's is 1", check=NOT_NEGATIVE)

@@ -28,9 +28,7 @@ class PromptConfig(TrainingConfig):
         "prompts", 0.0, "0: the nearest captions; to 1: captions that differ from each other", check=SHARE
     )
     shuffle_prompt: bool = option("prompts", False, "put the captions of a prompt in random order")
-    vary_num_retrieved: bool = option(
-        "prompts", False, "draw the number of captions of each prompt, too, from 1 to --num-retrieved"
-    )
+    vary_num_retrieved: bool = option("prompts", False, "draw the number of captions, too, from 1 to --num-retrieved")
     prompt_dropout: float = option("prompts", 0.0, "share of examples without captions in their prompt", check=SHARE)
     max_caption_tokens: int = option("optimisation", 60, "tokens that captions are cut to", check=AT_LEAST_1)
     gradient_checkpointing: bool = option("model", False, "less memory for more computing")

@@ -85,8 +85,8 @@ def pcm_blocks(file: BinaryIO, raw: PcmFormat | None = None) -> Iterator[tuple[n
         pcm, left = _wav_header(file)
         pending = b""
     elif raw is None:
-        name = "name the format with --rate (and --channels, --sample-format if it is not one channel of s16le)"
-        hint = f"Of a pipe, {name}, or pipe WAV. Convert compressed formats: ffmpeg -i INPUT -f wav - | recap live"
+        flags = "name the format with --rate (and --channels, --sample-format if it is not one channel of s16le)"
+        hint = f"Of a pipe, {flags}, or pipe WAV. Convert compressed formats: ffmpeg -i INPUT -f wav - | recap live"
         raise ValueError(f"The sound is not WAV. Caption a file with recap timeline. {hint}")
     else:
         pcm, left, pending = raw, None, head

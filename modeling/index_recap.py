@@ -33,6 +33,7 @@ _BLOCK_ROWS = 1 << 15
 _MIN_CANDIDATES = 32
 # Of an index's candidates an eighth, and no fewer than 32, are scored in float64.
 _RESCORED_SHARE, _RESCORED_AT_LEAST = 8, 32
+_LEAST_SHARE = 0.7
 
 
 def from_package(name: str, what: str) -> Any:
@@ -266,12 +267,12 @@ def choose_diverse(query: np.ndarray, hits: Sequence[Hit], embeddings: Any, k: i
     nearest to what those chosen before leave of the query. Of two sounds at once, it finds captions of either.
 
     Args:
-        query: unit vector.
-        hits: (row, cosine), most similar first; the first is always chosen.
-        embeddings: unit vectors of all rows.
+        query, embeddings: unit vectors, the latter of all rows.
+        hits: (row, cosine), most similar first. Behind the first k, those below 0.7 of the first cosine do not count.
         k: hits to choose; they are returned most similar first.
         diversity: share of a chosen caption's direction that is taken out of the query; 0 gives the first k.
     """
+    hits = hits[: max(k, sum(score >= _LEAST_SHARE * hits[0][1] for _, score in hits))]
     if len(hits) <= k or not diversity:
         return list(hits[:k])
     vectors = np.asarray(embeddings[np.array([row for row, _ in hits])], dtype=np.float32)
@@ -279,7 +280,6 @@ def choose_diverse(query: np.ndarray, hits: Sequence[Hit], embeddings: Any, k: i
     while len(chosen) < k:
         last = chosen[-1]
         share = diversity * max(float(gains[last]), 0.0)
-        # It is not chosen again.
         gains[last] = -np.inf
         gains -= share * (vectors @ vectors[last])
         chosen.append(int(gains.argmax()))

@@ -58,9 +58,11 @@ def test_a_mixture_finds_captions_of_both_sounds():
     """Two orthogonal sounds, the first louder: its captions are all nearer than those of the second."""
     embeddings = unit([[1, 0, 0], [1, 0, 0.1], [1, 0, -0.1], [1, 0, 0.2], [0, 1, 0]])
     store = CaptionDatastore.from_embeddings(["dog", "a dog", "the dog", "dogs", "rain"], embeddings)
-    mixture = unit([[1, 0.7, 0]])
+    mixture = unit([[1, 0.8, 0]])
     assert captions(store.search(mixture, 3)) == ["dog", "a dog", "the dog"]
     assert set(captions(store.search(mixture, 2, diversity=1.0))) == {"dog", "rain"}
+    # A faint second sound is not searched for: its caption has 0.6 of the first one's cosine.
+    assert set(captions(store.search(unit([[1, 0.6, 0]]), 2, diversity=1.0))) == {"dog", "a dog"}
 
 
 def test_captions_below_the_threshold_are_left_out(store):

@@ -20,7 +20,7 @@ import torch
 from .recordings import labelled_recordings
 
 # Five beams, reranked by CLAP beside the score of the search.
-DECODING = {"num_beams": 5, "length_penalty": 0.0, "max_new_tokens": 30, "rerank": "clap", "rerank_weight": 4.0}
+DECODING = {"num_beams": 5, "length_penalty": 1.0, "max_new_tokens": 30, "rerank": "clap", "rerank_weight": 4.0}
 
 
 def ship(captioner: str, out: Path, threshold: float) -> None:

@@ -41,6 +41,8 @@ OWN_CAPTIONS = {
 OTHER_KINDS = (
     "can_opening", "cat", "clapping", "coughing", "crow", "fireworks", "frog", "hand_saw", "laughing", "sheep"
 )  # fmt: skip
+# Classes of AudioSet, the first ones of lexicon and head.
+_AUDIOSET = 521
 # Last words that no sentence ends with.
 _UNFINISHED = re.compile(r"\b(a|an|and|as|at|by|for|from|in|into|of|on|or|the|then|to|while|with|is|are)$")
 
@@ -145,7 +147,9 @@ def edges(captioner: Any, data: Path) -> dict[str, Any]:
 
 
 def levels(captioner: Any, data: Path) -> dict[str, Any]:
-    """ESC-50 fold 4 as it is, at other levels, through a low-pass of 3 kHz and through Opus at 16 kbit/s."""
+    """ESC-50 fold 4 as it is, at other levels, through a low-pass of 3 kHz and through Vorbis."""
+    from recipes.recap_tiny.recordings import band
+
     rules, rows = rules_of(data), validation_rows(data)
     waveforms = [captioner.read(row["path"]) for row in rows]
     rate = captioner.sampling_rate
@@ -154,7 +158,7 @@ def levels(captioner: Any, data: Path) -> dict[str, Any]:
         "-30 dB": lambda wave: wave * 10 ** (-30 / 20),
         "-20 dB": lambda wave: wave * 10 ** (-20 / 20),
         "+10 dB, clipped": lambda wave: np.clip(wave * 10 ** (10 / 20), -1, 1),
-        "low-pass 3 kHz": lambda wave: _low_pass(wave, rate, 3_000.0),
+        "low-pass 3 kHz": lambda wave: band(wave, 0.0, 3_000.0, rate),
         "Vorbis at its lowest quality": lambda wave: _coded(wave, rate),
     }
     found = {}
@@ -164,12 +168,6 @@ def levels(captioner: Any, data: Path) -> dict[str, Any]:
         figure(f"ESC-50 fold 4, {name}", sum(right), len(right))
         found[name] = [result.caption for result in results]
     return found
-
-
-def _low_pass(wave: np.ndarray, rate: int, limit: float) -> np.ndarray:
-    spectrum = np.fft.rfft(wave)
-    spectrum[np.fft.rfftfreq(len(wave), 1 / rate) > limit] = 0
-    return np.fft.irfft(spectrum, len(wave))
 
 
 def _coded(wave: np.ndarray, rate: int) -> np.ndarray:
@@ -183,7 +181,7 @@ def _coded(wave: np.ndarray, rate: int) -> np.ndarray:
 def captions(captioner: Any, data: Path) -> dict[str, Any]:
     """500 captions of the validation splits by rules: repeated words, unfinished sentences, persons, length."""
     from recipes.recap_tiny import grammar, lexicon
-    from recipes.recap_tiny.recordings import labelled_recordings
+    from recipes.recap_tiny.recordings import labelled_recordings, read, teacher_scores
 
     recordings = labelled_recordings(data, [4], "validation")
     chosen = [recordings[int(i)] for i in np.linspace(0, len(recordings) - 1, 500)]
@@ -192,10 +190,14 @@ def captions(captioner: Any, data: Path) -> dict[str, Any]:
     repeated = [bool(grammar.repeated_words(text)) for text in texts]
     broken = [(" " not in text and text != "silence") or bool(_UNFINISHED.search(text)) for text in texts]
     voices = [n for n, entry in enumerate(lexicon.classes()) if entry.kind in ("voice", "person")]
-    persons = []
-    for recording, text in zip(chosen, texts, strict=True):
-        heard = _class_scores(captioner, recording.path)[[n for n in voices if n < 521]].max()
-        persons.append(bool(lexicon.names_person(text) and heard < 0.1))
+    voices = [number for number in voices if number < _AUDIOSET]
+    # By the captioner's own classification head, which started from the tagger's.
+    waveforms = (read(recording.path) for recording in chosen)
+    heard = teacher_scores(captioner.model.clap, captioner.processor.feature_extractor, waveforms)
+    persons = [
+        bool(lexicon.names_person(text) and scores[voices].max() < 0.1)
+        for text, scores in zip(texts, heard, strict=True)
+    ]
     for name, flags in (("repeated sounds", repeated), ("broken sentences", broken), ("unsupported persons", persons)):
         figure(name, sum(flags), len(flags))
     lengths = [len(text.split()) for text in texts]
@@ -204,20 +206,6 @@ def captions(captioner: Any, data: Path) -> dict[str, Any]:
         recording.clip_id: {"caption": text, "repeated": one, "broken": two, "person": three}
         for recording, text, one, two, three in zip(chosen, texts, repeated, broken, persons, strict=True)
     }
-
-
-def _class_scores(captioner: Any, path: str) -> np.ndarray:
-    """Scores of the CLAP's classes, `(classes,)`."""
-    import torch
-
-    from recap_hf.modeling.mobilenet_clap_recap import clip_scores
-
-    inputs = captioner.processor(
-        audio=[captioner.read(path)], sampling_rate=captioner.sampling_rate, return_tensors="pt"
-    )
-    with torch.no_grad():
-        patches = captioner.model.clap.float().classify(inputs["input_features"][0][:, None])
-    return clip_scores(patches.flatten(0, 1)[None])[0].numpy()
 
 
 _PARTS = {"tags": tags, "own": own, "edges": edges, "levels": levels, "captions": captions}

@@ -224,7 +224,7 @@ def same_results(actual, expected) -> bool:
     return actual == expected
 
 
-_BLOCKER = """
+WITHOUT_PACKAGE = """
 import json, sys
 
 class Blocker:
@@ -241,7 +241,7 @@ for name in [name for name in sys.modules if name.partition(".")[0] == "recap_hf
 def run_without_the_package(script: str, folder: Path, *arguments: object) -> dict:
     """What a script prints as JSON in its last line, in a process in `folder` that cannot import recap_hf."""
     process = subprocess.run(
-        [sys.executable, "-c", _BLOCKER + script, *map(str, arguments)],
+        [sys.executable, "-c", WITHOUT_PACKAGE + script, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=folder,

@@ -8,17 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import WITHOUT_PACKAGE
 from hub_server import HubServer
 
 # A process in which the package cannot be imported, as on a machine where it is not installed.
-WITHOUT_PACKAGE = """
-import sys
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "recap_hf":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, NotInstalled())
-"""
 PREAMBLE = """
 import json, os, sys
 def answer(value):

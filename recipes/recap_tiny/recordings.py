@@ -193,12 +193,12 @@ def degrade(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The recording as through another microphone: low-pass or high-pass, noise, level. (`(num_samples,)` float32)"""
     kind = rng.integers(4)
     if kind == 0:
-        waveform = _band(waveform, 0.0, float(rng.uniform(1_500, 6_000)))
+        waveform = band(waveform, 0.0, float(rng.uniform(1_500, 6_000)))
     elif kind == 1:
-        waveform = _band(waveform, float(rng.uniform(150, 600)), RATE / 2)
+        waveform = band(waveform, float(rng.uniform(150, 600)), RATE / 2)
     elif kind == 2:
         noise = rng.standard_normal(len(waveform)).astype(np.float32)
-        noise = _band(noise, 0.0, float(rng.uniform(500, 8_000)))
+        noise = band(noise, 0.0, float(rng.uniform(500, 8_000)))
         waveform = level(waveform) + level(noise, -20.0 - float(rng.uniform(10, 30)))
     else:
         # A room: an exponentially decaying tail of noise.
@@ -210,8 +210,9 @@ def degrade(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return normalise_peak(waveform.astype(np.float32) * 10 ** (rng.uniform(-25.0, 6.0) / 20))
 
 
-def _band(waveform: np.ndarray, low: float, high: float) -> np.ndarray:
+def band(waveform: np.ndarray, low: float, high: float, rate: int = RATE) -> np.ndarray:
+    """The part of a waveform, `(num_samples,)` float32 at `rate`, between two frequencies in Hz."""
     spectrum = np.fft.rfft(waveform)
-    frequency = np.fft.rfftfreq(len(waveform), 1 / RATE)
+    frequency = np.fft.rfftfreq(len(waveform), 1 / rate)
     spectrum[(frequency < low) | (frequency > high)] = 0
     return np.fft.irfft(spectrum, len(waveform)).astype(np.float32)

@@ -23,7 +23,7 @@ _BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1)
 # log(0.001): the log-mel of digital silence; see `RecapFeatureExtractor`. Features may have passed through fp16.
 LOG_MEL_FLOOR = math.log(0.001)
 _FLOOR_TOLERANCE = 0.01
-_PATCHES_AT_ONCE = 42
+_PATCHES_AT_ONCE = 21
 
 
 class MobileNetClapConfig(PretrainedConfig):
@@ -92,6 +92,10 @@ class _Convolution(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         layer = self.convolution
         (size, _), (stride, _) = layer.kernel_size, layer.stride
+        if size == 1 and states.is_contiguous(memory_format=torch.channels_last):
+            # CPUs multiply matrices faster than they convolve.
+            states = F.linear(states.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias)
+            return F.relu6(states, inplace=True).permute(0, 3, 1, 2)
         rows, columns = (max((-(-side // stride) - 1) * stride + size - side, 0) for side in states.shape[-2:])
         padding = (rows // 2, columns // 2)
         if rows % 2 or columns % 2:
@@ -114,20 +118,22 @@ class MobileNetAudioTower(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        return self.layers(patches[:, None]).mean(dim=(2, 3))
+        states = self.layers[0](patches[:, None])
+        if _eager_on_cpu(patches):
+            states = states.contiguous(memory_format=torch.channels_last)
+        return self.layers[1:](states).mean(dim=(2, 3))
 
     def of_sound(self, patches: torch.Tensor, has_sound: torch.Tensor) -> torch.Tensor:
         """Features of `(N, n)` patches, `(N, n, d)`; zero where `has_sound`, `(N, n)` and boolean, is false. On a CPU,
         patches without sound cost nothing, and the others run some at a time, so that states fit its cache."""
-        if patches.device.type != "cpu" or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if not _eager_on_cpu(patches):
             return self(patches.flatten(0, 1)).unflatten(0, patches.shape[:2]) * has_sound[..., None]
-        sounding = patches[has_sound].contiguous()
-        chunks = [
-            self.layers(chunk[:, None].contiguous(memory_format=torch.channels_last)).mean(dim=(2, 3))
-            for chunk in sounding.split(_PATCHES_AT_ONCE)
-        ]
-        features = torch.cat(chunks)
+        features = torch.cat([self(chunk) for chunk in patches[has_sound].split(_PATCHES_AT_ONCE)])
         return features.new_zeros(*has_sound.shape, features.shape[-1]).masked_scatter(has_sound[..., None], features)
+
+
+def _eager_on_cpu(patches: torch.Tensor) -> bool:
+    return patches.device.type == "cpu" and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
 
 
 class _Projection(nn.Module):
@@ -182,8 +188,6 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    # ------------------------------------------------- what a captioner asks
-
     @staticmethod
     def hidden_size(config: MobileNetClapConfig) -> int:
         """d, the width of the states."""
@@ -235,8 +239,6 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
             states = states + sinusoidal_positions(*states.shape[1:]).to(states)
         return states * _holds_sound(features), self.embed_features(features)
 
-    # ------------------------------------------------------------ the towers
-
     def audio_features(self, windows: torch.Tensor) -> torch.Tensor:
         """The audio tower's features of the patches of windows, `(N, 1, num_frames, num_mel_bins)` -> `(N, n, d)`;
         zero for a patch without sound."""
@@ -269,8 +271,6 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
         mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
         return F.normalize(self.text_projection(mean).float(), dim=-1)
 
-    # ------------------------------------------------------- as in ClapModel
-
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
@@ -296,7 +296,7 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
         return self.classify_features(self.audio_features(windows))
 
     def classify_features(self, features: torch.Tensor) -> torch.Tensor:
-        """[`MobileNetClapModel.classify`] of `audio_features`."""
+        """`classify` of `audio_features`."""
         return self.classifier(features).float().sigmoid() * _holds_sound(features)
 
     def forward(
@@ -319,10 +319,8 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
 
 
 def clip_scores(probabilities: torch.Tensor) -> torch.Tensor:
-    """One score a class of patches' probabilities, `(N, n, classes)` -> `(N, classes)`: the mean of mean and maximum.
-
-    Patches without sound, whose probabilities are zero, do not count.
-    """
+    """One score a class of patches' probabilities, `(N, n, classes)` -> `(N, classes)`: the mean of mean and maximum
+    over those with sound, whose probabilities are not zero."""
     holds = _holds_sound(probabilities)
     mean = probabilities.sum(dim=1) / holds.sum(dim=1).clamp(min=1)
     return (mean + probabilities.amax(dim=1)) / 2

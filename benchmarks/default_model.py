@@ -11,7 +11,6 @@ quieter, through a low-pass and a codec. captions: 500 recordings of the validat
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import re
 import statistics
@@ -148,7 +147,7 @@ def edges(captioner: Any, data: Path) -> dict[str, Any]:
 
 def levels(captioner: Any, data: Path) -> dict[str, Any]:
     """ESC-50 fold 4 as it is, at other levels, through a low-pass of 3 kHz and through Vorbis."""
-    from recipes.recap_tiny.recordings import band
+    from recipes.recap_tiny.recordings import band, codec
 
     rules, rows = rules_of(data), validation_rows(data)
     waveforms = [captioner.read(row["path"]) for row in rows]
@@ -159,7 +158,7 @@ def levels(captioner: Any, data: Path) -> dict[str, Any]:
         "-20 dB": lambda wave: wave * 10 ** (-20 / 20),
         "+10 dB, clipped": lambda wave: np.clip(wave * 10 ** (10 / 20), -1, 1),
         "low-pass 3 kHz": lambda wave: band(wave, 0.0, 3_000.0, rate),
-        "Vorbis at its lowest quality": lambda wave: _coded(wave, rate),
+        "Vorbis at its lowest quality": lambda wave: codec(wave, rate),
     }
     found = {}
     for name, change in changes.items():
@@ -168,14 +167,6 @@ def levels(captioner: Any, data: Path) -> dict[str, Any]:
         figure(f"ESC-50 fold 4, {name}", sum(right), len(right))
         found[name] = [result.caption for result in results]
     return found
-
-
-def _coded(wave: np.ndarray, rate: int) -> np.ndarray:
-    import soundfile
-
-    file = io.BytesIO()
-    soundfile.write(file, wave, rate, format="OGG", subtype="VORBIS", compression_level=1.0)
-    return soundfile.read(io.BytesIO(file.getvalue()), dtype="float32")[0]
 
 
 def captions(captioner: Any, data: Path) -> dict[str, Any]:

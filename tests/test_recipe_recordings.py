@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recipes.recap_tiny import lexicon, prepare
-from recipes.recap_tiny.recordings import RATE, Mixture, Recording, degrade, level, plan_mixtures, render
+from recipes.recap_tiny.recordings import RATE, Mixture, Recording, course, degrade, level, plan_mixtures, render
 from recipes.recap_tiny.synthetic import KINDS, make
 
 
@@ -49,7 +49,28 @@ def test_degraded_recordings_are_finite_and_keep_their_length():
         rng = np.random.default_rng(seed)
         found = degrade(burst(700), rng)
         assert found.dtype == np.float32 and len(found) == RATE
-        assert np.isfinite(found).all() and 0 < np.abs(found).max() <= 0.951
+        assert np.isfinite(found).all() and 0 < np.abs(found).max() <= 1.0
+
+
+def test_how_often_a_sound_comes():
+    pause = np.zeros(RATE // 2, dtype=np.float32)
+    assert course(burst(500)) == {"steady": True}
+    assert course(np.concatenate([burst(500, 0.3), pause])) == {"count": 1}
+    assert course(np.concatenate([burst(500, 0.3), pause] * 3)) == {"count": 3}
+    assert course(np.concatenate([burst(500, 0.3), pause] * 4)) == {"count": "several"}
+    assert course(np.concatenate([burst(500, 0.3), pause] * 8)) == {"count": "repeated"}
+    # 40 dB below the others it is not heard beside them.
+    assert course(np.concatenate([burst(500, 0.3), pause, burst(500, 0.3, peak=0.005), pause])) == {"count": 1}
+
+
+def test_captions_of_a_corpus_to_learn_from(tmp_path):
+    kept = [f"A dog barks at {where}" for where in ("a cat", "a bird", "a car", "a man", "a horse")]
+    others = ["A dog barks", "A man talks as another man talks", "A dogg barks at a cat"]
+    # So that each word of the captions to keep is in five.
+    spare = [f"The {what} number {n}" for what in ("cat", "bird", "car", "man", "horse") for n in range(5)]
+    path = tmp_path / "captions.csv"
+    path.write_text("caption\n" + "".join(f"{text}\n" for text in kept + kept[:2] + others + spare), encoding="utf-8")
+    assert prepare.read_corpus(path) == kept
 
 
 def test_the_level_of_loud_parts():

@@ -37,20 +37,21 @@ stage prepare python -m recipes.recap_tiny.prepare "$data" "$work" --teacher "$w
 stage clap-text clap clap-text "$work/tower" --freeze audio_model --vocab-size 6000 --batch-size 160 --max-steps 1500 \
   --learning-rate 5e-4 --captions-per-clip 1 --save-steps 250
 stage clap clap clap "$work/clap-text" --class-loss-weight 0.1 --random-gain-db 12 --mask-bins 8 --mask-frames 60 \
-  --batch-size 64 --max-steps 120 --learning-rate 1e-4 --warmup-steps 10 --save-steps 20
+  --batch-size 64 --max-steps 250 --learning-rate 1e-4 --warmup-steps 10 --save-steps 20
 language_model() { # NAME OPTION...
   local name=$1
   shift
   recap pretrain language-model --dataset "$work/corpus.txt" "$work/datastore.txt" --clap "$work/clap" \
-    --validation-split none --num-train-epochs 1 --batch-size 32 --num-retrieved 5 --save-steps 200 \
+    --validation-split none --batch-size 32 --num-retrieved 5 --save-steps 200 \
     --output-dir "$work/$name" --resume "${threads[@]}" "$@"
 }
 
-stage language-model-start language_model language-model-start --vocab-size 6000 --num-layers 4 --width 256 \
-  --num-heads 4 --max-positions 320 --learning-rate 1e-3 --dropout 0.1
+stage language-model-start language_model language-model-start --num-train-epochs 1 --vocab-size 6000 --num-layers 4 \
+  --width 256 --num-heads 4 --max-positions 320 --learning-rate 1e-3 --dropout 0.1
 # Prompts of one to five captions: a user's datastore may have one that fits.
-stage language-model language_model language-model --decoder "$work/language-model-start" --vary-num-retrieved \
-  --draw-from 10 --learning-rate 8e-4 --warmup-steps 50 --dropout 0 --prompt-weight 0.05 --seed 1
+stage language-model language_model language-model --decoder "$work/language-model-start" --num-train-epochs 2 \
+  --vary-num-retrieved --draw-from 10 --retrieval-diversity 0.7 --learning-rate 8e-4 --warmup-steps 50 --dropout 0 \
+  --prompt-weight 0.05 --seed 1
 stage captioner recap train --dataset audiofolder --data-dir "$work/train" --clap "$work/clap" \
   --decoder "$work/language-model" --datastore "$work/datastore.txt" --audio-position-embedding sinusoidal \
   --validation-split none --num-retrieved 5 --draw-from 8 --vary-num-retrieved --retrieval-diversity 0.7 \

@@ -8,8 +8,10 @@ and degraded recordings), `OUT/caption_classes.csv`, `OUT/corpus.txt` (captions 
 from __future__ import annotations
 
 import argparse
+import collections
 import csv
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from .grammar import Sound, describe, repeated_words
 from .recordings import (
     RATE,
     Recording,
+    course,
     degrade,
     labelled_recordings,
     plan_mixtures,
@@ -38,6 +41,10 @@ _BESIDE_LABEL = 0.5
 # An unlabelled recording takes part in mixtures if the teacher is this sure of a class that can be described.
 _SURE = 0.6
 _OWN_CAPTIONS, _CORPUS_CAPTIONS, _CORPUS_POOL, _MIN_FIT = 8, 12, 120, 0.3
+# Rarer words of a corpus are often misspelled; shorter captions say less than can be heard.
+_WORD_CAPTIONS, _MIN_WORDS = 5, 5
+# Copies of a labelled recording through other microphones and codecs, and at other levels.
+_DEGRADED = 2
 # Clips whose fit is computed at once.
 _BLOCK = 64
 _VAGUE = frozenset({"music", "scene", "quality", "silence"})
@@ -162,11 +169,19 @@ def silenced(captions: Sequence[str], without: Sequence[str]) -> list[str]:
 
 
 def read_corpus(path: Path) -> list[str]:
-    """The different captions of a CSV file with the column `caption` that say no word twice ("a man speaks as a man
-    speaks")."""
+    """The different captions of a CSV file with the column `caption`, without those that say a word twice ("a man
+    speaks as a man speaks"), have a rare word, or fewer than five words."""
     with open(path, encoding="utf-8", newline="") as handle:
-        texts = dict.fromkeys(row["caption"].strip() for row in csv.DictReader(handle))
-    return [text for text in texts if not repeated_words(text)]
+        texts = list(dict.fromkeys(row["caption"].strip() for row in csv.DictReader(handle)))
+    words = [set(re.findall(r"[a-z']+", text.lower())) for text in texts]
+    counts = collections.Counter(word for found in words for word in found)
+    return [
+        text
+        for text, found in zip(texts, words, strict=True)
+        if len(text.split()) >= _MIN_WORDS
+        and all(counts[word] >= _WORD_CAPTIONS for word in found)
+        and not repeated_words(text)
+    ]
 
 
 def load_scores(
@@ -205,9 +220,9 @@ def attributes(rng: np.random.Generator, gain_db: float) -> dict[str, str]:
 
 
 def own_captions(sounds: Sequence[Sound], relation: str, count: int, rng: np.random.Generator) -> list[str]:
-    """At most `count` different captions by the grammar."""
-    found = {describe(sounds, rng, relation): None for _ in range(count)}
-    return list(found)
+    """At most `count` different captions by the grammar, of five words or more where there are such."""
+    found = list({describe(sounds, rng, relation, detail=0.9): None for _ in range(3 * count)})
+    return sorted(found, key=lambda text: len(text.split()) < _MIN_WORDS)[:count]
 
 
 def describable(first: str | int, second: str | int) -> bool:
@@ -239,15 +254,17 @@ def build(arguments: argparse.Namespace) -> list[Example]:
     for number, recording in enumerate(recordings):
         rng, captions = np.random.default_rng([arguments.seed, 2, number]), fitting[number]
         if sounds[number] is not None:
-            captions += own_captions([Sound(sounds[number])], "overlap", _OWN_CAPTIONS, rng)
+            sound = Sound(sounds[number], **course(waveforms[number]))
+            captions += own_captions([sound], "overlap", _OWN_CAPTIONS, rng)
         if not captions:
             continue
         same = (recording.source, recording.licence, heard[number], captions)
         examples.append(Example(recording.clip_id, str(Path(recording.path).resolve()), *same))
-        if recording.label:
-            path = audio / f"degraded-{number:05d}.flac"
-            write_once(path, lambda rng=rng, number=number: degrade(waveforms[number], rng))
-            examples.append(Example(f"degraded/{recording.clip_id}", str(path.resolve()), *same))
+        for copy in range(_DEGRADED if recording.label else 0):
+            path = audio / f"degraded-{copy}-{number:05d}.flac"
+            changed = np.random.default_rng([arguments.seed, 7, number, copy])
+            write_once(path, lambda rng=changed, number=number: degrade(waveforms[number], rng))
+            examples.append(Example(f"degraded/{copy}/{recording.clip_id}", str(path.resolve()), *same))
     # Labelled recordings take part three times as often.
     usable = [
         number for number, sound in enumerate(sounds) if sound is not None and len(waveforms[number]) >= RATE // 3
@@ -265,7 +282,7 @@ def build(arguments: argparse.Namespace) -> list[Example]:
         path = audio / f"{mixture.clip_id}.flac"
         write_once(path, lambda rng=rng, mixture=mixture: render(mixture, waveforms, rng))
         parts = [
-            Sound(sounds[part], **attributes(rng, gain - max(mixture.gains)))
+            Sound(sounds[part], **attributes(rng, gain - max(mixture.gains)), **course(waveforms[part][: 5 * RATE]))
             for part, gain in zip(mixture.parts, mixture.gains, strict=True)
         ]
         captions = own_captions(parts, "sequence" if mixture.in_sequence else "overlap", _OWN_CAPTIONS, rng)

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 
 from recap_hf.modeling.mobilenet_clap_recap import clip_scores
@@ -190,24 +192,51 @@ def _fade(waveform: np.ndarray, seconds: float = 0.02) -> np.ndarray:
 
 
 def degrade(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The recording as through another microphone: low-pass or high-pass, noise, level. (`(num_samples,)` float32)"""
-    kind = rng.integers(4)
-    if kind == 0:
-        waveform = band(waveform, 0.0, float(rng.uniform(1_500, 6_000)))
-    elif kind == 1:
-        waveform = band(waveform, float(rng.uniform(150, 600)), RATE / 2)
+    """The recording as another microphone, room or codec gives it, and at another level. (`(num_samples,)` float32)"""
+    kind = rng.integers(6)
+    if kind <= 1:
+        waveform = band(waveform, 0.0, float(rng.uniform(1_500, 5_000)))
     elif kind == 2:
+        waveform = band(waveform, float(rng.uniform(150, 600)), RATE / 2)
+    elif kind == 3:
         noise = rng.standard_normal(len(waveform)).astype(np.float32)
         noise = band(noise, 0.0, float(rng.uniform(500, 8_000)))
         waveform = level(waveform) + level(noise, -20.0 - float(rng.uniform(10, 30)))
-    else:
+    elif kind == 4:
         # A room: an exponentially decaying tail of noise.
         tail = rng.standard_normal(int(RATE * rng.uniform(0.1, 0.5))).astype(np.float32)
         tail *= np.exp(-6.0 * np.arange(len(tail)) / len(tail))
         size = len(waveform) + len(tail)
         wet = np.fft.irfft(np.fft.rfft(waveform, size) * np.fft.rfft(tail, size), size)[: len(waveform)]
         waveform = level(waveform) + level(wet.astype(np.float32), -20.0 - float(rng.uniform(0, 10)))
-    return normalise_peak(waveform.astype(np.float32) * 10 ** (rng.uniform(-25.0, 6.0) / 20))
+    else:
+        waveform = codec(waveform)
+    waveform = waveform * np.float32(10 ** (rng.uniform(-36.0, 12.0) / 20))
+    # Too loud is clipped, as recorders do.
+    return np.clip(waveform, -1.0, 1.0).astype(np.float32)
+
+
+def codec(waveform: np.ndarray, rate: int = RATE) -> np.ndarray:
+    """The recording after Vorbis at its lowest quality, `(num_samples,)` float32."""
+    file = io.BytesIO()
+    soundfile.write(file, normalise_peak(waveform), rate, format="OGG", subtype="VORBIS", compression_level=1.0)
+    return soundfile.read(io.BytesIO(file.getvalue()), dtype="float32")[0]
+
+
+def course(waveform: np.ndarray) -> dict[str, object]:
+    """How a recording of one sound goes on in time, as attributes of a `Sound`: how often it comes, or that it lasts.
+
+    A sound is what is at most 20 dB below the loudest tenth of a second; pauses of 0.3 s part one from the next.
+    """
+    size = RATE // 20
+    frames = np.pad(waveform, (0, -len(waveform) % size)).reshape(-1, size)
+    power = 10 * np.log10((frames.astype(np.float64) ** 2).mean(axis=1) + 1e-10)
+    heard = power > max(power.max() - 20.0, _QUIET_DB - 20.0)
+    if heard.mean() > 0.9:
+        return {"steady": True}
+    places = np.flatnonzero(heard)
+    times = 1 + int((np.diff(places) > 6).sum())
+    return {"count": times if times <= 3 else "several" if times <= 5 else "repeated"}
 
 
 def band(waveform: np.ndarray, low: float, high: float, rate: int = RATE) -> np.ndarray:

@@ -51,11 +51,11 @@ KINDS: dict[str, tuple[dict[str, float], tuple[str, ...]]] = {
         ("Silence", "Almost complete silence", "Nothing can be heard", "A nearly silent recording"),
     ),
 }
-_CLIPS_PER_KIND = 30
+_CLIPS_PER_KIND = 90
 
 
 def synthetic_examples(folder: Path, seed: int) -> list:
-    """Thirty clips of each kind, written to `folder`."""
+    """Ninety clips of each kind, written to `folder`."""
     from .prepare import Example, write_once
 
     examples = []

@@ -17,6 +17,8 @@ from recap_cli.status import EXIT_USAGE, exit_status
 COMMANDS = {
     "caption": "generate a caption for each recording",
     "tag": "name the sounds in each recording, with probabilities and times",
+    "index": "make or update the sound index of folders of recordings",
+    "search": "find recordings and places in them by words or by sound, and near-duplicates",
     "timeline": "caption what happens when, in recordings of any length",
     "live": "caption sound as it arrives, from a pipe or a microphone",
     "explain": "show which regions of a recording each word of its caption depends on",

@@ -15,6 +15,9 @@ from typing import IO, Any
 # Control characters, which terminals obey, and the surrogates of bytes in a file name that are not UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".txt": "text", ".srt": "srt", ".vtt": "vtt"}
+_SUFFIXES |= {".m3u": "m3u", ".m3u8": "m3u", ".edl": "edl"}
+# Formats that have no suffix of their own.
+_WRITTEN_AS = {"label-studio": "json"}
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -54,7 +57,7 @@ def format_of(output: str | None, given: str | None, formats: Collection[str]) -
         hint = f"give --format {'|'.join(formats)}"
         hint = "recap timeline writes subtitles" if inferred in ("srt", "vtt") else hint
         raise ValueError(f"--output {output}: no format has the suffix {suffix}: {hint}")
-    if given is not None and inferred not in (None, given, "text"):
+    if given is not None and inferred not in (None, given, _WRITTEN_AS.get(given), "text"):
         raise ValueError(f"--output {output} and --format {given} contradict each other: change one of them")
     return given or inferred or "text"
 

@@ -1,14 +1,18 @@
-"""Captions and timelines as files: text, JSON, JSONL, CSV, SRT, VTT, Audacity labels.
+"""Captions, timelines and search results as files: text, JSON, JSONL, CSV, SRT, VTT, Audacity labels, playlists.
 
 Writers take one row after the other and keep none, so that memory does not grow with the recording.
 """
 
 import csv
 import io
+import os
+from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote
 
 from recap_cli.files import encodable, json_text, printable, spreadsheet_cell
 from recap_hf.audio.subtitles import Cue, CuePlacer, clock, srt_block, vtt_block
+from recap_hf.modeling.audio_recap import SILENCE_CAPTION
 
 
 def _one_line(caption: str) -> str:
@@ -98,7 +102,9 @@ class TagTextWriter(Writer):
             lines = [self.name]
             for tag in row["tags"]:
                 times = ", ".join(f"{start:.2f}-{end:.2f}" for start, end in tag["times"])
-                lines.append(f"    {tag['probability']:.2f}  {tag['name']}" + (f"  ({times} s)" if times else ""))
+                category = " ".join(tag[name] for name in ("category", "catid") if name in tag)
+                name = tag["name"] + (f"  [{category}]" if category else "")
+                lines.append(f"    {tag['probability']:.2f}  {name}" + (f"  ({times} s)" if times else ""))
             self.print("".join(f"{printable(line)}\n" for line in lines))
 
 
@@ -165,7 +171,7 @@ class CsvWriter(Writer):
 
     def line(self, row: dict[str, Any]) -> str:
         cells = {"file": self.name, **row}
-        for name in {"file", "caption", "tag", "error"} & set(cells):
+        for name in {"file", "other", "caption", "tag", "error"} & set(cells):
             text = cells[name] if name == "caption" else printable(cells[name])
             cells[name] = spreadsheet_cell(text)
         for name in {"retrieved", "times"} & set(cells):
@@ -185,13 +191,49 @@ class CaptionCsvWriter(CsvWriter):
 class TagCsvWriter(CsvWriter):
     """A line for each tag; for a recording without tags, or that cannot be read, a line without a tag."""
 
-    columns = ("file", "tag", "probability", "times", "error")
+    columns = ("file", "tag", "probability", "times", "error", "category", "catid")
     head = ",".join(columns) + "\n"
 
     def row(self, row: dict[str, Any]) -> None:
         rest = {name: value for name, value in row.items() if name != "tags"}
         for tag in row.get("tags") or [{}]:
             super().row(rest | {"tag" if name == "name" else name: value for name, value in tag.items()})
+
+
+class LabelStudioWriter(Writer):
+    """Tasks with predictions, as Label Studio imports them: a region for each segment with its caption, and the
+    summary as the text of the recording."""
+
+    suffix = ".json"
+    separator = "[\n"
+
+    def begin(self, name: str) -> None:
+        super().begin(name)
+        self.results: list[dict[str, Any]] = []
+
+    def row(self, row: dict[str, Any]) -> None:
+        label = "Silence" if row["caption"] == SILENCE_CAPTION else "Sound"
+        times = {"start": row["start"], "end": row["end"], "channel": 0}
+        region = {"id": f"segment{len(self.results) // 2}", "to_name": "audio"}
+        self.results.append(region | {"from_name": "label", "type": "labels", "value": times | {"labels": [label]}})
+        text = times | {"text": [_one_line(row["caption"])]}
+        self.results.append(region | {"from_name": "caption", "type": "textarea", "value": text})
+
+    def end(self, summary: dict[str, Any] | None) -> None:
+        if summary is not None:
+            text = {"text": [_one_line(summary["caption"])]}
+            own = {"id": "summary", "to_name": "audio", "from_name": "summary", "type": "textarea", "value": text}
+            self.results.append(own)
+        # Label Studio's address of a file below the root of its local files.
+        local = quote(Path(self.name).absolute().as_posix().lstrip("/"))
+        audio = self.name if "://" in self.name else f"/data/local-files/?d={local}"
+        task = {"data": {"audio": audio}, "predictions": [{"model_version": "recap", "result": self.results}]}
+        self.print(self.separator + self.json(task))
+        self.separator = ",\n"
+
+    def close(self) -> None:
+        self.print("[]\n" if self.separator == "[\n" else "\n]\n")
+        super().close()
 
 
 class AudacityWriter(Writer):
@@ -244,11 +286,77 @@ class VttWriter(SrtWriter):
             self.print(f"NOTE summary: {_one_line(summary['caption']).replace('-->', '->')}\n")
 
 
+class SearchTextWriter(Writer):
+    """A line for each place: score, recording, and times in seconds."""
+
+    def line(self, row: dict[str, Any]) -> str:
+        return printable(f"{row['score']:.3f}  {self.name}  ({row['start']:.2f}-{row['end']:.2f} s)")
+
+
+class SearchCsvWriter(CsvWriter):
+    """A line for each place."""
+
+    columns = ("file", "start", "end", "score")
+    head = ",".join(columns) + "\n"
+
+
+class PlaylistWriter(Writer):
+    """M3U with the comments by which VLC starts and stops inside a recording."""
+
+    suffix = ".m3u8"
+    head = "#EXTM3U\n"
+
+    def line(self, row: dict[str, Any]) -> str:
+        start, end = row["start"], row["end"]
+        title = printable(f"{row['score']:.3f} {Path(self.name).name}")
+        options = [f"#EXTVLCOPT:start-time={start:.2f}", f"#EXTVLCOPT:stop-time={end:.2f}"]
+        # As a URL, a name may hold anything.
+        return "\n".join(
+            [f"#EXTINF:{max(1, round(end - start))},{title}", *options, Path(self.name).absolute().as_uri()]
+        )
+
+
+class EdlWriter(Writer):
+    """An edit decision list of mpv: its parts are played one after the other."""
+
+    suffix = ".edl"
+    head = "# mpv EDL v0\n"
+
+    def line(self, row: dict[str, Any]) -> str:
+        # The number of bytes stands before a name, which then may hold commas.
+        path = str(Path(self.name).absolute())
+        length = len(os.fsencode(path))
+        return f"%{length}%{path},{row['start']:.3f},{row['end'] - row['start']:.3f}"
+
+
+class DuplicateTextWriter(Writer):
+    """A line for each pair: similarity, the recordings, and how much later the second begins."""
+
+    def line(self, row: dict[str, Any]) -> str:
+        return printable(f"{row['similarity']:.3f}  {self.name}  =  {row['other']}  ({row['offset']:+.2f} s)")
+
+
+class DuplicateCsvWriter(CsvWriter):
+    """A line for each pair."""
+
+    columns = ("file", "other", "similarity", "offset", "group")
+    head = ",".join(columns) + "\n"
+
+
 # By command: the formats of a result for each recording.
 RESULT_WRITERS: dict[str, dict[str, type[Writer]]] = {
     "caption": {"text": CaptionTextWriter, "json": ListWriter, "jsonl": JsonlWriter, "csv": CaptionCsvWriter},
     "tag": {"text": TagTextWriter, "json": ListWriter, "jsonl": JsonlWriter, "csv": TagCsvWriter},
 }
+SEARCH_WRITERS: dict[str, type[Writer]] = {
+    "text": SearchTextWriter,
+    "json": ListWriter,
+    "jsonl": JsonlWriter,
+    "csv": SearchCsvWriter,
+    "m3u": PlaylistWriter,
+    "edl": EdlWriter,
+}
+DUPLICATE_WRITERS = SEARCH_WRITERS | {"text": DuplicateTextWriter, "csv": DuplicateCsvWriter}
 TIMELINE_WRITERS: dict[str, type[Writer]] = {
     "text": TextWriter,
     "json": JsonWriter,
@@ -257,4 +365,5 @@ TIMELINE_WRITERS: dict[str, type[Writer]] = {
     "srt": SrtWriter,
     "vtt": VttWriter,
     "audacity": AudacityWriter,
+    "label-studio": LabelStudioWriter,
 }

@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", metavar="FILE", help=text)
     text = "prompt around each label, such as 'the sound of {}' (default: the label)"
     parser.add_argument("--template", default="{}", help=text)
+    text = "add the category of each class: AudioSet's, or UCS, the Universal Category System of sound designers"
+    parser.add_argument("--categories", choices=("audioset", "ucs"), help=text)
     parser.add_argument("--top", type=positive, default=10, metavar="N", help="tags of a recording (default: 10)")
     text = "smallest probability of a tag and of its times, 0 to 1 (default: 0.1)"
     parser.add_argument("--threshold", type=_share, default=0.1, metavar="X", help=text)
@@ -44,6 +46,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--template is a prompt around labels: give --labels FILE, too")
     if "{}" not in args.template:
         raise ValueError(f"--template must hold {{}}, the place of the label, got {args.template!r}")
+    if args.categories is not None and args.labels is not None:
+        raise ValueError("--categories are those of the model's classes, not of --labels: leave one of them out")
     if args.labels is not None and not Path(args.labels).is_file():
         raise ValueError(f"--labels {args.labels}: no such file; expected one with a label in each line")
 
@@ -51,14 +55,15 @@ def _check(args: argparse.Namespace) -> None:
 @dataclass(frozen=True)
 class _Tags:
     tags: list[Any]
+    categories: dict[str, dict[str, str]]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"tags": [tag.to_dict() for tag in self.tags]}
+        return {"tags": [tag.to_dict() | self.categories.get(tag.name, {}) for tag in self.tags]}
 
 
 def _tagged(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, Any]]:
     """Each name with its tags, or the exception that reading it raised."""
-    from recap_hf.tagging import Tagger
+    from recap_hf.tagging import Tagger, tag_categories
 
     be_quiet()
     labels = None
@@ -67,6 +72,7 @@ def _tagged(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, A
         labels = [line.strip() for line in lines if line.strip()]
     tagger = Tagger.from_pretrained(args.model, device=args.device, labels=labels, template=args.template)
     set_threads(args, tagger.clap)
+    categories = tag_categories(args.categories) if args.categories else {}
     results = tagger.tag_stream(sources_of(names), args.top, args.threshold)
     for name, (_, result) in zip(names, results, strict=True):
-        yield name, result if isinstance(result, Exception) else _Tags(result)
+        yield name, result if isinstance(result, Exception) else _Tags(result, categories)

@@ -15,7 +15,7 @@ from recap_cli.numbers import positive
 from recap_cli.options import add_captioner_arguments, check_caption_options, load_captioner
 from recap_cli.results import add_result_arguments
 
-FORMATS = ("text", "json", "jsonl", "csv", "srt", "vtt", "audacity")
+FORMATS = ("text", "json", "jsonl", "csv", "srt", "vtt", "audacity", "label-studio")
 # These have no field for the name of a recording.
 ONE_RECORDING_FORMATS = ("srt", "vtt", "audacity")
 # Flags with a number: the field of `TimelineSettings`, the unit, and the help.

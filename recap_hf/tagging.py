@@ -1,5 +1,6 @@
 """The sounds in a recording, with probabilities and times, by the audio tower of a CLAP."""
 
+import csv
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,15 +11,40 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from recap_hf.audio.stream import AudioStream
-from recap_hf.modeling.audio_recap import is_silent
-from recap_hf.modeling.captioning_recap import READ_ERRORS, chosen_device
+from recap_hf.assets import default_model_path
+from recap_hf.audio.windows import WINDOWS_TOGETHER, UnreadableError, sound_windows, sounding_parts, window_features
+from recap_hf.modeling.captioning_recap import chosen_device
 from recap_hf.training.tasks.bases import load_clap
 
-# Windows in a pass of the audio tower.
-_WINDOWS_TOGETHER = 16
 # Patches whose embedding is compared with labels, for the times: 1.44 s of a MobileNet, the whole window of an HTSAT.
 _PATCHES_OF_A_PART = 3
+
+
+CATEGORIES = ("audioset", "ucs")
+
+
+def tag_categories(scheme: str) -> dict[str, dict[str, str]]:
+    """The categories of the default's classes.
+
+    Args:
+        scheme (`str`): `"audioset"`, the seven roots of AudioSet's ontology, or `"ucs"`, the Universal Category System
+            of sound designers (version 8.2.1). The mapping is this package's own.
+
+    Returns:
+        `dict`: for each class `{"category"}`, with `"ucs"` `{"category", "catid"}`, such as `{"category":
+        "ANIMALS-DOG", "catid": "ANMLDog"}`. Classes without a place in UCS, such as "Echo", are missing.
+
+    Raises:
+        `ValueError`: for another scheme.
+    """
+    if scheme not in CATEGORIES:
+        raise ValueError(f"`scheme` must be one of {', '.join(CATEGORIES)}, got {scheme!r}.")
+    with open(default_model_path().with_name("tag_categories.csv"), encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if scheme == "audioset":
+        return {row["class"]: {"category": row["audioset"]} for row in rows}
+    named = {row["class"]: (f"{row['ucs_category']}-{row['ucs_subcategory']}", row["ucs_catid"]) for row in rows}
+    return {name: {"category": category, "catid": catid} for name, (category, catid) in named.items() if catid}
 
 
 @dataclass(frozen=True)
@@ -141,7 +167,7 @@ class Tagger:
         for recording in recordings:
             try:
                 result: Any = self._tag(recording, top, threshold)
-            except _UnreadableError as error:
+            except UnreadableError as error:
                 result = error.__cause__
             yield recording, result
 
@@ -149,16 +175,16 @@ class Tagger:
     def _tag(self, recording: Any, top: int | None, threshold: float) -> list[Tag]:
         total = highest = embeds = np.zeros(1)
         count, runs = 0, [[] for _ in self.names]
-        windows = self._windows(recording)
-        while batch := list(islice(windows, _WINDOWS_TOGETHER)):
-            features = self._features(batch)
+        windows = sound_windows(recording, self.feature_extractor)
+        while batch := list(islice(windows, WINDOWS_TOGETHER)):
+            features = window_features(self.clap, self.feature_extractor, batch)
             if self._texts is None:
                 scores = self.clap.classify_features(features)
             else:
                 embeds = embeds + self.clap.embed_features(features).sum(dim=0).double().cpu().numpy()
                 parts = [self.clap.embed_features(part) for part in features.split(_PATCHES_OF_A_PART, dim=1)]
                 scores = self._label_probabilities(torch.stack(parts, dim=1))
-            spans, kept = self._spans(batch, features, scores.shape[1])
+            spans, kept = sounding_parts(self.feature_extractor, batch, features, scores.shape[1])
             scores = scores.cpu().numpy()[kept]
             total, count = total + scores.sum(axis=0, dtype=np.float64), count + len(scores)
             highest = np.maximum(highest, scores.max(axis=0, initial=0.0))
@@ -176,66 +202,8 @@ class Tagger:
         named = [(self.names[number], float(probabilities[number]), runs[number]) for number in order]
         return [Tag(*one) for one in named if one[1] >= threshold]
 
-    def _windows(self, recording: Any) -> "Iterator[_Window]":
-        """The windows of a recording that hold sound, as the feature extractor cuts them: the last ends with it."""
-        extractor = self.feature_extractor
-        length, held, start = int(extractor.nb_max_samples), np.zeros(0, dtype=np.float32), 0
-        try:
-            for block in AudioStream(recording, extractor.sampling_rate):
-                held = np.concatenate([held, block])
-                # The last but one may overlap the last: it waits until there are two.
-                while len(held) >= 2 * length:
-                    if not is_silent(held[:length]):
-                        yield _Window(start, held[:length], start)
-                    held, start = held[length:], start + length
-        except READ_ERRORS as error:
-            raise _UnreadableError from error
-        covered = start
-        for offset in extractor.window_starts(len(held)):
-            window = held[offset : offset + length]
-            if not is_silent(window):
-                yield _Window(start + offset, window, covered)
-            covered = start + offset + length
-
-    def _features(self, windows: "list[_Window]") -> torch.Tensor:
-        """The audio tower's features, `(windows, patches, d)`."""
-        parameter, rate = next(self.clap.audio_model.parameters()), self.feature_extractor.sampling_rate
-        samples = [window.samples for window in windows]
-        mel = self.feature_extractor(samples, sampling_rate=rate, return_tensors="pt", device=parameter.device)
-        return self.clap.audio_features(mel["input_features"].to(parameter.dtype))
-
-    def _spans(self, windows: "list[_Window]", features: torch.Tensor, parts: int) -> tuple[list, np.ndarray]:
-        """Start and end in seconds of the parts of windows that count, and which do, `(windows, parts)`: those with
-        sound that are not wholly in the window before."""
-        rate, patches = self.feature_extractor.sampling_rate, features.shape[1]
-        sounding = (features != 0).any(dim=-1).cpu().numpy()
-        size = -(-patches // parts)
-        edges = np.minimum(np.arange(parts + 1) * size, patches) * self.feature_extractor.nb_max_samples / patches
-        kept, spans = np.zeros((len(windows), parts), dtype=bool), []
-        for row, window in enumerate(windows):
-            for part, (begin, end) in enumerate(zip(edges[:-1] + window.start, edges[1:] + window.start, strict=True)):
-                has_sound = sounding[row, part * size : (part + 1) * size].any()
-                if has_sound and end > window.covered:
-                    kept[row, part] = True
-                    end = min(end, window.start + len(window.samples))
-                    spans.append((round(max(begin, window.covered) / rate, 3), round(end / rate, 3)))
-        return spans, kept
-
     def _label_probabilities(self, embeds: torch.Tensor) -> torch.Tensor:
         return (embeds @ self._texts.T).softmax(dim=-1)
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Samples from `start` on; those before `covered` are in the window before, too."""
-
-    start: int
-    samples: np.ndarray
-    covered: int
-
-
-class _UnreadableError(Exception):
-    """A recording cannot be read; its cause says why."""
 
 
 def _extend(run: list[tuple[float, float]], begin: float, end: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ from test_mobilenet_clap import tiny_config
 from training_parts import make_tokenizer
 
 from recap_cli import main
-from recap_hf import RecapFeatureExtractor
+from recap_hf import RecapFeatureExtractor, default_model_path, examples_path
 from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapModel, clip_scores
-from recap_hf.tagging import Tag, Tagger
+from recap_hf.tagging import Tag, Tagger, tag_categories
 
 RATE = 16_000
 WINDOW = 161_280
@@ -117,16 +118,16 @@ def test_silent_windows_and_silent_recordings(clap, extractor):
     assert none == []
 
 
-def test_memory_does_not_grow_with_the_recording(clap, extractor, monkeypatch):
+def test_memory_does_not_grow_with_the_recording(extractor, monkeypatch):
     """The blocks of an endless source are dropped as windows are tagged: no more than two windows are held."""
-    from recap_hf import tagging
+    from recap_hf.audio import windows
 
     def stream(source, rate):
         for seed in range(60):
             yield noise(5.0, seed)
 
-    monkeypatch.setattr(tagging, "AudioStream", stream)
-    held = [len(window.samples.base) for window in Tagger(clap, extractor)._windows("endless")]
+    monkeypatch.setattr(windows, "AudioStream", stream)
+    held = [len(window.samples.base) for window in windows.sound_windows("endless", extractor)]
     assert len(held) == 30
     assert max(held) <= 2 * WINDOW + 5 * RATE
 
@@ -248,12 +249,49 @@ def test_the_command_takes_labels(capsys, folder, recordings, tmp_path):
     assert [tag["probability"] for tag in other] != [tag["probability"] for tag in tags]
 
 
+def test_every_class_of_the_default_has_categories():
+    classes = set(json.loads((default_model_path() / "config.json").read_text())["clap"]["id2label"].values())
+    audioset, ucs = tag_categories("audioset"), tag_categories("ucs")
+    assert set(audioset) == classes >= set(ucs)
+    # The seven roots of AudioSet's ontology.
+    assert {entry["category"] for entry in audioset.values()} == {
+        "Human sounds",
+        "Animal",
+        "Music",
+        "Natural sounds",
+        "Sounds of things",
+        "Source-ambiguous sounds",
+        "Channel, environment and background",
+    }
+    assert len(ucs) == 499
+    assert ucs["Dog"] == {"category": "ANIMALS-DOG", "catid": "ANMLDog"}
+    assert ucs["Rain"] == {"category": "RAIN-GENERAL", "catid": "RAIN"}
+    assert "Echo" not in ucs
+    # A name stands for one category, and a category begins with the letters of its group.
+    assert len({entry["catid"] for entry in ucs.values()}) == len({entry["category"] for entry in ucs.values()})
+    assert all(re.fullmatch("[A-Z]+([A-Z][a-z]+)?", entry["catid"]) for entry in ucs.values())
+    with pytest.raises(ValueError, match="must be one of audioset, ucs"):
+        tag_categories("dewey")
+
+
+def test_the_command_adds_categories(capsys, tmp_path):
+    clip = examples_path() / "rain.flac"
+    status, out, _ = run(capsys, clip, "--categories", "ucs")
+    assert status == 0
+    assert "Rain  [RAIN-GENERAL RAIN]  (" in out
+    run(capsys, clip, "--categories", "audioset", "--output", tmp_path / "tags.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "tags.csv").read_text())))
+    assert ("Rain", "Natural sounds", "") in {(row["tag"], row["category"], row["catid"]) for row in rows}
+    assert "category" not in json.loads(run(capsys, clip, "--format", "jsonl")[1])["tags"][0]
+
+
 def test_wrong_calls_are_told(capsys, clap, extractor, folder, model_folder, recordings, tmp_path):
     clip = recordings / "a.wav"
     clap.save_pretrained(tmp_path / "no tokenizer")
     extractor.save_pretrained(tmp_path / "no tokenizer")
     for wrong, message in (
         (["--template", "a {}"], "give --labels FILE"),
+        (["--labels", clip, "--categories", "ucs"], "those of the model's classes"),
         (["--labels", "/nowhere.txt"], "no such file"),
         (["--labels", clip, "--template", "a"], "must hold {}"),
         (["--output", "tags.srt"], "no format has the suffix .srt"),

@@ -160,3 +160,22 @@ def test_long_captions_are_two_lines():
     assert len(lines) == 2
     assert max(map(len, lines)) <= 42
     assert lines[1].endswith("…]")
+
+
+def test_label_studio_tasks():
+    """The fields that Label Studio's import needs: an address, and regions whose text has the id of their label."""
+    first, second = json.loads(written("label-studio", names=("a b.flac", "https://example.org/b.flac")))
+    assert first["data"]["audio"].startswith("/data/local-files/?d=")
+    assert first["data"]["audio"].endswith("/a%20b.flac")
+    assert second["data"]["audio"] == "https://example.org/b.flac"
+    [prediction] = first["predictions"]
+    result = prediction["result"]
+    by_name = {name: [one for one in result if one["from_name"] == name] for name in ("label", "caption")}
+    assert [(one["value"]["start"], one["value"]["end"]) for one in by_name["label"]] == times()
+    assert [one["value"]["labels"] for one in by_name["label"]] == [["Silence"], ["Sound"], ["Sound"]]
+    assert [one["value"]["text"] for one in by_name["caption"]] == [[text] for text in TEXTS]
+    assert [one["id"] for one in by_name["label"]] == [one["id"] for one in by_name["caption"]]
+    assert len({one["id"] for one in by_name["label"]}) == 3
+    assert result[-1]["value"] == {"text": ["a dog barks"]}
+    assert {one["type"] for one in result} == {"labels", "textarea"}
+    assert json.loads(written("label-studio", names=())) == []

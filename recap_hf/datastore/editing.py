@@ -90,14 +90,9 @@ class Edit:
             added: pairs of records and embeddings, put behind them.
             index: "auto" trains an index again where the size has changed much, "keep" never.
             changes: of the manifest.
-
-        Raises:
-            ValueError: if no caption is left.
         """
         store, manifest = self.store, self.store.manifest
         total = (len(store) if kept is None else len(kept)) + sum(len(part) for part, _ in added)
-        if not total:
-            raise ValueError(f"{self.folder}: the edit would leave no caption; delete the folder instead")
         dtype = manifest["dtype"]
         records = chain(store.records.lines(kept), *(part for part, _ in added))
         blocks = chain(array_blocks(store.embeddings, rows=kept), *(array_blocks(each, dtype) for _, each in added))
@@ -206,6 +201,8 @@ def remove_captions(folder: str | Path, selection: Selection) -> int:
 
 
 def _remove_rows(edit: Edit, rows: np.ndarray) -> int:
+    if len(rows) == len(edit.store):
+        raise ValueError(f"{edit.folder}: the edit would leave no caption; delete the folder instead")
     if len(rows):
         edit.commit(np.delete(np.arange(len(edit.store)), rows))
     return len(rows)

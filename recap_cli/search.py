@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=positive, default=10, metavar="N", help="results (default: 10)")
     text = "results of one recording at the most, which do not overlap (default: 1)"
     parser.add_argument("--places", type=positive, default=1, metavar="N", help=text)
-    text = "smallest score of a result (default: none; of --duplicates 0.8)"
+    text = "smallest score of a result (default: none; of --duplicates 0.85)"
     parser.add_argument("--threshold", type=float, metavar="X", help=text)
     text = "m3u: a playlist with start and stop times (VLC); edl: a list of parts (mpv) (default: that of --output)"
     parser.add_argument("--format", choices=FORMATS, help=text)

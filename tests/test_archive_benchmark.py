@@ -10,6 +10,8 @@ import soundfile
 
 from benchmarks import archive
 from benchmarks.timeline_recordings import PlacedEvent
+from recap_hf.archive.duplicates import correlation
+from recap_hf.modeling.audio_recap import resample
 
 
 def test_figures_by_hand(tmp_path):
@@ -19,13 +21,11 @@ def test_figures_by_hand(tmp_path):
     rng = np.random.default_rng(0)
     waveform = (rng.standard_normal(16_000) * 0.1).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", waveform, 8_000)
-    soundfile.write(tmp_path / "b.wav", 0.3 * waveform[4_000:12_000], 8_000)
-    soundfile.write(tmp_path / "c.wav", rng.standard_normal(16_000) * 0.1, 8_000)
-    assert archive.same_waveform(tmp_path / "a.wav", tmp_path / "b.wav") == pytest.approx(1.0, abs=1e-3)
-    assert archive.same_waveform(tmp_path / "a.wav", tmp_path / "c.wav") < 0.2
     for kind in ("gain", "mp3", "vorbis", "opus", "cut", "resampled"):
-        copy = archive.planted(tmp_path / "a.wav", tmp_path / kind, kind, rng)
-        assert archive.same_waveform(tmp_path / "a.wav", copy) > 0.7
+        copy, rate = soundfile.read(archive.planted(tmp_path / "a.wav", tmp_path / kind, kind, rng))
+        similarity, _ = correlation(waveform, resample(copy.astype(np.float32), rate, 8_000))
+        assert similarity > 0.7, kind
+        assert (len(copy) / rate < 1.95) == (kind == "cut")
 
 
 def test_places_of_a_recording(shared_dir, monkeypatch, capsys, tmp_path):

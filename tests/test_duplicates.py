@@ -13,7 +13,7 @@ import soxr
 from test_sound_index import RATE, clap, encoder, extractor, model, noise, run  # noqa: F401 (fixtures)
 
 from recap_hf.archive import SoundIndex
-from recap_hf.archive.duplicates import _excerpt, correlation, fluctuations
+from recap_hf.archive.duplicates import _excerpt, correlation
 
 
 def alike(seconds: float, colour: int, seed: int) -> np.ndarray:
@@ -39,25 +39,28 @@ def archive(tmp_path) -> Path:
 
 def test_correlation_by_hand():
     rng = np.random.default_rng(0)
-    a = rng.standard_normal((300, 8))
-    assert correlation(a, 3 * a[40:200]) == (pytest.approx(1.0, abs=1e-9), 40)
-    assert correlation(a[40:200], a) == (pytest.approx(1.0, abs=1e-9), -40)
-    # Half of the energy is noise of its own; the first 30 frames of `b` lie before `a`.
-    b = np.concatenate([rng.standard_normal((30, 8)), a[:120] + rng.standard_normal((120, 8))])
-    own, other = a[:120], b[30:]
+    a = rng.standard_normal(3000)
+    assert correlation(a, 3 * a[400:2000]) == (pytest.approx(1.0, abs=1e-9), 400.0)
+    assert correlation(-a[400:2000], a) == (pytest.approx(1.0, abs=1e-9), -400.0)
+    # A third of the energy is noise of its own; the first 300 samples of `b` lie before `a`.
+    b = np.concatenate([rng.standard_normal(300), a[:1200] + 0.7 * rng.standard_normal(1200)])
+    own, other = a[:1200], b[300:]
     expected = (own * other).sum() / np.sqrt((own**2).sum() * (other**2).sum())
-    assert correlation(a, b) == (pytest.approx(expected, abs=1e-9), -30)
-    assert correlation(a, rng.standard_normal((160, 8)))[0] < 0.3
-    assert correlation(np.zeros((30, 8)), np.zeros((20, 8)))[0] == 0.0
+    assert correlation(a, b) == (pytest.approx(expected, abs=0.01), -300.0)
+    assert correlation(a, rng.standard_normal(1600))[0] < 0.2
+    assert correlation(np.zeros(300), np.zeros(200))[0] == 0.0
+    # Where one of them is still, the quotient of two roundings is no correlation.
+    assert correlation(np.concatenate([a, np.full(4000, 1e-12)]), rng.standard_normal(1600))[0] < 0.2
 
 
-def test_fluctuations_by_hand():
-    """A mean of 3 frames less one of 31, over the frames that are there."""
-    mel = np.random.default_rng(0).standard_normal((50, 4)) + np.arange(4)
-    found = fluctuations(mel)
-    for frame in (0, 1, 20, 49):
-        short, long = mel[max(0, frame - 1) : frame + 2], mel[max(0, frame - 15) : frame + 16]
-        np.testing.assert_allclose(found[frame], short.mean(axis=0) - long.mean(axis=0))
+def test_half_a_sample_costs_nothing():
+    """Noise up to 3 kHz at 8 kHz, taken from 16 kHz at even and at odd samples: half a sample later."""
+    spectrum = np.fft.rfft(np.random.default_rng(0).standard_normal(1 << 15))
+    spectrum[round(len(spectrum) * 3 / 8) :] = 0
+    fine = np.fft.irfft(spectrum)
+    similarity, shift = correlation(fine[::2], fine[1::2])
+    assert similarity > 0.99
+    assert shift == 0.5
 
 
 def test_an_excerpt_is_that_of_the_whole_recording(tmp_path):

@@ -1,4 +1,4 @@
-"""Recordings that hold the same sound: neighbours in the index, verified on the spectrograms of their files."""
+"""Recordings that hold the same sound: neighbours in the index, verified on the waveforms of their files."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ if TYPE_CHECKING:
 # cut off (benchmarks/archive.py).
 _CANDIDATE_COSINE, _NEIGHBOURS = 0.7, 8
 _ROWS_FETCHED, _ROWS_AT_ONCE = 32, 1024
-# Seconds around a place that are compared, and the share of the shorter sound that must lie in both.
-_MARGIN_S, _SHARED = 2.0, 0.7
-_SPECTROGRAMS_KEPT = 512
-_SHORT_FRAMES, _LONG_FRAMES = 3, 31
-# Level of a sound when it is compared, and how far below its loudest moment counts, in dB.
-_LEVEL, _RANGE = 0.1, 40.0
+# Waveforms are compared up to 4 kHz: more is not in every copy.
+_RATE = 8_000
+# Seconds around a place that are compared; the shares of the shorter waveform, and of the energy of either, that must
+# lie in both.
+_MARGIN_S, _SHARED, _LOUD = 2.0, 0.7, 0.1
+_WAVEFORMS_KEPT = 512
+# A shift of half a sample takes a third of the correlation of noise: promising pairs are shifted by quarters.
+_PROMISING, _FINER = 0.4, 4
 
 
 def find_duplicates(index: SoundIndex, threshold: float, progress: Callable[[int, int], None]) -> list[dict[str, Any]]:
     """Pairs of recordings that hold the same sound, also where one was made louder, cut, encoded or resampled.
 
-    Neighbours in the index are compared by the correlation of their log-mel spectrograms at the best shift in time:
-    two recordings of one kind of sound have like embeddings, but not the same course.
+    Neighbours in the index are compared by the correlation of their waveforms up to 4 kHz at the best shift in time:
+    two recordings of one kind of sound have like embeddings, but not the same waveform.
 
     Args:
         index ([`SoundIndex`]): its recordings are read again.
@@ -52,17 +54,16 @@ def find_duplicates(index: SoundIndex, threshold: float, progress: Callable[[int
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"The threshold of duplicates is a correlation above 0 and at most 1, got {threshold!r}.")
-    pairs, extractor = sorted(_candidates(index.store).items()), index.encoder.feature_extractor
-    read = lru_cache(_SPECTROGRAMS_KEPT)(lambda row: _spectrogram(index, row))
-    found = []
+    pairs, found = sorted(_candidates(index.store).items()), []
+    read = lru_cache(_WAVEFORMS_KEPT)(lambda row: _around(index, row))
     for done, ((first, second), (row, other)) in enumerate(pairs, 1):
         a, b = read(row), read(other)
         if a is not None and b is not None:
             similarity, shift = correlation(a[1], b[1])
             if similarity >= threshold:
                 paths = {"path": os.path.join(index.folder, first), "other": os.path.join(index.folder, second)}
-                offset = b[0] - a[0] - shift * extractor.hop_length / extractor.sampling_rate
-                found.append({**paths, "similarity": round(similarity, 4), "offset": round(offset, 2)})
+                offset = b[0] - a[0] - shift / _RATE
+                found.append({**paths, "similarity": round(similarity, 4), "offset": round(offset, 3)})
         progress(done, len(pairs))
     found.sort(key=lambda pair: -pair["similarity"])
     groups = _groups([(pair["path"], pair["other"]) for pair in found])
@@ -87,22 +88,15 @@ def _candidates(store: CaptionDatastore) -> dict[tuple[str, str], tuple[int, int
     return {key: (-first, -second) for key, (_, first, second) in best.items()}
 
 
-def _spectrogram(index: SoundIndex, row: int) -> tuple[float, np.ndarray] | None:
-    """Where the sound around a place begins in its recording, in seconds, and its fluctuations at one level, `(frames,
-    mels)`; `None` if the recording cannot be read any more."""
-    record, extractor = index.store.records[row], index.encoder.feature_extractor
-    rate, start = extractor.sampling_rate, max(0.0, record["start"] - _MARGIN_S)
+def _around(index: SoundIndex, row: int) -> tuple[float, np.ndarray] | None:
+    """Where the sound around a place begins in its recording, in seconds, and its waveform; `None` if the recording
+    cannot be read any more."""
+    record = index.store.records[row]
+    start, path = max(0.0, record["start"] - _MARGIN_S), os.path.join(index.folder, record["caption"])
     try:
-        waveform = _excerpt(os.path.join(index.folder, record["caption"]), start, record["end"] + _MARGIN_S, rate)
+        return start, _excerpt(path, start, record["end"] + _MARGIN_S, _RATE).astype(np.float64)
     except READ_ERRORS:
         return None
-    level = float(np.sqrt(np.square(waveform, dtype=np.float64).mean())) if len(waveform) else 0.0
-    if not level:
-        return None
-    # Frames on the grid of the whole recording would need all of it.
-    margin = np.zeros(extractor.fft_window_size // 2, dtype=np.float32)
-    mel = extractor.log_mel(np.concatenate([margin, waveform * np.float32(_LEVEL / level), margin])).numpy()
-    return start, fluctuations(np.maximum(mel, mel.max() - _RANGE * extractor.decibel))
 
 
 def _excerpt(path: str, start: float, end: float, rate: int) -> np.ndarray:
@@ -124,37 +118,36 @@ def _excerpt(path: str, start: float, end: float, rate: int) -> np.ndarray:
         return np.concatenate(held)[: round(end * rate) - first]
 
 
-def fluctuations(mel: np.ndarray) -> np.ndarray:
-    """What changes in a log-mel spectrogram within 30 to 300 ms, `(frames, bands)`: the colour of a sound and its slow
-    course, which others of its kind share, are taken out."""
-    return _moving_mean(mel, _SHORT_FRAMES) - _moving_mean(mel, _LONG_FRAMES)
-
-
-def _moving_mean(mel: np.ndarray, frames: int) -> np.ndarray:
-    """Means over an odd number of frames around each; at the ends over those that are there."""
-    sums = np.concatenate([np.zeros((1, mel.shape[1])), np.cumsum(mel, axis=0, dtype=np.float64)])
-    centres, half = np.arange(len(mel)), frames // 2
-    low, high = np.maximum(centres - half, 0), np.minimum(centres + half + 1, len(mel))
-    return (sums[high] - sums[low]) / (high - low)[:, None]
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
-    """The largest correlation of two sounds over shifts in time, and the shift: frame `i + shift` of `a` goes with
-    frame `i` of `b`.
+def correlation(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """The largest correlation of two waveforms, of either sign, over shifts in time; and the shift: sample `i + shift`
+    of `a` goes with sample `i` of `b`.
 
     Args:
-        a, b (`np.ndarray` of shape `(frames, bands)`): compared where at least 70 % of the shorter one overlaps.
+        a, b (`np.ndarray` of shape `(samples,)`): compared where at least 70 % of the shorter one and 10 % of the
+            energy of either overlap.
     """
+    if not len(a) or not len(b):
+        return 0.0, 0.0
     size = 1 << (len(a) + len(b)).bit_length()
-    products = np.fft.irfft((np.fft.rfft(a, size, axis=0) * np.conj(np.fft.rfft(b, size, axis=0))).sum(axis=1), size)
+    product = np.fft.rfft(a, size) * np.conj(np.fft.rfft(b, size))
     least = max(1, round(_SHARED * min(len(a), len(b))))
     shifts = np.arange(least - len(b), len(a) - least + 1)
     low, high = np.maximum(0, shifts), np.minimum(len(a), shifts + len(b))
-    energies = [np.concatenate([[0.0], np.cumsum(np.square(each).sum(axis=1))]) for each in (a, b)]
+    energies = [np.concatenate([[0.0], np.cumsum(np.square(each))]) for each in (a, b)]
     own, other = energies[0][high] - energies[0][low], energies[1][high - shifts] - energies[1][low - shifts]
-    scores = products[shifts] / np.sqrt(np.maximum(own * other, 1e-12))
+    # Where there is next to nothing in one of them, there is nothing to compare.
+    loud = (own > _LOUD * energies[0][-1]) & (other > _LOUD * energies[1][-1])
+    scale = np.sqrt(np.where(loud, own * other, np.inf))
+    scores = np.abs(np.fft.irfft(product, size)[shifts]) / scale
     best = int(scores.argmax())
-    return float(scores[best]), int(shifts[best])
+    if scores[best] < _PROMISING:
+        return float(scores[best]), float(shifts[best])
+    # In a longer spectrum the last frequency stands for itself and its mirror image.
+    product[-1] /= 2
+    fine = np.fft.irfft(product, size * _FINER) * _FINER
+    steps = np.arange(-_FINER + 1, _FINER) + _FINER * int(shifts[best])
+    near = np.abs(fine[steps]) / scale[best]
+    return min(1.0, float(near.max())), float(steps[near.argmax()]) / _FINER
 
 
 def _groups(pairs: list[tuple[str, str]]) -> dict[str, int]:

@@ -219,7 +219,7 @@ class SoundIndex:
         return None
 
     def duplicates(
-        self, threshold: float = 0.8, progress: Callable[[int, int], None] = lambda done, total: None
+        self, threshold: float = 0.85, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[dict[str, Any]]:
         """Recordings that hold the same sound; see [`find_duplicates`]."""
         from .duplicates import find_duplicates

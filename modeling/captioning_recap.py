@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
+from .configuration_recap import loading
 from .generation_recap import RecapEncoderOutput, until_end
 from .index_recap import from_package
 from .modeling_recap import RecapForConditionalGeneration
@@ -122,7 +123,9 @@ class Captioner:
         Raises:
             `OSError`: if there is no such checkpoint. `ValueError`: for a GPU on a machine without one.
         """
-        return cls(*load_pretrained(name_or_path, device, dtype, **kwargs), datastore, options)
+        loaded = load_pretrained(name_or_path, device, dtype, **kwargs)
+        with loading(name_or_path or "the default", "model, processor and datastore"):
+            return cls(*loaded, datastore, options)
 
     def with_options(self, options: CaptionOptions) -> Captioner:
         """The same captioner, with those options changed that `options` sets."""

@@ -190,16 +190,16 @@ def _open_once(path: Path, data: bytes, verify: bool) -> Opened:
         manifest = json.loads(data.decode("utf-8"))
         version = manifest["format_version"]
         if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: the datastore has format version {version}, this package reads up to {FORMAT_VERSION}. "
-                "Update it: pip install -U recap-hf"
-            )
+            known = f"this package reads up to {FORMAT_VERSION}. Update it: pip install -U recap-hf"
+            raise ValueError(f"{path}: the datastore has format version {version}, {known}")
         if version < FORMAT_VERSION:
             what = f"{path}: a datastore of format {version}"
             return from_package("datastore.earlier_formats", what).open_earlier(path, manifest, verify)
         used = [(kind, manifest[kind]) for kind in ("captions", "embeddings")]
         manifest = check_manifest(path, manifest, used)
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        if str(path) in str(error):
+            raise
         raise ValueError(f"{path}: not the description of a caption datastore ({error!r}).") from error
     check_files(path, manifest, json.loads(data), verify)
     records, embeddings = open_pair(path, manifest, manifest, manifest["num_captions"])
@@ -231,10 +231,8 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], used: Sequence[tuple
             raise ValueError(f"{path}: {name!r} cannot be the name of a datastore's {kind}.")
     if {name for _, name in used} != set(manifest["files"]):
         raise ValueError(f"{path}: the files that are used and those that have a checksum differ.")
-    manifest["files"] = {
-        name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
-        for name, entry in manifest["files"].items()
-    }
+    files = manifest["files"].items()
+    manifest["files"] = {name: {"bytes": int(one["bytes"]), "sha256": str(one["sha256"])} for name, one in files}
     fingerprint = manifest["fingerprint"]
     if fingerprint is not None and np.asarray(fingerprint, dtype=np.float32).shape[1:] != (manifest["dimension"],):
         raise ValueError(f"{path}: the fingerprint does not have {manifest['dimension']} dimensions.")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import cached_file
 
 from .configuration_recap import AUTO_MAP, RecapConfig, copy_remote_code, encoder_class, loading, push_arguments
@@ -163,10 +163,8 @@ class RecapProcessor(ProcessorMixin):
         """
         if (audio is None) == (text is None):
             found = "neither was" if audio is None else "both were"
-            raise ValueError(
-                f"Give `audio` or `text`, {found} given. For captions to train on encode the audio, then call "
-                "`processor.build_training_inputs(retrieved, captions)`."
-            )
+            hint = "To train, encode the audio and call `processor.build_training_inputs(retrieved, captions)`."
+            raise ValueError(f"Give `audio` or `text`, {found} given. {hint}")
         if text is not None:
             return self.tokenizer(text, return_tensors=return_tensors, padding=return_tensors is not None)
         return self.feature_extractor(audio, sampling_rate=sampling_rate, return_tensors=return_tensors, **kwargs)
@@ -279,12 +277,10 @@ class RecapProcessor(ProcessorMixin):
         tokens = self._encode(self.prompt.build(captions))
         if len(tokens) <= self.max_prompt_tokens:
             return tokens, list(range(len(captions)))
-        empty = self._encode(self.prompt.build([]))
-        if len(empty) > self.max_prompt_tokens:
-            raise ValueError(
-                f"A prompt without captions has {len(empty)} tokens, more than "
-                f"`max_prompt_tokens`={self.max_prompt_tokens}."
-            )
+        empty, most = self._encode(self.prompt.build([])), self.max_prompt_tokens
+        if len(empty) > most:
+            found = f"has {len(empty)} tokens, more than `max_prompt_tokens`={most}"
+            raise ValueError(f"A prompt without captions {found}.")
 
         def encoded(rows: Sequence[int]) -> list[int]:
             return self._encode(self.prompt.build([captions[row] for row in rows]))
@@ -344,8 +340,7 @@ class RecapProcessor(ProcessorMixin):
         elif length != config.window_length_s:
             problem = f"The feature extractor's windows have {length} s, the model's {config.window_length_s} s"
         elif prompt + prefix >= positions:
-            room = f"{positions} positions for prompt and caption together"
-            room += f" (prefix: {prefix})" if prefix else ""
+            room = f"{positions} positions for prompt and caption together" + f" (prefix: {prefix})" * bool(prefix)
             problem = f"`max_prompt_tokens` is {prompt}, but the decoder has {room}"
         if problem:
             raise ValueError(f"{problem}: processor and model do not belong together.")
@@ -370,8 +365,7 @@ class RecapProcessor(ProcessorMixin):
         else:
             # Of a processor that was saved here before: it would be loaded with this one.
             (folder / DATASTORE_FOLDER / MANIFEST_NAME).unlink(missing_ok=True)
-        # AutoTokenizer asks for a config.json. In an offline cache it takes a missing file for a broken download, and
-        # transformers then loads the decoder's tokenizer instead of CLAP's without an error.
+        # AutoTokenizer asks for a config.json. In an offline cache it takes a missing file for a broken download.
         config = folder / "clap_tokenizer" / "config.json"
         if not config.exists():
             config.parent.mkdir(exist_ok=True)
@@ -388,10 +382,15 @@ class RecapProcessor(ProcessorMixin):
         datastore = kwargs.pop("datastore", None)
         with loading(pretrained_model_name_or_path, "processor_config.json or a tokenizer"):
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if datastore is None:
-            datastore = _find_datastore(pretrained_model_name_or_path, kwargs)
-        processor.datastore = datastore
+        found = _find_datastore(pretrained_model_name_or_path, kwargs) if datastore is None else datastore
+        processor.datastore = found
         return processor
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, name: str, folder: Any, subfolder: str = "", **kwargs: Any) -> Any:
+        # transformers takes the decoder's tokenizer where CLAP's cannot be loaded.
+        inside = subfolder if name == "tokenizer" else os.path.join(subfolder, name)
+        return AutoTokenizer.from_pretrained(folder, subfolder=inside, **kwargs)
 
 
 def _find_datastore(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> CaptionDatastore | None:

@@ -12,7 +12,7 @@ from conftest import synthetic_clip
 from safetensors.torch import load_file, save_file
 
 from recap_cli import main
-from recap_hf import RecapForConditionalGeneration
+from recap_hf import RecapForConditionalGeneration, RecapProcessor
 
 
 @pytest.fixture
@@ -83,6 +83,23 @@ def test_missing_files(folder, capsys, pattern):
     status, errors = caption(folder, capsys)
     assert status == 1
     assert str(folder) in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "clap_tokenizer/tokenizer.json"])
+def test_a_damaged_tokenizer_is_not_another_one(folder, capsys, name):
+    """Also without a datastore, whose check would notice it: transformers takes the decoder's for CLAP's."""
+    shutil.rmtree(folder / "datastore")
+    (folder.parent / "captions.txt").write_text("a dog barks\nrain falls\n")
+    for damaged in (b"", b"\x80\x04\x95", (folder / name).read_bytes()[:200], b"[]", None):
+        if damaged is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(damaged)
+        if name.endswith("tokenizer.json"):
+            with pytest.raises((ValueError, OSError), match=str(folder)):
+                RecapProcessor.from_pretrained(folder)
+        status, errors = caption(folder, capsys)
+        assert status == 1 and str(folder) in errors and errors.count("\n") == 1, (name, damaged, errors)
 
 
 def test_code_of_a_folder_is_neither_run_nor_asked_for(folder, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import inspect
 
 import pytest
 import torch
-from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel, Pipeline
+from transformers import GenerationMixin, GPT2Config, GPT2LMHeadModel, Pipeline, ProcessorMixin
 from transformers.utils import cached_file
 
 
@@ -42,6 +42,13 @@ def test_cached_file_without_exceptions(tmp_path):
     """processing_recap.py asks whether a checkpoint on the Hub has a datastore."""
     options = {"subfolder": "datastore", "_raise_exceptions_for_missing_entries": False}
     assert cached_file(str(tmp_path), "datastore.json", **options) is None
+
+
+def test_load_tokenizer_from_pretrained():
+    """processing_recap.py overrides it: the stock one takes the decoder's tokenizer where CLAP's is damaged."""
+    names = list(inspect.signature(ProcessorMixin._load_tokenizer_from_pretrained).parameters)
+    assert names[:3] == ["sub_processor_type", "pretrained_model_name_or_path", "subfolder"]
+    assert "cls._load_tokenizer_from_pretrained(" in inspect.getsource(ProcessorMixin._get_arguments_from_pretrained)
 
 
 def test_parameters_of_a_pipeline():

@@ -20,6 +20,7 @@ from conftest import synthetic_clip
 
 from recap_hf import load_audio
 from recap_hf.audio import containers, reading
+from recap_hf.audio.stream import AudioStream
 from recap_hf.modeling.audio_recap import Mixer, is_silent, resample, to_mono
 
 CLIP = synthetic_clip(1.5, 1)
@@ -136,6 +137,19 @@ def broken_rate(rate):
     data = bytearray(encode("wav"))
     data[24:28] = struct.pack("<I", rate)
     return bytes(data)
+
+
+@pytest.mark.parametrize(("rate", "minutes"), [(8_000, 3), (48_000, 3), (96_000, 1.5)])
+def test_a_small_file_of_many_hours_is_refused(rate, minutes, tmp_path, monkeypatch):
+    """Five minutes where three at 48 kHz are the limit: more of them would fill the memory."""
+    monkeypatch.setattr(reading.read_blocks, "__defaults__", (1 << 20, 48_000 * 180))
+    soundfile.write(tmp_path / "long.flac", np.zeros(300 * rate, np.float32), rate)
+    assert (tmp_path / "long.flac").stat().st_size < 300_000
+    with pytest.raises(ValueError, match=rf"long\.flac: longer than {minutes} minutes: .* recap timeline"):
+        load_audio(tmp_path / "long.flac")
+    assert sum(map(len, AudioStream(tmp_path / "long.flac", rate))) == 300 * rate
+    soundfile.write(tmp_path / "short.flac", np.zeros(int(60 * minutes * rate) - 1, np.float32), rate)
+    assert load_audio(tmp_path / "short.flac")[0].shape[1] == 60 * minutes * rate - 1
 
 
 def floats(audio):

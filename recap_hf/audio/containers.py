@@ -25,6 +25,8 @@ _NOTHING_ELSE = {
 # Their headers state how long the recording is (MP3: `with_length`); of the others FFmpeg guesses it.
 _WITH_DURATION = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "asf", "avi", "caf", "flac", "wav", "mp3")
 _MAX_DAMAGED = 1_000
+# Of all channels.
+BLOCK_SAMPLES = 1 << 22
 _ERRORS = (OSError, RuntimeError, MemoryError, EOFError, *(() if av is None else (av.FFmpegError,)))
 
 
@@ -113,7 +115,7 @@ class _Track:
         codec = self.stream.codec_context
         # Packed samples: of planar ones PyAV 18 reads beyond the memory of 8 channels.
         resampler = av.AudioResampler(format="flt", layout=codec.layout, rate=codec.sample_rate)
-        waiting: list[np.ndarray] = []
+        frames, waiting = min(frames, BLOCK_SAMPLES // max(1, self.format[0])), []
         # `None` gives what the resampler has left.
         for frame in chain(self._frames(container), (None,)):
             for part in resampler.resample(frame):

@@ -17,34 +17,42 @@ import soundfile
 
 from recap_hf.modeling.audio_recap import check_samples, check_sampling_rate
 
-from .containers import read_container, warn_cut
+from .containers import BLOCK_SAMPLES, read_container, warn_cut
 from .headers import with_length
 
-BLOCK_SAMPLES = 1 << 22
+# 1 GiB of float32, or as long at 48 kHz: a small file may hold days of silence.
+MAX_SAMPLES = 1 << 28
 _URL_TIMEOUT_S, _MAX_DOWNLOAD_S = 30, 600
 _MAX_DOWNLOAD = 4 * 2**30
 
 
-def read_blocks(source: Any, frames: int = BLOCK_SAMPLES) -> Iterator[tuple[np.ndarray, int]]:
+def read_blocks(
+    source: Any, frames: int = BLOCK_SAMPLES, max_samples: float = MAX_SAMPLES
+) -> Iterator[tuple[np.ndarray, int]]:
     """Reads a file block by block.
 
     Args:
         source: a path, a URL, `bytes` or a binary file object.
         frames (`int`, *optional*, defaults to 4,194,304): samples of each channel in a block, fewer where there are
             many channels. Decoded MP3 samples depend on this number (by about 1e-7).
+        max_samples (`float`, *optional*, defaults to 268,435,456): samples of all channels, or of one at 48 kHz, that
+            are read: who keeps no more than a block needs no limit.
 
     Yields:
         `tuple`: float32 of shape `(channels, samples)`, and the sampling rate in Hz.
 
     Raises:
-        As `load_audio`.
+        As `load_audio`, and `ValueError` for a recording of more than `max_samples`.
     """
     name, data = _open_source(source)
-    empty = True
+    empty, read = True, 0.0
     try:
         for block, sampling_rate in _decode(name, data, frames):
             check_samples(block, f"{name}: the recording")
-            empty = False
+            empty, read = False, read + block.shape[1] * max(len(block), 48_000 / sampling_rate)
+            if read > max_samples:
+                longest = f"{max_samples / max(len(block) * sampling_rate, 48_000) / 60:.3g} minutes"
+                raise ValueError(f"{name}: longer than {longest}: caption it with recap timeline, or a part of it.")
             yield block, sampling_rate
     finally:
         if data is not source:

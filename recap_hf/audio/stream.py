@@ -1,5 +1,6 @@
 """Recordings of any length, read block by block: mono at one sampling rate, in constant memory."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -100,7 +101,7 @@ class AudioStream:
             source = next((source[key] for key in ("bytes", "path") if source.get(key) is not None), source)
         if isinstance(source, _FILE_TYPES) or (hasattr(source, "read") and not hasattr(source, "get_all_samples")):
             mix = Mixer(MIXER_PATIENCE)
-            for block, rate in read_blocks(source, _READ_FRAMES):
+            for block, rate in read_blocks(source, _READ_FRAMES, math.inf):
                 yield from self._split(mix(block), rate)
         elif isinstance(source, (Mapping, tuple)) or hasattr(source, "get_all_samples"):
             waveform, rate = load_audio(source)

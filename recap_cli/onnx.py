@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 
+from recap_cli.options import add_threads
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="what `recap export onnx` made")
@@ -12,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=int, help="captions in the prompt (default: the model's)")
     parser.add_argument("--num-beams", type=int, help="beams; 1 is greedy search (default: the model's)")
     parser.add_argument("--max-new-tokens", type=int, help="longest caption in tokens (default: the model's)")
-    parser.add_argument("--threads", type=int, help="threads of ONNX Runtime (default: its own choice)")
+    add_threads(parser)
     parser.add_argument("--format", choices=("text", "jsonl"), default="text", help="default: text")
 
 

@@ -163,6 +163,8 @@ def build_page(captioner: DemoCaptioner) -> gradio.Blocks:
                 if paths:
                     labels = [path.stem.replace("_", " ").capitalize() for path in paths]
                     gradio.Examples([[str(path)] for path in paths], recording, example_labels=labels)
+                # The browser's part of `Audio` takes files of the types audio/* alone.
+                video = gradio.UploadButton("Or the sound of a video", file_types=["video"], size="sm")
                 choice = gradio.Radio(choices, value=choices[0], label="Captions to retrieve from")
                 text = "church bells ring in the distance\na tram brakes and squeals"
                 own = gradio.Textbox(label="Your own captions, one in each line", placeholder=text, lines=4)
@@ -188,15 +190,11 @@ def build_page(captioner: DemoCaptioner) -> gradio.Blocks:
                 # Gradio shows messages as HTML.
                 raise gradio.Error(html.escape(str(error)), print_exception=False) from error
 
-        gradio.on(
-            [button.click, recording.upload, recording.stop_recording],
-            describe,
-            [recording, choice, own],
-            [*parts.values()],
-            # The model serves one visitor at a time; the others wait.
-            concurrency_limit=1,
-            api_visibility="private",
-        )
+        event = {"fn": describe, "inputs": [recording, choice, own], "outputs": [*parts.values()]}
+        # The model serves one visitor at a time; the others wait.
+        event |= {"concurrency_limit": 1, "concurrency_id": "describe", "api_visibility": "private"}
+        gradio.on([button.click, recording.upload, recording.stop_recording], **event)
+        video.upload(lambda path: path, video, recording, api_visibility="private").then(**event)
 
         def listen(rows: Any, selected: gradio.SelectData) -> Any:
             return gradio.update(playback_position=float(rows[selected.index[0]][0]))
@@ -206,21 +204,27 @@ def build_page(captioner: DemoCaptioner) -> gradio.Blocks:
 
 
 def launch(
-    settings: DemoSettings | None = None, host: str | None = None, port: int | None = None, share: bool = False
+    settings: DemoSettings | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    captioner: Captioner | None = None,
 ) -> None:
-    """Loads the captioner and serves the page until it is interrupted.
+    """Serves the page until it is interrupted.
 
     Args:
         settings ([`DemoSettings`], *optional*): model, datastores, limits.
         host, port (*optional*): default Gradio's: 127.0.0.1 and the first free port from 7860 on, or what its
             environment variables say, as those of a Space do.
         share (`bool`, *optional*, defaults to `False`): ask Gradio's servers for a public address.
+        captioner ([`Captioner`], *optional*): default: it is loaded as the settings say.
 
     Raises:
         `OSError`: if the port is taken.
     """
     settings = settings or DemoSettings()
-    captioner = Captioner.from_pretrained(settings.model, device=settings.device)
+    if captioner is None:
+        captioner = Captioner.from_pretrained(settings.model, device=settings.device)
     page = build_page(DemoCaptioner(captioner, settings))
     page.queue(max_size=_QUEUE_LENGTH, api_open=False)
     page.launch(server_name=host, server_port=port, share=share, **launch_options(settings))

@@ -31,6 +31,8 @@ MEL_FILTERS = "mel_filters.npy"
 TOKENIZER = "tokenizer.json"
 DATASTORE_FOLDER = "datastore"
 _MEL_FLOOR = 1e-10
+# Bytes of 20 million weights, as in `recap_cli.options`.
+_SMALL_MODEL = 80_000_000
 # YAMNet's log-mel: 25 ms at 16 kHz, and what is added under the logarithm; as in `RecapFeatureExtractor`.
 _YAMNET_FRAME, _YAMNET_OFFSET = 400, 1e-3
 
@@ -44,7 +46,7 @@ class OnnxCaptioner:
         folder: what the export made.
         datastore: captions to retrieve from instead of the exported ones: a `CaptionDatastore` or a folder of one.
         providers: of ONNX Runtime, the first available is used; default: the CPU.
-        num_threads: of ONNX Runtime; default: its own choice.
+        num_threads: of ONNX Runtime; default: 1 for a small model, as of `recap caption`, else its own choice.
 
     Raises:
         FileNotFoundError: the folder lacks a file of the export.
@@ -79,8 +81,9 @@ class OnnxCaptioner:
         self._filters = np.load(folder / MEL_FILTERS, allow_pickle=False)
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         options = onnxruntime.SessionOptions()
-        if num_threads is not None:
-            options.intra_op_num_threads = num_threads
+        small = sum(path.stat().st_size for path in folder.glob("*.onnx*")) < _SMALL_MODEL
+        # 0 leaves it to ONNX Runtime.
+        options.intra_op_num_threads = num_threads or int(small)
         self._audio, self._cross, self._decoder = (
             onnxruntime.InferenceSession(str(folder / name), options, providers=list(providers))
             for name in (AUDIO_ENCODER, CROSS_ATTENTION, DECODER)

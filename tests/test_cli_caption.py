@@ -129,6 +129,7 @@ def test_another_datastore(capsys, recordings, model_folder, tmp_path):
         (["a.wav", "--output", "/no/folder/a.csv"], 2, "there is no folder /no/folder"),
         (["a.wav", "--format", "xml"], 2, "invalid choice: 'xml'"),
         (["a.wav", "--model", "/no/such/folder"], 1, "/no/such/folder"),
+        (["a.wav", "--device", "tpu"], 1, "The device must be one of torch, such as 'cpu' or 'cuda:0', got 'tpu'"),
     ],
 )
 def test_wrong_calls(capsys, arguments, status, message):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import synthetic_clip
 from test_audio import BROKEN
 
@@ -127,25 +128,27 @@ def test_the_page_deletes_uploads_and_calls_no_one(captioner):
     assert {function.api_visibility for function in page.fns.values()} <= {"private", "undocumented"}
 
 
-def test_the_command_deletes_what_was_left_of_uploads(monkeypatch):
+def test_the_command_deletes_what_was_left_of_uploads(monkeypatch, model_folder):
     calls = []
 
-    def launch(settings, host, port, share):
+    def launch(settings, host, port, share, captioner):
         folder = Path(os.environ["GRADIO_TEMP_DIR"])
         assert folder.stat().st_mode & 0o077 == 0
         (folder / "left.wav").write_bytes(b"x")
-        calls.append((folder, settings.datastores, settings.max_seconds))
+        calls.append((folder, settings.datastores, settings.max_seconds, torch.get_num_threads()))
 
     monkeypatch.setattr(demo, "launch", launch)
     monkeypatch.setenv("GRADIO_TEMP_DIR", "/elsewhere")
-    before = signal.getsignal(signal.SIGTERM)
+    before, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    arguments = ["demo", "--model", model_folder, "--datastore", "My birds=data/birds=2", "--max-seconds", "9"]
     try:
-        assert main(["demo", "--datastore", "My birds=data/birds=2", "--max-seconds", "9"]) == 0
+        assert main([*arguments, "--threads", "3"]) == 0
     finally:
         signal.signal(signal.SIGTERM, before)
-    ((folder, datastores, seconds),) = calls
+        torch.set_num_threads(threads)
+    ((folder, datastores, seconds, threads),) = calls
     assert not folder.exists()
-    assert (datastores, seconds) == ({"My birds": "data/birds=2"}, 9)
+    assert (datastores, seconds, threads) == ({"My birds": "data/birds=2"}, 9, 3)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
     pip install -e ".[demo]" playwright && apt-get install chromium && pytest -m slow tests/test_demo_browser.py
 
-`RECAP_SCREENSHOTS=FOLDER` keeps screenshots, and `RECAP_PATIENCE_S` is how long a step may take.
+`RECAP_SCREENSHOTS=FOLDER` keeps screenshots, `RECAP_PATIENCE_S` is how long a step may take, and
+`RECAP_HOSTILE=FOLDER` has more files to upload.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +130,75 @@ def test_what_is_refused(page, tmp_path):
     broken.write_bytes(b"RIFF\x10\x00\x00\x00WAVEfmt nonsense" * 20)
     page.set_input_files("input[type=file]", str(broken))
     page.get_by_text("broken.wav: not a recording that can be read").wait_for()
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+def mp4(path: Path, samples: np.ndarray, rate: int) -> Path:
+    """A video of a grey picture with a sound track."""
+    import av
+
+    with av.open(str(path), "w") as file:
+        video, audio = file.add_stream("mpeg4", rate=10), file.add_stream("aac", rate=rate, layout="mono")
+        video.width = video.height = 64
+        for _ in range(int(10 * len(samples) / rate)):
+            file.mux(video.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 128, np.uint8))))
+        frame = av.AudioFrame.from_ndarray(samples[None].astype(np.float32), "fltp", "mono")
+        frame.sample_rate = rate
+        for stream, last in ((audio, frame), (audio, None), (video, None)):
+            file.mux(stream.encode(last))
+    return path
+
+
+def uploaded(page, address: str, path: Path, video: bool = False) -> tuple[str, str]:
+    """The caption of an upload, or the message that refuses it; the other one is empty."""
+    page.goto(address)
+    page.wait_for_selector("input[type=file]", state="attached")
+    page.locator("input[type=file]").nth(int(video)).set_input_files(str(path))
+    said, refused = page.get_by_label("Caption", exact=True), page.locator(".toast-body")
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while not (said.input_value() or refused.count()):
+        assert time.monotonic() < deadline, f"nothing happens with {path.name}"
+        page.wait_for_timeout(100)
+    return said.input_value(), refused.first.inner_text() if refused.count() else ""
+
+
+def test_a_video_is_captioned(browser, server, tmp_path):
+    waveform, rate = load_audio(examples_path() / "rain.flac")
+    path = mp4(tmp_path / "rain.mp4", waveform.mean(axis=0)[: 4 * rate], rate)
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    assert "rain" in uploaded(page, server[0], path, video=True)[0]
+    assert "rain" in caption(page)
+    page.close()
+
+
+def test_hostile_files_while_another_visitor_captions(browser, server, tmp_path):
+    """Each is captioned or refused by name, and the other visitor gets the caption that he gets alone."""
+    from test_audio import BROKEN
+
+    hostile = []
+    for number, (data, _) in enumerate(BROKEN.values()):
+        hostile.append(tmp_path / f"broken {number}.wav")
+        hostile[-1].write_bytes(data)
+    for name in ("sea.flac", "clock.flac"):
+        data = (examples_path() / name).read_bytes()
+        hostile.append(tmp_path / f"cut {name}")
+        hostile[-1].write_bytes(data[: len(data) // 3])
+    soundfile.write(tmp_path / "hours.flac", np.zeros(8_000 * 3_600), 8_000)
+    hostile += [tmp_path / "hours.flac", *sorted(Path(os.environ.get("RECAP_HOSTILE", "none")).glob("*"))]
+    mine = examples_path() / "sea.flac"
+    attacker, visitor = browser.new_page(), browser.new_page()
+    for page in (attacker, visitor):
+        page.set_default_timeout(PATIENCE_MS)
+    alone, _ = uploaded(visitor, server[0], mine)
+    for path in hostile:
+        visitor.goto(server[0])
+        visitor.wait_for_selector("input[type=file]", state="attached")
+        visitor.set_input_files("input[type=file]", str(mine))
+        said, refused = uploaded(attacker, server[0], path)
+        assert said or path.name in refused, path.name
+        assert caption(visitor) == alone, path.name
+    for page in (attacker, visitor):
+        page.close()

@@ -250,6 +250,19 @@ def test_generation_that_the_runner_does_not_know_is_refused(saved, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_threads(exported, monkeypatch):
+    def threads(**options):
+        captioner = OnnxCaptioner(exported[0], **options)
+        sessions = (captioner._audio, captioner._cross, captioner._decoder)
+        return {session.get_session_options().intra_op_num_threads for session in sessions}
+
+    assert threads() == {1}
+    assert threads(num_threads=3) == {3}
+    # A large model has as many as ONNX Runtime takes.
+    monkeypatch.setattr("recap_hf.onnx_runtime._SMALL_MODEL", 1_000)
+    assert threads() == {0}
+
+
 def test_commands_name_their_arguments(exported, capsys):
     assert main(["onnx", str(exported[0]), "/nowhere.wav"]) == 1
     assert "/nowhere.wav" in capsys.readouterr().err

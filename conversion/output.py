@@ -6,6 +6,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+_OTHERS = ("*_recap.py", "cross_attention.safetensors", "*.onnx", "*.onnx.data", "recap_onnx.json", "mel_filters.npy")
+_OTHERS += ("datastore.json", "captions*.jsonl", "embeddings*.npy", "index*.faiss", "vocab.txt")
+
+
+def _written() -> set[str]:
+    """Names, without folders, of what conversions write."""
+    from recap_hf.hub.push import CHECKPOINT_FILES, DOCUMENTS
+
+    return {Path(name).name for name in CHECKPOINT_FILES if name not in DOCUMENTS} | {*_OTHERS}
+
 
 @contextlib.contextmanager
 def finished_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
@@ -13,14 +23,19 @@ def finished_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         out: the folder to make; it must not hold anything yet.
-        overwrite: replace a folder that is there.
+        overwrite: replace a folder that an earlier conversion made.
 
     Raises:
-        FileExistsError: `out` is a file, or a folder that is not empty and `overwrite` is false.
+        FileExistsError: `out` is a file, or a folder that is not empty and `overwrite` is false, or has files that no
+            conversion writes.
     """
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise FileExistsError(f"{out} exists; name an empty folder, or pass --overwrite to replace a folder")
+    files, written = (path for path in sorted(out.rglob("*")) if path.is_symlink() or not path.is_dir()), _written()
+    foreign = [path for path in files if not any(map(path.match, written))]
+    if foreign:
+        raise FileExistsError(f"{foreign[0]} is not a file of a conversion and would be lost; name an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

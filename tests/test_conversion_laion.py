@@ -220,5 +220,11 @@ def test_existing_folder_is_kept_unless_told(state, tmp_path):
     with pytest.raises(FileExistsError, match="--overwrite"):
         convert_laion_clap(path, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+    with pytest.raises(FileExistsError, match=r"mine\.txt is not a file of a conversion"):
+        convert_laion_clap(path, tmp_path / "out", overwrite=True)
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    (tmp_path / "out" / "mine.txt").rename(tmp_path / "out" / "vocab.txt")
     convert_laion_clap(path, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out" / "vocab.txt").exists() and (tmp_path / "out" / "config.json").exists()
+    # What it wrote itself it replaces.
+    convert_laion_clap(path, tmp_path / "out", overwrite=True)

@@ -22,6 +22,16 @@ def recap(*args):
     status = main([str(arg) for arg in args])
     assert status == 0, status
 """
+PUSH_AND_LISTEN = (
+    CLI
+    + """
+import contextlib, io
+said = io.StringIO()
+with contextlib.redirect_stderr(said):
+    recap("push", sys.argv[1], "user/recap", "--private")
+answer(said.getvalue())
+"""
+)
 PULL = """
 import numpy as np
 from transformers import AutoModel, AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
@@ -53,6 +63,8 @@ def checkpoint(tmp_path, tiny_model, tiny_processor):
     (folder / "checkpoint-500").mkdir()
     (folder / "checkpoint-500" / "model.safetensors").write_bytes(b"\0" * 10)
     (folder / "report.json").write_text(json.dumps({"data": str(tmp_path)}))
+    (folder / "optimizer_link").symlink_to(tmp_path)
+    (folder / "datastore" / "outward.jsonl").symlink_to("/etc/passwd")
     for name in (".env", "id_rsa", "notes.md", "config.json.bak", "tokenizer.json~", "secret_recap.py", "LICENSE.key"):
         (folder / name).write_text("private")
     (folder / "clap_tokenizer" / "notes.txt").write_text("private")
@@ -85,7 +97,10 @@ def strings(value):
 
 
 def test_a_pushed_checkpoint_runs_where_the_package_is_not_installed(hub, client, checkpoint, recording, expected):
-    client.run(CLI + "recap('push', sys.argv[1], 'user/recap', '--private'); answer(0)", checkpoint)
+    with open(checkpoint / "audio_recap.py", "a", encoding="utf-8") as file:
+        file.write("open('was_run', 'w')\n")
+    said = client.run(PUSH_AND_LISTEN, checkpoint)
+    assert "audio_recap.py differs from the package's file" in said and said.count("differs") == 1
     repo, files = hub.repo("user/recap"), hub.files("user/recap")
     assert repo.private and len(repo.history()) == 2, "all in one commit"
     assert {"model.safetensors", "datastore/datastore.json", "modeling_recap.py", "README.md"} <= set(files)
@@ -102,9 +117,10 @@ def test_a_pushed_checkpoint_runs_where_the_package_is_not_installed(hub, client
         *(f"clap_tokenizer/{name}" for name in ("config.json", "tokenizer.json", "tokenizer_config.json")),
         *(f"datastore/{name}" for name in ("datastore.json", *store["files"])),
     }
+    # The package's own code, whatever the folder has under its names.
     modeling = Path(__file__).resolve().parent.parent / "modeling"
-    assert {name for name in files if name.endswith("_recap.py")} == {
-        path.name for path in modeling.glob("*_recap.py")
+    assert {name: file.content for name, file in files.items() if name.endswith("_recap.py")} == {
+        path.name: path.read_bytes() for path in modeling.glob("*_recap.py")
     }
     for name, file in files.items():
         if name.endswith(".json"):
@@ -136,6 +152,24 @@ def test_a_checkpoint_that_was_downloaded_once_runs_offline(hub, client, checkpo
         assert captions == [entry["caption"] for entry in CAPTIONS]
         assert result["caption"] == expected["caption"]
     assert len(hub.log) == number
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "reason"), [(None, "user/absent"), ("http://127.0.0.1:9", "couldn't connect to 'http://127.0.0.1:9'")]
+)
+def test_a_checkpoint_that_is_not_there_is_one_line(hub, client, endpoint, reason):
+    """No lines of retries before it, and no traceback, whether the Hub says so or cannot be reached."""
+    code = """
+from recap_cli import main
+os.dup2(os.open("said.txt", os.O_CREAT | os.O_WRONLY), 2)
+status = main(["caption", "a.wav", "--model", "user/absent"])
+sys.stderr.flush()
+answer([status, open("said.txt").read()])
+"""
+    status, said = client.run(code, **({} if endpoint is None else {"HF_ENDPOINT": endpoint}))
+    assert status == 1
+    assert said.startswith("recap caption: error: ") and reason in said
+    assert said.count("\n") <= 3 and "etry" not in said and "Traceback" not in said
 
 
 def test_the_card_says_what_the_files_say(checkpoint):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ def push_checkpoint(
     """Pushes a checkpoint in one commit: weights, processor, remote code, datastore and card.
 
     Args:
-        folder: what `save_pretrained` or a training wrote. Other files in it are not pushed.
+        folder: what `save_pretrained` or a training wrote. Other files in it are not pushed, and its remote code is
+            replaced by the package's, with a warning where they differ.
         repo_id: `user/name` of the model repository.
         options: how to push.
         datastore_repo: `user/name` of a dataset repository for the datastore, pushed first; the checkpoint then
@@ -122,8 +124,11 @@ def push_checkpoint(
         raise ValueError(f"{folder} has no datastore to push to {datastore_repo!r}: {source} is missing")
     with tempfile.TemporaryDirectory() as name:
         stage = Path(name)
+        copy_files(folder, stage, CHECKPOINT_FILES)
         copy_remote_code(stage)
-        copy_files(folder, stage, (*CHECKPOINT_FILES, *(path.name for path in stage.glob("*_recap.py"))))
+        for path in sorted(stage.glob("*_recap.py")):
+            if (folder / path.name).is_file() and (folder / path.name).read_bytes() != path.read_bytes():
+                warnings.warn(f"{folder / path.name} differs from the package's file, which is pushed", stacklevel=2)
         if datastore_repo:
             pushed = push_datastore(source, datastore_repo, options)
             results.append(pushed)

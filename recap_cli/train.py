@@ -3,8 +3,9 @@
 import argparse
 import logging
 import os
-import subprocess
 import sys
+import uuid
+from collections.abc import Sequence
 
 from recap_cli.status import EXIT_OK
 
@@ -21,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train what the arguments describe: settings of the class `args.settings`.
 
-    With `--num-processes` torchrun starts the processes. Threads, log and environment of each are set for the run.
+    With `--num-processes` torch's launcher starts the processes. Threads, log and environment of each are set for the
+    run.
 
     Raises:
-        ValueError: if there are too few GPUs.
+        ValueError: if there are too few GPUs. RuntimeError: if one of the processes fails.
     """
     import datasets
     import torch
@@ -38,10 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if count > 1 and "WORLD_SIZE" not in os.environ:
         if 0 < devices < count:
             raise ValueError(f"--num-processes {count}, but there are {devices} GPUs: give --device cpu, or {devices}")
-        threads = 1 if devices else max(1, (os.cpu_count() or 1) // count)
-        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        return subprocess.call([*command, "-m", "recap_cli", *args.argv], env=environment)
+        os.environ.setdefault("OMP_NUM_THREADS", str(1 if devices else max(1, (os.cpu_count() or 1) // count)))
+        return _run_in_processes(args.argv, count)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     # Workers of the data loader are forked; a tokenizer's threads do not survive that.
@@ -53,4 +53,23 @@ def run(args: argparse.Namespace) -> int:
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     train(config)
+    return EXIT_OK
+
+
+def _run_in_processes(argv: Sequence[str], count: int) -> int:
+    """Runs this command in `count` processes, as `torchrun --standalone` does, which prints a traceback of its own
+    where one of them has said what is wrong."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    settings = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(uuid.uuid4()), "max_restarts": 0}
+    try:
+        elastic_launch(LaunchConfig(1, 1, count, **settings), sys.executable)("-m", "recap_cli", *argv)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise RuntimeError(f"process {rank} of {count} ended with exit code {failure.exitcode}") from error
+    except SignalException as error:
+        raise KeyboardInterrupt from error
     return EXIT_OK

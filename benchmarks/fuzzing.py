@@ -125,8 +125,10 @@ def _command(arguments: list[str], path: str) -> Outcome:
         return "traceback", errors
     if not status:
         return ("read, with a warning" if errors else "read"), errors
-    # One line that names the folder.
-    return ("refused" if "\n" not in errors and path in errors else "unclear"), errors
+    # One line that names the folder or, where there is only one, the datastore, beside what libraries warn of.
+    lines = [line for line in errors.splitlines() if ": warning: " not in line]
+    named = len(lines) == 1 and (path in lines[0] or "error: The datastore was made by another CLAP" in lines[0])
+    return ("refused" if named else "unclear"), errors
 
 
 # ------------------------------------------------------------- in the parent

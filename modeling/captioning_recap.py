@@ -344,10 +344,8 @@ class _Reranking:
             rerank = None
         if rerank in (None, NO_RERANKING):
             if options.candidates is not None or options.rerank_weight is not None:
-                raise ValueError(
-                    "`candidates` and `rerank_weight` are options of reranking, and nothing is reranked: set `rerank` "
-                    "to 'clap', or leave them out."
-                )
+                hint = "and nothing is reranked: set `rerank` to 'clap', or leave them out."
+                raise ValueError(f"`candidates` and `rerank_weight` are options of reranking, {hint}")
             return None
         return cls(candidates, weight)
 

@@ -233,9 +233,10 @@ def check_manifest(path: Path, manifest: Mapping[str, Any], used: Sequence[tuple
         raise ValueError(f"{path}: the files that are used and those that have a checksum differ.")
     files = manifest["files"].items()
     manifest["files"] = {name: {"bytes": int(one["bytes"]), "sha256": str(one["sha256"])} for name, one in files}
-    fingerprint = manifest["fingerprint"]
-    if fingerprint is not None and np.asarray(fingerprint, dtype=np.float32).shape[1:] != (manifest["dimension"],):
-        raise ValueError(f"{path}: the fingerprint does not have {manifest['dimension']} dimensions.")
+    if manifest["fingerprint"] is not None:
+        units = np.asarray(manifest["fingerprint"], dtype=np.float64)
+        if units.shape[1:] != (manifest["dimension"],) or not np.abs(units).max() <= 1.01:
+            raise ValueError(f"{path}: the fingerprint is not of unit vectors of {manifest['dimension']} dimensions.")
     return manifest
 
 
@@ -282,7 +283,8 @@ def load_array(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise
-    except (ValueError, OSError, EOFError, SyntaxError) as error:
+    except Exception as error:
+        # Whatever Python's parser raises of a header.
         raise ValueError(f"{path}: not a NumPy array ({error}).") from error
 
 

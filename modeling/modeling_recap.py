@@ -14,15 +14,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_recap import PREFIX, RecapConfig, copy_remote_code, encoder_class, loading, push_arguments
-from .generation_recap import (
-    CACHE,
-    RecapEncoderOutput,
-    RecapGenerationMixin,
-    one_cache,
-    position_ids_of,
-    states_mask,
-)
+from .generation_recap import CACHE, RecapEncoderOutput, RecapGenerationMixin, one_cache, position_ids_of, states_mask
 from .index_recap import from_package
+from .options_recap import DECODING, RERANKING, CaptionOptions
 
 
 class RecapCrossAttention(GPT2Attention):
@@ -206,11 +200,12 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but a `ValueError` names weights that are missing instead of making new ones."""
-        with loading(name_or_path, "config.json or the weights"):
+        """As in transformers, but missing weights and impossible decoding are a `ValueError` that names them."""
+        with loading(name_or_path, "config.json, generation_config.json or the weights"):
             model, info = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(f"{len(missing)} weights are missing, such as {', '.join(missing[:3])}")
+            _check_decoding(model.generation_config, range(model.config.decoder.vocab_size))
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -489,6 +484,17 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         if push_to_hub and is_main_process:
             self.push_to_hub(**push)
+
+
+def _check_decoding(config: GenerationConfig, tokens: range) -> None:
+    for name in CaptionOptions.names(DECODING, RERANKING):
+        if getattr(config, name, None) is not None:
+            CaptionOptions.check(name, getattr(config, name))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        ids = value if isinstance(value, list) else [] if value is None and name != "eos_token_id" else [value]
+        if not all(isinstance(one, int) and one in tokens for one in ids):
+            raise ValueError(f"`{name}` must be a token of the decoder, got {value!r:.80}")
 
 
 __all__ = ["PrefixMapper", "RecapForConditionalGeneration"]

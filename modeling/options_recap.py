@@ -75,10 +75,8 @@ class CaptionOptions:
             if value is not None:
                 object.__setattr__(self, option.name, _checked(option.name, value, option.metadata))
         if self.rerank == NO_RERANKING and (self.candidates is not None or self.rerank_weight is not None):
-            raise ValueError(
-                "`candidates` and `rerank_weight` are options of reranking, and `rerank` is 'none': leave them out, "
-                "or set `rerank` to 'clap'."
-            )
+            hint = "and `rerank` is 'none': leave them out, or set `rerank` to 'clap'."
+            raise ValueError(f"`candidates` and `rerank_weight` are options of reranking, {hint}")
 
     @classmethod
     def check(cls, option: str, value: Any, name: str | None = None) -> Any:

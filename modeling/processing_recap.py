@@ -136,10 +136,8 @@ class RecapProcessor(ProcessorMixin):
     @datastore.setter
     def datastore(self, datastore: CaptionDatastore | None) -> None:
         if datastore is not None and not (hasattr(datastore, "search") and hasattr(datastore, "check_encoder")):
-            raise TypeError(
-                f"`datastore` must be a CaptionDatastore, got {type(datastore).__name__}: load one with "
-                "CaptionDatastore.from_pretrained, or build one with CaptionDatastore.from_captions."
-            )
+            hint = "load one with CaptionDatastore.from_pretrained, or build one with CaptionDatastore.from_captions."
+            raise TypeError(f"`datastore` must be a CaptionDatastore, got {type(datastore).__name__}: {hint}")
         self._datastore = datastore
 
     # -------------------------------------------------------------- audio in

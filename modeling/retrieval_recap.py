@@ -263,10 +263,8 @@ class CaptionDatastore:
         queries = np.asarray(queries, dtype=np.float32)
         queries = queries[:, None] if queries.ndim == 2 else queries
         if queries.ndim != 3 or queries.shape[2] != self.dimension:
-            raise ValueError(
-                f"Queries must have the shape (batch_size, {self.dimension}) or (batch_size, num_windows, "
-                f"{self.dimension}), got {queries.shape}."
-            )
+            shapes = f"(batch_size, {self.dimension}) or (batch_size, num_windows, {self.dimension})"
+            raise ValueError(f"Queries must have the shape {shapes}, got {queries.shape}.")
         k = CaptionOptions.check("k", k)
         diversity = CaptionOptions.check("retrieval_diversity", diversity, "diversity")
         if score_threshold is not None:

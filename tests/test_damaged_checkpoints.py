@@ -76,6 +76,25 @@ def test_every_wrong_setting(folder, capsys, value):
         (folder / name).write_text(json.dumps(whole))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("eos_token_id", value) for value in ("x", None, [0, 10**6])),
+        ("pad_token_id", 2**70),
+        ("bos_token_id", -1),
+        ("num_beams", 0),
+        ("rerank", "x"),
+        ("rerank_weight", -1),
+    ],
+)
+def test_impossible_decoding_is_named(folder, capsys, name, value):
+    content = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**content, name: value}))
+    status, errors = caption(folder, capsys)
+    assert status == 1
+    assert str(folder) in errors and name in errors and errors.count("\n") == 1
+
+
 @pytest.mark.parametrize("pattern", ["processor_config.json", "tokenizer*", "config.json", "model.safetensors"])
 def test_missing_files(folder, capsys, pattern):
     for path in Path(folder).glob(pattern):

@@ -146,6 +146,13 @@ CASES = {
     ),
     "newer format": (lambda f: change(f, lambda m: m.update(format_version=4)), "format version 4"),
     "fingerprint of unequal rows": (lambda f: change(f, lambda m: m["fingerprint"][0].pop()), "not the description"),
+    "infinite fingerprint": (lambda f: change(f, lambda m: m["fingerprint"][0].__setitem__(0, 1e308)), "unit vectors"),
+    "array with a broken header": (
+        lambda f: replace_sealed(
+            f, "embeddings", array_bytes(np.zeros((300, 16), np.float32)).replace(b"'descr'", b"'descr\\", 1)
+        ),
+        "not a NumPy array",
+    ),
     "number of captions as text": (lambda f: change(f, lambda m: m.update(num_captions="x")), "not the description"),
     "infinite dimension": (lambda f: change(f, lambda m: m.update(dimension=1e999)), "not the description"),
     "no captions": (lambda f: change(f, lambda m: m.pop("captions")), "not the description"),

@@ -169,8 +169,8 @@ def test_a_video_is_captioned(browser, server, tmp_path):
     path = mp4(tmp_path / "rain.mp4", waveform.mean(axis=0)[: 4 * rate], rate)
     page = browser.new_page()
     page.set_default_timeout(PATIENCE_MS)
-    assert "rain" in uploaded(page, server[0], path, video=True)[0]
-    assert "rain" in caption(page)
+    said, _ = uploaded(page, server[0], path, video=True)
+    assert "rain" in said.lower() and caption(page) == said
     page.close()
 
 
@@ -198,7 +198,7 @@ def test_hostile_files_while_another_visitor_captions(browser, server, tmp_path)
         visitor.wait_for_selector("input[type=file]", state="attached")
         visitor.set_input_files("input[type=file]", str(mine))
         said, refused = uploaded(attacker, server[0], path)
-        assert said or path.name in refused, path.name
+        assert said or path.name in refused or "longer than 30 seconds" in refused, path.name
         assert caption(visitor) == alone, path.name
     for page in (attacker, visitor):
         page.close()

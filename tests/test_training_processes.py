@@ -110,12 +110,14 @@ def test_two_processes_give_the_losses_of_one(start: Path):
 def test_an_error_in_processes_has_no_traceback(start: Path):
     (start / "broken").mkdir()
     (start / "broken" / "clotho_captions_development.csv").write_text("file_name,caption_1\nnothing.wav,a dog\n")
-    arguments = flags(start, start / "none", "--num-processes", "2", "--data-dir", str(start / "broken"))
+    arguments = flags(start, start / "none", "--num-processes", "2")
+    arguments[arguments.index("--data-dir") + 1] = str(start / "broken")
     command = [sys.executable, "-m", "recap_cli", "train", *arguments]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 1
     lines = result.stderr.splitlines()
-    assert [line for line in lines if line.startswith("recap train: error: ") and str(start / "broken") in line]
+    named = [line for line in lines if line.startswith("recap train: error: ") and str(start / "broken") in line]
+    assert named, result.stderr
     assert re.fullmatch("recap train: error: process [01] of 2 ended with exit code 1", lines[-1])
     assert "Traceback" not in result.stderr
 

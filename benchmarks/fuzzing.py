@@ -43,6 +43,7 @@ from recap_hf.audio.timeline import caption_timeline
 from recap_hf.datastore import index_datastore
 from recap_hf.files import write_json
 from recap_hf.modeling.captioning_recap import READ_ERRORS, Captioner
+from recap_hf.modeling.options_recap import CaptionOptions
 from recap_hf.recordings import reason_of
 
 GOOD = ("read", "read, with a warning", "refused")
@@ -63,6 +64,8 @@ class Trials:
     def __init__(self, model: str, clip: str) -> None:
         self.model, self.clip, self.count = model, clip, 0
         self.captioner = Captioner.from_pretrained(model, device="cpu")
+        # Of captions that need only be there.
+        self.short = self.captioner.with_options(CaptionOptions(num_beams=1, max_new_tokens=4, rerank="none"))
 
     def recording(self, path: str) -> Outcome:
         """Reading as `recap caption` and as `recap timeline` do, which must agree."""
@@ -86,8 +89,8 @@ class Trials:
 
     def both(self, path: str) -> Outcome:
         """The caption and the timeline of a recording."""
-        ((_, result),) = self.captioner.caption_stream([path], 1)
-        timed, other = _attempt(path, lambda: list(caption_timeline(self.captioner, path)))
+        ((_, result),) = self.short.caption_stream([path], 1)
+        timed, other = _attempt(path, lambda: list(caption_timeline(self.short, path)))
         reason = reason_of(path, result) if isinstance(result, Exception) else ""
         if bool(reason) != (timed != "read"):
             return "disagree", f"{reason or 'captioned'}; as a timeline: {other or 'captioned'}"

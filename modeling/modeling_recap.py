@@ -490,10 +490,11 @@ def _check_decoding(config: GenerationConfig, tokens: range) -> None:
     for name in CaptionOptions.names(DECODING, RERANKING):
         if getattr(config, name, None) is not None:
             CaptionOptions.check(name, getattr(config, name))
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    start = "bos_token_id" if config.decoder_start_token_id is None else "decoder_start_token_id"
+    for name in (start, "eos_token_id", "pad_token_id"):
         value = getattr(config, name)
-        ids = value if isinstance(value, list) else [] if value is None and name != "eos_token_id" else [value]
-        if not all(isinstance(one, int) and one in tokens for one in ids):
+        ids = value if isinstance(value, list) else [] if value is None and name == "pad_token_id" else [value]
+        if not all(type(one) is int and one in tokens for one in ids):
             raise ValueError(f"`{name}` must be a token of the decoder, got {value!r:.80}")
 
 

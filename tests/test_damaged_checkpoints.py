@@ -79,7 +79,8 @@ def test_every_wrong_setting(folder, capsys, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("eos_token_id", value) for value in ("x", None, [0, 10**6])),
+        *(("eos_token_id", value) for value in ("x", None, True, [0, 10**6])),
+        ("bos_token_id", None),
         ("pad_token_id", 2**70),
         ("bos_token_id", -1),
         ("num_beams", 0),

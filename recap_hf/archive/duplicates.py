@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from .sound_index import SoundIndex
 
-# Of 100 copies 98 have a higher cosine and are among as many neighbours; two had lost the sound itself, which was
-# cut off (benchmarks/archive.py).
+# Of 100 copies 98 have a higher cosine and are among as many neighbours; two, cut at both ends, are at 0.5
+# (benchmarks/archive.py).
 _CANDIDATE_COSINE, _NEIGHBOURS = 0.7, 8
 _ROWS_FETCHED, _ROWS_AT_ONCE = 32, 1024
 # Waveforms are compared up to 4 kHz: more is not in every copy.

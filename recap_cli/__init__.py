@@ -5,6 +5,7 @@ transformers, which takes seconds. So nothing here or at the head of a command's
 """
 
 import argparse
+import functools
 import importlib
 import re
 import sys
@@ -34,6 +35,7 @@ COMMANDS = {
     "export": "write a captioner as ONNX graphs",
     "onnx": "caption recordings with an exported captioner, without torch",
     "push": "push a checkpoint or a datastore to the Hugging Face Hub",
+    "serve": "answer other programs over HTTP: captions, tags, search",
     "demo": "serve a web page: record or upload a sound, change the captions to retrieve from",
 }
 
@@ -51,9 +53,12 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of `recap`. Only `command`'s own module is imported; the others show their line of help."""
     parser = _Parser(prog="recap", description="Retrieval-augmented audio captioning.")
     parser.add_argument("--version", action="version", version=f"recap_hf {metadata.version('recap-hf')}")
+    # Room for the longest flags beside their help.
+    room = functools.partial(argparse.HelpFormatter, max_help_position=34)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, text in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        about = text[0].upper() + text[1:] + "."
+        subparser = subparsers.add_parser(name, help=text, description=about, formatter_class=room)
         if name == command:
             loaded = importlib.import_module(f"recap_cli.{name}")
             loaded.add_arguments(subparser)

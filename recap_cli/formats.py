@@ -6,6 +6,7 @@ Writers take one row after the other and keep none, so that memory does not grow
 import csv
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -74,10 +75,21 @@ class Writer:
 
 
 class CaptionTextWriter(Writer):
-    """A caption for each recording, and below it the captions of its prompt."""
+    """A caption for each recording, and below it the captions of its prompt; or the given columns, with tabs between
+    them."""
+
+    def __init__(self, file: IO[str], accessible: bool = False, columns: Sequence[str] = ()) -> None:
+        self.columns = columns
+        super().__init__(file, accessible)
 
     def row(self, row: dict[str, Any]) -> None:
-        if "error" not in row:
+        if "caption" not in row and "error" not in self.columns:
+            return
+        if self.columns:
+            cells = ({"file": self.name, **row}.get(name, "") for name in self.columns)
+            texts = (_one_line(cell) if isinstance(cell, str) else self.json(cell) for cell in cells)
+            self.print("\t".join(map(printable, texts)) + "\n")
+        else:
             lines = [f"{self.name}: {row['caption']}"]
             lines += [f"    {hit['score']:.2f}  {_one_line(hit['caption'])}" for hit in row["retrieved"]]
             self.print("".join(f"{printable(line)}\n" for line in lines))
@@ -167,7 +179,11 @@ class CsvWriter(Writer):
 
     suffix = ".csv"
     columns = ("file", "start", "end", "caption", "score", "retrieved")
-    head = ",".join(columns) + "\n"
+
+    def __init__(self, file: IO[str], accessible: bool = False, columns: Sequence[str] = ()) -> None:
+        self.columns = columns or self.columns
+        self.head = ",".join(self.columns) + "\n"
+        super().__init__(file, accessible)
 
     def line(self, row: dict[str, Any]) -> str:
         cells = {"file": self.name, **row}
@@ -185,14 +201,12 @@ class CaptionCsvWriter(CsvWriter):
     """The same for captions of whole recordings."""
 
     columns = ("file", "caption", "score", "retrieved", "error", "similarity")
-    head = ",".join(columns) + "\n"
 
 
 class TagCsvWriter(CsvWriter):
     """A line for each tag; for a recording without tags, or that cannot be read, a line without a tag."""
 
     columns = ("file", "tag", "probability", "times", "error", "category", "catid")
-    head = ",".join(columns) + "\n"
 
     def row(self, row: dict[str, Any]) -> None:
         rest = {name: value for name, value in row.items() if name != "tags"}
@@ -297,7 +311,6 @@ class SearchCsvWriter(CsvWriter):
     """A line for each place."""
 
     columns = ("file", "start", "end", "score")
-    head = ",".join(columns) + "\n"
 
 
 class PlaylistWriter(Writer):
@@ -340,7 +353,6 @@ class DuplicateCsvWriter(CsvWriter):
     """A line for each pair."""
 
     columns = ("file", "other", "similarity", "offset", "group")
-    head = ",".join(columns) + "\n"
 
 
 # By command: the formats of a result for each recording.

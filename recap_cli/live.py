@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from recap_cli.files import standard_input
@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--silence-db", type=float, default=-60.0, metavar="DB", help="silence, dBFS (default: -60)")
     parser.add_argument("--buffer", type=float, default=600.0, metavar="S", help="sound to buffer (default: 600)")
     parser.add_argument("--format", choices=FORMATS, default="text", help="default: %(default)s")
+    text = 'publish captions there, for Home Assistant and others; needs "recap-hf[mqtt]"'
+    parser.add_argument("--mqtt", metavar="HOST[:PORT]/TOPIC", help=text)
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pieces at once (default: 8)")
     add_captioner_arguments(parser)
 
@@ -45,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from recap_hf import RecapFeatureExtractor, default_model_path
     from recap_hf.audio.live import LiveSound
 
-    with _blocks(args) as blocks:
+    # A broker that is not there is reported before the model is loaded.
+    with _publisher(args) as publish, _blocks(args) as blocks:
         settings = {}
         with contextlib.suppress(OSError):
             # A model that is not there is reported when it is loaded, after input that cannot be read.
@@ -64,13 +67,13 @@ def run(args: argparse.Namespace) -> int:
 
         before = signal.signal(signal.SIGINT, stop)
         try:
-            _caption(args, sound)
+            _caption(args, sound, publish)
         finally:
             signal.signal(signal.SIGINT, before)
     return 0
 
 
-def _caption(args: argparse.Namespace, sound: Any) -> None:
+def _caption(args: argparse.Namespace, sound: Any, publish: Callable[[dict[str, Any]], None]) -> None:
     from recap_cli.formats import TIMELINE_WRITERS
     from recap_hf.audio.live import LiveCaptioner
 
@@ -81,6 +84,7 @@ def _caption(args: argparse.Namespace, sound: Any) -> None:
     sys.stdout.flush()
     print("recap live: listening, Ctrl-C ends", file=sys.stderr, flush=True)
     for segment in live.run(sound):
+        publish(segment)
         if args.format != "jsonl":
             del segment["delay"]
         writer.write(segment)
@@ -91,6 +95,17 @@ def _caption(args: argparse.Namespace, sound: Any) -> None:
         f"{live.longest_delay:.2f} s{waited}",
         file=sys.stderr,
     )
+
+
+@contextlib.contextmanager
+def _publisher(args: argparse.Namespace) -> Iterator[Callable[[dict[str, Any]], None]]:
+    if args.mqtt is None:
+        yield lambda segment: None
+        return
+    from recap_hf.audio.mqtt import MqttPublisher
+
+    with MqttPublisher(args.mqtt, lambda text: print(f"recap live: {text}", file=sys.stderr, flush=True)) as publisher:
+        yield publisher.publish
 
 
 @contextlib.contextmanager

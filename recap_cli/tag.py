@@ -1,15 +1,13 @@
 """`recap tag`: the sounds in recordings, with probabilities and times."""
 
 import argparse
-import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recap_cli.numbers import positive
 from recap_cli.options import add_threads, be_quiet, set_threads
-from recap_cli.results import add_result_arguments, sources_of, write_results
+from recap_cli.results import Groups, Results, add_result_arguments, sources_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 if every recording was tagged, 1 if some could not be, 2 if nothing was found to tag."""
-    return write_results(args, "tag", "tagged", _check, functools.partial(_tagged, args))
+    return _TagResults(args, "tag", "tagged").run()
 
 
 def _share(text: str) -> float:
@@ -41,15 +39,32 @@ def _share(text: str) -> float:
     return value
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.template != "{}" and args.labels is None:
-        raise ValueError("--template is a prompt around labels: give --labels FILE, too")
-    if "{}" not in args.template:
-        raise ValueError(f"--template must hold {{}}, the place of the label, got {args.template!r}")
-    if args.categories is not None and args.labels is not None:
-        raise ValueError("--categories are those of the model's classes, not of --labels: leave one of them out")
-    if args.labels is not None and not Path(args.labels).is_file():
-        raise ValueError(f"--labels {args.labels}: no such file; expected one with a label in each line")
+class _TagResults(Results):
+    def check(self) -> None:
+        args = self.args
+        if args.template != "{}" and args.labels is None:
+            raise ValueError("--template is a prompt around labels: give --labels FILE, too")
+        if "{}" not in args.template:
+            raise ValueError(f"--template must hold {{}}, the place of the label, got {args.template!r}")
+        if args.categories is not None and args.labels is not None:
+            raise ValueError("--categories are those of the model's classes, not of --labels: leave one of them out")
+        if args.labels is not None and not Path(args.labels).is_file():
+            raise ValueError(f"--labels {args.labels}: no such file; expected one with a label in each line")
+
+    def groups(self, names: list[str]) -> Groups:
+        from recap_hf.tagging import Tagger, tag_categories
+
+        args, labels = self.args, None
+        be_quiet()
+        if args.labels is not None:
+            lines = Path(args.labels).read_text(encoding="utf-8-sig").splitlines()
+            labels = [line.strip() for line in lines if line.strip()]
+        tagger = Tagger.from_pretrained(args.model, device=args.device, labels=labels, template=args.template)
+        set_threads(args, tagger.clap)
+        categories = tag_categories(args.categories) if args.categories else {}
+        results = tagger.tag_stream(sources_of(names), args.top, args.threshold)
+        for name, (_, result) in zip(names, results, strict=True):
+            yield [(name, result if isinstance(result, Exception) else _Tags(result, categories))]
 
 
 @dataclass(frozen=True)
@@ -59,20 +74,3 @@ class _Tags:
 
     def to_dict(self) -> dict[str, Any]:
         return {"tags": [tag.to_dict() | self.categories.get(tag.name, {}) for tag in self.tags]}
-
-
-def _tagged(args: argparse.Namespace, names: list[str]) -> Iterator[tuple[str, Any]]:
-    """Each name with its tags, or the exception that reading it raised."""
-    from recap_hf.tagging import Tagger, tag_categories
-
-    be_quiet()
-    labels = None
-    if args.labels is not None:
-        lines = Path(args.labels).read_text(encoding="utf-8-sig").splitlines()
-        labels = [line.strip() for line in lines if line.strip()]
-    tagger = Tagger.from_pretrained(args.model, device=args.device, labels=labels, template=args.template)
-    set_threads(args, tagger.clap)
-    categories = tag_categories(args.categories) if args.categories else {}
-    results = tagger.tag_stream(sources_of(names), args.top, args.threshold)
-    for name, (_, result) in zip(names, results, strict=True):
-        yield name, result if isinstance(result, Exception) else _Tags(result, categories)

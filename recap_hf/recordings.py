@@ -13,12 +13,13 @@ AUDIO_SUFFIXES = frozenset((
 STANDARD_INPUT = "-"
 
 
-def expand_inputs(names: Sequence[str]) -> list[str]:
+def expand_inputs(names: Sequence[str], recursive: bool = True) -> list[str]:
     """The recordings that the names on a command line stand for.
 
     Args:
         names (`Sequence[str]`): files, folders (all entries with an audio suffix in them and below, sorted, without
             `._` files of macOS, pipes and devices), glob patterns, URLs, and `-` for standard input.
+        recursive (`bool`, *optional*, defaults to `True`): whether folders in folders are read, too.
 
     Raises:
         `ValueError`: if a folder has no recordings, a pattern matches nothing, or a name is empty.
@@ -31,7 +32,7 @@ def expand_inputs(names: Sequence[str]) -> list[str]:
         if name == STANDARD_INPUT or "://" in name or path.is_file():
             pass
         elif path.is_dir() and path.suffix.lower() not in AUDIO_SUFFIXES:
-            found = sorted(str(entry) for entry in path.rglob("*") if _may_be_recording(entry))
+            found = sorted(str(entry) for entry in path.glob("**/*" if recursive else "*") if _may_be_recording(entry))
             problem = f"no recordings in this folder (of {', '.join(sorted(AUDIO_SUFFIXES))})"
         elif glob.has_magic(name):
             found, problem = sorted(glob.glob(name, recursive=True)), "no file matches this pattern"

@@ -27,6 +27,15 @@ def caption_stream(
     captioner: Captioner, sources: Iterable[Any], batch_size: int = 8
 ) -> Iterator[tuple[Any, CaptionResult | Exception]]:
     """See `Captioner.caption_stream`."""
+    for group in caption_groups(captioner, sources, batch_size):
+        yield from group
+
+
+def caption_groups(
+    captioner: Captioner, sources: Iterable[Any], batch_size: int = 8
+) -> Iterator[list[tuple[Any, CaptionResult | Exception]]]:
+    """As `caption_stream`, in lists of what is captioned together. A run that goes on behind such a list gives the
+    same captions to the last digit."""
     waiting: list[tuple[Any, Any]] = []
     together = recordings_together(batch_size)
     for source, waveform in read_ahead(partial(_read, captioner), sources, 2 * together):
@@ -35,18 +44,18 @@ def caption_stream(
         seconds = sum(map(len, readable)) / captioner.sampling_rate
         whole = len(readable) and not len(readable) % batch_size
         if whole and (len(readable) >= together or seconds >= _SECONDS_TOGETHER):
-            yield from _caption_batch(captioner, waiting, batch_size)
+            yield _caption_group(captioner, waiting, batch_size)
             waiting = []
-    yield from _caption_batch(captioner, waiting, batch_size)
+    if waiting:
+        yield _caption_group(captioner, waiting, batch_size)
 
 
-def _caption_batch(
+def _caption_group(
     captioner: Captioner, waiting: list[tuple[Any, Any]], batch_size: int
-) -> Iterator[tuple[Any, CaptionResult | Exception]]:
+) -> list[tuple[Any, CaptionResult | Exception]]:
     waveforms = [one for _, one in waiting if not isinstance(one, Exception)]
     results = iter(captioner.caption(waveforms, batch_size))
-    for source, one in waiting:
-        yield source, one if isinstance(one, Exception) else next(results)
+    return [(source, one if isinstance(one, Exception) else next(results)) for source, one in waiting]
 
 
 def _read(captioner: Captioner, source: Any) -> np.ndarray | Exception:

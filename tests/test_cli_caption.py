@@ -16,6 +16,7 @@ from conftest import synthetic_clip
 from test_audio import BROKEN, encode
 
 from recap_cli import main
+from recap_hf import streaming
 from recap_hf.recordings import expand_inputs
 
 
@@ -163,15 +164,13 @@ def test_expansion(recordings):
 
 
 def test_an_interrupted_run_leaves_the_older_output_and_valid_json(capsys, recordings, model_folder, monkeypatch):
-    from recap_hf.modeling.captioning_recap import Captioner
+    complete = streaming.caption_groups
 
-    complete = Captioner.caption_stream
-
-    def interrupted(self, sources, batch_size):
-        yield next(iter(complete(self, sources, batch_size)))
+    def interrupted(captioner, sources, batch_size):
+        yield next(complete(captioner, sources, batch_size))[:1]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Captioner, "caption_stream", interrupted)
+    monkeypatch.setattr(streaming, "caption_groups", interrupted)
     arguments = [recordings, "--model", model_folder, "--max-new-tokens", 3]
     status, out, _ = run(capsys, *arguments, "--format", "json")
     assert status == 130

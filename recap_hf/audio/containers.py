@@ -1,5 +1,6 @@
 """Recordings that libsndfile does not read: m4a, webm and the audio tracks of videos, by PyAV, which brings FFmpeg."""
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from itertools import chain
@@ -70,6 +71,24 @@ def read_container(name: str, data: Any, reason: str, frames: int, is_cut: bool 
         raise ValueError(f"{name}: not a recording that can be read ({reason}; FFmpeg: {damage}).")
     if damage:
         warn_cut(name, read / rate, damage)
+
+
+def payload_hash(path: Any) -> str:
+    """SHA-256 of the encoded packets of all tracks of a file, whatever its metadata are.
+
+    Raises:
+        ValueError: for a file that FFmpeg cannot read to its end. ImportError: without PyAV.
+    """
+    if av is None:
+        raise ImportError('PyAV is needed: pip install "recap-hf[av]"')
+    digests: dict[int, Any] = {}
+    try:
+        with open(path, "rb") as data, av.open(data, options=_NOTHING_ELSE, metadata_errors="replace") as container:
+            for packet in container.demux():
+                digests.setdefault(packet.stream_index, hashlib.sha256()).update(bytes(packet))
+    except _ERRORS as error:
+        raise ValueError(f"{path}: damaged ({_reason(error)})") from error
+    return " ".join(f"{number}:{digest.hexdigest()}" for number, digest in sorted(digests.items()))
 
 
 def warn_cut(name: str, seconds: float, reason: str) -> None:

@@ -185,10 +185,15 @@ def read_cross_attention(path: str | Path) -> tuple[dict[str, torch.Tensor], dic
 
 # What belongs to a cross-attention: settings of the model and of the processor that it was trained with.
 _INTEGERS = ("cross_attention_reduce_factor", "pad_token_id", "bos_token_id", "eos_token_id")
-_CONFIG_SETTINGS: dict[str, type] = {"audio_position_embedding": str, **dict.fromkeys(_INTEGERS, int)}
+_CONFIG_SETTINGS: dict[str, type] = {
+    "audio_position_embedding": str,
+    "encoder_states": str,
+    **dict.fromkeys(_INTEGERS, int),
+}
 _TEXTS = ("prompt_template", "caption_separator", "prompt_without_captions", "target_prefix")
 _PROCESSOR_SETTINGS: dict[str, type] = {"num_retrieved_captions": int, **dict.fromkeys(_TEXTS, str)}
-_PROCESSOR_SETTINGS |= dict.fromkeys(("retrieval_diversity", "retrieval_score_threshold"), float)
+_FLOATS = ("retrieval_diversity", "retrieval_score_threshold", "projection_temperature")
+_PROCESSOR_SETTINGS |= dict.fromkeys(_FLOATS, float)
 
 
 def _has_processor(source: str | Path) -> bool:

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from recap_hf.modeling.configuration_recap import HIDDEN
 from recap_hf.modeling.encoder_recap import RecapClapEncoder
+from recap_hf.modeling.generation_recap import embedding_states
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.processing_recap import RecapProcessor
 from recap_hf.onnx_runtime import (
@@ -51,6 +53,7 @@ class AudioEncoderGraph(nn.Module):
         super().__init__()
         self.clap = copy.deepcopy(model.clap)
         self.position_embedding = model.config.audio_position_embedding
+        self.states = model.config.encoder_states
         if isinstance(self.clap, RecapClapEncoder):
             # RECAP encodes every window of a fused checkpoint as a short clip, which is its path without fusion. Only
             # that path is exported: the other one depends on the data, which a fixed graph cannot.
@@ -59,7 +62,8 @@ class AudioEncoderGraph(nn.Module):
             self.clap.audio_model.audio_encoder.patch_embed.enable_fusion = False
 
     def forward(self, input_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.clap.encode_windows(input_features.unsqueeze(1), self.position_embedding)
+        states, embeds = self.clap.encode_windows(input_features.unsqueeze(1), self.position_embedding)
+        return (states if self.states == HIDDEN else embedding_states(embeds)[:, None]), embeds
 
 
 class CrossAttentionGraph(nn.Module):
@@ -152,14 +156,17 @@ def export_onnx(source: str | Path, out: str | Path, overwrite: bool = False) ->
 
     Raises:
         ImportError: onnx and onnxscript are not installed.
-        ConversionError: the model asks for a generation that the runner does not know, is conditioned by a prefix, or
-            the graphs do not agree.
+        ConversionError: the model asks for a generation or a projection that the runner does not know, has no
+            cross-attention, or the graphs do not agree.
     """
     require_exporter()
     model = RecapForConditionalGeneration.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
     require_cross_attention(model.config, "the ONNX export")
     processor = RecapProcessor.from_pretrained(source)
     processor.check_model(model)
+    if processor.projection_temperature:
+        hint = "set projection_temperature to 0 in processor_config.json"
+        raise ConversionError(f"the ONNX runner does not project embeddings onto captions: {hint}")
     settings = _settings(model, processor)
     extractor = processor.feature_extractor
     mel_shape = extractor(np.zeros(1), sampling_rate=extractor.sampling_rate)["input_features"].shape[2:]

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, ClapConfig, ClapModel, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, ClapConfig, ClapModel, GPT2Config, GPT2LMHeadModel
 
+from recap_hf.modeling.configuration_recap import HIDDEN, RecapConfig
+from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
+from recap_hf.modeling.processing_recap import RecapProcessor
 
 from .state_dicts import ConversionError, check_complete, fill
 
@@ -66,6 +69,16 @@ def join_parts(
     return model.eval()
 
 
+def join_processors(
+    processor_class: type[RecapProcessor], clap: str | os.PathLike, decoder: str | os.PathLike, **settings: Any
+) -> RecapProcessor:
+    """See `RecapProcessor.from_clap_gpt2_pretrained`."""
+    parts = [{**AutoConfig.from_pretrained(name).to_dict(), "_name_or_path": ""} for name in (clap, decoder)]
+    tokenizers = [AutoTokenizer.from_pretrained(name) for name in (decoder, clap)]
+    settings = {"feature_extractor": RecapFeatureExtractor.from_clap_pretrained(clap), **settings}
+    return processor_class.from_config(RecapConfig(*parts), *tokenizers, **settings)
+
+
 def stock_parts(model: RecapForConditionalGeneration) -> tuple[nn.Module, GPT2LMHeadModel, dict[str, torch.Tensor]]:
     """`model` as its CLAP (a `ClapModel`, or the encoder's own class), a `GPT2LMHeadModel` without cross-attention,
     and the tensors in between.
@@ -90,9 +103,11 @@ def stock_decoder(model: RecapForConditionalGeneration) -> GPT2LMHeadModel:
     Its cross-attention is as wide as `add_cross_attention` makes it; what the factor saved is filled with zeros.
 
     Raises:
-        ConversionError: the encoder is not as wide as the decoder: the stock layer cannot read it.
+        ConversionError: the encoder is not as wide as the decoder, or its states are embeddings.
     """
     config = model.config
+    if config.encoder_states != HIDDEN:
+        raise ConversionError("stock GPT-2 reads hidden states; this captioner is conditioned on CLAP's embeddings")
     if config.encoder_hidden_size != config.decoder.n_embd:
         hint = f"these are {config.encoder_hidden_size} wide. Take the parts without the cross-attention inside."
         raise ConversionError(f"stock GPT-2 reads encoder states as wide as itself ({config.decoder.n_embd}); {hint}")

@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
-from .configuration_recap import loading
+from .configuration_recap import UNTRAINED, loading
 from .generation_recap import RecapEncoderOutput, until_end
 from .index_recap import from_package
 from .modeling_recap import RecapForConditionalGeneration
@@ -52,6 +52,7 @@ class CaptionResult:
         candidates (`list[dict]`, *optional*): `{"caption", "score"}` of the different captions to choose from, best
             first, where the caller asked for candidates, reranking (with `"similarity"`) or several sequences.
         token_ids (`list[int]`): of the caption, as the decoder generated it.
+        untrained (`bool`, *optional*): true with `conditioning="none"`: CLAP chose a retrieved or generated caption.
     """
 
     caption: str
@@ -61,6 +62,7 @@ class CaptionResult:
     similarity: float | None = None
     candidates: list[dict[str, Any]] | None = None
     token_ids: list[int] = field(default_factory=list, repr=False)
+    untrained: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are set, without the token ids, as plain data."""
@@ -166,11 +168,16 @@ class Captioner:
         waveform, rate = load_audio(source)
         return resample(to_mono(waveform, "The recording"), rate, self.sampling_rate)
 
-    def encode(self, waveforms: Sequence[np.ndarray]) -> RecapEncoderOutput:
-        """Hidden states and query embeddings of waveforms at `sampling_rate`."""
+    def encode(self, waveforms: Sequence[np.ndarray], **excluded: Any) -> RecapEncoderOutput:
+        """States and query embeddings of waveforms; `excluded`: of `recap_hf.datastore.projection.project`."""
         with evaluation_mode(self.model), torch.no_grad():
             options = {"sampling_rate": self.sampling_rate, "return_tensors": "pt", "device": self.model.device}
-            return self.model.encode_audio(**self.processor(audio=list(waveforms), **options))
+            encoding = self.model.encode_audio(**self.processor(audio=list(waveforms), **options))
+        temperature = self.processor.retrieval_options.merged_with(self.options).projection_temperature
+        if not temperature or self.datastore is None:
+            return encoding
+        package = from_package("datastore.projection", "`projection_temperature`")
+        return package.project_encoding(encoding, self.model.config, self.datastore, temperature, **excluded)
 
     def retrieve(self, encoding: RecapEncoderOutput) -> list[list[dict[str, Any]]]:
         """The captions nearest to each recording, `{"caption", "score", ...}`, most similar first."""
@@ -259,6 +266,10 @@ class Captioner:
         if rerank is not None:
             kwargs |= rerank.candidate_options(config)
         sequences, scores = self._search(encoding, prompts, kwargs)
+        untrained = self.model.config.conditioning == UNTRAINED or None
+        if untrained and rerank is not None:
+            with_retrieved = from_package("untrained", "an untrained captioner").with_retrieved
+            sequences, scores = with_retrieved(self, encoding, prompts, retrieved, sequences, scores)
         count = len(sequences) // len(retrieved)
         captions = self.processor.batch_decode(sequences)
         targets = sequences[:, prompts["decoder_input_ids"].shape[1] :]
@@ -275,6 +286,7 @@ class Captioner:
             best = order[0]
             hits = [{"caption": hit} if isinstance(hit, str) else hit for hit in hits]
             result = CaptionResult(captions[best], scores[best], hits, token_ids=targets[best].tolist())
+            result.untrained = untrained
             if count > 1 and asked:
                 result.candidates = _candidates(order, captions, scores, similarities)
             if similarities is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import ClapConfig, GPT2Config, PretrainedConfig
 
-from .encoder_recap import AUDIO_POSITIONS, SINUSOIDAL, RecapClapEncoder
+from .encoder_recap import AUDIO_POSITIONS, RecapClapEncoder
 from .mobilenet_clap_recap import MobileNetClapModel
 
 AUTO_MAP = {
@@ -23,8 +23,8 @@ AUTO_MAP = {
     "AutoProcessor": "processing_recap.RecapProcessor",
 }
 PIPELINE_TASK = "audio-captioning"
-CROSS_ATTENTION, PREFIX = "cross_attention", "prefix"
-CONDITIONINGS = (CROSS_ATTENTION, PREFIX)
+CROSS_ATTENTION, PREFIX, UNTRAINED = CONDITIONINGS = ("cross_attention", "prefix", "none")
+HIDDEN, EMBEDDING = ENCODER_STATES = ("hidden", "embedding")
 CUSTOM_PIPELINES = {
     PIPELINE_TASK: {
         "impl": "pipeline_recap.AudioCaptioningPipeline",
@@ -80,7 +80,10 @@ class RecapConfig(PretrainedConfig):
             GPT-2 small, the paper's figure (Section 3.1); 1 is the stock layer of `add_cross_attention`.
         conditioning (`str`, *optional*, defaults to `"cross_attention"`):
             How the decoder is conditioned on the audio: `"cross_attention"` (RECAP) or `"prefix"`, embeddings before
-            the prompt (after Kim et al., the paper's [6]); the decoder then has no cross-attention.
+            the prompt (after Kim et al., the paper's [6]); the decoder then has none of it. `"none"`: untrained.
+        encoder_states (`str`, *optional*, defaults to `"hidden"`):
+            What the decoder attends to: the audio tower's last hidden state (the paper) or `"embedding"`, for each
+            window its embedding in CLAP's joint space, which a caption's embedding can stand for in training.
         prefix_length (`int`, *optional*, defaults to 10): embeddings of the prefix.
         prefix_num_layers (`int`, *optional*, defaults to 2): layers of the network that maps audio to the prefix.
         audio_position_embedding (`str`, *optional*):
@@ -113,6 +116,7 @@ class RecapConfig(PretrainedConfig):
         conditioning: str = CROSS_ATTENTION,
         prefix_length: int = 10,
         prefix_num_layers: int = 2,
+        encoder_states: str = HIDDEN,
         audio_position_embedding: str | None = None,
         window_length_s: float | None = None,
         pad_token_id: int | None = None,
@@ -135,6 +139,7 @@ class RecapConfig(PretrainedConfig):
         self.conditioning = conditioning
         self.prefix_length = prefix_length
         self.prefix_num_layers = prefix_num_layers
+        self.encoder_states = encoder_states
         self.audio_position_embedding = audio_position_embedding
         self.window_length_s = encoder.window_seconds(self.clap) if window_length_s is None else window_length_s
         self.eos_token_id = self.decoder.eos_token_id if eos_token_id is None else eos_token_id
@@ -172,12 +177,12 @@ class RecapConfig(PretrainedConfig):
                 f"`cross_attention_reduce_factor` must be a positive integer that divides the decoder's head size: "
                 f"got {factor!r} for n_embd={width} and n_head={heads} (head size {width / heads:g})."
             )
-        if self.conditioning not in CONDITIONINGS:
-            raise ValueError(f"`conditioning` must be one of {', '.join(CONDITIONINGS)}, got {self.conditioning!r}.")
-        if self.audio_position_embedding not in AUDIO_POSITIONS:
-            raise ValueError(
-                f"`audio_position_embedding` must be None or {SINUSOIDAL!r}, got {self.audio_position_embedding!r}."
-            )
+        choices = {"conditioning": CONDITIONINGS, "encoder_states": ENCODER_STATES}
+        choices["audio_position_embedding"] = AUDIO_POSITIONS if self.encoder_states == HIDDEN else (None,)
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                fits = ", ".join(map(str, known)) + (" (of embeddings)" if known == (None,) else "")
+                raise ValueError(f"`{name}` must be one of {fits}, got {getattr(self, name)!r}.")
         for name in ("prefix_length", "prefix_num_layers"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -204,8 +209,9 @@ class RecapConfig(PretrainedConfig):
 
     @property
     def encoder_hidden_size(self) -> int:
-        """d, the width of the audio tower's last hidden state that the cross-attention reads."""
-        return encoder_class(self.clap).hidden_size(self.clap)
+        """d, the width of the states that the cross-attention reads."""
+        hidden = self.encoder_states == HIDDEN
+        return encoder_class(self.clap).hidden_size(self.clap) if hidden else self.clap.projection_dim
 
     @property
     def cross_attention_width(self) -> int:

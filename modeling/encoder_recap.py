@@ -81,11 +81,6 @@ class RecapClapEncoder(TextEmbedder, ClapModel):
         return audio.patch_embeds_hidden_size * 2 ** (len(audio.depths) - 1)
 
     @staticmethod
-    def audio_tower_name(config: ClapConfig) -> str:
-        """The audio tower in words, for cards."""
-        return "HTSAT audio tower" + (", fused" if config.audio_config.enable_fusion else "")
-
-    @staticmethod
     def grid(config: ClapConfig) -> tuple[int, int]:
         """(F, T): frequency bands and time cells of one window. State `band * T + cell` of a window belongs to them.
 

@@ -34,7 +34,7 @@ class RecapEncoderOutput(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_windows * positions, hidden_size)`):
             CLAP's last hidden state right before the projection (paper, Section 3.1), windows joined along time.
-            Within a window the positions run over the frequency bins first, then time, as CLAP lays them out.
+            Within a window the positions run over the frequency bins first, then time; of embeddings there is one.
         attention_mask (`torch.LongTensor` of shape `(batch_size, num_windows * positions)`):
             1 for the positions of a window that the clip has, 0 for padding.
         audio_embeds (`torch.FloatTensor` of shape `(batch_size, num_windows, projection_dim)`):
@@ -48,6 +48,11 @@ class RecapEncoderOutput(ModelOutput):
     def rows(self, rows: torch.LongTensor) -> RecapEncoderOutput:
         """The encoding of some clips, which may repeat."""
         return RecapEncoderOutput(**{name: None if part is None else part[rows] for name, part in self.items()})
+
+
+def embedding_states(embeds: Any) -> Any:
+    """Embeddings of unit length `(..., P)` as states for the decoder: scaled to variance 1, as hidden states are."""
+    return embeds * embeds.shape[-1] ** 0.5
 
 
 def states_mask(states: torch.Tensor) -> torch.LongTensor:
@@ -130,6 +135,8 @@ class RecapGenerationMixin(GenerationMixin):
                     "`decoder_attention_mask` from `processor.build_prompts(encoding.audio_embeds)`, or `processor`."
                 )
             processor.check_model(self)
+            if processor.projection_temperature:
+                raise ValueError("`generate` does not project embeddings: use `Captioner`, or `pipeline`.")
             prompts = processor.build_prompts(encoder_outputs.audio_embeds)
             kwargs |= {name: prompts[name] for name in ("decoder_input_ids", "decoder_attention_mask")}
         device = encoder_outputs.last_hidden_state.device

@@ -7,14 +7,13 @@ al., "MobileNets", arXiv 1704.04861). Its batch norms are folded into the convol
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import ClapTextConfig, ClapTextModel, PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.models.clap.modeling_clap import ClapOutput
 
 from .encoder_recap import SINUSOIDAL, TextEmbedder, sinusoidal_positions
 
@@ -148,17 +147,6 @@ class _Projection(nn.Module):
         return self.linear2(self.dropout(F.gelu(self.linear1(self.norm(states)))))
 
 
-@dataclass
-class MobileNetClapOutput(ModelOutput):
-    """Output of [`MobileNetClapModel`], with the names of `ClapModel`'s: scaled cosines of shape `(clips, texts)` and
-    `(texts, clips)`, L2-normalised embeddings of shape `(n, projection_dim)`."""
-
-    logits_per_audio: torch.Tensor | None = None
-    logits_per_text: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    audio_embeds: torch.Tensor | None = None
-
-
 class MobileNetClapModel(TextEmbedder, PreTrainedModel):
     """Audio and text in one space, and the classes that the audio tower tells apart; see the configuration."""
 
@@ -192,11 +180,6 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
     def hidden_size(config: MobileNetClapConfig) -> int:
         """d, the width of the states."""
         return _scaled(1024, config)
-
-    @staticmethod
-    def audio_tower_name(config: MobileNetClapConfig) -> str:
-        """The audio tower in words, for cards."""
-        return "MobileNet v1 audio tower"
 
     @staticmethod
     def grid(config: MobileNetClapConfig) -> tuple[int, int]:
@@ -271,11 +254,9 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
         mean = (states * mask).sum(dim=1) / mask.sum(dim=1)
         return F.normalize(self.text_projection(mean).float(), dim=-1)
 
-    def get_text_features(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """[`MobileNetClapModel.encode_text`]"""
-        return self.encode_text(input_ids, attention_mask)
+    def classify_features(self, features: torch.Tensor) -> torch.Tensor:
+        """Class probabilities of patches, `(N, n, d)` -> `(N, n, num_labels)`; zero where there is no sound."""
+        return self.classifier(features).float().sigmoid() * _holds_sound(features)
 
     def get_audio_features(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs: Any
@@ -290,15 +271,6 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
         total[mask.bool()] = embeds
         return F.normalize(total.sum(dim=1), dim=-1)
 
-    def classify(self, windows: torch.Tensor) -> torch.Tensor:
-        """Probabilities of the classes in each patch of windows, `(N, 1, num_frames, num_mel_bins)` -> `(N,
-        window_patches, num_labels)`; zero where there is no sound."""
-        return self.classify_features(self.audio_features(windows))
-
-    def classify_features(self, features: torch.Tensor) -> torch.Tensor:
-        """`classify` of `audio_features`."""
-        return self.classifier(features).float().sigmoid() * _holds_sound(features)
-
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -306,24 +278,16 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> MobileNetClapOutput:
-        """Similarities of clips and texts; for the arguments see `get_audio_features` and `get_text_features`."""
+    ) -> ClapOutput:
+        """Similarities of clips and texts; for the arguments see `get_audio_features` and `encode_text`."""
         texts = self.encode_text(input_ids, attention_mask)
         audio = self.get_audio_features(input_features, input_features_mask)
-        return MobileNetClapOutput(
+        return ClapOutput(
             logits_per_audio=audio @ texts.T * self.logit_scale_a.exp(),
             logits_per_text=texts @ audio.T * self.logit_scale_t.exp(),
             text_embeds=texts,
             audio_embeds=audio,
         )
-
-
-def clip_scores(probabilities: torch.Tensor) -> torch.Tensor:
-    """One score a class of patches' probabilities, `(N, n, classes)` -> `(N, classes)`: the mean of mean and maximum
-    over those with sound, whose probabilities are not zero."""
-    holds = _holds_sound(probabilities)
-    mean = probabilities.sum(dim=1) / holds.sum(dim=1).clamp(min=1)
-    return (mean + probabilities.amax(dim=1)) / 2
 
 
 def _holds_sound(features: torch.Tensor) -> torch.Tensor:
@@ -335,4 +299,4 @@ def _scaled(channels: int, config: MobileNetClapConfig) -> int:
     return max(8, round(channels * config.width_multiplier))
 
 
-__all__ = ["MobileNetClapConfig", "MobileNetClapModel", "MobileNetClapOutput"]
+__all__ = ["MobileNetClapConfig", "MobileNetClapModel"]

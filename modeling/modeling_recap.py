@@ -13,8 +13,16 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
-from .configuration_recap import PREFIX, RecapConfig, copy_remote_code, encoder_class, loading, push_arguments
-from .generation_recap import CACHE, RecapEncoderOutput, RecapGenerationMixin, one_cache, position_ids_of, states_mask
+from .configuration_recap import HIDDEN, PREFIX, RecapConfig, copy_remote_code, encoder_class, loading, push_arguments
+from .generation_recap import (
+    CACHE,
+    RecapEncoderOutput,
+    RecapGenerationMixin,
+    embedding_states,
+    one_cache,
+    position_ids_of,
+    states_mask,
+)
 from .index_recap import from_package
 from .options_recap import DECODING, RERANKING, CaptionOptions
 
@@ -178,7 +186,6 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
         # The parts share the composite's configuration objects, so that they cannot drift apart.
         self.clap.config, self.decoder.config = config.clap, config.decoder
         self.prefix_mapper = PrefixMapper(config) if config.conditioning == PREFIX else None
-        # Empty with a prefix.
         cross_attending = [block for block in self.decoder.transformer.h if config.decoder.add_cross_attention]
         for layer_idx, block in enumerate(cross_attending):
             block.crossattention = RecapCrossAttention(config, layer_idx)
@@ -271,7 +278,8 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
         """What lies between CLAP and GPT-2: the cross-attention of every block, or the mapper of the prefix."""
         if self.prefix_mapper is not None:
             return [self.prefix_mapper]
-        return [block.crossattention for block in self.decoder.transformer.h]
+        blocks = self.decoder.transformer.h if self.config.decoder.add_cross_attention else ()
+        return [block.crossattention for block in blocks]
 
     def conditioning_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained, whatever the conditioning."""
@@ -337,6 +345,8 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
             for chunk in windows.split(window_batch_size)
         ]
         state, embed = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+        if self.config.encoder_states != HIDDEN:
+            state = embedding_states(embed)[:, None].to(state)
         hidden = state.new_zeros(batch_size, num_windows, *state.shape[1:])
         hidden[mask] = state
         audio_embeds = embed.new_zeros(batch_size, num_windows, embed.shape[-1])
@@ -346,10 +356,6 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
             attention_mask=states_mask(hidden.flatten(1, 2)),
             audio_embeds=audio_embeds,
         )
-
-    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """CLAP's text embeddings, L2-normalised, float32, of shape `(batch_size, projection_dim)`."""
-        return self.clap.encode_text(input_ids, attention_mask)
 
     def embed_captions(self, captions: list[str], processor: Any, batch_size: int = 64) -> np.ndarray:
         """CLAP text embeddings of `captions`, float32 of shape `(len(captions), projection_dim)`, rows of unit length.
@@ -432,7 +438,8 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
         if self.prefix_mapper is None:
             names = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
             decoder_inputs = dict(zip(names, tokens, strict=True))
-            decoder_inputs |= {"encoder_hidden_states": states, "encoder_attention_mask": attention_mask}
+            if self.config.decoder.add_cross_attention:
+                decoder_inputs |= {"encoder_hidden_states": states, "encoder_attention_mask": attention_mask}
         else:
             if cache is None or cache.get_seq_length() == 0:
                 prefix = self.prefix_mapper(states, attention_mask)

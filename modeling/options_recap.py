@@ -55,6 +55,9 @@ class CaptionOptions:
         minimum=-1,
         maximum=1,
     )
+    projection_temperature: float | None = _option(
+        RETRIEVAL, float, "of the mean of captions that replaces an embedding of audio; 0: none", minimum=0
+    )
     num_beams: int | None = _option(DECODING, int, "number of beams", minimum=1)
     max_new_tokens: int | None = _option(DECODING, int, "longest caption in tokens", minimum=1)
     length_penalty: float | None = _option(DECODING, float, "above 0 favours long captions, below 0 short ones")

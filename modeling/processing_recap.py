@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 
 from .configuration_recap import AUTO_MAP, RecapConfig, copy_remote_code, encoder_class, loading, push_arguments
 from .feature_extraction_recap import RecapFeatureExtractor
+from .index_recap import from_package
 from .options_recap import PAPER_PROMPT, CaptionOptions, PromptTemplate
 from .retrieval_recap import MANIFEST_NAME, CaptionDatastore
 
@@ -40,6 +41,7 @@ class RecapProcessor(ProcessorMixin):
             Longest prompt. A longer one drops its farthest captions.
         retrieval_diversity (`float`, *optional*, defaults to 0), retrieval_score_threshold (`float`, *optional*):
             `diversity` and `score_threshold` of [`CaptionDatastore.search`]. Off by default.
+        projection_temperature (`float`, *optional*): see [`Captioner.encode`]. Off by default.
         datastore ([`CaptionDatastore`], *optional*): may be set later: `processor.datastore = store`.
 
     Example:
@@ -64,6 +66,7 @@ class RecapProcessor(ProcessorMixin):
         max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
         retrieval_diversity: float = 0.0,
         retrieval_score_threshold: float | None = None,
+        projection_temperature: float | None = None,
         **kwargs: Any,
     ) -> None:
         # Not a named argument: transformers would take it for a part of the processor and write it as JSON.
@@ -82,6 +85,7 @@ class RecapProcessor(ProcessorMixin):
         self.max_prompt_tokens = max_prompt_tokens
         self.retrieval_diversity = retrieval_diversity
         self.retrieval_score_threshold = retrieval_score_threshold
+        self.projection_temperature = projection_temperature
         super().__init__(feature_extractor, tokenizer, clap_tokenizer, **kwargs)
         self.prompt  # noqa: B018 (the template checks itself)
         self.retrieval_options  # noqa: B018 (and so do the options)
@@ -114,6 +118,20 @@ class RecapProcessor(ProcessorMixin):
         settings = {"max_prompt_tokens": longest, "datastore": datastore, **settings}
         return cls(feature_extractor, tokenizer, clap_tokenizer, **settings)
 
+    @classmethod
+    def from_clap_gpt2_pretrained(cls, clap: Any, decoder: Any, **settings: Any) -> RecapProcessor:
+        """The processor of the model that [`RecapForConditionalGeneration.from_clap_gpt2_pretrained`] makes.
+
+        Args:
+            clap, decoder (`str` or path): Hub ids or folders of a CLAP and a GPT-2, with their tokenizers.
+            settings: `datastore` and what else `from_config` takes.
+
+        Raises:
+            `OSError`: if there is no tokenizer. `ImportError`: where `recap_hf` is not installed.
+        """
+        stock = from_package("conversion.stock", "making a processor of a CLAP and a GPT-2")
+        return stock.join_processors(cls, clap, decoder, **settings)
+
     @property
     def prompt(self) -> PromptTemplate:
         """The words around the retrieved captions."""
@@ -126,6 +144,7 @@ class RecapProcessor(ProcessorMixin):
             k=self.num_retrieved_captions,
             retrieval_diversity=self.retrieval_diversity,
             retrieval_score_threshold=self.retrieval_score_threshold,
+            projection_temperature=self.projection_temperature,
         )
 
     @property

@@ -132,11 +132,6 @@ class CaptionDatastore:
             raise ValueError("Embeddings must be finite and not zero: a cosine similarity with them is undefined.")
         return cls(captions, embeddings / norms, fingerprint, keys)
 
-    @classmethod
-    def from_clips(cls, *args: Any, **kwargs: Any) -> CaptionDatastore:
-        """Moved to `recap_hf.datastore`."""
-        raise AttributeError("`CaptionDatastore.from_clips` is now `recap_hf.datastore.datastore_from_clips`.")
-
     def __deepcopy__(self, memo: Any) -> CaptionDatastore:
         # Files that are memory-mapped never change: copies share them.
         shared = isinstance(self.embeddings, (np.memmap, Int8Embeddings))

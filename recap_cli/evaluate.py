@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "predictions and scores; resumed if present"
     parser.add_argument("--output-dir", required=True, metavar="DIR", help=text)
     parser.add_argument("--overwrite", action="store_true", help="delete predictions of another run in the folder")
-    text = "recap, no_captions, random_captions, no_audio, audio_only, first_retrieved (default: all)"
+    text = "recap, no_captions, random_captions, no_audio, audio_only, first_retrieved (default: these), untrained, "
+    text += "tag_template"
     parser.add_argument("--systems", nargs="+", metavar="NAME", help=text)
     parser.add_argument("--no-scores", action="store_true", help="caption only")
     parser.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap (default 2000)")

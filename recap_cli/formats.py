@@ -90,7 +90,7 @@ class CaptionTextWriter(Writer):
             texts = (_one_line(cell) if isinstance(cell, str) else self.json(cell) for cell in cells)
             self.print("\t".join(map(printable, texts)) + "\n")
         else:
-            lines = [f"{self.name}: {row['caption']}"]
+            lines = [f"{self.name}: {row['caption']}" + ("  (untrained)" if row.get("untrained") else "")]
             lines += [f"    {hit['score']:.2f}  {_one_line(hit['caption'])}" for hit in row["retrieved"]]
             self.print("".join(f"{printable(line)}\n" for line in lines))
 

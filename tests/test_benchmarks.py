@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 
 import numpy as np
 import pytest
 import soundfile
+from conftest import synthetic_clip
 
-from benchmarks import captioning, named_events
+from benchmarks import captioning, named_events, text_only
 from benchmarks.naming import NamingRules, in_order, naming_scores
-from benchmarks.sound_events import mixture_hash, mixture_list, mixtures
+from benchmarks.sound_events import Item, mixture_hash, mixture_list, mixtures
+from recap_hf import Captioner, CaptionOptions
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 from recap_hf.scoring.bootstrap import bootstrap_intervals
 
@@ -118,3 +121,23 @@ def test_named_events(model, tmp_path, capsys):
         for figures in part.values():
             assert all(0 <= low <= value <= high <= 1 for value, low, high in figures.values())
     assert "| no audio " in capsys.readouterr().out
+
+
+def test_text_only_figures_are_those_of_the_captions(model, monkeypatch, tmp_path, capsys):
+    captioner = Captioner.from_pretrained(model, options=CaptionOptions(max_new_tokens=4))
+    items = [
+        Item(event, synthetic_clip(1.0, seed).astype(np.float64), (event,))
+        for seed, event in enumerate(("rain", "cello"))
+    ]
+    compared = dict.fromkeys(("with audio", "text only", "untrained"), captioner)
+    monkeypatch.setattr(text_only, "captioners", lambda args: compared)
+    monkeypatch.setattr(text_only, "test_sets", lambda args: {"single sounds": (items, NamingRules.ours())})
+    monkeypatch.setattr(text_only, "tag_sentences", lambda *given: ["The sound of rain", "The sound of rain and dog"])
+    text_only.evaluate_all(argparse.Namespace(work=tmp_path))
+    printed = capsys.readouterr().out
+    # Named rightly: rain; wrongly: rain and dog; missed: the cello.
+    assert re.search(r"\| tag template +\| 0\.400 ", printed)
+    assert re.search(r"text only, single sounds: .* minus untrained \+0\.000 \[\+0\.000, \+0\.000\]", printed)
+    rows = json.loads((tmp_path / "captions.json").read_text())["single sounds"]
+    assert [row["events"] for row in rows] == [["rain"], ["cello"]]
+    assert rows[0]["nearest caption"] in CAPTIONS and rows[0]["text only"] == rows[0]["with audio"]

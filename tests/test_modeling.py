@@ -109,7 +109,7 @@ def test_position_embedding_tells_the_time_of_each_state(tiny_model, tiny_proces
 
 
 def test_only_known_position_embeddings():
-    with pytest.raises(ValueError, match="`audio_position_embedding` must be None or 'sinusoidal', got 'learned'"):
+    with pytest.raises(ValueError, match="`audio_position_embedding` must be one of None, sinusoidal, got 'learned'"):
         RecapConfig(audio_position_embedding="learned")
 
 

@@ -241,7 +241,7 @@ def test_from_parts_of_a_captioner_with_cross_attention(tiny_model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"conditioning": "soft"}, "`conditioning` must be one of cross_attention, prefix, got 'soft'"),
+        ({"conditioning": "soft"}, "`conditioning` must be one of cross_attention, prefix, none, got 'soft'"),
         ({"conditioning": "prefix", "prefix_length": 0}, "`prefix_length` must be an integer of at least 1, got 0"),
         ({"conditioning": "prefix", "prefix_length": 256}, "has 256 positions for prefix, prompt and caption"),
     ],

@@ -18,8 +18,9 @@ from training_parts import make_tokenizer
 
 from recap_cli import main
 from recap_hf import RecapFeatureExtractor, default_model_path, examples_path
-from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapModel, clip_scores
+from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapModel
 from recap_hf.tagging import Tag, Tagger, tag_categories
+from recap_hf.training.tasks.contrastive import clip_scores
 
 RATE = 16_000
 WINDOW = 161_280
@@ -66,7 +67,7 @@ def recordings(tmp_path) -> Path:
 def patches_of(clap, extractor, window: np.ndarray) -> torch.Tensor:
     mel = extractor(window, sampling_rate=RATE, return_tensors="pt")["input_features"]
     with torch.no_grad():
-        return clap.classify(mel)
+        return clap.classify_features(clap.audio_features(mel))
 
 
 def runs_of(probabilities: np.ndarray, threshold: float, end: float) -> list[tuple[float, float]]:

@@ -192,5 +192,6 @@ def test_commands_train_caption_and_evaluate(start, capsys):
 
 
 def test_keeping_another_conditioning_is_refused(start, tmp_path):
-    with pytest.raises(ValueError, match="has, which is cross_attention: not together with --conditioning prefix"):
+    message = "has, which is cross_attention on hidden states: not together with another --conditioning"
+    with pytest.raises(ValueError, match=message):
         new_captioner(config(start, tmp_path, keep_cross_attention=True))

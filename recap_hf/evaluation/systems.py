@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 
 from recap_hf.modeling.audio_recap import SILENCE_CAPTION, is_silent
 from recap_hf.modeling.captioning_recap import Captioner, CaptionResult, load_pretrained
+from recap_hf.modeling.configuration_recap import UNTRAINED
 from recap_hf.modeling.options_recap import DECODING, NO_RERANKING, RERANKING, CaptionOptions
 from recap_hf.modeling.retrieval_recap import normalize_clip_id, normalize_text
+from recap_hf.tagging import Tagger
+from recap_hf.training.tasks.bases import plain_gpt2
 
 MAIN_SYSTEM = "recap"
 # Name: description, printed under every table.
@@ -22,10 +26,14 @@ SYSTEMS: dict[str, str] = {
     "no_audio": "retrieved captions in the prompt, the encoder's states all zero",
     "audio_only": "no prompt: the decoder starts from its end-of-text token, with audio",
     "first_retrieved": "the first retrieved caption, nothing generated",
+    "untrained": "no cross-attention: CLAP chooses among retrieved captions and what the language model makes of them",
+    "tag_template": "a sentence of the classes that the CLAP's classification head finds",
 }
 _PROMPT_SETTINGS = ["prompt_template", "caption_separator", "prompt_without_captions", "target_prefix"]
 _PROMPT_SETTINGS += ["max_prompt_tokens"]
-NEED_DATASTORE = ("random_captions", "first_retrieved")
+NEED_DATASTORE = ("random_captions", "first_retrieved", "untrained")
+# Systems for a captioner without paired audio: only where they are named.
+ASKED_FOR = ("untrained", "tag_template")
 _EARLIER_NAMES = {"no_retrieval": "no_captions", "audio_hidden": "no_audio"}
 
 
@@ -73,6 +81,8 @@ class Systems:
         kept = {**captioner.options.to_dict(), "rerank": NO_RERANKING, "candidates": None, "rerank_weight": None}
         parts, given = (captioner.model, captioner.processor), captioner.generate_kwargs
         self._without_audio = Captioner(*parts, options=CaptionOptions(**kept), generate_kwargs=given)
+        self._untrained: Captioner | None = None
+        self._tagger: Tagger | None = None
         self.retrieval = captioner.processor.retrieval_options.merged_with(captioner.options)
 
     def check(self, systems: Sequence[str] | None) -> list[str]:
@@ -83,7 +93,8 @@ class Systems:
         """
         has_datastore = self.captioner.datastore is not None
         if systems is None:
-            return [name for name in SYSTEMS if has_datastore or name not in NEED_DATASTORE]
+            possible = [name for name in SYSTEMS if has_datastore or name not in NEED_DATASTORE]
+            return [name for name in possible if name not in ASKED_FOR]
         for name in systems:
             if name in _EARLIER_NAMES:
                 raise ValueError(f"the system {name} is now called {_EARLIER_NAMES[name]}")
@@ -91,6 +102,8 @@ class Systems:
                 raise ValueError(f"unknown system {name!r}: expected some of {', '.join(SYSTEMS)}")
             if name in NEED_DATASTORE and not has_datastore:
                 raise ValueError(f"the system {name} needs a datastore, and the captioner has none (--datastore)")
+        if "tag_template" in systems:
+            self._tagger = Tagger(self.captioner.model.clap, self.captioner.processor.feature_extractor)
         return list(dict.fromkeys(systems))
 
     def caption(
@@ -109,14 +122,19 @@ class Systems:
         if not rows:
             return results
         sounding, ids = [waveforms[row] for row in rows], [clip_ids[row] for row in rows]
-        encode = partial(self.captioner.encode, sounding)
-        encoding = self.encodings.encode(self._clap, sounding, encode) if self.encodings else encode()
         texts = [references[row] for row in rows] if self.exclude_references else None
+        excluded = {"exclude_clip_ids": ids, "exclude_texts": texts}
+        encode = partial(self.captioner.encode, sounding, **excluded)
+        # States that were projected onto one captioner's datastore are not another's.
+        shared = self.encodings and not self.retrieval.projection_temperature
+        encoding = self.encodings.encode(self._clap, sounding, encode) if shared else encode()
         given = {"datastore": self.captioner.datastore, "options": self.captioner.options}
-        given |= {"exclude_clip_ids": ids, "exclude_texts": texts}
-        retrieved = self.captioner.processor.retrieve(encoding.audio_embeds, **given)
+        retrieved = self.captioner.processor.retrieve(encoding.audio_embeds, **given, **excluded)
         for name in systems:
-            found = self._caption_as(name, encoding, retrieved, ids)
+            if name == "tag_template":
+                found = [self._tag_sentence(waveform) for waveform in sounding]
+            else:
+                found = self._caption_as(name, encoding, retrieved, ids)
             for row, result in zip(rows, found, strict=True):
                 results[name][row] = result
         return results
@@ -127,6 +145,8 @@ class Systems:
             first = [(hits or [{"caption": "", "score": 0.0}])[0] for hits in retrieved]
             pairs = zip(first, retrieved, strict=True)
             return [CaptionResult(hit["caption"], hit["score"], hits) for hit, hits in pairs]
+        if name == "untrained":
+            return self._assembly().generate(encoding, retrieved)
         if name == "random_captions":
             retrieved = [self._random_captions(clip_id) for clip_id in clip_ids]
         if name == "no_audio":
@@ -141,6 +161,25 @@ class Systems:
         if name == "no_captions":
             return self.captioner.with_options(CaptionOptions(k=0)).generate(encoding, nothing)
         return self.captioner.generate(encoding, retrieved)
+
+    def _assembly(self) -> Captioner:
+        """The captioner's CLAP and language model as `recap assemble` puts them together."""
+        if self._untrained is None:
+            captioner = self.captioner
+            parts = (captioner.model.clap, plain_gpt2(captioner.model))
+            model = type(captioner.model).from_clap_gpt2_pretrained(*parts, conditioning=UNTRAINED)
+            model.generation_config = captioner.model.generation_config
+            options = captioner.options.merged_with(CaptionOptions(rerank="clap", num_beams=4, rerank_weight=inf))
+            given = (model.to(captioner.model.device), captioner.processor, captioner.datastore, options)
+            self._untrained = Captioner(*given)
+        return self._untrained
+
+    def _tag_sentence(self, waveform: np.ndarray) -> CaptionResult:
+        """The names of up to three classes, each to its first comma, in a sentence."""
+        [tags] = self._tagger.tag([waveform], top=3)
+        names = [tag.name.partition(",")[0].lower() for tag in tags]
+        score = tags[0].probability if tags else 0.0
+        return CaptionResult(f"The sound of {' and '.join(names) or 'something'}", score, [])
 
     def _random_captions(self, clip_id: str) -> list[dict[str, Any]]:
         """k different captions of other clips, the same for a clip in every run with this seed."""

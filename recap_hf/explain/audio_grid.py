@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from recap_hf.modeling.configuration_recap import encoder_class
+from recap_hf.modeling.configuration_recap import EMBEDDING, encoder_class
 
 # Sampled moments per cell in `to_clip`: 64 are 5 ms apart in CLAP's cells of 0.31 s.
 _SAMPLES_PER_CELL = 64
@@ -19,7 +19,7 @@ class AudioGrid:
     The encoder divides each window into bands and time cells: 2 x 32 for CLAP's windows of 10 s, so that a cell spans
     half of the mel bins and 0.31 s. A short recording is repeated in its window (`repeatpad`), a long one is divided
     into windows of which the last two may overlap. So several cells may encode the same moment of the recording;
-    [`AudioGrid.to_clip`] merges them.
+    [`AudioGrid.to_clip`] merges them. A captioner on embeddings has one state a window, a grid of 1 x 1.
 
     Args:
         num_bands, num_cells (`int`): F and T of one window; its state `band * T + cell` belongs to them.
@@ -48,6 +48,8 @@ class AudioGrid:
             num_samples (`int`): length of the recording at the extractor's sampling rate.
         """
         num_bands, num_cells = encoder_class(config.clap).grid(config.clap)
+        if config.encoder_states == EMBEDDING:
+            num_bands = num_cells = 1
         rate = feature_extractor.sampling_rate
         return cls(
             num_bands=num_bands,

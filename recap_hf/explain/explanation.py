@@ -165,7 +165,7 @@ def explain_caption(
 
     Raises:
         `ValueError`: for an unknown method, an empty `caption`, empty audio, or a model without cross-attention
-            (`conditioning="prefix"`).
+            (`conditioning="prefix"` or `"none"`).
 
     Example:
         >>> explanation = explain_caption(Captioner.from_pretrained(), waveform, sampling_rate=44_100)
@@ -176,7 +176,8 @@ def explain_caption(
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
     if not model.config.decoder.add_cross_attention:
-        raise ValueError("Explanations need a model with cross-attention; this model is conditioned by a prefix.")
+        found = f"this one has conditioning={model.config.conditioning!r}"
+        raise ValueError(f"Explanations need a model with cross-attention; {found}.")
     if caption is not None and not caption.strip():
         raise ValueError("`caption` is empty: there is no word to explain.")
     rate = captioner.sampling_rate

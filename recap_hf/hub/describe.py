@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from transformers import ClapConfig
 
 from recap_hf.modeling.configuration_recap import RecapConfig, encoder_class
 from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
@@ -89,11 +90,17 @@ def encoder_text(config: RecapConfig) -> str:
     """The CLAP of a checkpoint, in words."""
     text = config.clap.text_config
     return (
-        f"CLAP: {encoder_class(config.clap).audio_tower_name(config.clap)} (hidden states of width "
-        f"{config.encoder_hidden_size}), text tower "
+        f"CLAP: {_audio_tower(config.clap)} (hidden states of width "
+        f"{encoder_class(config.clap).hidden_size(config.clap)}), text tower "
         f"({text.num_hidden_layers} layers of width {text.hidden_size}), shared embeddings of "
         f"{config.clap.projection_dim} dimensions"
     )
+
+
+def _audio_tower(clap: Any) -> str:
+    if not isinstance(clap, ClapConfig):
+        return {"mobilenet_clap": "MobileNet v1 audio tower"}.get(clap.model_type, f"{clap.model_type} audio tower")
+    return "HTSAT audio tower" + (", fused" if clap.audio_config.enable_fusion else "")
 
 
 def conditioning_part(config: RecapConfig, num_parameters: int) -> dict[str, str]:
@@ -106,9 +113,13 @@ def conditioning_part(config: RecapConfig, num_parameters: int) -> dict[str, str
             "part that is trained"
         )
         return {"prefix": text}
+    if config.conditioning == "none":
+        return {"conditioning": "untrained: GPT-2 is given the prompt alone, CLAP chooses the caption"}
     factor = config.cross_attention_reduce_factor
     share = "the decoder's own" if factor == 1 else f"the decoder's divided by {factor}"
     text = f"in every layer, of width {config.cross_attention_width} ({share}){number}: the part that RECAP trains"
+    if config.encoder_states == "embedding":
+        text += "; it attends to one vector for each window, the embedding that CLAP shares with captions"
     if config.audio_position_embedding:
         text += f"; {config.audio_position_embedding} position embeddings give it the time of each hidden state"
     return {"cross-attention": text}

@@ -29,6 +29,7 @@ class PromptOptions:
         audio_dropout: share of rows whose audio is hidden.
         prompt_dropout: share of rows that get no captions in their prompt.
         seed: of the draws.
+        embedding_noise: see `with_noise`; of embeddings, drawn anew for each row and epoch.
     """
 
     k: int
@@ -38,6 +39,7 @@ class PromptOptions:
     audio_dropout: float = 0.0
     prompt_dropout: float = 0.0
     seed: int = 0
+    embedding_noise: float = 0.0
 
 
 def with_targets(clips: Sequence[Clip], processor: Any, max_caption_tokens: int) -> list[Clip]:
@@ -50,6 +52,20 @@ def with_targets(clips: Sequence[Clip], processor: Any, max_caption_tokens: int)
     end = processor.tokenizer.eos_token_id
     cut = slice(max_caption_tokens)
     return [replace(clip, targets=[[*next(tokens)[cut], end] for _ in clip.captions]) for clip in clips]
+
+
+def with_noise(embeds: np.ndarray, width: float, rng: np.random.Generator) -> np.ndarray:
+    """Embeddings `(n, P)` with Gaussian noise; their lengths stay.
+
+    Args:
+        embeds: of any length; `width` is that of the noise in each dimension on an embedding of length 1.
+        width: standard deviation.
+        rng: draws it.
+    """
+    lengths = np.linalg.norm(embeds.astype(np.float32), axis=-1, keepdims=True)
+    noised = embeds + width * lengths * rng.standard_normal(embeds.shape, dtype=np.float32)
+    noised *= lengths / np.maximum(np.linalg.norm(noised, axis=-1, keepdims=True), 1e-12)
+    return noised.astype(embeds.dtype)
 
 
 @dataclass
@@ -93,6 +109,8 @@ class PromptedCaptions(Dataset):
         states = None
         if self.features is not None:
             states = np.concatenate(self.features.read(clip.key, "states"))
+            if self.options.embedding_noise:
+                states = with_noise(states, self.options.embedding_noise, self._rng(row, key.epoch, 4))
             states = np.zeros_like(states) if self.audio_is_hidden(row, key.epoch) else states
         return Example(prompt.numpy(), [clip.targets[caption] for caption in row.captions], states, key.weight)
 

@@ -126,7 +126,7 @@ class TrainingConfig:
         self.check()
         if not self.output_dir:
             raise ValueError("no --output-dir given: the folder for the trained model")
-        if not self.dataset:
+        if not self.dataset and not getattr(self, "text_only", ()):
             raise ValueError(f"no --dataset given: one of {', '.join(NAMED_DATASETS)}, or a Hub id")
         return self
 

@@ -101,11 +101,9 @@ def load_splits(config: TrainingConfig) -> dict[str, CaptionData]:
     splits, share = {"train": load(config.train_split)}, config.validation_share
     if share:
         whole, count = splits["train"], len(splits["train"].dataset)
-        order, held = np.random.default_rng([config.seed, 2]).permutation(count), max(1, round(share * count))
-        if held >= count:
-            raise ValueError(f"--validation-share {share} of {count} clips leaves none to train on")
-        splits = {"train": CaptionData(whole.dataset.select(np.sort(order[held:])), whole.problems)}
-        splits["validation"] = CaptionData(whole.dataset.select(np.sort(order[:held])))
+        rows = held_out(count, config)
+        splits = {"train": CaptionData(whole.dataset.select(rows["train"]), whole.problems)}
+        splits["validation"] = CaptionData(whole.dataset.select(rows["validation"]))
     elif config.validation_split != "none":
         try:
             splits["validation"] = load(config.validation_split)
@@ -117,6 +115,15 @@ def load_splits(config: TrainingConfig) -> dict[str, CaptionData]:
         if limits[split]:
             data.dataset = data.dataset.take(min(limits[split], len(data.dataset)))
     return splits
+
+
+def held_out(count: int, config: TrainingConfig) -> dict[str, np.ndarray]:
+    """Which of `count` clips are in `train` and in `validation`, with `validation_share`; the same in every run."""
+    order = np.random.default_rng([config.seed, 2]).permutation(count)
+    held = max(1, round(config.validation_share * count))
+    if held >= count:
+        raise ValueError(f"--validation-share {config.validation_share} of {count} clips leaves none to train on")
+    return {"train": np.sort(order[held:]), "validation": np.sort(order[:held])}
 
 
 def clips_of(data: CaptionData, keys: list[str | None] | None = None) -> list[Clip]:

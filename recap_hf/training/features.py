@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from recap_hf.data.schema import Problem
 from recap_hf.files import replacing, write_text
 from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
+from recap_hf.modeling.configuration_recap import HIDDEN
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,10 @@ def encoder_identity(model: Any, feature_extractor: Any) -> dict[str, Any]:
     """All that encoded audio depends on: a hash of the audio tower's weights, their dtype, what is added to the hidden
     states, and the settings of the mel spectrogram."""
     weights = weights_hash(model.clap, "audio_model", "audio_projection")
-    positions = {"audio_position_embedding": model.config.audio_position_embedding}
+    config = model.config
+    positions = {"audio_position_embedding": config.audio_position_embedding}
+    # Features of hidden states that were stored before there were others keep their identity.
+    positions |= {"encoder_states": config.encoder_states} if config.encoder_states != HIDDEN else {}
     return mel_identity(feature_extractor) | positions | {"weights": weights}
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 import torch
 
-from recap_hf.modeling.mobilenet_clap_recap import clip_scores
+from recap_hf.training.tasks.contrastive import clip_scores
 
 RATE = 16_000
 MAX_SECONDS = 10.0
@@ -119,7 +119,8 @@ def teacher_scores(model: object, extractor: object, waveforms: Iterable[np.ndar
     """
     for waveform in waveforms:
         windows = extractor(waveform, sampling_rate=RATE, return_tensors="pt")["input_features"][0]
-        yield clip_scores(model.classify(windows[:, None]).flatten(0, 1)[None])[0].numpy()
+        probabilities = model.classify_features(model.audio_features(windows[:, None]))
+        yield clip_scores(probabilities.flatten(0, 1)[None])[0].numpy()
 
 
 def plan_mixtures(

@@ -26,7 +26,8 @@ from transformers import (
 from transformers.utils import cached_file
 
 from recap_hf import RecapFeatureExtractor, RecapForConditionalGeneration, RecapProcessor, default_model_path
-from recap_hf.modeling.configuration_recap import encoder_class
+from recap_hf.modeling.configuration_recap import EMBEDDING, HIDDEN, UNTRAINED, encoder_class
+from recap_hf.modeling.encoder_recap import SINUSOIDAL
 
 from ..config import TrainingConfig, option, other_default
 from ..loss import checkpoint_activations, fuse_activations
@@ -185,10 +186,10 @@ def load_gpt2(name: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
     captioner = _load_captioner(name)
     if captioner is None:
         return GPT2LMHeadModel.from_pretrained(name, dtype="float32"), AutoTokenizer.from_pretrained(name)
-    return _plain_gpt2(captioner[0]), captioner[1].tokenizer
+    return plain_gpt2(captioner[0]), captioner[1].tokenizer
 
 
-def _plain_gpt2(captioner: Any) -> GPT2LMHeadModel:
+def plain_gpt2(captioner: Any) -> GPT2LMHeadModel:
     """The language model of a captioner without its cross-attention."""
     plain = GPT2LMHeadModel(GPT2Config(**{**captioner.config.decoder.to_dict(), "add_cross_attention": False}))
     plain.load_state_dict(captioner.decoder.state_dict(), strict=False)
@@ -218,26 +219,35 @@ def new_captioner(config: CaptionerTrainingConfig) -> tuple[Any, Any]:
     if config.clap:
         clap, clap_tokenizer, extractor = load_clap(config.clap, with_texts=True)
         gpt2, tokenizer = load_gpt2(config.decoder)
-        model = _combine(clap, gpt2, config)
+        model = _combine(clap, gpt2, config, encoder_states=_encoder_states(config) or HIDDEN)
         processor = RecapProcessor.from_config(model.config, tokenizer, clap_tokenizer, feature_extractor=extractor)
     else:
         captioner = _load_captioner(config.model or "embedded")
         if captioner is None:
             raise ValueError(f"--model {config.model} is no RECAP checkpoint: give its parts by --clap and --decoder")
         model, processor = captioner
-        keep = bool(config.model) if config.keep_cross_attention is None else config.keep_cross_attention
-        if not keep or config.conditioning not in ("", model.config.conditioning):
-            if config.keep_cross_attention:
-                kept = f"what the checkpoint has, which is {model.config.conditioning}"
-                other = f"not together with --conditioning {config.conditioning}"
-                raise ValueError(f"--keep-cross-attention continues with {kept}: {other}")
+        keep, found = config.keep_cross_attention, model.config
+        other = config.conditioning not in ("", found.conditioning) or found.conditioning == UNTRAINED
+        other = other or _encoder_states(config) not in ("", found.encoder_states)
+        if other or not (bool(config.model) if keep is None else keep):
+            if keep:
+                kept = f"what the checkpoint has, which is {found.conditioning} on {found.encoder_states} states"
+                flags = "not together with another --conditioning, --encoder-states or --text-only"
+                raise ValueError(f"--keep-cross-attention continues with {kept}: {flags}")
             model = _with_new_conditioning(model, processor, config)
+    if config.audio_position_embedding == SINUSOIDAL and model.config.encoder_states == EMBEDDING:
+        raise ValueError("--audio-position-embedding goes with hidden states: an embedding of a window has no places")
     if config.audio_position_embedding:
         wanted = config.audio_position_embedding
         model.config.audio_position_embedding = None if wanted == "none" else wanted
     processor.num_retrieved_captions = config.num_retrieved
     processor.retrieval_diversity = config.retrieval_diversity
+    processor.projection_temperature = config.projection_temperature
     return model.eval(), processor
+
+
+def _encoder_states(config: CaptionerTrainingConfig) -> str:
+    return EMBEDDING if config.text_only else config.encoder_states
 
 
 def _combine(clap: Any, decoder: Any, config: CaptionerTrainingConfig, **settings: Any) -> Any:
@@ -250,11 +260,13 @@ def _combine(clap: Any, decoder: Any, config: CaptionerTrainingConfig, **setting
 
 def _with_new_conditioning(model: Any, processor: Any, config: CaptionerTrainingConfig) -> Any:
     """The same CLAP and language model with untrained conditioning; the processor leaves room for a prefix."""
-    names = ["window_length_s", "audio_position_embedding", "pad_token_id", "bos_token_id", "eos_token_id"]
-    if config.conditioning in ("", model.config.conditioning):
+    names = ["window_length_s", "pad_token_id", "bos_token_id", "eos_token_id"]
+    states = _encoder_states(config) or model.config.encoder_states
+    names += ["audio_position_embedding"] if states == HIDDEN else []
+    if config.conditioning in ("", model.config.conditioning) and model.config.conditioning != UNTRAINED:
         names += ["conditioning", "cross_attention_reduce_factor", "prefix_length", "prefix_num_layers"]
     kept = {name: getattr(model.config, name) for name in names}
-    changed = _combine(model.clap, _plain_gpt2(model), config, **kept)
+    changed = _combine(model.clap, plain_gpt2(model), config, encoder_states=states, **kept)
     changed.generation_config = model.generation_config
     processor.max_prompt_tokens += model.config.prefix_places - changed.config.prefix_places
     return changed

@@ -20,6 +20,7 @@ from recap_hf.files import write_text
 from recap_hf.hub import PushOptions, push_checkpoint
 from recap_hf.hub.facts import FACTS_FILE
 from recap_hf.hub.prepare import prepare_folder
+from recap_hf.modeling.configuration_recap import ENCODER_STATES, HIDDEN
 
 from ..collator import PromptedCaptions
 from ..config import AT_LEAST_1, SHARE, AudioTrainingConfig, option
@@ -27,6 +28,7 @@ from ..data import DataSummary, load_encoded, load_splits
 from ..features import AudioTower
 from ..loss import CaptionLoss
 from ..neighbours import Query, find_neighbours
+from ..text_only import PUBLISHED_NOISE, measured_noise, text_clips, text_store
 from .bases import new_captioner, prepare_for_training
 from .prompted import PromptConfig, PromptedTask
 
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # Names of `--datastore`: the training captions, found by their text or by the audio of their clips.
 TRAINING, TRAINING_BY_AUDIO = "training", "training-audio"
+_CONDITIONED_ON = {False: "recordings", True: "embeddings of captions alone: no audio was used"}
 CONDITIONING_NAMES = {"cross_attention": "cross-attention", "prefix": "mapping network of the prefix"}
 
 
@@ -41,6 +44,9 @@ CONDITIONING_NAMES = {"cross_attention": "cross-attention", "prefix": "mapping n
 class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
     """Every setting of a captioner's training. Names are flags (`--learning-rate`) and keys of a recipe file."""
 
+    text_only: list[str] = option(
+        "data", [], "captions to train on without audio, instead of --dataset: what `recap datastore build` reads"
+    )
     model: str = option("model", "", "RECAP checkpoint to start from (default: the embedded model's bases)")
     clap: str = option("model", "", "CLAP checkpoint; with --decoder, cross-attention is new (the paper's case)")
     decoder: str = option("model", "", "GPT-2 checkpoint, with --clap")
@@ -53,6 +59,12 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
     audio_position_embedding: str = option(
         "model", "", "time that is added to encoder states (default: as loaded)", choices=["", "none", "sinusoidal"]
     )
+    encoder_states: str = option(
+        "model",
+        "",
+        "the audio tower's hidden states, or CLAP's embeddings (default: as loaded; with --text-only embeddings)",
+        choices=["", *ENCODER_STATES],
+    )
     keep_cross_attention: bool | None = option(
         "model", None, "continue with the checkpoint's cross-attention or prefix (default: with --model)"
     )
@@ -62,6 +74,22 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
         ["training"],
         "'training' (the training captions), 'training-audio' (the same, found by the audio of their clips), or "
         "folder or Hub id; of several, each epoch uses the next one",
+    )
+    embedding_noise: float | None = option(
+        "prompts",
+        None,
+        "width of Gaussian noise on embeddings (default: with --text-only that of --noise-pairs, else 0.126; else 0)",
+        check=(lambda value: value is None or value >= 0, "0 or more"),
+    )
+    noise_pairs: str = option(
+        "prompts", "", "audiofolder of a few recordings with captions: the noise is as wide as the gap between them"
+    )
+    projection_temperature: float | None = option(
+        "prompts",
+        None,
+        "with --text-only, in captioning: a recording's embedding is replaced by the mean of those of the datastore's "
+        "nearest captions, weighted by a softmax of this temperature (default: not)",
+        check=(lambda value: value is None or value > 0, "more than 0"),
     )
     audio_dropout: float = option("prompts", 0.0, "share of examples whose audio is hidden", check=SHARE)
     share_prompts: bool = option("optimisation", False, "the captions of a clip together, behind one prompt")
@@ -76,6 +104,11 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
             raise ValueError("--clap and --decoder go together: a captioner needs both (or --model, which has both)")
         if self.clap and self.model:
             raise ValueError("give either --model, or --clap and --decoder")
+        if self.text_only and (self.dataset or self.encoder_states == HIDDEN or TRAINING_BY_AUDIO in self.datastore):
+            without = "--dataset, --encoder-states hidden and --datastore training-audio"
+            raise ValueError(f"--text-only trains on embeddings of captions, not together with {without}")
+        if not self.text_only and (self.noise_pairs or self.projection_temperature):
+            raise ValueError("--noise-pairs and --projection-temperature go with --text-only")
         if {TRAINING, TRAINING_BY_AUDIO} <= set(self.datastore):
             raise ValueError("--datastore takes the training captions once: either 'training' or 'training-audio'")
 
@@ -91,6 +124,18 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
         prepare_for_training(model, self)
         return CaptionerTask(self, accelerator, model, processor, *corpus)
 
+    def noise(self, model: Any, processor: Any) -> float:
+        """Width of the noise on embeddings.
+
+        Raises:
+            ValueError: if noise is asked for and the model is conditioned on hidden states.
+        """
+        if self.embedding_noise and model.config.encoder_states == HIDDEN:
+            raise ValueError("--embedding-noise needs --encoder-states embedding: noise on hidden states says nothing")
+        if self.embedding_noise is not None or not self.text_only:
+            return self.embedding_noise or 0.0
+        return measured_noise(self.noise_pairs, model, processor) if self.noise_pairs else PUBLISHED_NOISE
+
 
 def build_corpus(
     config: CaptionerTrainingConfig, model: Any, processor: Any
@@ -100,10 +145,20 @@ def build_corpus(
     Returns:
         The examples by split; the datastore that is saved with the captioner, None without retrieval; and the counts.
     """
-    with PartialState().main_process_first():
-        splits = load_splits(config)
-    clips, store, summary = load_encoded(config, AudioTower(model, processor), splits)
     cache, fingerprint = config.cache_folder(), model.embed_fingerprint(processor)
+    noise = config.noise(model, processor)
+    if config.text_only:
+        clips, summary = text_clips(config, config.text_only, config.share_prompts), DataSummary()
+        stores = {}
+        for split, own in clips.items():
+            summary.add(split, own)
+            records = [record for clip in own for record in clip.records()]
+            stores[split] = _store_by_text(records, model, processor, fingerprint, cache)
+        store = text_store(clips, stores, noise, config.seed)
+    else:
+        with PartialState().main_process_first():
+            splits = load_splits(config)
+        clips, store, summary = load_encoded(config, AudioTower(model, processor), splits)
     records = [record for clip in clips["train"] for record in clip.records()]
 
     def open_store(name: str) -> Any:
@@ -120,9 +175,14 @@ def build_corpus(
     datastores, examples = [open_store(name) for name in config.datastore if config.num_retrieved], {}
     top = config.draw_from or config.num_retrieved
     for split, own in clips.items():
-        queries = [Query(store.read(clip.key, "embeds"), clip.clip_id, tuple(clip.captions)) for clip in own]
+        texts: dict[str, list[str]] = {}
+        for clip in own:
+            texts.setdefault(clip.clip_id, []).extend(clip.captions)
+        queries = [Query(store.read(clip.key, "embeds"), clip.clip_id, tuple(texts[clip.clip_id])) for clip in own]
         tables = [find_neighbours(each, queries, top, cache, config.retrieval_diversity) for each in datastores]
-        examples[split] = config.examples(split, own, processor, tables, store, audio_dropout=config.audio_dropout)
+        examples[split] = config.examples(
+            split, own, processor, tables, store, noise, audio_dropout=config.audio_dropout
+        )
     return examples, datastores[0] if datastores else None, summary
 
 
@@ -179,6 +239,8 @@ class CaptionerTask(PromptedTask):
             "encoder_fingerprint": self.examples.features.fingerprint,
             "datastore_captions": len(self.datastore or ()),
             "conditioning": self.model.config.conditioning,
+            "encoder_states": self.model.config.encoder_states,
+            "embedding_noise": self.examples.options.embedding_noise,
         }
 
     def finish(self, folder: Path, report: dict[str, Any]) -> None:
@@ -204,6 +266,7 @@ def card_facts(report: dict[str, Any]) -> dict[str, Any]:
         "retrieved captions in a prompt": str(settings["num_retrieved"] or "none"),
         "drawn from the nearest": str(settings["draw_from"] or settings["num_retrieved"]),
         "audio hidden": f"{settings['audio_dropout']:.0%} of the examples",
+        "conditioned in training on": _CONDITIONED_ON[bool(settings["text_only"])],
         "loss": "cross-entropy on the caption's tokens",
         "checkpoint": "the last step" if last else f"step {best['step']}, the best {best['metric']} in validation",
         "seed": str(settings["seed"]),

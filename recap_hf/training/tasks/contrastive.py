@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recap_hf.modeling.mobilenet_clap_recap import clip_scores
-
 DEPTHS = (1, 5, 10)
 
 
@@ -97,6 +95,16 @@ class Towers(nn.Module):
     def features(self, audio: torch.Tensor) -> torch.Tensor:
         """Outputs of the audio tower."""
         return audio if self.from_features else self.clap.audio_features(audio[:, None])
+
+
+def clip_scores(probabilities: torch.Tensor) -> torch.Tensor:
+    """One score a class of patches' probabilities, `(N, n, classes)` -> `(N, classes)`: the mean of mean and maximum.
+
+    Patches without sound, whose probabilities are zero, do not count.
+    """
+    holds = (probabilities != 0).any(dim=-1, keepdim=True).to(probabilities.dtype)
+    mean = probabilities.sum(dim=1) / holds.sum(dim=1).clamp(min=1)
+    return (mean + probabilities.amax(dim=1)) / 2
 
 
 def fix_input_statistics(clap: Any, mels: torch.Tensor) -> None:

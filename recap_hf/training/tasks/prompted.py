@@ -39,13 +39,21 @@ class PromptConfig(TrainingConfig):
         require(not 0 < self.draw_from < self.num_retrieved, "draw_from", self.draw_from, expected)
 
     def examples(
-        self, split: str, clips: list[Clip], processor: Any, tables: list[Neighbours], store: Any, **dropout: float
+        self,
+        split: str,
+        clips: list[Clip],
+        processor: Any,
+        tables: list[Neighbours],
+        store: Any,
+        embedding_noise: float = 0.0,
+        **dropout: float,
     ) -> PromptedCaptions:
-        """The examples of a split; nothing is random in validation."""
-        options = PromptOptions(self.num_retrieved)
+        """The examples of a split; in validation nothing is random but noise, which is always the same."""
+        options = PromptOptions(self.num_retrieved, seed=self.seed, embedding_noise=embedding_noise)
         if split == "train":
             dropout |= {"prompt_dropout": self.prompt_dropout}
             drawn = (self.draw_from, self.shuffle_prompt, self.vary_num_retrieved)
+            dropout |= {"embedding_noise": embedding_noise}
             options = PromptOptions(self.num_retrieved, *drawn, seed=self.seed, **dropout)
         targets = with_targets(clips, processor, self.max_caption_tokens)
         return PromptedCaptions(targets, store, processor, tables, options)

@@ -22,8 +22,7 @@ import torch
 from torch import nn
 
 from recap_hf.modeling.configuration_recap import HIDDEN
-from recap_hf.modeling.encoder_recap import RecapClapEncoder
-from recap_hf.modeling.generation_recap import embedding_states
+from recap_hf.modeling.encoder_recap import RecapClapEncoder, embedding_states
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.processing_recap import RecapProcessor
 from recap_hf.onnx_runtime import (

@@ -155,6 +155,11 @@ class RecapClapEncoder(TextEmbedder, ClapModel):
         return nn.functional.normalize(self.text_projection(pooled).float(), dim=-1)
 
 
+def embedding_states(embeds: Any) -> Any:
+    """Embeddings of unit length `(..., P)` as states for the decoder: scaled to variance 1, as hidden states are."""
+    return embeds * embeds.shape[-1] ** 0.5
+
+
 def sinusoidal_positions(num_steps: int, width: int) -> torch.Tensor:
     """The fixed position embeddings of Vaswani et al., "Attention Is All You Need" (2017), Section 3.5.
 

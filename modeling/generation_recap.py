@@ -50,11 +50,6 @@ class RecapEncoderOutput(ModelOutput):
         return RecapEncoderOutput(**{name: None if part is None else part[rows] for name, part in self.items()})
 
 
-def embedding_states(embeds: Any) -> Any:
-    """Embeddings of unit length `(..., P)` as states for the decoder: scaled to variance 1, as hidden states are."""
-    return embeds * embeds.shape[-1] ** 0.5
-
-
 def states_mask(states: torch.Tensor) -> torch.LongTensor:
     """1 for the states that are attended to, `(batch_size, n, d)` -> `(batch_size, n)`: those that hold more than
     zeros, or all of a clip that has no other."""

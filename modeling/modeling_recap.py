@@ -14,15 +14,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_recap import HIDDEN, PREFIX, RecapConfig, copy_remote_code, encoder_class, loading, push_arguments
-from .generation_recap import (
-    CACHE,
-    RecapEncoderOutput,
-    RecapGenerationMixin,
-    embedding_states,
-    one_cache,
-    position_ids_of,
-    states_mask,
-)
+from .encoder_recap import embedding_states
+from .generation_recap import CACHE, RecapEncoderOutput, RecapGenerationMixin, one_cache, position_ids_of, states_mask
 from .index_recap import from_package
 from .options_recap import DECODING, RERANKING, CaptionOptions
 

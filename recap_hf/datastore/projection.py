@@ -13,7 +13,8 @@ import torch
 
 from recap_hf.modeling.configuration_recap import EMBEDDING
 from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS
-from recap_hf.modeling.generation_recap import RecapEncoderOutput, embedding_states, states_mask
+from recap_hf.modeling.encoder_recap import embedding_states
+from recap_hf.modeling.generation_recap import RecapEncoderOutput, states_mask
 
 NEAREST = 100
 

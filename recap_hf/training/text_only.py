@@ -17,7 +17,7 @@ from recap_hf.data.schema import column_mapping
 from recap_hf.datastore import clip_keys
 from recap_hf.datastore.audio_keys import encode_recordings
 from recap_hf.datastore.sources import SourceOptions, read_source
-from recap_hf.modeling.generation_recap import embedding_states
+from recap_hf.modeling.encoder_recap import embedding_states
 
 from .collator import with_noise
 from .config import TrainingConfig

@@ -191,6 +191,7 @@ def _settings(model: RecapForConditionalGeneration, processor: RecapProcessor) -
     known = {"num_beams": generation.num_beams or 1, "max_new_tokens": generation.max_new_tokens}
     known["length_penalty"] = 1.0 if generation.length_penalty is None else generation.length_penalty
     known["early_stopping"] = bool(generation.early_stopping)
+    known["no_repeat_token_groups"] = getattr(generation, "no_repeat_token_groups", None)
     unknown = {
         name: value
         for name, neutral in _NEUTRAL_GENERATION.items()

@@ -75,7 +75,7 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
     return past_key_values if cache is None else cache
 
 
-class _AfterPrompt(LogitsProcessor):
+class AfterPrompt(LogitsProcessor):
     """Lets a processor see the caption's tokens and not the prompt's: a retrieved word is no repetition."""
 
     def __init__(self, processor: LogitsProcessor, prompt_length: int) -> None:
@@ -83,6 +83,20 @@ class _AfterPrompt(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         return self.processor(input_ids[:, self.prompt_length :], scores)
+
+
+class _NoRepeatTokenGroups(LogitsProcessor):
+    """Forbids the tokens of each group that a caption holds a token of: `groups[token]`, where 0 is no group."""
+
+    def __init__(self, groups: list[int]) -> None:
+        self.groups = torch.as_tensor(groups)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        groups = self.groups.to(scores.device)
+        said = torch.zeros(len(scores), int(groups.max()) + 1, dtype=torch.bool, device=scores.device)
+        said = said.scatter(1, groups[input_ids], True)
+        said[:, 0] = False
+        return scores.masked_fill(said[:, groups], -torch.inf)
 
 
 class RecapGenerationMixin(GenerationMixin):
@@ -99,7 +113,8 @@ class RecapGenerationMixin(GenerationMixin):
     ) -> Any:
         """Captions: `GenerationMixin.generate`, the audio encoded and (with a `processor`) the prompts built first.
 
-        `repetition_penalty` and `no_repeat_ngram_size` count the tokens of the caption, not those of the prompt.
+        `repetition_penalty`, `no_repeat_ngram_size` and `no_repeat_token_groups` (for each token the number of its
+        group, 0: none; a caption holds one token of a group) count the tokens of the caption, not those of the prompt.
 
         Args:
             inputs or input_features, input_features_mask: see `encode_audio`; or
@@ -226,6 +241,7 @@ def _check_prefix(generation_config: GenerationConfig, kwargs: dict[str, Any]) -
 _PENALTIES = {
     "repetition_penalty": (1.0, RepetitionPenaltyLogitsProcessor),
     "no_repeat_ngram_size": (0, NoRepeatNGramLogitsProcessor),
+    "no_repeat_token_groups": ([], _NoRepeatTokenGroups),
 }
 
 
@@ -242,9 +258,9 @@ def _take_penalties(
         value = in_config if value is None else value
         configured = configured or in_config not in (None, neutral)
         if value not in (None, neutral):
-            processors.append(_AfterPrompt(processor(value), length))
+            processors.append(AfterPrompt(processor(value), length))
     if configured:
-        neutral = {name: value for name, (value, _) in _PENALTIES.items()}
+        neutral = {name: value for name, (value, _) in _PENALTIES.items() if hasattr(given or default, name)}
         if given is None:
             # What is left out, `generate` would fill in from the model's own configuration.
             kwargs |= neutral
@@ -256,4 +272,4 @@ def _take_penalties(
     return given
 
 
-__all__ = ["RecapEncoderOutput", "RecapGenerationMixin"]
+__all__ = ["AfterPrompt", "RecapEncoderOutput", "RecapGenerationMixin"]

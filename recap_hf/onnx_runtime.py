@@ -249,7 +249,7 @@ class OnnxCaptioner:
             Its tokens, the end token included, and the sum of their log-probabilities.
         """
         generation = self._settings["generation"]
-        penalty = generation["length_penalty"]
+        penalty, groups = generation["length_penalty"], np.asarray(generation.get("no_repeat_token_groups") or [])
         logits, past = self.step(np.asarray([prompt]), self.empty_caches(1), cross, states_mask)
         # Continuations that go on, all of one length, best first; and the best finished ones with their scores.
         beams: list[tuple[list[int], float]] = [([], 0.0)]
@@ -257,6 +257,9 @@ class OnnxCaptioner:
         while True:
             length = len(beams[0][0]) + 1
             totals = _log_softmax(logits) + np.asarray([[total] for _, total in beams])
+            if len(groups):
+                for row, (tokens, _) in enumerate(beams):
+                    totals[row, np.isin(groups, groups[tokens]) & (groups > 0)] = -np.inf
             rows, survivors = [], []
             for rank, (row, token, total) in enumerate(_top(totals, 2 * num_beams if num_beams > 1 else 1)):
                 tokens = [*beams[row][0], token]

@@ -24,6 +24,7 @@ from recap_hf import (
     RecapProcessor,
     streaming,
 )
+from recap_hf.fast_generation import fast_generate
 from recap_hf.modeling.captioning_recap import _decoding_batches
 from recap_hf.modeling.generation_recap import RecapEncoderOutput
 
@@ -214,6 +215,36 @@ def test_a_penalty_on_repetition_does_not_count_the_prompt(tiny_model, tiny_proc
     assert tiny_model.generation_config.repetition_penalty == 3.0
     once = tiny_model.generate(**arguments, no_repeat_ngram_size=1, repetition_penalty=1.0)[:, start:].tolist()
     assert all(len(set(ids)) == len(ids) for ids in once)
+
+
+def test_a_caption_holds_one_token_of_a_group(tiny_model, tiny_processor, clips):
+    """Against a processor written out; token 0 and others without a group may come again."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    inputs = tiny_processor(audio=clips[:2], sampling_rate=48_000, return_tensors="pt")
+    encoding = tiny_model.encode_audio(**inputs)
+    prompts = tiny_processor.build_prompts(encoding.audio_embeds)
+    start = prompts["decoder_input_ids"].shape[1]
+    groups = [token % 30 for token in range(tiny_model.config.decoder.vocab_size)]
+
+    class OneOfAGroup(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores = scores.clone()
+            for row, ids in enumerate(input_ids[:, start:].tolist()):
+                said = {groups[token] for token in ids}
+                for token, group in enumerate(groups):
+                    if group and group in said:
+                        scores[row, token] = -torch.inf
+            return scores
+
+    arguments = {"encoder_outputs": encoding, **prompts, "num_beams": 3, "max_new_tokens": 12}
+    expected = tiny_model.generate(**arguments, logits_processor=LogitsProcessorList([OneOfAGroup()]))
+    assert not torch.equal(tiny_model.generate(**arguments), expected), "the premise: groups change the caption"
+    assert torch.equal(tiny_model.generate(**arguments, no_repeat_token_groups=groups), expected)
+    tiny_model.generation_config.no_repeat_token_groups = groups
+    assert torch.equal(tiny_model.generate(**arguments), expected)
+    assert torch.equal(fast_generate(tiny_model, **arguments)[0], expected)
+    assert tiny_model.generation_config.no_repeat_token_groups == groups
 
 
 def test_several_sequences_are_returned_as_candidates(tiny_model, tiny_processor, clips):

@@ -100,6 +100,16 @@ def test_same_results_as_the_pipeline(_tiny_model, processor, captioner, clips, 
         assert [hit["row"] for hit in result["retrieved"]] == [hit["row"] for hit in reference["retrieved"]]
 
 
+def test_a_caption_holds_one_token_of_a_group(_tiny_model, processor, exported, clips, tmp_path):
+    groups = [token % 30 for token in range(300)]
+    pipe = AudioCaptioningPipeline(model=_tiny_model, processor=processor, device="cpu")
+    settings = {"num_beams": 3, "max_new_tokens": 20}
+    expected = pipe(list(clips), **settings, generate_kwargs={"no_repeat_token_groups": groups})
+    assert expected != pipe(list(clips), **settings), "the premise: groups change captions"
+    runner = altered(exported, tmp_path, no_repeat_token_groups=groups)
+    assert [runner(clip, RATE, **settings)["caption"] for clip in clips] == [row["caption"] for row in expected]
+
+
 @torch.no_grad()
 def test_caches_grow_as_in_torch(_tiny_model, captioner):
     """Prompts of two rows with their own states, then one token, then two at once, against one pass without caches."""

@@ -20,6 +20,7 @@ from recipes.recap_tiny.lexicon import (
     labels,
     names_person,
 )
+from recipes.recap_tiny.ship import word_groups
 
 FORMS = ("finite", "progressive", "participle")
 
@@ -187,3 +188,30 @@ def test_refusals():
         describe(["rain"], random.Random(0), "after")
     with pytest.raises(ValueError, match="expected a distance of far, near, background or None"):
         Sound("rain", distance="away")
+
+
+def test_forms_of_a_word_are_a_group_of_tokens(decoder_tokenizer):
+    """For each token that begins a word the stem of that word; function words and rests of words are in none."""
+
+    class Tokenizer:
+        tokens = (
+            "\u0120dog",
+            "\u0120Dogs",
+            "dog",
+            "\u0120the",
+            "\u0120barking",
+            "\u0120bark",
+            "\u0120ab",
+            ",",
+            "\u0120dogs",
+        )
+
+        def __len__(self):
+            return len(self.tokens)
+
+        def convert_ids_to_tokens(self, ids):
+            return [self.tokens[token] for token in ids]
+
+    assert word_groups(Tokenizer()) == [1, 1, 0, 0, 2, 2, 0, 0, 1]
+    groups = word_groups(decoder_tokenizer)
+    assert len(groups) == len(decoder_tokenizer)

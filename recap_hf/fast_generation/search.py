@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recap_hf.fast_generation.cpu_weights import Int8Linear, PackedLinear
 from recap_hf.fast_generation.shared_prompt import SharedPromptCache, decode_prompt, decode_token
+from recap_hf.modeling.generation_recap import AfterPrompt
 
 # The score of what is not there; transformers adds and compares the same number.
 _NEVER = -1e9
@@ -26,7 +27,7 @@ _UNDERSTOOD = frozenset(
         *("num_beams", "num_return_sequences", "length_penalty", "early_stopping"),
         *("max_length", "max_new_tokens", "min_length", "min_new_tokens"),
         *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
-        *("rerank", "candidates", "rerank_weight"),
+        *("rerank", "candidates", "rerank_weight", "no_repeat_token_groups"),
         *("temperature", "top_k", "top_p", "min_p", "top_h", "return_dict_in_generate", "transformers_version"),
         *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
         *("assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size"),
@@ -42,9 +43,11 @@ _LAYERS = (Conv1D, torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torc
 
 class _Search:
     """The state of a search: what runs, what has finished, and which clips are still in the batch. The defaults of
-    `config` are filled in, and `prompt_length` includes padding."""
+    `config` are filled in, `prompt_length` includes padding, and `penalties` are of captions without prompts."""
 
-    def __init__(self, config: GenerationConfig, prompt_length: int, num_clips: int, device: torch.device) -> None:
+    def __init__(
+        self, config: GenerationConfig, prompt_length: int, num_clips: int, device: torch.device, penalties: list[Any]
+    ) -> None:
         eos = () if config.eos_token_id is None else config.eos_token_id
         eos = (eos,) if isinstance(eos, int) else tuple(eos)
         beams, fill = config.num_beams or 1, config.pad_token_id
@@ -75,12 +78,15 @@ class _Search:
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
         self.num_candidates = max(2, 1 + len(eos)) * beams
         self.is_top = torch.arange(self.num_candidates, device=device) < beams
+        self.penalties = penalties
 
     def advance(self, logits: torch.Tensor) -> torch.Tensor:
         """Takes the logits `(rows, vocab_size)`, returns for each running beam the one that it goes on from."""
         log_probs = logits.float().log_softmax(dim=-1)
         if self.length < self.min_new_tokens:
             log_probs[:, self.eos] = -torch.inf
+        for penalty in self.penalties:
+            log_probs = penalty(self.running[:, :, : self.length].flatten(0, 1), log_probs)
         vocab_size = log_probs.shape[1]
         log_probs = log_probs.view(-1, self.num_beams, vocab_size) + self.running_scores[:, :, None]
         scores, chosen = log_probs.flatten(1).topk(self.num_candidates)
@@ -181,7 +187,8 @@ class SharedPromptSearch:
         states = model_kwargs["encoder_outputs"].last_hidden_state.to(decoder.dtype)
         masks = model_kwargs["decoder_attention_mask"], model_kwargs.get("attention_mask")
         logits = decode_prompt(decoder, cache, input_ids, masks[0], positions, states, masks[1])
-        state = _Search(generation_config, input_ids.shape[1], cache.num_clips, input_ids.device)
+        penalties = [entry.processor for entry in logits_processor if isinstance(entry, AfterPrompt)]
+        state = _Search(generation_config, input_ids.shape[1], cache.num_clips, input_ids.device, penalties)
         prompts, positions = input_ids[::beams], positions[:, -1]
         while True:
             cache.reorder_beams(state.advance(logits))

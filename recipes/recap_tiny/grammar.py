@@ -29,7 +29,7 @@ from .lexicon import (
     names_person,
 )
 
-__all__ = ["Sound", "caption_classes", "describe", "inflect", "merge", "repeated_words", "word_clause"]
+__all__ = ["Sound", "caption_classes", "describe", "inflect", "merge", "repeated_words", "word_clause", "word_stem"]
 
 FINITE, PROGRESSIVE, PARTICIPLE = "finite", "progressive", "participle"
 
@@ -229,10 +229,14 @@ def word_clause(sound: Sound, rng: Generator, forms: Sequence[str], detail: floa
     return text
 
 
+def word_stem(word: str) -> str | None:
+    """The stem of a word in lower case that carries a caption's meaning; None for a function word."""
+    return None if word in _COMMON else re.sub(r"(?:ing|ed|es|s|e)$", "", word)
+
+
 def _content(text: str) -> set[str]:
-    """Stems of the words that carry a caption's meaning."""
-    words = set(re.findall(r"[a-z]+", text.lower())) - _COMMON
-    return {re.sub(r"(?:ing|ed|es|s|e)$", "", word) for word in words}
+    words = set(re.findall(r"[a-z]+", text.lower()))
+    return {stem for word in words if (stem := word_stem(word)) is not None}
 
 
 def repeated_words(text: str) -> set[str]:

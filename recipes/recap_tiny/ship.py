@@ -10,13 +10,16 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from .grammar import word_stem
 from .recordings import labelled_recordings
 
 # Five beams, reranked by CLAP beside the score of the search.
@@ -31,6 +34,7 @@ def ship(captioner: str, out: Path, threshold: float) -> None:
     processor = RecapProcessor.from_pretrained(captioner)
     for name, value in DECODING.items():
         setattr(model.generation_config, name, value)
+    model.generation_config.no_repeat_token_groups = word_groups(processor.tokenizer)
     processor.retrieval_score_threshold = threshold
     store = processor.datastore
     half = np.asarray(store.embeddings, dtype=np.float16)
@@ -44,6 +48,18 @@ def ship(captioner: str, out: Path, threshold: float) -> None:
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for path in [*out.rglob("*.py"), *out.glob("README.md")]:
         path.unlink()
+
+
+def word_groups(tokenizer: Any) -> list[int]:
+    """For each token the number of the word that it begins, the same for its forms; 0 for function words and the
+    rest of words: a caption names no sound twice."""
+    stems: dict[str, int] = {}
+    groups = []
+    for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer))):
+        word = re.fullmatch("\u0120([A-Za-z]{3,})", token)
+        stem = word_stem(word[1].lower()) if word else None
+        groups.append(0 if stem is None else stems.setdefault(stem, len(stems) + 1))
+    return groups
 
 
 def _replace(settings: dict, name: str, value: str) -> None:

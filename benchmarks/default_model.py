@@ -42,8 +42,10 @@ OTHER_KINDS = (
 )  # fmt: skip
 # Classes of AudioSet, the first ones of lexicon and head.
 _AUDIOSET = 521
-# Last words that no sentence ends with.
-_UNFINISHED = re.compile(r"\b(a|an|and|as|at|by|for|from|in|into|of|on|or|the|then|to|while|with|is|are)$")
+# Last words that no sentence ends with. "A train passes by" is one, "music followed by" is none.
+_UNFINISHED = re.compile(
+    r"\b(a|an|and|as|at|for|from|in|into|of|on|or|the|then|to|while|with|is|are|(followed|played|accompanied) by)$"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,6 +27,7 @@ from benchmarks.sound_events import SAMPLING_RATE, Item, load_mono, mixture_hash
 from recap_cli.status import exit_status
 from recap_hf.explain import explain_caption
 from recap_hf.explain.picture import clip_spectrogram
+from recap_hf.modeling.audio_recap import resample
 from recipes.recap_tiny.grammar import PARTICIPLE, inflect
 from recipes.recap_tiny.lexicon import labels
 
@@ -164,7 +165,8 @@ def run_benchmark(
     observations = {method: Observations() for method in methods}
     clips = list(sequences(sounds, fold, limit))
     for number, sequence in enumerate(tqdm(clips, unit="clip", file=sys.stderr, disable=None)):
-        encoding = captioner.encode([sequence.item.waveform.astype(np.float32)])
+        clip = resample(sequence.item.waveform.astype(np.float32), SAMPLING_RATE, captioner.sampling_rate)
+        encoding = captioner.encode([clip])
         for method in methods:
             observe(captioner, sequence, number, method, encoding, observations[method])
     return {

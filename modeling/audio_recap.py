@@ -27,8 +27,8 @@ except ImportError:
     soxr = None
 # Below telephone quality and above the fastest ultrasonic recorders, a header is broken rather than unusual.
 MIN_SAMPLING_RATE, MAX_SAMPLING_RATE = 1_000, 1_000_000
-# One step of 16-bit audio. A recording that never leaves it holds nothing to describe.
-SILENCE_PEAK = 2.0**-15
+# Two steps of 16-bit audio, which dithered silence reaches. A recording that never leaves them holds nothing.
+SILENCE_PEAK = 2.0**-14
 SILENCE_CAPTION = "silence"
 # 30 dB above full scale: such floats are integers in disguise, or broken.
 MAX_PEAK = 32.0
@@ -202,7 +202,7 @@ def resample(waveform: np.ndarray, sampling_rate: float, target_rate: int) -> np
 
 
 def is_silent(waveform: np.ndarray) -> bool:
-    """Whether a recording holds nothing louder than the smallest step of 16-bit audio."""
+    """Whether a recording holds nothing louder than dithered silence of 16 bits."""
     return float(np.abs(waveform).max(initial=0.0)) <= SILENCE_PEAK
 
 

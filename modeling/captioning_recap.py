@@ -223,7 +223,7 @@ class Captioner:
     def caption(self, waveforms: Sequence[np.ndarray], batch_size: int | None = None) -> list[CaptionResult]:
         """Captions of waveforms at `sampling_rate`.
 
-        A recording with nothing above the smallest step of 16-bit audio is captioned "silence" without the model.
+        A recording with nothing above two steps of 16-bit audio is captioned "silence" without the model.
         `batch_size`: see `generate`.
         """
         results = [CaptionResult(SILENCE_CAPTION, 1.0, []) for _ in waveforms]

@@ -93,10 +93,10 @@ class _NoRepeatTokenGroups(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         groups = self.groups.to(scores.device)
-        said = torch.zeros(len(scores), int(groups.max()) + 1, dtype=torch.bool, device=scores.device)
-        said = said.scatter(1, groups[input_ids], True)
-        said[:, 0] = False
-        return scores.masked_fill(said[:, groups], -torch.inf)
+        said = scores.new_zeros(len(scores), int(groups.max()) + 1, dtype=torch.bool).scatter(
+            1, groups[input_ids], True
+        )
+        return scores.masked_fill(said[:, groups] & (groups > 0), -torch.inf)
 
 
 class RecapGenerationMixin(GenerationMixin):
@@ -149,10 +149,9 @@ class RecapGenerationMixin(GenerationMixin):
                 raise ValueError("`generate` does not project embeddings: use `Captioner`, or `pipeline`.")
             prompts = processor.build_prompts(encoder_outputs.audio_embeds)
             kwargs |= {name: prompts[name] for name in ("decoder_input_ids", "decoder_attention_mask")}
-        device = encoder_outputs.last_hidden_state.device
         for name in ("decoder_input_ids", "decoder_attention_mask"):
             if kwargs.get(name) is not None:
-                kwargs[name] = kwargs[name].to(device)
+                kwargs[name] = kwargs[name].to(encoder_outputs.last_hidden_state.device)
         if kwargs.get("attention_mask") is None and encoder_outputs.attention_mask is not None:
             # Where transformers looks for it: without one it warns that batches of clips may go wrong.
             kwargs["attention_mask"] = encoder_outputs.attention_mask

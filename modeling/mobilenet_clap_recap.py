@@ -192,8 +192,7 @@ class MobileNetClapModel(TextEmbedder, PreTrainedModel):
         length = MobileNetClapModel.window_seconds(config)
         return {"spectrogram": "yamnet", "feature_size": config.num_mel_bins, "max_length_s": length}
 
-    # The tower has no batch norm.
-    input_normalisation = None
+    input_normalisation = None  # The tower has no batch norm.
 
     @staticmethod
     def window_seconds(config: MobileNetClapConfig) -> float:

@@ -18,9 +18,9 @@ from .captioning_recap import READ_ERRORS, Captioner
 from .index_recap import from_package
 from .options_recap import RETRIEVAL, CaptionOptions
 
-# Arguments of `generate` that are no settings of a GenerationConfig.
-_GENERATE_ARGUMENTS = frozenset(("generation_config", "logits_processor", "stopping_criteria"))
-_GENERATION_KEYS = frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_")) | _GENERATE_ARGUMENTS
+# Arguments of `generate` that a GenerationConfig does not know.
+_OTHERS = ("generation_config", "logits_processor", "stopping_criteria", "no_repeat_token_groups")
+_GENERATION_KEYS = frozenset(key for key in (*vars(GenerationConfig()), *_OTHERS) if not key.startswith("_"))
 
 
 class AudioCaptioningPipeline(Pipeline):

@@ -91,8 +91,7 @@ class _Convolution(nn.Module):
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         layer = self.convolution
         (size, _), (stride, _) = layer.kernel_size, layer.stride
-        if size == 1 and states.is_contiguous(memory_format=torch.channels_last):
-            # CPUs multiply matrices faster than they convolve.
+        if size == 1 and states.is_contiguous(memory_format=torch.channels_last):  # Faster on CPUs.
             states = F.linear(states.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias)
             return F.relu6(states, inplace=True).permute(0, 3, 1, 2)
         rows, columns = (max((-(-side // stride) - 1) * stride + size - side, 0) for side in states.shape[-2:])

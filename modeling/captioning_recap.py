@@ -149,8 +149,6 @@ class Captioner:
         """Sampling rate of waveforms in Hz."""
         return self.processor.feature_extractor.sampling_rate
 
-    # ----------------------------------------------------------------- steps
-
     def read(self, source: Any) -> np.ndarray:
         """A recording as a mono float32 waveform at `sampling_rate`.
 
@@ -247,8 +245,6 @@ class Captioner:
             `tuple`: each source, and its [`CaptionResult`] or the exception that reading it raised.
         """
         return from_package("streaming", "captioning a stream").caption_stream(self, sources, batch_size)
-
-    # -------------------------------------------------------------- decoding
 
     def decode(
         self, encoding: RecapEncoderOutput, prompts: Any, retrieved: Sequence[Sequence[dict[str, Any] | str]]

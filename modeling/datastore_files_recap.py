@@ -313,9 +313,6 @@ def copy_files(source: Path, target: Path) -> None:
             os.replace(target / f".{name}.tmp", target / name)
 
 
-# ---------------------------------------------------------------------- Hub
-
-
 def fetch_datastore(
     repo_id: str, *, repo_type: str | None = None, revision: str | None = None, subfolder: str = "", **kwargs: Any
 ) -> Path:

@@ -231,8 +231,6 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
         stock = from_package("conversion.stock", "making a captioner of a CLAP and a GPT-2")
         return stock.join_parts(cls, clap, decoder, clap_kwargs, decoder_kwargs, **config_kwargs)
 
-    # ---------------------------------------------------------------- parts
-
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         return self.clap.audio_model
 
@@ -299,8 +297,6 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
             self.clap.eval()
         return self
 
-    # ------------------------------------------------------------- encoders
-
     def encode_audio(
         self,
         input_features: torch.Tensor,
@@ -363,8 +359,6 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
     def embed_fingerprint(self, processor: Any) -> np.ndarray:
         """What tells the text encoder from others, of shape `(4, projection_dim)`; see the encoder's `fingerprint`."""
         return self.clap.fingerprint(processor.clap_tokenizer)
-
-    # -------------------------------------------------------------- forward
 
     def forward(
         self,

@@ -154,9 +154,6 @@ def expected(limits: Mapping[str, Any]) -> str:
     return text
 
 
-# ------------------------------------------------------------------- prompt
-
-
 def clean_caption(caption: str) -> str:
     """A caption as it stands in a prompt: white space folded, final punctuation gone, the rest verbatim.
 

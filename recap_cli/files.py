@@ -66,8 +66,8 @@ def format_of(output: str | None, given: str | None, formats: Collection[str]) -
 def open_output(path: str | os.PathLike | None) -> Iterator[IO[str]]:
     """A text file for results, UTF-8; standard output if `path` is `None`.
 
-    The results are written to `PATH.partial`, which becomes `PATH` at the end. After an error an older file is as it
-    was. After Ctrl-C it is, too, and the results so far stay in `PATH.partial`.
+    The results are written to `PATH.partial`, which becomes `PATH` at the end. After Ctrl-C or an error an older
+    file is as it was, and the results so far, if there are any, stay in `PATH.partial`.
 
     Raises:
         `OSError`: if standard output is closed, or the file cannot be written.
@@ -84,13 +84,12 @@ def open_output(path: str | os.PathLike | None) -> Iterator[IO[str]]:
     try:
         with open(partial, "w", encoding="utf-8", newline="") as file:
             yield file
-    except KeyboardInterrupt:
-        if not special:
-            print(f"The results so far are in {printable(str(partial))}", file=sys.stderr)
-        raise
     except BaseException:
-        if not special:
-            partial.unlink(missing_ok=True)
+        if not special and partial.is_file():
+            if partial.stat().st_size:
+                print(f"The results so far are in {printable(str(partial))}", file=sys.stderr)
+            else:
+                partial.unlink()
         raise
     if not special:
         os.replace(partial, target)

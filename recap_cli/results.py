@@ -126,6 +126,12 @@ class Results:
             # The results so far are a valid file.
             opened().close()
             raise
+        except BaseException:
+            if writer is not None:
+                # A full disk does not take the end, either.
+                with contextlib.suppress(OSError):
+                    writer.close()
+            raise
         # Of no recording that was left out before there is a file, too.
         opened().close()
 

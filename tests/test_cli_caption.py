@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -187,6 +188,26 @@ def test_an_interrupted_run_leaves_the_older_output_and_valid_json(capsys, recor
     assert run(capsys, *arguments, "--output", output)[0] == 0
     assert len(json.loads(output.read_text())) == 3
     assert not partial.exists()
+
+
+def test_a_full_disk_leaves_the_results_so_far(capsys, recordings, model_folder, monkeypatch):
+    complete = streaming.caption_groups
+
+    def full(captioner, sources, batch_size):
+        yield next(complete(captioner, sources, batch_size))[:1]
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(streaming, "caption_groups", full)
+    output = recordings / "captions.jsonl"
+    output.write_text("older")
+    status, _, err = run(
+        capsys, recordings, "--model", model_folder, "--max-new-tokens", 3, "--output", output, "--batch-size", 1
+    )
+    assert status == 1
+    assert output.read_text() == "older"
+    partial = recordings / "captions.jsonl.partial"
+    assert str(partial) in err
+    assert [os.path.basename(json.loads(line)["file"]) for line in partial.read_text().splitlines()] == ["b.wav"]
 
 
 @pytest.mark.parametrize("form", ["text", "json", "jsonl", "csv"])

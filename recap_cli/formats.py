@@ -218,7 +218,7 @@ class LabelStudioWriter(Writer):
     """Tasks with predictions, as Label Studio imports them: a region for each segment with its caption, and the
     summary as the text of the recording."""
 
-    suffix = ".json"
+    suffix = ".tasks.json"
     separator = "[\n"
 
     def begin(self, name: str) -> None:

@@ -76,6 +76,26 @@ def tiny_clap_config(**audio):
     return ClapConfig(text_config=text_config, audio_config=audio_config, projection_dim=16)
 
 
+def tiny_mobilenet_config():
+    """The CLAP on a MobileNet, small."""
+    from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapConfig
+
+    return MobileNetClapConfig(
+        {
+            "vocab_size": 380,
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "max_position_embeddings": 82,
+        },
+        projection_dim=16,
+        projection_hidden_size=24,
+        width_multiplier=0.25,
+        id2label={0: "Dog", 1: "Rain", 2: "Bell"},
+    )
+
+
 def tiny_gpt2_config(**kwargs):
     from transformers import GPT2Config
 
@@ -186,6 +206,36 @@ def encoded(tiny_model, tiny_processor, clips):
     with torch.no_grad():
         encoding = tiny_model.encode_audio(**inputs)
     return encoding, tiny_processor.build_prompts(encoding.audio_embeds)
+
+
+@pytest.fixture(scope="module")
+def clap():
+    """A CLAP on a MobileNet, random."""
+    from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapModel
+
+    torch.manual_seed(0)
+    return MobileNetClapModel(tiny_mobilenet_config()).eval()
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    """Its feature extractor."""
+    from recap_hf import RecapFeatureExtractor
+    from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapModel
+
+    return RecapFeatureExtractor(**MobileNetClapModel.feature_settings(tiny_mobilenet_config()))
+
+
+@pytest.fixture(scope="module")
+def clap_folder(clap, extractor, tmp_path_factory) -> Path:
+    """Both, saved with a tokenizer; a file's own `clap` takes the place of the one here."""
+    from training_parts import make_tokenizer
+
+    path = tmp_path_factory.mktemp("clap")
+    clap.save_pretrained(path)
+    extractor.save_pretrained(path)
+    make_tokenizer("clap").save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

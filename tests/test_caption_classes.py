@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_mobilenet_config
 from safetensors.torch import load_file
-from test_mobilenet_clap import tiny_config
 from training_parts import write_clip
 
 from recap_hf import RecapFeatureExtractor
@@ -79,8 +79,8 @@ def start(tmp_path_factory) -> Path:
     """A MobileNet CLAP without a tokenizer, and an audiofolder whose clips have classes."""
     folder = tmp_path_factory.mktemp("targets")
     torch.manual_seed(0)
-    MobileNetClapModel(tiny_config()).save_pretrained(folder / "tower")
-    settings = MobileNetClapModel.feature_settings(tiny_config())
+    MobileNetClapModel(tiny_mobilenet_config()).save_pretrained(folder / "tower")
+    settings = MobileNetClapModel.feature_settings(tiny_mobilenet_config())
     RecapFeatureExtractor(**settings).save_pretrained(folder / "tower")
     (folder / "data").mkdir()
     words = ("dog barks", "rain falls", "bell rings")

@@ -7,8 +7,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CAPTIONS, run_without_the_package, synthetic_clip, tiny_clap_config, tiny_gpt2_config
-from test_mobilenet_clap import tiny_config
+from conftest import (
+    TINY_CAPTIONS,
+    run_without_the_package,
+    synthetic_clip,
+    tiny_clap_config,
+    tiny_gpt2_config,
+    tiny_mobilenet_config,
+)
 
 from recap_hf import (
     CaptionDatastore,
@@ -46,7 +52,7 @@ def on_embeddings(clap) -> RecapForConditionalGeneration:
 
 @pytest.fixture(scope="module", params=["htsat", "mobilenet"])
 def captioner(request, decoder_tokenizer, clap_tokenizer) -> Captioner:
-    model = on_embeddings(tiny_clap_config() if request.param == "htsat" else tiny_config())
+    model = on_embeddings(tiny_clap_config() if request.param == "htsat" else tiny_mobilenet_config())
     tokenizers = copy.deepcopy(decoder_tokenizer), copy.deepcopy(clap_tokenizer)
     processor = RecapProcessor.from_config(model.config, *tokenizers)
     processor.datastore = CaptionDatastore.from_captions(TINY_CAPTIONS, model, processor)

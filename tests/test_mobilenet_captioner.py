@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import run_without_the_package, tiny_gpt2_config
-from test_mobilenet_clap import tiny_config
+from conftest import run_without_the_package, tiny_gpt2_config, tiny_mobilenet_config
 from training_parts import make_tokenizer, write_clotho
 from transformers import GPT2LMHeadModel
 
@@ -62,8 +61,10 @@ def bases(tmp_path_factory) -> Path:
     """Folders `clap` (a MobileNet, its extractor and tokenizer) and `decoder`, and recordings in Clotho's layout."""
     folder = tmp_path_factory.mktemp("bases")
     torch.manual_seed(0)
-    MobileNetClapModel(tiny_config()).save_pretrained(folder / "clap")
-    RecapFeatureExtractor(**MobileNetClapModel.feature_settings(tiny_config())).save_pretrained(folder / "clap")
+    MobileNetClapModel(tiny_mobilenet_config()).save_pretrained(folder / "clap")
+    RecapFeatureExtractor(**MobileNetClapModel.feature_settings(tiny_mobilenet_config())).save_pretrained(
+        folder / "clap"
+    )
     make_tokenizer("clap").save_pretrained(folder / "clap")
     GPT2LMHeadModel(tiny_gpt2_config(vocab_size=380)).save_pretrained(folder / "decoder")
     make_tokenizer("gpt2").save_pretrained(folder / "decoder")
@@ -96,7 +97,7 @@ def test_two_folders_become_a_captioner(bases: Path):
 
 
 def test_windows_are_as_long_as_the_configuration_says(bases: Path):
-    config = tiny_config()
+    config = tiny_mobilenet_config()
     config.window_patches = 10
     extractor = RecapFeatureExtractor(**MobileNetClapModel.feature_settings(config))
     mel = extractor(noise(6.0), sampling_rate=RATE, return_tensors="pt")["input_features"]
@@ -125,8 +126,10 @@ def test_a_captioner_is_trained_from_two_folders(bases: Path, tmp_path: Path):
 
 
 def test_a_clap_without_a_tokenizer_is_refused(bases: Path, tmp_path: Path):
-    MobileNetClapModel(tiny_config()).save_pretrained(tmp_path / "clap")
-    RecapFeatureExtractor(**MobileNetClapModel.feature_settings(tiny_config())).save_pretrained(tmp_path / "clap")
+    MobileNetClapModel(tiny_mobilenet_config()).save_pretrained(tmp_path / "clap")
+    RecapFeatureExtractor(**MobileNetClapModel.feature_settings(tiny_mobilenet_config())).save_pretrained(
+        tmp_path / "clap"
+    )
     with pytest.raises(ValueError, match="train its text tower first"):
         new_captioner(settings(bases, tmp_path, clap=str(tmp_path / "clap")))
 

@@ -14,44 +14,14 @@ from training_parts import make_tokenizer
 from recap_hf import (
     CaptionDatastore,
     RecapConfig,
-    RecapFeatureExtractor,
     RecapForConditionalGeneration,
     RecapProcessor,
 )
 from recap_hf.modeling.captioning_recap import Captioner
-from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapConfig, MobileNetClapModel
+from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapModel
 from recap_hf.training.tasks.contrastive import clip_scores
 
 RATE = 16_000
-TEXT = {
-    "vocab_size": 380,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 82,
-}
-
-
-def tiny_config() -> MobileNetClapConfig:
-    return MobileNetClapConfig(
-        TEXT,
-        projection_dim=16,
-        projection_hidden_size=24,
-        width_multiplier=0.25,
-        id2label={0: "Dog", 1: "Rain", 2: "Bell"},
-    )
-
-
-@pytest.fixture(scope="module")
-def clap() -> MobileNetClapModel:
-    torch.manual_seed(0)
-    return MobileNetClapModel(tiny_config()).eval()
-
-
-@pytest.fixture(scope="module")
-def extractor() -> RecapFeatureExtractor:
-    return RecapFeatureExtractor(**MobileNetClapModel.feature_settings(tiny_config()))
 
 
 @pytest.fixture(scope="module")

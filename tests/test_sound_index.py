@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_mobilenet_clap import tiny_config
+from conftest import tiny_mobilenet_config
 from training_parts import make_tokenizer
 
 from recap_cli import main
-from recap_hf import RecapFeatureExtractor
 from recap_hf.archive import INDEX_NAME, SoundEncoder, SoundIndex, updating
 from recap_hf.datastore import verify_datastore
 from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapModel
@@ -47,29 +46,9 @@ class Encoder(SoundEncoder):
         yield from super().embed_places(recordings)
 
 
-@pytest.fixture(scope="module")
-def clap() -> MobileNetClapModel:
-    torch.manual_seed(0)
-    return MobileNetClapModel(tiny_config()).eval()
-
-
-@pytest.fixture(scope="module")
-def extractor() -> RecapFeatureExtractor:
-    return RecapFeatureExtractor(**MobileNetClapModel.feature_settings(tiny_config()))
-
-
 @pytest.fixture
 def encoder(clap, extractor) -> Encoder:
     return Encoder(clap, extractor, make_tokenizer("clap"), "tiny")
-
-
-@pytest.fixture(scope="module")
-def model(clap, extractor, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("clap")
-    clap.save_pretrained(path)
-    extractor.save_pretrained(path)
-    make_tokenizer("clap").save_pretrained(path)
-    return path
 
 
 @pytest.fixture
@@ -266,7 +245,7 @@ def test_a_reader_keeps_what_it_opened(archive, encoder):
 def test_another_encoder_is_refused(archive, encoder, extractor):
     SoundIndex.update(archive, encoder)
     torch.manual_seed(9)
-    other = Encoder(MobileNetClapModel(tiny_config()).eval(), extractor, make_tokenizer("clap"))
+    other = Encoder(MobileNetClapModel(tiny_mobilenet_config()).eval(), extractor, make_tokenizer("clap"))
     soundfile.write(archive / "new.wav", noise(2.5, 20), RATE)
     with pytest.raises(ValueError, match=r"Another CLAP made this sound index \(tiny\)"):
         SoundIndex.update(archive, other)
@@ -305,8 +284,8 @@ def run(capsys, *argv) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
-def test_the_commands(capsys, archive, model, tmp_path):
-    status, out, err = run(capsys, "index", archive, "--model", model)
+def test_the_commands(capsys, archive, clap_folder, tmp_path):
+    status, out, err = run(capsys, "index", archive, "--model", clap_folder)
     assert status == 1
     assert "broken.wav: " in err
     assert out.startswith(f"{archive}: recordings 6, places ")
@@ -330,8 +309,8 @@ def test_the_commands(capsys, archive, model, tmp_path):
     assert run(capsys, "search", archive, "rain", "--threshold", 1.5)[0] == 1
 
 
-def test_players_open_the_lists(capsys, archive, model, tmp_path):
-    run(capsys, "index", archive, "--model", model)
+def test_players_open_the_lists(capsys, archive, clap_folder, tmp_path):
+    run(capsys, "index", archive, "--model", clap_folder)
     results = SoundIndex.load(archive).search(text="rain", top=6)
     run(capsys, "search", archive, "rain", "--output", tmp_path / "rain.m3u8")
     head, *lines = (tmp_path / "rain.m3u8").read_text(encoding="utf-8").splitlines()
@@ -357,8 +336,8 @@ def test_players_open_the_lists(capsys, archive, model, tmp_path):
     assert rest == b""
 
 
-def test_wrong_calls_are_told(capsys, archive, model, tmp_path):
-    run(capsys, "index", archive, "--model", model)
+def test_wrong_calls_are_told(capsys, archive, clap_folder, tmp_path):
+    run(capsys, "index", archive, "--model", clap_folder)
     other = tmp_path / "other"
     other.mkdir()
     for words, status, message in (

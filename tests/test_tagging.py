@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import TINY_CAPTIONS
-from test_mobilenet_clap import tiny_config
+from conftest import TINY_CAPTIONS, tiny_mobilenet_config
 from training_parts import make_tokenizer
 
 from recap_cli import main
-from recap_hf import RecapFeatureExtractor, default_model_path, examples_path
+from recap_hf import default_model_path, examples_path
 from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapModel
 from recap_hf.tagging import Tag, Tagger, tag_categories
 from recap_hf.training.tasks.contrastive import clip_scores
@@ -33,25 +32,11 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
 @pytest.fixture(scope="module")
 def clap() -> MobileNetClapModel:
     torch.manual_seed(0)
-    model = MobileNetClapModel(tiny_config()).eval()
+    model = MobileNetClapModel(tiny_mobilenet_config()).eval()
     with torch.no_grad():
         # At its initialisation the head says 0.5 for everything.
         model.classifier.weight.normal_(0, 0.2)
     return model
-
-
-@pytest.fixture(scope="module")
-def extractor() -> RecapFeatureExtractor:
-    return RecapFeatureExtractor(**MobileNetClapModel.feature_settings(tiny_config()))
-
-
-@pytest.fixture(scope="module")
-def folder(clap, extractor, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("clap")
-    clap.save_pretrained(path)
-    extractor.save_pretrained(path)
-    make_tokenizer("clap").save_pretrained(path)
-    return path
 
 
 @pytest.fixture
@@ -133,13 +118,13 @@ def test_memory_does_not_grow_with_the_recording(extractor, monkeypatch):
     assert max(held) <= 2 * WINDOW + 5 * RATE
 
 
-def test_labels_are_those_of_the_zero_shot_pipeline(clap, folder, extractor):
+def test_labels_are_those_of_the_zero_shot_pipeline(clap, clap_folder, extractor):
     from transformers import pipeline
 
-    classify = pipeline("zero-shot-audio-classification", model=str(folder))
+    classify = pipeline("zero-shot-audio-classification", model=str(clap_folder))
     waveform, labels = noise(14.0, 7), ["a dog", "rain", "a bell"]
     expected = classify(waveform, candidate_labels=labels, hypothesis_template="the sound of {}")
-    tagger = Tagger.from_pretrained(folder, labels=labels, template="the sound of {}")
+    tagger = Tagger.from_pretrained(clap_folder, labels=labels, template="the sound of {}")
     [tags] = tagger.tag([waveform], threshold=0.0)
     assert {tag.name: tag.probability for tag in tags} == pytest.approx(
         {entry["label"]: entry["score"] for entry in expected}, abs=1e-5
@@ -209,8 +194,8 @@ def run(capsys, *argv) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
-def test_the_command_writes_all_formats(capsys, clap, extractor, folder, recordings, tmp_path):
-    options = [recordings, "--model", folder, "--threshold", 0.2, "--top", 2]
+def test_the_command_writes_all_formats(capsys, clap, extractor, clap_folder, recordings, tmp_path):
+    options = [recordings, "--model", clap_folder, "--threshold", 0.2, "--top", 2]
     [expected] = Tagger(clap, extractor).tag([recordings / "a.wav"], top=2, threshold=0.2)
     assert expected
     status, out, err = run(capsys, *options, "--format", "jsonl")
@@ -237,10 +222,10 @@ def test_the_command_writes_all_formats(capsys, clap, extractor, folder, recordi
     assert best.startswith(f"    {expected[0].probability:.2f}  {expected[0].name}  (")
 
 
-def test_the_command_takes_labels(capsys, folder, recordings, tmp_path):
+def test_the_command_takes_labels(capsys, clap_folder, recordings, tmp_path):
     labels = tmp_path / "labels.txt"
     labels.write_text("a dog\n\n rain \na bell\n", encoding="utf-8")
-    options = [recordings / "a.wav", "--model", folder, "--labels", labels, "--threshold", 0, "--format", "jsonl"]
+    options = [recordings / "a.wav", "--model", clap_folder, "--labels", labels, "--threshold", 0, "--format", "jsonl"]
     status, out, _ = run(capsys, *options)
     assert status == 0
     tags = json.loads(out)["tags"]
@@ -286,7 +271,7 @@ def test_the_command_adds_categories(capsys, tmp_path):
     assert "category" not in json.loads(run(capsys, clip, "--format", "jsonl")[1])["tags"][0]
 
 
-def test_wrong_calls_are_told(capsys, clap, extractor, folder, model_folder, recordings, tmp_path):
+def test_wrong_calls_are_told(capsys, clap, extractor, clap_folder, model_folder, recordings, tmp_path):
     clip = recordings / "a.wav"
     clap.save_pretrained(tmp_path / "no tokenizer")
     extractor.save_pretrained(tmp_path / "no tokenizer")
@@ -297,7 +282,7 @@ def test_wrong_calls_are_told(capsys, clap, extractor, folder, model_folder, rec
         (["--labels", clip, "--template", "a"], "must hold {}"),
         (["--output", "tags.srt"], "no format has the suffix .srt"),
     ):
-        status, _, err = run(capsys, clip, "--model", folder, *wrong)
+        status, _, err = run(capsys, clip, "--model", clap_folder, *wrong)
         assert (status, message in err) == (2, True), err
     status, _, err = run(capsys, clip, "--model", model_folder)
     assert status == 1

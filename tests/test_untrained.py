@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import TINY_CAPTIONS, synthetic_clip, tiny_clap_config, tiny_gpt2_config
-from test_mobilenet_clap import tiny_config
+from conftest import TINY_CAPTIONS, synthetic_clip, tiny_clap_config, tiny_gpt2_config, tiny_mobilenet_config
 from training_parts import make_tokenizer
 from transformers import AutoModel, ClapConfig, ClapModel, GPT2Config, GPT2LMHeadModel, pipeline
 
@@ -49,7 +48,7 @@ def parts(request, tmp_path_factory) -> Path:
         config.text_config.vocab_size = 400
         clap, extractor = ClapModel(config), RecapFeatureExtractor()
     else:
-        clap = MobileNetClapModel(tiny_config())
+        clap = MobileNetClapModel(tiny_mobilenet_config())
         extractor = RecapFeatureExtractor(**MobileNetClapModel.feature_settings(clap.config))
     decoder = GPT2LMHeadModel(tiny_gpt2_config(vocab_size=400))
     write_parts(folder, clap, decoder, extractor)

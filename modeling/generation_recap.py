@@ -89,13 +89,11 @@ class _NoRepeatTokenGroups(LogitsProcessor):
     """Forbids the tokens of each group that a caption holds a token of: `groups[token]`, where 0 is no group."""
 
     def __init__(self, groups: list[int]) -> None:
-        self.groups = torch.as_tensor(groups)
+        self.groups, self.count = torch.as_tensor(groups), max(groups) + 1
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         groups = self.groups.to(scores.device)
-        said = scores.new_zeros(len(scores), int(groups.max()) + 1, dtype=torch.bool).scatter(
-            1, groups[input_ids], True
-        )
+        said = scores.new_zeros(len(scores), self.count, dtype=torch.bool).scatter(1, groups[input_ids], True)
         return scores.masked_fill(said[:, groups] & (groups > 0), -torch.inf)
 
 

@@ -66,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _CaptionResults(Results):
+    # Loaded by `groups`, unless Ray does it.
+    _captioner: Any = None
+
     def check(self) -> None:
         args = self.args
         if args.timeline:
@@ -144,6 +147,9 @@ class _CaptionResults(Results):
         from recap_hf.tagging import Tagger
 
         try:
+            if self._captioner is not None:
+                return Tagger(self._captioner.model.clap, self._captioner.processor.feature_extractor)
+            # Ray's workers hold the captioners.
             return Tagger.from_pretrained(self.args.model, device=self.args.device)
         except ValueError:
             return None
@@ -159,8 +165,8 @@ class _CaptionResults(Results):
             return
         from recap_hf.streaming import caption_groups
 
-        captioner, start = load_captioner(self.args), 0
-        for group in caption_groups(captioner, sources_of(names), self.args.batch_size):
+        self._captioner, start = load_captioner(self.args), 0
+        for group in caption_groups(self._captioner, sources_of(names), self.args.batch_size):
             # Of standard input a source has no name.
             group_names, start = names[start : start + len(group)], start + len(group)
             yield [(name, result) for name, (_, result) in zip(group_names, group, strict=True)]

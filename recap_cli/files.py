@@ -14,8 +14,8 @@ from typing import IO, Any
 
 # Control characters, which terminals obey, and the surrogates of bytes in a file name that are not UTF-8.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_SUFFIXES = {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".txt": "text", ".srt": "srt", ".vtt": "vtt"}
-_SUFFIXES |= {".m3u": "m3u", ".m3u8": "m3u", ".edl": "edl"}
+_SUFFIXES = {f".{name}": name for name in ("json", "jsonl", "csv", "srt", "vtt", "m3u", "edl")}
+_SUFFIXES |= {".txt": "text", ".m3u8": "m3u"}
 # Formats that have no suffix of their own.
 _WRITTEN_AS = {"label-studio": "json"}
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from test_sound_index import RATE, clap, encoder, extractor, model, noise, run  # noqa: F401 (fixtures)
+from test_sound_index import RATE, encoder, noise, run  # noqa: F401 (a fixture)
 
 from recap_hf.archive import SoundIndex
 from recap_hf.archive.duplicates import _excerpt, correlation

@@ -81,23 +81,26 @@ def read_ahead(read: Callable[[Any], Any], sources: Iterable[Any], ahead: int) -
 
     # One core is the model's; libsndfile and soxr release Python's lock. When Python ends it waits for a pool, and not
     # for daemons: a pipe without a writer cannot hold back Ctrl-C.
-    workers = max(1, min(8, (os.cpu_count() or 1) - 1))
-    for _ in range(workers):
-        Thread(target=work, daemon=True).start()
+    workers = [Thread(target=work, daemon=True) for _ in range(max(1, min(8, (os.cpu_count() or 1) - 1)))]
+    for worker in workers:
+        worker.start()
     pending: deque[tuple[Any, Future[Any]]] = deque()
     try:
         for source in sources:
             pending.append((source, Future()))
             jobs.put(pending[-1])
             if len(pending) > ahead:
-                first, future = pending.popleft()
-                yield first, future.result()
+                yield pending[0][0], pending[0][1].result()
+                pending.popleft()
         while pending:
-            first, future = pending.popleft()
-            yield first, future.result()
+            yield pending[0][0], pending[0][1].result()
+            pending.popleft()
     finally:
-        # A caller that stops early does not wait for recordings that it will not get.
-        for _, future in pending:
-            future.cancel()
-        for _ in range(workers):
+        # A caller that stops early does not wait for recordings that it will not get. Threads that read none are
+        # awaited: one that ended while Python does, and freed the model that `read` holds, would abort the process.
+        reading = [future for _, future in pending if not future.cancel() and not future.done()]
+        for _ in workers:
             jobs.put(None)
+        if not reading:
+            for worker in workers:
+                worker.join()

@@ -297,7 +297,10 @@ def test_files_are_encoded_together_and_come_in_their_order(captioner, files, tm
     names = [*files[:3], str(tmp_path / "missing.wav"), *files[3:]]
     expected = [captioner.caption([captioner.read(name)])[0].to_dict() for name in files]
     encoded_together.clear()
+    before = set(threading.enumerate())
     found = list(captioner.caption_stream(names, 2))
+    # A thread that still held the model when Python ends would abort the process.
+    assert not set(threading.enumerate()) - before
     # Four batches of two, then the rest.
     assert encoded_together == [8, 3]
     assert [name for name, _ in found] == names

@@ -111,9 +111,9 @@ def test_recordings_that_are_gone_are_left_out(archive, encoder):  # noqa: F811
         index.duplicates(1.5)
 
 
-def test_the_command_lists_pairs(capsys, archive, model, tmp_path):  # noqa: F811
+def test_the_command_lists_pairs(capsys, archive, clap_folder, tmp_path):
     (archive / "copy.wav").write_bytes((archive / "00.wav").read_bytes())
-    run(capsys, "index", archive, "--model", model)
+    run(capsys, "index", archive, "--model", clap_folder)
     status, out, _ = run(capsys, "search", archive, "--duplicates")
     assert (status, out) == (0, f"1.000  {archive / '00.wav'}  =  {archive / 'copy.wav'}  (+0.00 s)\n")
     run(capsys, "search", archive, "--duplicates", "--output", tmp_path / "pairs.csv")

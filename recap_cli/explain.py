@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if output is not None:
         # A missing extra is reported before the work.
         require_matplotlib()
-    waveform, rate = load_audio(standard_input().read() if args.input == "-" else args.input)
+    waveform, rate = load_audio(standard_input() if args.input == "-" else args.input)
     if is_silent(waveform):
         raise ValueError(f"{args.input} holds no sound: its caption is silence, without the model.")
     captioner = load_captioner(args)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recap_cli.files import check_output, format_of, open_output, printable, standard_input
 from recap_cli.journal import Journal
@@ -169,9 +169,9 @@ class Results:
         return {**row, "error": reason}
 
 
-def sources_of(names: Iterable[str]) -> Iterator[str | bytes]:
+def sources_of(names: Iterable[str]) -> Iterator[str | IO[bytes]]:
     """The recordings that names stand for: standard input for `-`."""
-    return (standard_input().read() if name == "-" else name for name in names)
+    return (standard_input() if name == "-" else name for name in names)
 
 
 class _Lines:

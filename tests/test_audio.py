@@ -131,6 +131,8 @@ def test_pipes_and_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "_MAX_DOWNLOAD", 1 << 20)
     with pytest.raises(ValueError, match="/dev/zero: 2 MiB came and no end"):
         load_audio("/dev/zero")
+    with open("/dev/zero", "rb") as stream, pytest.raises(ValueError, match="/dev/zero: 2 MiB came and no end"):
+        load_audio(stream)
 
 
 def broken_rate(rate):

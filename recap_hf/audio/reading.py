@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -80,9 +81,20 @@ def _open_source(source: Any) -> tuple[str, Any]:
         return name, file if path.is_file() else _spool(name, file)
     if hasattr(source, "read"):
         name = str(getattr(source, "name", "<stream>"))
-        return name, source if getattr(source, "seekable", lambda: True)() else _spool(name, source)
+        return name, source if _can_be_sought_in(source) else _spool(name, source)
     kinds = "a path, a URL, bytes, a binary file or a datasets Audio value"
     raise TypeError(f"Audio must be {kinds}, got {type(source).__name__}.")
+
+
+def _can_be_sought_in(stream: Any) -> bool:
+    try:
+        # Devices say that they can.
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            return False
+    except (AttributeError, OSError):
+        # No file of the system, such as bytes in memory.
+        pass
+    return getattr(stream, "seekable", lambda: True)()
 
 
 def _download(url: str) -> Any:

@@ -40,6 +40,8 @@ def command_rate(folder: str, options: list[str]) -> tuple[float, dict[str, str]
             captions[Path(row["file"]).name] = row["caption"]
     # The first group is loaded and captioned before its first line; the others come in groups, too.
     groups = np.flatnonzero(np.diff(times) > 0.05)
+    if not len(groups):
+        raise SystemExit(f"{folder}: {len(times)} recordings were captioned at once: give more of them")
     first = int(groups[0]) + 1
     return (len(times) - first) / (times[-1] - times[first - 1]), captions
 

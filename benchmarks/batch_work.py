@@ -5,7 +5,8 @@
 
 `resume` captions a folder in one run and in a run that is killed (SIGKILL) and resumed, and compares the files.
 `metadata` makes recordings of all formats, writes metadata into them again and again, kills that process at random
-moments, and lets ffmpeg decode and hash every file after each.
+moments, and lets ffmpeg decode and hash every file after each. ffprobe reads the captions of a last run that is not
+killed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import sys
 from pathlib import Path
 from recap_hf.audio.metadata import SoundDescription, write_metadata
 print("ready", flush=True)
-for turn in range(1_000_000):
+for turn in range(int(sys.argv[2])):
     for path in sorted(Path(sys.argv[1]).iterdir()):
         if not path.name.startswith("."):
             text = f"caption {turn} of {path.name}"
@@ -82,21 +83,21 @@ def metadata(files: int, kills: int, seed: int = 0) -> dict:
         hashes = {path: _ffmpeg(path) for path in paths}
         broken: list[str] = []
         moments = []
-        for _ in range(kills):
-            process = subprocess.Popen([sys.executable, "-c", _WRITER, work], stdout=subprocess.PIPE)
+        for kill in range(kills + 1):
+            turns = "1000000" if kill < kills else "1"
+            process = subprocess.Popen([sys.executable, "-c", _WRITER, work, turns], stdout=subprocess.PIPE)
             process.stdout.readline()
-            moments.append(rng.uniform(0, 2))
-            time.sleep(moments[-1])
-            process.kill()
+            if kill < kills:
+                moments.append(rng.uniform(0, 2))
+                time.sleep(moments[-1])
+                process.kill()
             process.wait()
-            for path in paths:
-                if hashes[path] is None or _ffmpeg(path) != hashes[path]:
-                    broken.append(path.name)
+            broken += [path.name for path in paths if hashes[path] is None or _ffmpeg(path) != hashes[path]]
         left = len(list(folder.glob(".*")))
         tags = Counter(path.suffix for path in paths if _has_caption(path))
         return {
             "files": Counter(path.suffix for path in paths),
-            "read_by_ffprobe": tags,
+            "captions_read_by_ffprobe": tags,
             "kills_at_s": [round(moment, 2) for moment in moments],
             "broken": broken,
             "temporary_files_left": left,

@@ -25,6 +25,7 @@ def recordings(tmp_path):
 def test_metadata_and_kills():
     found = batch_work.metadata(7, 1)
     assert dict(found["files"]) == {f".{name}": 1 for name in batch_work.FORMATS}
+    assert found["captions_read_by_ffprobe"] == found["files"]
     assert (found["broken"], len(found["kills_at_s"])) == ([], 1)
 
 

@@ -39,6 +39,17 @@ def test_a_timeline_is_plain_python_without_gaps(captioner, recording):
     assert silent == [{"start": 3.0, "end": 5.0, "caption": "silence", "score": 1.0, "retrieved": []}]
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_sound_of_80_ms_is_no_silence_if_it_is_all_there_is(captioner, batch_size):
+    short = synthetic_clip(0.08, 1)
+    result = captioner(short, return_timestamps=True, batch_size=batch_size)
+    assert [segment["caption"] for segment in result["segments"]] == [captioner(short)["caption"]]
+    assert result["segments"][0]["retrieved"]
+    pause = np.zeros(5 * 48_000, np.float32)
+    among = captioner(np.concatenate([pause, short, pause]), return_timestamps=True, batch_size=batch_size)
+    assert [segment["caption"] for segment in among["segments"]] == ["silence"]
+
+
 def test_every_kind_of_input_and_several_at_once(captioner, recording, tmp_path):
     path = tmp_path / "recording.wav"
     soundfile.write(path, recording, 48_000, subtype="FLOAT")

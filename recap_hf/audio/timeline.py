@@ -32,7 +32,8 @@ class TimelineSettings(SegmentationSettings):
             Adjacent segments are merged if their captions are equal or the cosine of their CLAP text embeddings is at
             least this. The merged segment has the caption of the longer one.
         merge_gap_s (`float`, *optional*, defaults to 2.0): they are also merged across a silence shorter than this.
-        min_sound_s (`float`, *optional*, defaults to 0.1): shorter sound counts as silence.
+        min_sound_s (`float`, *optional*, defaults to 0.1): shorter sound counts as silence, unless the
+            recording is nothing else.
 
     Raises:
         `ValueError`: for a value outside its range.
@@ -141,7 +142,9 @@ def _captioned(captioner: Captioner, pieces: Iterable[Piece], batch_size: int, s
         waiting.clear()
         sounds.clear()
 
-    for piece in pieces:
+    only: Piece | None = None
+    for number, piece in enumerate(pieces):
+        only = None if number else piece
         segment = silent_segment(piece.start / rate, piece.end / rate)
         waiting.append(segment)
         if piece.waveform is not None and len(piece.waveform) >= shortest:
@@ -149,6 +152,8 @@ def _captioned(captioner: Captioner, pieces: Iterable[Piece], batch_size: int, s
         # The second bound is for recordings with little sound between many silences.
         if len(sounds) == batch_size or len(waiting) >= 8 * batch_size:
             yield from flush()
+    if only is not None and only.waveform is not None and not sounds and waiting:
+        sounds.append((waiting[0], only.waveform))
     yield from flush()
 
 

@@ -229,8 +229,9 @@ def test_no_retrieval_uses_the_prompt_without_captions(parts):
 
 def test_prompt_lengths_measure_the_captions(parts):
     _, processor, clips, table = parts
-    words = " ".join(captions_of(3)).split()
-    long = Neighbours(table.rows, [" ".join(words[: 2 * number]) for number in range(12)])
-    made = PromptedCaptions(clips, Features(), processor, [long], PromptOptions(k=4))
-    counted = [len(processor.tokenizer("".join(made.retrieved(Row(clip, (0,)), 0)))["input_ids"]) for clip in range(6)]
-    assert np.corrcoef(made.prompt_lengths(), counted)[0, 1] > 0.95
+    # Many characters in a token, and many tokens of one character: tokens count.
+    texts = ["dog " * number if number % 2 else "☃" * number for number in range(12)]
+    made = PromptedCaptions(clips, Features(), processor, [Neighbours(table.rows, texts)], PromptOptions(k=4))
+    tokens = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
+    assert made.prompt_lengths() == [sum(tokens[row] for row in table.of(clip)[:4]) for clip in range(6)]
+    assert len(set(made.prompt_lengths())) > 1

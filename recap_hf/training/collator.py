@@ -139,12 +139,16 @@ class PromptedCaptions(Dataset):
         return np.random.default_rng([self.options.seed, DRAW, epoch, row.clip, row.captions[0], stream])
 
     def prompt_lengths(self) -> list[int]:
-        """For each clip, about the tokens of its k nearest captions: grouping by length sorts by them."""
+        """For each clip, the tokens of its k nearest captions: grouping by length sorts by them."""
         if not self.neighbours:
             return [0] * len(self.clips)
         table, k = self.neighbours[0], self.options.k
-        # A token of English has about four characters.
-        return [sum(len(table.captions[row]) for row in table.of(clip)[:k]) // 4 for clip in range(len(self.clips))]
+        nearest = [table.of(clip)[:k].tolist() for clip in range(len(self.clips))]
+        used = sorted({row for rows in nearest for row in rows})
+        texts = [table.captions[row] for row in used]
+        tokens = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        lengths = dict(zip(used, map(len, tokens), strict=True))
+        return [sum(lengths[row] for row in rows) for rows in nearest]
 
 
 @dataclass

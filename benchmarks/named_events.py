@@ -1,6 +1,6 @@
 """How well captions name the sound events of single recordings and of mixtures of two.
 
-    python -m benchmarks.named_events --sounds DIR [--keywords FILE] [--fold 5] [--output FILE] [--k N ...]
+    python -m benchmarks.named_events --sounds DIR [--keywords FILE] [--fold 5] [--events NAME ...] [--output FILE]
 
 Beside the captioner: its first retrieved caption, the captioner without captions (k = 0), without audio (hidden states
 and embeddings of zeros, after retrieval), with the prompt of another clip, and with neither audio nor captions.
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keywords", metavar="FILE", help="naming rules as JSON (default: benchmarks.naming's)")
     parser.add_argument("--fold", type=int, default=5, metavar="N", help="of the metadata (default: 5)")
     parser.add_argument("--mixtures", type=positive, default=300, metavar="N", help="mixtures of two (default: 300)")
+    parser.add_argument("--events", nargs="+", metavar="NAME", help="single recordings of these alone, no mixtures")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="clips at once (default: 8)")
     parser.add_argument("--output", metavar="FILE", help="figures and captions as JSON")
     add_captioner_arguments(parser)
@@ -46,9 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.sound_events import mixture_hash, mixture_list, mixtures, singles
 
     rules = NamingRules.read(args.keywords) if args.keywords else NamingRules.ours()
-    entries = mixture_list(args.sounds, args.fold, args.mixtures)
-    print(f"{len(entries)} mixtures {mixture_hash(entries)}")
-    sets = {"single sounds": singles(args.sounds, args.fold), "mixtures": mixtures(args.sounds, entries)}
+    sets = {"single sounds": singles(args.sounds, args.fold)}
+    if args.events:
+        sets = {"single sounds": [item for item in sets["single sounds"] if item.events[0] in args.events]}
+        if not sets["single sounds"]:
+            parser.error(f"argument --events: fold {args.fold} has no recordings of them")
+    else:
+        entries = mixture_list(args.sounds, args.fold, args.mixtures)
+        print(f"{len(entries)} mixtures {mixture_hash(entries)}")
+        sets["mixtures"] = mixtures(args.sounds, entries)
     report = {}
     for name, items in sets.items():
         # In the order of the files, the next clip has often the same sound.

@@ -121,6 +121,13 @@ def test_named_events(model, tmp_path, capsys):
         for figures in part.values():
             assert all(0 <= low <= value <= high <= 1 for value, low, high in figures.values())
     assert "| no audio " in capsys.readouterr().out
+    assert named_events.main([*options, "--events", "rain", "siren"]) == 0
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert set(report) == {"single sounds"}
+    assert [clip["events"] for clip in report["single sounds"]["clips"]] == [["rain"]]
+    with pytest.raises(SystemExit):
+        named_events.main([*options, "--events", "siren"])
+    assert "fold 5 has no recordings of them" in capsys.readouterr().err
 
 
 def test_text_only_figures_are_those_of_the_captions(model, monkeypatch, tmp_path, capsys):

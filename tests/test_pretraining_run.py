@@ -300,7 +300,9 @@ def test_both_bases_go_straight_into_training(start: Path, clap, language_model,
         device="cpu",
     ).validate()
     report = train(config)
-    assert report["losses"][-1]["loss"] < report["losses"][0]["loss"]
+    # Of whole epochs: batches differ in the length of their captions.
+    losses = [one["loss"] for one in report["losses"]]
+    assert len(losses) == 10 and sum(losses[5:]) < sum(losses[:5])
     result = pipeline("audio-captioning", model=str(tmp_path))(str(start / "clotho" / "validation" / "clip 12.wav"))
     assert isinstance(result["caption"], str)
 

@@ -80,11 +80,12 @@ def valid_recordings(folder: Path, seconds: float = 2.0, sounds: tuple[str, ...]
             samples = 0.9 * soxr.resample(mono, rate, rate_of)
             channels = 1 if rate_of == 8_000 or (number + len(form)) % 2 else 2
             files.append(folder / f"{sound}.{form}")
-            _write(files[-1], form, np.stack([samples, 0.5 * samples][:channels]), rate_of)
+            write_recording(files[-1], form, np.stack([samples, 0.5 * samples][:channels]), rate_of)
     return files
 
 
-def _write(path: Path, form: str, channels: np.ndarray, rate: int) -> None:
+def write_recording(path: Path, form: str, channels: np.ndarray, rate: int) -> None:
+    """Writes float32 samples of shape `(channels, samples)` in one of `FORMATS`."""
     if form in _SOUNDFILE:
         kind, subtype = _SOUNDFILE[form]
         soundfile.write(path, channels.T, rate, format=kind, subtype=subtype)

@@ -75,15 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def caption_items(captioner: Any, waveforms: Sequence[np.ndarray], batch_size: int) -> dict[str, list[str]]:
-    """Captions of 48 kHz waveforms by each of `SYSTEMS`."""
+def caption_items(
+    captioner: Any, waveforms: Sequence[np.ndarray], batch_size: int, systems: Sequence[str] = SYSTEMS
+) -> dict[str, list[str]]:
+    """Captions of 48 kHz waveforms by each of `systems`."""
     import torch
 
     from benchmarks.sound_events import SAMPLING_RATE
     from recap_hf.modeling.audio_recap import resample
     from recap_hf.modeling.options_recap import CaptionOptions
 
-    captions: dict[str, list[str]] = {system: [] for system in SYSTEMS}
+    without_captions = captioner.with_options(CaptionOptions(k=0))
+    captions: dict[str, list[str]] = {system: [] for system in systems}
     for start in range(0, len(waveforms), batch_size):
         batch = [
             resample(waveform.astype(np.float32), SAMPLING_RATE, captioner.sampling_rate)
@@ -95,19 +98,19 @@ def caption_items(captioner: Any, waveforms: Sequence[np.ndarray], batch_size: i
         others = retrieved[1:] + retrieved[:1]
         zeros = {name: torch.zeros_like(encoding[name]) for name in ("last_hidden_state", "audio_embeds")}
         silent = type(encoding)(**{**encoding, **zeros})
-        results = (
-            captioner.generate(encoding, retrieved),
-            None,
-            captioner.with_options(CaptionOptions(k=0)).generate(encoding, [[] for _ in batch]),
-            captioner.generate(silent, retrieved),
-            captioner.generate(encoding, others),
-            captioner.generate(silent, others),
-        )
-        for system, found in zip(SYSTEMS, results, strict=True):
-            if found is None:
+        generated = {
+            "captioner": (captioner, encoding, retrieved),
+            "no captions (k=0)": (without_captions, encoding, [[] for _ in batch]),
+            "no audio": (captioner, silent, retrieved),
+            "another clip's captions": (captioner, encoding, others),
+            "no audio, another clip's captions": (captioner, silent, others),
+        }
+        for system in systems:
+            if system == "first retrieved caption":
                 captions[system] += [hits[0]["caption"] if hits else "" for hits in retrieved]
             else:
-                captions[system] += [result.caption for result in found]
+                chosen, states, prompts = generated[system]
+                captions[system] += [result.caption for result in chosen.generate(states, prompts)]
     return captions
 
 

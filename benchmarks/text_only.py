@@ -138,24 +138,11 @@ def test_sets(args: argparse.Namespace) -> dict[str, tuple[list[Any], Any]]:
     }
 
 
-def captions_of(captioner: Any, items: Sequence[Any]) -> dict[str, list[str]]:
-    """Captions of each item by the captioner, without audio, and the nearest retrieved ones."""
-    import torch
+def captions_of(captioner: Any, items: Sequence[Any], *systems: str) -> dict[str, list[str]]:
+    """Captions of each item by systems of `benchmarks.named_events`."""
+    from benchmarks.named_events import caption_items
 
-    from benchmarks.sound_events import SAMPLING_RATE
-    from recap_hf.modeling.audio_recap import resample
-
-    found: dict[str, list[str]] = {"": [], "no audio": [], "nearest": []}
-    for start in range(0, len(items), 8):
-        waveforms = [item.waveform.astype(np.float32) for item in items[start : start + 8]]
-        encoding = captioner.encode([resample(wave, SAMPLING_RATE, captioner.sampling_rate) for wave in waveforms])
-        retrieved = captioner.retrieve(encoding)
-        zeros = {name: torch.zeros_like(encoding[name]) for name in ("last_hidden_state", "audio_embeds")}
-        silent = type(encoding)(**{**encoding, **zeros})
-        found[""] += [result.caption for result in captioner.generate(encoding, retrieved)]
-        found["no audio"] += [result.caption for result in captioner.generate(silent, retrieved)]
-        found["nearest"] += [hits[0]["caption"] if hits else "" for hits in retrieved]
-    return found
+    return caption_items(captioner, [item.waveform for item in items], 8, systems)
 
 
 def tag_sentences(captioner: Any, items: Sequence[Any]) -> list[str]:
@@ -181,11 +168,10 @@ def evaluate_all(args: argparse.Namespace) -> None:
     for test, (items, rules) in sets.items():
         captions = {}
         for name, captioner in compared.items():
-            for kind, found in captions_of(captioner, items).items():
-                if kind != "nearest":
-                    captions[f"{name}, {kind}" if kind else name] = found
-                elif name == "with audio":
-                    captions["nearest caption"] = found
+            found = captions_of(captioner, items, "captioner", "no audio", "first retrieved caption")
+            captions |= {name: found["captioner"], f"{name}, no audio": found["no audio"]}
+            if name == "with audio":
+                captions["nearest caption"] = found["first retrieved caption"]
         captions["tag template"] = tag_sentences(compared["with audio"], items)
         truths = [item.events for item in items]
         scores[test] = {name: naming_scores(found, truths, rules) for name, found in captions.items()}
@@ -228,7 +214,7 @@ def transfer(args: argparse.Namespace) -> None:
     compared = captioners(args)
     for name in ("with audio", "text only", "text only, projected"):
         for store, captions in stores.items():
-            found = captions_of(compared[name].with_datastore(captions), items)[""]
+            found = captions_of(compared[name].with_datastore(captions), items, "captioner")["captioner"]
             scores = naming_scores(found, [item.events for item in items], rules)
             low, high = bootstrap_intervals(scores)["F1"]
             print(f"{name}, {len(captions)} {store}: F1 {scores['F1'].corpus:.3f} [{low:.3f}, {high:.3f}]", flush=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_parts import captions_of, make_captioner, write_clotho
+from training_parts import SHORT_RUN, captions_of, make_captioner, write_clotho
 
 from recap_hf import Captioner, RecapForConditionalGeneration
 from recap_hf.training.collator import with_noise
@@ -44,16 +44,10 @@ def config(start: Path, output: Path, **changes: Any) -> CaptionerTrainingConfig
         "model": str(start / "bases"),
         "feature_cache": str(start / "cache"),
         "output_dir": str(output),
-        "batch_size": 8,
-        "num_train_epochs": 2,
         "learning_rate": 2e-2,
-        "logging_steps": 2,
-        "save_steps": 3,
-        "save_total_limit": 99,
-        "device": "cpu",
         "seed": 3,
     }
-    return CaptionerTrainingConfig(**{**settings, **changes}).validate()
+    return CaptionerTrainingConfig(**{**SHORT_RUN, **settings, **changes}).validate()
 
 
 @pytest.fixture(scope="module")

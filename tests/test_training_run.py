@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_parts import make_captioner, write_clotho
+from training_parts import SHORT_RUN, make_captioner, write_clotho
 
 from recap_hf import RecapForConditionalGeneration, RecapProcessor
 from recap_hf.training.collator import PromptOptions
@@ -39,16 +39,9 @@ def config(start: Path, output: Path, **changes: Any) -> CaptionerTrainingConfig
         "model": str(start / "untrained"),
         "feature_cache": str(start / "features"),
         "output_dir": str(output),
-        "batch_size": 8,
-        "num_train_epochs": 2,
         "learning_rate": 5e-3,
-        # Not a divisor of the checkpoints' steps: a log line may begin before a kill and end after it.
-        "logging_steps": 2,
-        "save_steps": 3,
-        "save_total_limit": 99,
-        "device": "cpu",
     }
-    return CaptionerTrainingConfig(**{**settings, **changes}).validate()
+    return CaptionerTrainingConfig(**{**SHORT_RUN, **settings, **changes}).validate()
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,16 @@ ACCELERATE_LAUNCH = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--cpu"),
     *("--num_processes", "1", "--num_machines", "1"),
 ]
+# Settings of a captioner's run of some steps, with checkpoints.
+SHORT_RUN = {
+    "batch_size": 8,
+    "num_train_epochs": 2,
+    # Not a divisor of the checkpoints' steps: a log line may begin before a kill and end after it.
+    "logging_steps": 2,
+    "save_steps": 3,
+    "save_total_limit": 99,
+    "device": "cpu",
+}
 SOUNDS = ["dog", "rain", "violin", "engine", "child", "clock", "river", "bell"]
 WORDS = ["barks", "falls", "plays", "idles", "laughs", "ticks", "flows", "rings"]
 

@@ -490,6 +490,10 @@ def _check_decoding(config: GenerationConfig, tokens: range) -> None:
         ids = value if isinstance(value, list) else [] if value is None and name == "pad_token_id" else [value]
         if not all(type(one) is int and one in tokens for one in ids):
             raise ValueError(f"`{name}` must be a token of the decoder, got {value!r:.80}")
+    groups = getattr(config, "no_repeat_token_groups", None)
+    whole = isinstance(groups, list) and len(groups) in (0, len(tokens))
+    if groups is not None and not (whole and all(type(one) is int and one in tokens for one in groups)):
+        raise ValueError(f"`no_repeat_token_groups` must be a number of 0 or above for each of {len(tokens)} tokens")
 
 
 __all__ = ["PrefixMapper", "RecapForConditionalGeneration"]

@@ -86,10 +86,15 @@ def test_every_wrong_setting(folder, capsys, value):
         ("num_beams", 0),
         ("rerank", "x"),
         ("rerank_weight", -1),
+        # Too few, no number, no list, numbers of nothing.
+        *(("no_repeat_token_groups", value) for value in ([0, 1], [1e308], 5, {}, [-1], ["x"])),
     ],
 )
 def test_impossible_decoding_is_named(folder, capsys, name, value):
     content = json.loads((folder / "generation_config.json").read_text())
+    if isinstance(value, list) and name == "no_repeat_token_groups" and len(value) == 1:
+        tokens = json.loads((folder / "config.json").read_text())["decoder"]["vocab_size"]
+        value = [0] * (tokens - 1) + value
     (folder / "generation_config.json").write_text(json.dumps({**content, name: value}))
     status, errors = caption(folder, capsys)
     assert status == 1

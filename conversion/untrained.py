@@ -47,6 +47,7 @@ def assemble(
     processor.datastore = open_datastore(datastore, model, processor)
     processor.check_model(model)
     model.generation_config.num_beams, model.generation_config.rerank = 4, "clap"
+    model.generation_config.copy_margin = 0.0
     with finished_folder(output, overwrite) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -52,6 +52,7 @@ class CaptionResult:
         candidates (`list[dict]`, *optional*): `{"caption", "score"}` of the different captions to choose from, best
             first, where the caller asked for candidates, reranking (with `"similarity"`) or several sequences.
         token_ids (`list[int]`): of the caption, as the decoder generated it.
+        copied (`bool`, *optional*): true if the caption is a retrieved one: see `copy_margin`.
         untrained (`bool`, *optional*): true with `conditioning="none"`: CLAP chose a retrieved or generated caption.
     """
 
@@ -62,6 +63,7 @@ class CaptionResult:
     similarity: float | None = None
     candidates: list[dict[str, Any]] | None = None
     token_ids: list[int] = field(default_factory=list, repr=False)
+    copied: bool | None = None
     untrained: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,7 +197,9 @@ class Captioner:
             batch_size (`int`, *optional*): recordings that are decoded together, those with prompts of like lengths;
                 default: all.
         """
-        fits = True if self._has_threshold else None
+        chosen = self.processor.retrieval_options.merged_with(self.options)
+        must_fit = chosen.k and chosen.retrieval_score_threshold is not None and self.datastore is not None
+        fits = True if must_fit else None
         results = [CaptionResult(UNRECOGNISED_CAPTION, 0.0, [], fits=False) for _ in retrieved]
         known = [row for row, hits in enumerate(retrieved) if len(hits) or not fits]
         if not known:
@@ -211,12 +215,6 @@ class Captioner:
                     result.fits = fits
                     results[known[row]] = result
         return results
-
-    @property
-    def _has_threshold(self) -> bool:
-        """Whether captions are retrieved and must reach a cosine."""
-        chosen = self.processor.retrieval_options.merged_with(self.options)
-        return bool(chosen.k and chosen.retrieval_score_threshold is not None and self.datastore is not None)
 
     def caption(self, waveforms: Sequence[np.ndarray], batch_size: int | None = None) -> list[CaptionResult]:
         """Captions of waveforms at `sampling_rate`.
@@ -263,9 +261,6 @@ class Captioner:
             kwargs |= rerank.candidate_options(config)
         sequences, scores = self._search(encoding, prompts, kwargs)
         untrained = self.model.config.conditioning == UNTRAINED or None
-        if untrained and rerank is not None:
-            with_retrieved = from_package("untrained", "an untrained captioner").with_retrieved
-            sequences, scores = with_retrieved(self, encoding, prompts, retrieved, sequences, scores)
         count = len(sequences) // len(retrieved)
         captions = self.processor.batch_decode(sequences)
         targets = sequences[:, prompts["decoder_input_ids"].shape[1] :]
@@ -281,14 +276,34 @@ class Captioner:
             order = list(own) if values is None else sorted(own, key=lambda one: (-values[one], one))
             best = order[0]
             hits = [{"caption": hit} if isinstance(hit, str) else hit for hit in hits]
-            result = CaptionResult(captions[best], scores[best], hits, token_ids=targets[best].tolist())
-            result.untrained = untrained
-            if count > 1 and asked:
-                result.candidates = _candidates(order, captions, scores, similarities)
-            if similarities is not None:
-                result.similarity = float(similarities[best])
-            results.append(result)
+            found = {"token_ids": targets[best].tolist(), "untrained": untrained}
+            found["similarity"] = None if similarities is None else float(similarities[best])
+            found["candidates"] = _candidates(order, captions, scores, similarities) if count > 1 and asked else None
+            results.append(CaptionResult(captions[best], scores[best], hits, **found))
+        if rerank is not None and rerank.copy_margin is not None:
+            self._copy_nearer(encoding, prompts, results, rerank.copy_margin)
         return results
+
+    def _copy_nearer(
+        self, encoding: RecapEncoderOutput, prompts: Any, results: list[CaptionResult], by: float
+    ) -> None:
+        """Retrieved captions nearer to the recording than the result's `by` a cosine take its place: a language model
+        cannot write words that it never read."""
+        for row, result in enumerate(results):
+            # What is not even near the window that it was found by is not embedded. Texts of the caller have no score.
+            least = result.similarity + by
+            texts = [hit["caption"] for hit in result.retrieved if hit.get("score", 1.0) > least]
+            cosines = self.similarities(texts, encoding.audio_embeds[[row] * len(texts)])
+            if not len(texts) or cosines.max() <= least:
+                continue
+            text, result.similarity = texts[cosines.argmax()], float(cosines.max())
+            ids = prompts["decoder_input_ids"].new_tensor([self.processor.encode_caption(text)])
+            own = {name: value[row : row + 1] for name, value in prompts.items()}
+            sequence = torch.cat([own["decoder_input_ids"], ids], dim=1)
+            [result.score] = self.model.score_captions(encoding.rows(ids.new_tensor([row])), sequence, own)
+            result.caption, result.token_ids, result.copied = text, ids[0].tolist(), True
+            if result.candidates:
+                result.candidates[:0] = _candidates([0], [text], [result.score], cosines.max(keepdims=True))
 
     def generation_config(self) -> GenerationConfig:
         """The decoding of this captioner: the checkpoint's, with its `generate_kwargs` and options. A copy."""
@@ -336,26 +351,26 @@ class Captioner:
 
 @dataclass(frozen=True)
 class _Reranking:
-    """The number of captions that are reranked, and the weight of the cosine; `None`: the cosine alone decides."""
+    """The number of captions that are reranked, the weight of the cosine (`None`: the cosine alone decides), and how
+    much nearer a retrieved caption must be (`None`: none is copied)."""
 
     candidates: int | None
     weight: float | None
+    copy_margin: float | None = None
 
     @classmethod
     def of(cls, options: CaptionOptions, config: GenerationConfig) -> _Reranking | None:
         """What the options say, else the `GenerationConfig`; `None`: nothing is reranked (default of samples)."""
-        rerank, candidates, weight = (
+        rerank, *settings = (
             getattr(config, name, None) if getattr(options, name) is None else getattr(options, name)
             for name in CaptionOptions.names(RERANKING)
         )
         if options.rerank is None and config.do_sample:
             rerank = None
         if rerank in (None, NO_RERANKING):
-            if options.candidates is not None or options.rerank_weight is not None:
-                hint = "and nothing is reranked: set `rerank` to 'clap', or leave them out."
-                raise ValueError(f"`candidates` and `rerank_weight` are options of reranking, {hint}")
+            options.check_no_reranking()
             return None
-        return cls(candidates, weight)
+        return cls(*settings)
 
     def candidate_options(self, config: GenerationConfig) -> dict[str, Any]:
         """Arguments of `generate` that give the candidates: beams, or samples with `do_sample`."""

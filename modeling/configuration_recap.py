@@ -25,27 +25,16 @@ AUTO_MAP = {
 PIPELINE_TASK = "audio-captioning"
 CROSS_ATTENTION, PREFIX, UNTRAINED = CONDITIONINGS = ("cross_attention", "prefix", "none")
 HIDDEN, EMBEDDING = ENCODER_STATES = ("hidden", "embedding")
-CUSTOM_PIPELINES = {
-    PIPELINE_TASK: {
-        "impl": "pipeline_recap.AudioCaptioningPipeline",
-        "pt": ["AutoModelForSpeechSeq2Seq"],
-        "type": "multimodal",
-    }
+_PIPELINE = {
+    "impl": "pipeline_recap.AudioCaptioningPipeline",
+    "pt": ["AutoModelForSpeechSeq2Seq"],
+    "type": "multimodal",
 }
+CUSTOM_PIPELINES = {PIPELINE_TASK: _PIPELINE}
 _MODEL_AUTO_MAP = {name: AUTO_MAP[name] for name in ("AutoConfig", "AutoModel", "AutoModelForSpeechSeq2Seq")}
 # Keys of version 0.1, whose settings belong to the processor now (the last one is gone).
-_PROCESSOR_SETTINGS = (
-    "num_retrieved_captions",
-    "prompt_template",
-    "caption_separator",
-    "prompt_without_captions",
-    "target_prefix",
-    "retrieval_diversity",
-    "retrieval_score_drop",
-    "confidence",
-)
-
-
+_PROCESSOR_SETTINGS = ("num_retrieved_captions", "prompt_template", "caption_separator", "prompt_without_captions")
+_PROCESSOR_SETTINGS += ("target_prefix", "retrieval_diversity", "retrieval_score_drop", "confidence")
 # The encoder classes by the `model_type` of their configurations.
 ENCODERS: dict[str, Any] = {cls.config_class.model_type: cls for cls in (RecapClapEncoder, MobileNetClapModel)}
 

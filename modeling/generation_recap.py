@@ -182,10 +182,7 @@ class RecapGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def score_captions(
-        self,
-        encoder_outputs: RecapEncoderOutput,
-        sequences: torch.LongTensor,
-        prompts: Mapping[str, torch.Tensor],
+        self, encoder_outputs: RecapEncoderOutput, sequences: torch.LongTensor, prompts: Mapping[str, torch.Tensor]
     ) -> list[float]:
         """The exponential of the mean log-probability of each caption's tokens, its end token included.
 

@@ -438,11 +438,7 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
                 tokens = decoder_inputs["inputs_embeds"].shape[1] - prefix.shape[1]
                 logits_to_keep = min(logits_to_keep or tokens, tokens)
         output = self.decoder(
-            **decoder_inputs,
-            **{CACHE: cache},
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
+            **decoder_inputs, **{CACHE: cache}, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs
         )
         loss = None
         if labels is not None:

@@ -71,15 +71,24 @@ class CaptionOptions:
     rerank_weight: float | None = _option(
         RERANKING, float, "weight of the CLAP cosine beside the score; inf: the cosine alone", minimum=0
     )
+    copy_margin: float | None = _option(
+        RERANKING, float, "a retrieved caption with a cosine higher by this is the caption; inf: none", minimum=0
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
             if value is not None:
                 object.__setattr__(self, option.name, _checked(option.name, value, option.metadata))
-        if self.rerank == NO_RERANKING and (self.candidates is not None or self.rerank_weight is not None):
-            hint = "and `rerank` is 'none': leave them out, or set `rerank` to 'clap'."
-            raise ValueError(f"`candidates` and `rerank_weight` are options of reranking, {hint}")
+        if self.rerank == NO_RERANKING:
+            self.check_no_reranking()
+
+    def check_no_reranking(self) -> None:
+        """A `ValueError` for options of reranking, where nothing is reranked."""
+        given = [f"`{name}`" for name in self.names(RERANKING)[1:] if getattr(self, name) is not None]
+        if given:
+            hint = "set `rerank` to 'clap', or leave that out"
+            raise ValueError(f"Without reranking {' and '.join(given)} cannot be chosen: {hint}.")
 
     @classmethod
     def check(cls, option: str, value: Any, name: str | None = None) -> Any:
@@ -115,11 +124,6 @@ class CaptionOptions:
     def merged_with(self, other: CaptionOptions) -> CaptionOptions:
         """These options, with those that `other` sets in their place."""
         return CaptionOptions(**{**self.to_dict(), **other.to_dict()})
-
-    @classmethod
-    def from_args(cls, args: Any) -> CaptionOptions:
-        """The options among parsed arguments; a `ValueError` for options that contradict each other."""
-        return cls(**{name: getattr(args, name, None) for name in cls.names()})
 
 
 def _checked(name: str, value: Any, limits: Mapping[str, Any]) -> Any:

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from recap_cli.numbers import positive
-from recap_cli.options import add_captioner_arguments, add_engine_arguments, check_caption_options, load_captioner
+from recap_cli.options import (
+    add_captioner_arguments,
+    add_engine_arguments,
+    caption_values,
+    check_caption_options,
+    load_captioner,
+)
 from recap_cli.results import Groups, Results, add_result_arguments, sources_of
 
 # As in recap_cli.formats, which needs recap_hf.
@@ -177,7 +183,7 @@ def _settings(args: argparse.Namespace, described: Any) -> dict[str, Any]:
     from recap_hf.modeling.options_recap import CaptionOptions
 
     named = {name: described(value) for name in ("model", "datastore") if (value := getattr(args, name)) is not None}
-    return {**named, "dtype": args.dtype, **CaptionOptions.from_args(args).to_dict()}
+    return {**named, "dtype": args.dtype, **CaptionOptions(**caption_values(args)).to_dict()}
 
 
 def _dated(name: str) -> str:

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from recap_cli.numbers import count, positive
-from recap_cli.options import add_caption_options, add_threads, set_threads
+from recap_cli.options import add_caption_options, add_threads, caption_values, set_threads
 from recap_cli.score import add_metric_arguments, scoring_options, scoring_tools
 
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         selection = ("split", "audio_dir", "allow_missing", "clip_list", "youtube_ids", "max_clips")
         chosen = {name: getattr(args, name) for name in selection}
         clips = load_test_clips(args.dataset, args.data_dir, columns=column_mapping(args.columns), **chosen)
-        options = CaptionOptions.from_args(args)
+        options = CaptionOptions(**caption_values(args))
         captioner = load_captioner(args.model, args.datastore, options, device=args.device, dtype=args.dtype)
         set_threads(args, captioner.model)
         clap_score = _clap_scorer(args, captioner) if scoring else None

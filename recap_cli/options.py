@@ -54,13 +54,18 @@ def _option_type(module: ModuleType, name: str, data: Mapping[str, Any]) -> Call
     return parse
 
 
+def caption_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `CaptionOptions` among parsed arguments, `None` for those that are not set."""
+    return {name: getattr(args, name, None) for name in _caption_options().CaptionOptions.names()}
+
+
 def check_caption_options(args: argparse.Namespace) -> None:
     """Refuses caption options that contradict each other.
 
     Raises:
         `ValueError`
     """
-    _caption_options().CaptionOptions.from_args(args)
+    _caption_options().CaptionOptions(**caption_values(args))
 
 
 def add_captioner_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +127,7 @@ def load_captioner(args: argparse.Namespace) -> Any:
 
     be_quiet()
     dtype = "float32" if args.dtype == "int8" else args.dtype
-    options = CaptionOptions.from_args(args)
+    options = CaptionOptions(**caption_values(args))
     captioner = Captioner.from_pretrained(args.model, device=args.device, dtype=dtype, options=options)
     set_threads(args, captioner.model)
     if captioner.model.device.type == "cpu" and args.dtype != "float16":

@@ -122,7 +122,7 @@ def test_another_datastore(capsys, recordings, model_folder, tmp_path):
         (["a.wav", "--num-beams", "0"], 2, "expected an integer of at least 1, got '0'"),
         (["a.wav", "--k", "-3"], 2, "expected an integer of at least 0, got '-3'"),
         (["a.wav", "--timeline"], 2, "recap timeline RECORDING"),
-        (["a.wav", "--candidates", "4", "--rerank", "none"], 2, "options of reranking"),
+        (["a.wav", "--candidates", "4", "--rerank", "none"], 2, "Without reranking `candidates`"),
         ([""], 2, "an empty name"),
         ([__file__, "--output", __file__, "--format", "text"], 2, "names the input file"),
         (["a.wav", "--output", "a.csv", "--format", "jsonl"], 2, "contradict each other"),

@@ -101,7 +101,7 @@ def test_command_line(tmp_path, capsys):
         (row,) = csv.DictReader(file)
     assert float(row["similarity"]) > 0 and row["error"] == ""
     assert main(["caption", clip, "--candidates", "4", "--rerank", "none"]) == 2
-    assert "`candidates` and `rerank_weight` are options of reranking" in capsys.readouterr().err
+    assert "Without reranking `candidates` cannot be chosen" in capsys.readouterr().err
     captions = {}
     for weight in ("0", "inf"):
         assert main(["caption", clip, "--rerank", "clap", "--rerank-weight", weight, "--format", "json"]) == 0
@@ -152,6 +152,54 @@ def test_a_weight_lies_between_the_search_and_clap(tiny_model, tiny_processor, w
         assert result["caption"] == expected
 
 
+def test_a_retrieved_caption_that_is_nearer_by_the_margin_is_the_caption(tiny_model, tiny_processor, words_only):
+    """Both sides of the margin; the second recording is long, and its similarity the mean over its windows."""
+    captioner = Captioner(tiny_model, tiny_processor, generate_kwargs=words_only)
+    copied = 0
+    for clip in (noise(3), noise(14, seed=1), noise(3, seed=2)):
+        encoding = captioner.encode([clip])
+        retrieved = captioner.retrieve(encoding)
+        reranked = captioner.with_options(CaptionOptions(rerank="clap"))
+        [plain] = reranked.generate(encoding, retrieved)
+        windows = encoding.audio_embeds[0].numpy()
+        texts = tiny_model.embed_captions([hit["caption"] for hit in retrieved[0]], tiny_processor)
+        cosines = (texts @ windows.T).mean(axis=1)
+        best = int(cosines.argmax())
+        ahead = float(cosines[best]) - plain.similarity
+        if ahead <= 1e-3:
+            continue
+        copied += 1
+        above, below = (
+            captioner.with_options(CaptionOptions(rerank="clap", candidates=3, copy_margin=ahead + change))
+            for change in (1e-4, -1e-4)
+        )
+        [kept], [taken] = (each.generate(encoding, retrieved) for each in (above, below))
+        assert (kept.copied, kept.similarity) == (None, pytest.approx(plain.similarity, abs=1e-5))
+        assert (taken.copied, taken.caption) == (True, retrieved[0][best]["caption"])
+        assert taken.similarity == pytest.approx(float(cosines[best]), abs=1e-5)
+        assert taken.candidates[0]["caption"] == taken.caption and taken.candidates[1:] == kept.candidates
+        assert tiny_processor.tokenizer.decode(taken.token_ids, skip_special_tokens=True).strip() == taken.caption
+        assert taken.to_dict()["copied"] is True and taken.retrieved == kept.retrieved
+        # Its score is the decoder's, as that of a generated caption.
+        prompts = tiny_processor.build_prompts(retrieved=retrieved)
+        ids = torch.tensor([prompts["decoder_input_ids"][0].tolist() + taken.token_ids])
+        prompts = {name: prompts[name] for name in ("decoder_input_ids", "decoder_attention_mask")}
+        [score] = tiny_model.score_captions(encoding, ids, prompts)
+        assert taken.score == pytest.approx(score, rel=1e-4)
+    assert copied == 3, "the case shows nothing"
+
+
+def test_rows_of_a_batch_are_copied_as_alone(tiny_model, tiny_processor, words_only):
+    options = CaptionOptions(rerank="clap", copy_margin=0.0)
+    captioner = Captioner(tiny_model, tiny_processor, options=options, generate_kwargs=words_only)
+    clips = [noise(3), noise(14, seed=1), noise(3, seed=2)]
+    together, alone = captioner.caption(clips), [captioner.caption([clip])[0] for clip in clips]
+    assert any(one.copied for one in together)
+    for one, other in zip(together, alone, strict=True):
+        assert (one.caption, one.copied) == (other.caption, other.copied)
+        assert one.score == pytest.approx(other.score, rel=1e-4)
+
+
 def test_a_checkpoint_may_rerank_by_itself(tiny_model, tiny_processor, words_only):
     config = tiny_model.generation_config
     pipe = AudioCaptioningPipeline(model=tiny_model, processor=tiny_processor, **words_only, num_beams=5)
@@ -175,7 +223,9 @@ def test_a_checkpoint_may_rerank_by_itself(tiny_model, tiny_processor, words_onl
     [
         ({"rerank": "fense"}, "`rerank` must be one of clap, none, got 'fense'"),
         ({"rerank": "clap", "candidates": 0}, "`candidates` must be an integer of at least 1, got 0"),
-        ({"candidates": 4}, "`candidates` and `rerank_weight` are options of reranking, and nothing is reranked"),
+        ({"candidates": 4}, "Without reranking `candidates` cannot be chosen: set `rerank` to 'clap', or leave"),
+        ({"rerank_weight": 1.0, "copy_margin": 0.1}, "Without reranking `rerank_weight` and `copy_margin` cannot be"),
+        ({"rerank": "clap", "copy_margin": -0.1}, "`copy_margin` must be a number of at least 0, got -0.1"),
         ({"rerank": "clap", "rerank_weight": -1.0}, "`rerank_weight` must be a number of at least 0, got -1.0"),
         ({"rerank": "clap", "rerank_weight": float("nan")}, "`rerank_weight` must be a number of at least 0, got nan"),
     ],

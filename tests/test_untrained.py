@@ -94,37 +94,33 @@ def test_clap_chooses_among_generated_and_retrieved_captions(captioner):
     retrieved = captioner.retrieve(encoding)
     # The second has fewer captions than the first.
     retrieved[1] = retrieved[1][:1]
-    results = captioner.generate(encoding, retrieved)
-    plain = captioner.with_options(CaptionOptions(rerank="none")).generate(encoding, retrieved)
-    for row, (result, alone) in enumerate(zip(results, plain, strict=True)):
-        captions = {candidate["caption"]: candidate for candidate in asked(captioner, encoding, retrieved)[row]}
-        assert {hit["caption"] for hit in retrieved[row]} <= set(captions)
-        assert alone.caption in captions and len(captions) > len(retrieved[row])
+    plain = captioner.with_options(CaptionOptions(copy_margin=float("inf"), candidates=4))
+    given = zip(captioner.generate(encoding, retrieved), plain.generate(encoding, retrieved), strict=True)
+    for row, (result, generated) in enumerate(given):
+        captions = [one["caption"] for one in generated.candidates] + [hit["caption"] for hit in retrieved[row]]
         audio = encoding.audio_embeds[row].numpy()
         audio = audio[np.abs(audio).sum(axis=1) > 0]
-        texts = captioner.model.embed_captions(list(captions), captioner.processor)
-        cosines = dict(zip(captions, (texts @ audio.T).mean(axis=1), strict=True))
-        assert result.caption == max(cosines, key=cosines.get)
-        assert result.similarity == pytest.approx(cosines[result.caption], abs=1e-5)
-
-
-def asked(captioner, encoding, retrieved) -> list[list[dict]]:
-    everything = captioner.with_options(CaptionOptions(rerank="clap", candidates=4))
-    return [result.candidates for result in everything.generate(encoding, retrieved)]
+        texts = captioner.model.embed_captions(captions, captioner.processor)
+        cosines = (texts @ audio.T).mean(axis=1)
+        assert result.caption == captions[cosines.argmax()]
+        assert result.similarity == pytest.approx(cosines.max(), abs=1e-5)
+        assert result.copied is (True if cosines.argmax() >= len(generated.candidates) else None)
 
 
 def test_the_score_of_a_retrieved_caption_is_the_language_models(captioner, parts):
-    encoding = captioner.encode([synthetic_clip(2.0, 3, captioner.sampling_rate)])
+    # A recording to which a retrieved caption is nearer than what the random language model writes.
+    clips = (synthetic_clip(2.0, seed, captioner.sampling_rate) for seed in range(10))
+    encodings = (captioner.encode([clip]) for clip in clips)
+    encoding = next(one for one in encodings if captioner.generate(one, captioner.retrieve(one))[0].copied)
     retrieved = captioner.retrieve(encoding)
-    scores = {one["caption"]: one["score"] for one in asked(captioner, encoding, retrieved)[0]}
     processor, gpt2 = captioner.processor, GPT2LMHeadModel.from_pretrained(parts / "gpt2").eval()
     prompt = processor.tokenizer(processor.prompt.build([hit["caption"] for hit in retrieved[0]]))["input_ids"]
-    for hit in retrieved[0]:
-        target = [*processor.tokenizer(" " + hit["caption"])["input_ids"], processor.tokenizer.eos_token_id]
-        with torch.no_grad():
-            logits = gpt2(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
-        mean = logits[range(len(target)), target].mean()
-        assert scores[hit["caption"]] == pytest.approx(mean.exp().item(), rel=1e-4)
+    [result] = captioner.generate(encoding, retrieved)
+    assert result.copied and result.untrained
+    target = [*processor.tokenizer(" " + result.caption)["input_ids"], processor.tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = gpt2(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+    assert result.score == pytest.approx(logits[range(len(target)), target].mean().exp().item(), rel=1e-4)
 
 
 def test_the_recording_reaches_the_caption_by_retrieval_and_choice_alone(captioner):

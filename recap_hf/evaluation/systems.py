@@ -78,7 +78,8 @@ class Systems:
         self.encodings = encodings
         self._clap = _hash_weights(captioner.model.clap) if encodings else ""
         # Without audio there is nothing to rerank by.
-        kept = {**captioner.options.to_dict(), "rerank": NO_RERANKING, "candidates": None, "rerank_weight": None}
+        reranking = dict.fromkeys(CaptionOptions.names(RERANKING)) | {"rerank": NO_RERANKING}
+        kept = captioner.options.to_dict() | reranking
         parts, given = (captioner.model, captioner.processor), captioner.generate_kwargs
         self._without_audio = Captioner(*parts, options=CaptionOptions(**kept), generate_kwargs=given)
         self._untrained: Captioner | None = None
@@ -169,7 +170,8 @@ class Systems:
             parts = (captioner.model.clap, plain_gpt2(captioner.model))
             model = type(captioner.model).from_clap_gpt2_pretrained(*parts, conditioning=UNTRAINED)
             model.generation_config = captioner.model.generation_config
-            options = captioner.options.merged_with(CaptionOptions(rerank="clap", num_beams=4, rerank_weight=inf))
+            decoding = CaptionOptions(rerank="clap", num_beams=4, rerank_weight=inf, copy_margin=0)
+            options = captioner.options.merged_with(decoding)
             given = (model.to(captioner.model.device), captioner.processor, captioner.datastore, options)
             self._untrained = Captioner(*given)
         return self._untrained

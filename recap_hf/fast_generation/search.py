@@ -27,7 +27,7 @@ _UNDERSTOOD = frozenset(
         *("num_beams", "num_return_sequences", "length_penalty", "early_stopping"),
         *("max_length", "max_new_tokens", "min_length", "min_new_tokens"),
         *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
-        *("rerank", "candidates", "rerank_weight", "no_repeat_token_groups"),
+        *("rerank", "candidates", "rerank_weight", "copy_margin", "no_repeat_token_groups"),
         *("temperature", "top_k", "top_p", "min_p", "top_h", "return_dict_in_generate", "transformers_version"),
         *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
         *("assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size"),

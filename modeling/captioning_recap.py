@@ -34,6 +34,8 @@ try:
 except ImportError:
     default_model_path = fast_generate = None
 
+# Captions of known sounds have a higher score, nearly all of words that the decoder never read a lower one.
+_UNWRITABLE = 0.02
 # What a broken recording can raise; anything else is a fault of the program and must be seen.
 READ_ERRORS = (OSError, ValueError, ImportError, RuntimeError, TypeError, MemoryError)
 
@@ -198,8 +200,8 @@ class Captioner:
                 default: all.
         """
         chosen = self.processor.retrieval_options.merged_with(self.options)
-        must_fit = chosen.k and chosen.retrieval_score_threshold is not None and self.datastore is not None
-        fits = True if must_fit else None
+        must_fit = chosen.k and chosen.retrieval_score_threshold is not None
+        fits = True if must_fit and self.datastore is not None else None
         results = [CaptionResult(UNRECOGNISED_CAPTION, 0.0, [], fits=False) for _ in retrieved]
         known = [row for row, hits in enumerate(retrieved) if len(hits) or not fits]
         if not known:
@@ -284,26 +286,25 @@ class Captioner:
             self._copy_nearer(encoding, prompts, results, rerank.copy_margin)
         return results
 
-    def _copy_nearer(
-        self, encoding: RecapEncoderOutput, prompts: Any, results: list[CaptionResult], by: float
-    ) -> None:
-        """Retrieved captions nearer to the recording than the result's `by` a cosine take its place: a language model
-        cannot write words that it never read."""
+    def _copy_nearer(self, encoding: Any, prompts: Any, results: list[CaptionResult], margin: float) -> None:
+        """A retrieved caption whose cosine is higher than the result's by `margin` takes its place, if the decoder
+        cannot write it: it has no words that it never read. What it could have written, it decided against."""
         for row, result in enumerate(results):
             # What is not even near the window that it was found by is not embedded. Texts of the caller have no score.
-            least = result.similarity + by
+            least = result.similarity + margin
             texts = [hit["caption"] for hit in result.retrieved if hit.get("score", 1.0) > least]
             cosines = self.similarities(texts, encoding.audio_embeds[[row] * len(texts)])
             if not len(texts) or cosines.max() <= least:
                 continue
-            text, result.similarity = texts[cosines.argmax()], float(cosines.max())
-            ids = prompts["decoder_input_ids"].new_tensor([self.processor.encode_caption(text)])
+            ids = prompts["decoder_input_ids"].new_tensor([self.processor.encode_caption(texts[cosines.argmax()])])
             own = {name: value[row : row + 1] for name, value in prompts.items()}
             sequence = torch.cat([own["decoder_input_ids"], ids], dim=1)
-            [result.score] = self.model.score_captions(encoding.rows(ids.new_tensor([row])), sequence, own)
-            result.caption, result.token_ids, result.copied = text, ids[0].tolist(), True
-            if result.candidates:
-                result.candidates[:0] = _candidates([0], [text], [result.score], cosines.max(keepdims=True))
+            [score] = self.model.score_captions(encoding.rows(ids.new_tensor([row])), sequence, own)
+            if score < _UNWRITABLE or result.untrained:
+                text, result.similarity = texts[cosines.argmax()], float(cosines.max())
+                result.caption, result.score, result.token_ids, result.copied = text, score, ids[0].tolist(), True
+                if result.candidates:
+                    result.candidates[:0] = _candidates([0], [text], [score], [result.similarity])
 
     def generation_config(self) -> GenerationConfig:
         """The decoding of this captioner: the checkpoint's, with its `generate_kwargs` and options. A copy."""

@@ -25,12 +25,8 @@ AUTO_MAP = {
 PIPELINE_TASK = "audio-captioning"
 CROSS_ATTENTION, PREFIX, UNTRAINED = CONDITIONINGS = ("cross_attention", "prefix", "none")
 HIDDEN, EMBEDDING = ENCODER_STATES = ("hidden", "embedding")
-_PIPELINE = {
-    "impl": "pipeline_recap.AudioCaptioningPipeline",
-    "pt": ["AutoModelForSpeechSeq2Seq"],
-    "type": "multimodal",
-}
-CUSTOM_PIPELINES = {PIPELINE_TASK: _PIPELINE}
+_PIPELINE = "pipeline_recap.AudioCaptioningPipeline"
+CUSTOM_PIPELINES = {PIPELINE_TASK: {"impl": _PIPELINE, "pt": ["AutoModelForSpeechSeq2Seq"], "type": "multimodal"}}
 _MODEL_AUTO_MAP = {name: AUTO_MAP[name] for name in ("AutoConfig", "AutoModel", "AutoModelForSpeechSeq2Seq")}
 # Keys of version 0.1, whose settings belong to the processor now (the last one is gone).
 _PROCESSOR_SETTINGS = ("num_retrieved_captions", "prompt_template", "caption_separator", "prompt_without_captions")

@@ -72,7 +72,10 @@ class CaptionOptions:
         RERANKING, float, "weight of the CLAP cosine beside the score; inf: the cosine alone", minimum=0
     )
     copy_margin: float | None = _option(
-        RERANKING, float, "a retrieved caption with a cosine higher by this is the caption; inf: none", minimum=0
+        RERANKING,
+        float,
+        "retrieved captions that cannot be written win with a cosine higher by this; inf: none",
+        minimum=0,
     )
 
     def __post_init__(self) -> None:
@@ -87,8 +90,8 @@ class CaptionOptions:
         """A `ValueError` for options of reranking, where nothing is reranked."""
         given = [f"`{name}`" for name in self.names(RERANKING)[1:] if getattr(self, name) is not None]
         if given:
-            hint = "set `rerank` to 'clap', or leave that out"
-            raise ValueError(f"Without reranking {' and '.join(given)} cannot be chosen: {hint}.")
+            names = " and ".join(given)
+            raise ValueError(f"Without reranking {names} cannot be chosen: set `rerank` to 'clap', or leave that out.")
 
     @classmethod
     def check(cls, option: str, value: Any, name: str | None = None) -> Any:

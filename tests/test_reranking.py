@@ -189,6 +189,23 @@ def test_a_retrieved_caption_that_is_nearer_by_the_margin_is_the_caption(tiny_mo
     assert copied == 3, "the case shows nothing"
 
 
+def test_what_the_decoder_can_write_is_not_copied(tiny_model, tiny_processor, words_only, monkeypatch):
+    """A decoder that gives a retrieved caption a score of 2 % could have written it."""
+    captioner = Captioner(tiny_model, tiny_processor, generate_kwargs=words_only)
+    captioner = captioner.with_options(CaptionOptions(rerank="clap", copy_margin=0.0))
+    [copied] = captioner.caption([noise(3)])
+    assert copied.copied and copied.score < 0.02
+    score_captions = type(tiny_model).score_captions
+    for score, expected in ((0.0201, None), (0.0199, True)):
+
+        def scored(self, encoding, sequences, prompts, score=score):
+            return [score] if len(sequences) == 1 else score_captions(self, encoding, sequences, prompts)
+
+        monkeypatch.setattr(type(tiny_model), "score_captions", scored)
+        [found] = captioner.caption([noise(3)])
+        assert (found.copied, found.caption == copied.caption) == (expected, bool(expected))
+
+
 def test_rows_of_a_batch_are_copied_as_alone(tiny_model, tiny_processor, words_only):
     options = CaptionOptions(rerank="clap", copy_margin=0.0)
     captioner = Captioner(tiny_model, tiny_processor, options=options, generate_kwargs=words_only)

@@ -25,7 +25,7 @@ from .recordings import labelled_recordings
 # Five beams, reranked by CLAP beside the score of the search. Few captions of known sounds are further from their
 # recordings than a retrieved one by this margin, and most of sounds that the language model never read.
 DECODING = {"num_beams": 5, "length_penalty": 1.0, "max_new_tokens": 30}
-DECODING |= {"rerank": "clap", "rerank_weight": 4.0, "copy_margin": 0.1}
+DECODING |= {"rerank": "clap", "rerank_weight": 4.0, "copy_margin": 0.05}
 
 
 def ship(captioner: str, out: Path, threshold: float) -> None:

@@ -144,6 +144,7 @@ def test_datastore_covers_all_classes():
     texts = datastore.captions()
     assert 10_000 <= len(texts) <= 13_000
     assert len({datastore.normalised(text) for text in texts}) == len(texts)
+    assert all(" " in text for text in texts)
     persons = 0
     for text in texts[::5]:
         human = any(classes()[index].kind in HUMAN_KINDS for index in caption_classes(text))

@@ -66,6 +66,7 @@ def test_how_often_a_sound_comes():
 def test_captions_of_a_corpus_to_learn_from(tmp_path):
     kept = [f"A dog barks at {where}" for where in ("a cat", "a bird", "a car", "a man", "a horse")]
     others = ["A dog barks", "A man talks as another man talks", "A dogg barks at a cat"]
+    others += [f"A music is played at a {what}" for what in ("cat", "bird", "car", "man", "horse")]
     # So that each word of the captions to keep is in five.
     spare = [f"The {what} number {n}" for what in ("cat", "bird", "car", "man", "horse") for n in range(5)]
     path = tmp_path / "captions.csv"

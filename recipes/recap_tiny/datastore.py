@@ -95,7 +95,7 @@ def normalised(text: str) -> str:
 
 
 class _Collection:
-    """Captions in order, each once."""
+    """Captions in order, each once and of more than one word."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -103,7 +103,7 @@ class _Collection:
 
     def add(self, text: str) -> bool:
         key = normalised(text)
-        if key in self._seen or repeated_words(text):
+        if key in self._seen or " " not in key or repeated_words(text):
             return False
         self._seen.add(key)
         self.texts.append(text)

@@ -25,9 +25,10 @@ uvicorn = pytest.importorskip("uvicorn", reason="the service needs recap-hf[serv
 httpx = pytest.importorskip("httpx")
 serving = pytest.importorskip("recap_hf.serving.app", reason="the service needs recap-hf[serve]")
 
+from recap_hf import Captioner  # noqa: E402
 from recap_hf.archive import SoundIndex  # noqa: E402
 from recap_hf.serving.process import WorkerProcess  # noqa: E402
-from recap_hf.serving.worker import Models  # noqa: E402
+from recap_hf.serving.worker import Models, open_index  # noqa: E402
 
 OPTIONS = ("--max-new-tokens", "5", "--batch-size", "2")
 
@@ -280,3 +281,13 @@ def test_search(client, recordings):
     assert answer["results"][0]["score"] == pytest.approx(1, abs=1e-3)
     response = client.post("/v1/audio/search", data={"text": "  "})
     assert (response.status_code, response.json()["error"]["type"]) == (422, "invalid_field")
+
+
+def test_the_captioners_clap_searches_its_own_index(model_folder, recordings, worker, tmp_path):
+    captioner = Captioner.from_pretrained(model_folder)
+    assert open_index(str(recordings), captioner).encoder.clap is captioner.model.clap
+    soundfile.write(tmp_path / "a.wav", synthetic_clip(1.0, 1), 48_000)
+    SoundIndex.update(tmp_path)
+    other = open_index(str(tmp_path), captioner)
+    assert other.encoder.clap is not captioner.model.clap
+    assert [hit["path"] for hit in other.search(text="rain", top=1)] == [str(tmp_path / "a.wav")]

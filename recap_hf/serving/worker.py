@@ -141,6 +141,19 @@ def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
     return list(groups.values())
 
 
+def open_index(folder: str, captioner: Any) -> Any:
+    """The sound index of a folder, ready to be searched: by the captioner's CLAP, or by the one that made it."""
+    from recap_hf.archive import SoundIndex
+
+    index = SoundIndex.load(folder, encoder=captioner)
+    try:
+        _ = index.encoder
+    except ValueError:
+        index = SoundIndex.load(folder)
+        _ = index.encoder
+    return index
+
+
 class _Answers:
     """Loads the models and answers requests with them."""
 
@@ -155,11 +168,7 @@ class _Answers:
         with suppress(ValueError):
             self.tagger = Tagger(self.captioner.model.clap, self.captioner.processor.feature_extractor)
         if models.index is not None:
-            from recap_hf.archive import SoundIndex
-
-            self.index = SoundIndex.load(models.index)
-            # Loaded here, before the first request.
-            _ = self.index.encoder
+            self.index = open_index(models.index, self.captioner)
 
     def facts(self) -> dict[str, Any]:
         """What the models can do."""

@@ -94,7 +94,7 @@ def train_all(args: argparse.Namespace) -> None:
     text |= {"datastore": [args.datastore], "max_train_clips": args.max_captions}
     text |= {"batch_size": args.batch_size, "max_steps": args.steps}
     run("no-noise", **text, embedding_noise=0.0)
-    run("noise", **text, noise_pairs=str(args.work / "pairs"))
+    run("noise", **text, gap_pairs=str(args.work / "pairs"))
     few = {"dataset": ["audiofolder"], "data_dir": [str(args.work / "recordings")], "datastore": [args.datastore]}
     run("fine-tuned", **few, model=str(args.work / "noise"), batch_size=32, num_train_epochs=8, learning_rate=3e-4)
 

@@ -21,7 +21,7 @@ from recap_hf.training.run import train
 from recap_hf.training.task import Key
 from recap_hf.training.tasks.bases import new_captioner
 from recap_hf.training.tasks.captioner import CaptionerTrainingConfig, build_corpus
-from recap_hf.training.text_only import PUBLISHED_NOISE, measured_noise
+from recap_hf.training.text_only import PUBLISHED_NOISE, measured_gap
 
 
 @pytest.fixture(scope="module")
@@ -148,26 +148,54 @@ def test_the_width_of_the_noise():
     assert np.array_equal(with_noise(embeds, 0.0, np.random.default_rng(0)), embeds)
 
 
-def test_the_measured_width_moves_a_caption_as_far_as_its_recording_is(start: Path, tmp_path: Path):
+def test_the_measured_gap_moves_captions_to_their_recordings(start: Path, tmp_path: Path):
     model, processor = make_captioner()
+    texts = ["a dog barks", "rain falls"]
     (tmp_path / "metadata.csv").write_text("file_name,caption\nclip 0.wav,a dog barks\nclip 1.wav,rain falls\n")
-    cosines = []
-    for number, text in enumerate(["a dog barks", "rain falls"]):
+    captioner, audio = Captioner(model, processor), []
+    for number in range(2):
         path = shutil.copy(start / "clotho" / "development" / f"clip {number}.wav", tmp_path)
-        captioner = Captioner(model, processor)
-        audio = captioner.encode([captioner.read(path)]).audio_embeds[0, 0].numpy()
-        cosines.append(float(model.embed_captions([text], processor)[0] @ audio))
-    if np.mean(cosines) < 0:
-        with torch.no_grad():
-            model.clap.text_projection.linear2.weight.neg_()
-            model.clap.text_projection.linear2.bias.neg_()
-    width = measured_noise(str(tmp_path), model, processor)
-    assert 1 / np.sqrt(1 + 16 * width**2) == pytest.approx(abs(np.mean(cosines)), rel=1e-4)
+        audio.append(captioner.encode([captioner.read(path)]).audio_embeds[0, 0].numpy())
+    audio, text = np.stack(audio), np.stack([model.embed_captions([each], processor)[0] for each in texts])
+    if (audio * text).sum() < 0:
+        turn_texts_around(model)
+        text = -text
+    gap = measured_gap(str(tmp_path), model, processor)
+    np.testing.assert_allclose(gap.shift, [(a + b) / 2 for a, b in zip(*(audio - text), strict=True)], atol=1e-6)
+    moved = [vector / np.linalg.norm(vector) for vector in text + gap.shift]
+    mean = np.mean([a @ b for a, b in zip(audio, moved, strict=True)])
+    assert 1 / np.sqrt(1 + 16 * gap.noise**2) == pytest.approx(mean, rel=1e-4)
+    turn_texts_around(model)
+    with pytest.raises(ValueError, match="have a mean cosine of -"):
+        measured_gap(str(tmp_path), model, processor)
+
+
+def turn_texts_around(model) -> None:
     with torch.no_grad():
         model.clap.text_projection.linear2.weight.neg_()
         model.clap.text_projection.linear2.bias.neg_()
-    with pytest.raises(ValueError, match="have a mean cosine of -"):
-        measured_noise(str(tmp_path), model, processor)
+
+
+def test_a_run_conditions_on_shifted_captions(start: Path, tmp_path: Path):
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    (pairs / "metadata.csv").write_text("file_name,caption\nclip 0.wav,a dog barks\n")
+    shutil.copy(start / "clotho" / "development" / "clip 0.wav", pairs)
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a dog barks\nrain falls\n")
+    settings = config(start, tmp_path / "out", text_only=[str(captions)], gap_pairs=str(pairs))
+    model, processor = new_captioner(settings)
+    captioner = Captioner(model, processor)
+    audio = captioner.encode([captioner.read(pairs / "clip 0.wav")]).audio_embeds[0, 0].numpy()
+    if model.embed_captions(["a dog barks"], processor)[0] @ audio < 0:
+        turn_texts_around(model)
+    examples, _, _ = build_corpus(settings, model, processor)
+    store = examples["train"].features
+    # The one pair's caption lies on its recording, and other captions are moved by the same difference.
+    np.testing.assert_allclose(store.embeds[0], audio, atol=1e-5)
+    bark, rain = model.embed_captions(["a dog barks", "rain falls"], processor)
+    rain = rain + audio - bark
+    np.testing.assert_allclose(store.embeds[1], rain / np.linalg.norm(rain), atol=1e-5)
 
 
 def test_a_few_recordings_go_on_from_there(start: Path, finished, tmp_path: Path):
@@ -199,7 +227,7 @@ def test_an_untrained_assembly_gets_cross_attention(start: Path, tmp_path: Path)
         ({"dataset": ["clotho"], "data_dir": ["x"]}, "not together with --dataset"),
         ({"encoder_states": "hidden"}, "not together with --dataset, --encoder-states hidden"),
         ({"datastore": ["training-audio"]}, "--datastore training-audio"),
-        ({"text_only": [], "dataset": ["clotho"], "data_dir": ["x"], "noise_pairs": "y"}, "go with --text-only"),
+        ({"text_only": [], "dataset": ["clotho"], "data_dir": ["x"], "gap_pairs": "y"}, "go with --text-only"),
         ({"embedding_noise": -0.1}, "--embedding-noise must be 0 or more"),
         ({"text_only": []}, "no --dataset given"),
     ],
@@ -223,7 +251,7 @@ def test_the_command(start: Path, tmp_path: Path):
     from recap_cli import main
 
     given = ["--model", start / "bases", "--output-dir", tmp_path, "--max-steps", 1, "--device", "cpu"]
-    given += ["--noise-pairs", start / "missing", "--text-only", start / "captions.csv"]
+    given += ["--gap-pairs", start / "missing", "--text-only", start / "captions.csv"]
     assert main(["train", *map(str, given)]) == 1
     given = [*given[:-4], "--projection-temperature", "0.05", "--text-only", start / "captions.csv"]
     assert main(["train", *map(str, given)]) == 0

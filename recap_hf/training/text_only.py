@@ -3,7 +3,8 @@
 CLAP puts captions near the recordings that they describe, but not in the same place: Gaussian noise of the width of
 this gap teaches the captioner to describe what lies around a caption's embedding (Nukrai et al., "Text-Only Training
 for Image Captioning using Noise-Injected CLIP", 2022; Deshmukh et al., arXiv 2309.07372; Kouzelis and Katsouros, arXiv
-2309.12242).
+2309.12242). What of the gap is the same for all pairs is no noise, but a shift (Zhang et al., "Connect, Collapse,
+Corrupt", arXiv 2401.08567).
 """
 
 import logging
@@ -32,11 +33,24 @@ _QUERIES = 2
 
 
 @dataclass
+class Gap:
+    """The gap between embeddings of captions and those of recordings.
+
+    Args:
+        noise: see `with_noise`.
+        shift: `(P,)`, what is added to embeddings of captions before the noise; 0 if it is not known.
+    """
+
+    noise: float = PUBLISHED_NOISE
+    shift: np.ndarray | float = 0.0
+
+
+@dataclass
 class TextStore:
     """Embeddings of captions in the place of a `FeatureStore`. A clip's key is its row.
 
     Args:
-        embeds: float32 of shape `(clips, P)`, unit vectors: what the decoder is conditioned on.
+        embeds: float32 of shape `(clips, P)`, unit vectors, shifted: what the decoder is conditioned on.
         queries: the same with one draw of the noise: what captions are retrieved with, as far from the clip's own
             captions as a recording is.
         fingerprint: of the encoder and the captions.
@@ -86,13 +100,13 @@ def text_clips(config: TrainingConfig, sources: list[str], share_prompts: bool) 
     }
 
 
-def text_store(splits: dict[str, list[Clip]], stores: dict[str, Any], noise: float, seed: int) -> TextStore:
+def text_store(splits: dict[str, list[Clip]], stores: dict[str, Any], gap: Gap, seed: int) -> TextStore:
     """The stand-ins of all clips, whose keys are set.
 
     Args:
         splits: clips of each split.
         stores: for each split the datastore of its captions, a row for each caption in order.
-        noise: see `with_noise`.
+        gap: between captions and recordings.
         seed: of the queries' noise.
     """
     embeds = []
@@ -103,16 +117,23 @@ def text_store(splits: dict[str, list[Clip]], stores: dict[str, Any], noise: flo
             # Several captions of a clip: their mean.
             embeds.append(clip_keys(np.asarray(stores[split].embeddings[rows], dtype=np.float32)[None])[0])
             first = rows.stop
-    embeds = np.stack(embeds)
-    queries = with_noise(embeds, noise, np.random.default_rng([seed, _QUERIES]))
+    embeds = shifted(np.stack(embeds), gap.shift)
+    queries = with_noise(embeds, gap.noise, np.random.default_rng([seed, _QUERIES]))
     return TextStore(embeds, queries, stores["train"].manifest["checksum"][:16])
 
 
-def measured_noise(folder: str, model: Any, processor: Any) -> float:
-    """The noise that moves a caption's embedding as far as recordings are from their captions.
+def shifted(embeds: np.ndarray, shift: np.ndarray | float) -> np.ndarray:
+    """Embeddings `(n, P)` moved by a shift, as unit vectors."""
+    moved = embeds + shift
+    return (moved / np.maximum(np.linalg.norm(moved, axis=-1, keepdims=True), 1e-12)).astype(embeds.dtype)
 
-    With the mean cosine c of recordings and captions, and embeddings of P dimensions, it is sqrt((1 / c^2 - 1) / P):
-    then c is the cosine of an embedding with and without noise.
+
+def measured_gap(folder: str, model: Any, processor: Any) -> Gap:
+    """The gap between some recordings and their captions.
+
+    The shift is the mean difference. The noise moves a shifted caption as far as recordings are from it: with their
+    mean cosine c, and embeddings of P dimensions, it is sqrt((1 / c^2 - 1) / P); then c is the cosine of an embedding
+    with and without noise.
 
     Args:
         folder: an `audiofolder`.
@@ -121,13 +142,19 @@ def measured_noise(folder: str, model: Any, processor: Any) -> float:
     Raises:
         ValueError, OSError: if nothing can be read, or captions do not fit their recordings at all.
     """
-    cosines = []
+    audio, text = [], []
     for clip in load_captions("audiofolder", folder).dataset:
-        audio = clip_keys(encode_recordings([clip["audio"]], model, processor))[0]
-        cosines += (model.embed_captions(clip["captions"], processor) @ audio).tolist()
-    mean = float(np.mean(cosines))
-    if mean <= 0:
-        raise ValueError(f"--noise-pairs {folder}: recordings and their captions have a mean cosine of {mean:.3f}")
-    noise = ((1 / mean**2 - 1) / len(audio)) ** 0.5
-    logger.info("%d pairs have a mean cosine of %.3f: noise of width %.4f", len(cosines), mean, noise)
-    return noise
+        key = clip_keys(encode_recordings([clip["audio"]], model, processor))[0]
+        audio += [key] * len(clip["captions"])
+        text.append(np.asarray(model.embed_captions(clip["captions"], processor), dtype=np.float32))
+    audio, text = np.stack(audio), np.concatenate(text)
+    before = float((audio * text).sum(1).mean())
+    if before <= 0:
+        raise ValueError(f"--gap-pairs {folder}: recordings and their captions have a mean cosine of {before:.3f}")
+    shift = (audio - text).mean(0)
+    after = float((audio * shifted(text, shift)).sum(1).mean())
+    noise = (max(0.0, 1 / after**2 - 1) / audio.shape[1]) ** 0.5
+    logger.info(
+        "%d pairs have a mean cosine of %.3f, shifted %.3f: noise of width %.4f", len(audio), before, after, noise
+    )
+    return Gap(noise, shift)

@@ -6,7 +6,7 @@ The defaults are the paper's recipe (Section 4): Adam at 5e-5, batches of 32, 10
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ..data import DataSummary, load_encoded, load_splits
 from ..features import AudioTower
 from ..loss import CaptionLoss
 from ..neighbours import Query, find_neighbours
-from ..text_only import PUBLISHED_NOISE, measured_noise, text_clips, text_store
+from ..text_only import Gap, measured_gap, text_clips, text_store
 from .bases import new_captioner, prepare_for_training
 from .prompted import PromptConfig, PromptedTask
 
@@ -78,11 +78,14 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
     embedding_noise: float | None = option(
         "prompts",
         None,
-        "width of Gaussian noise on embeddings (default: with --text-only that of --noise-pairs, else 0.126; else 0)",
+        "width of Gaussian noise on embeddings (default: with --text-only that of --gap-pairs, else 0.126; else 0)",
         check=(lambda value: value is None or value >= 0, "0 or more"),
     )
-    noise_pairs: str = option(
-        "prompts", "", "audiofolder of a few recordings with captions: the noise is as wide as the gap between them"
+    gap_pairs: str = option(
+        "prompts",
+        "",
+        "audiofolder of a few recordings with captions: embeddings are shifted by their mean difference, and the "
+        "noise is as wide as the rest of the gap",
     )
     projection_temperature: float | None = option(
         "prompts",
@@ -107,8 +110,8 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
         if self.text_only and (self.dataset or self.encoder_states == HIDDEN or TRAINING_BY_AUDIO in self.datastore):
             without = "--dataset, --encoder-states hidden and --datastore training-audio"
             raise ValueError(f"--text-only trains on embeddings of captions, not together with {without}")
-        if not self.text_only and (self.noise_pairs or self.projection_temperature):
-            raise ValueError("--noise-pairs and --projection-temperature go with --text-only")
+        if not self.text_only and (self.gap_pairs or self.projection_temperature):
+            raise ValueError("--gap-pairs and --projection-temperature go with --text-only")
         if {TRAINING, TRAINING_BY_AUDIO} <= set(self.datastore):
             raise ValueError("--datastore takes the training captions once: either 'training' or 'training-audio'")
 
@@ -124,17 +127,18 @@ class CaptionerTrainingConfig(PromptConfig, AudioTrainingConfig):
         prepare_for_training(model, self)
         return CaptionerTask(self, accelerator, model, processor, *corpus)
 
-    def noise(self, model: Any, processor: Any) -> float:
-        """Width of the noise on embeddings.
+    def gap(self, model: Any, processor: Any) -> Gap:
+        """Shift of and noise on embeddings.
 
         Raises:
             ValueError: if noise is asked for and the model is conditioned on hidden states.
         """
         if self.embedding_noise and model.config.encoder_states == HIDDEN:
             raise ValueError("--embedding-noise needs --encoder-states embedding: noise on hidden states says nothing")
-        if self.embedding_noise is not None or not self.text_only:
-            return self.embedding_noise or 0.0
-        return measured_noise(self.noise_pairs, model, processor) if self.noise_pairs else PUBLISHED_NOISE
+        if not self.text_only:
+            return Gap(self.embedding_noise or 0.0)
+        gap = measured_gap(self.gap_pairs, model, processor) if self.gap_pairs else Gap()
+        return gap if self.embedding_noise is None else replace(gap, noise=self.embedding_noise)
 
 
 def build_corpus(
@@ -146,7 +150,7 @@ def build_corpus(
         The examples by split; the datastore that is saved with the captioner, None without retrieval; and the counts.
     """
     cache, fingerprint = config.cache_folder(), model.embed_fingerprint(processor)
-    noise = config.noise(model, processor)
+    gap = config.gap(model, processor)
     if config.text_only:
         clips, summary = text_clips(config, config.text_only, config.share_prompts), DataSummary()
         stores = {}
@@ -154,7 +158,7 @@ def build_corpus(
             summary.add(split, own)
             records = [record for clip in own for record in clip.records()]
             stores[split] = _store_by_text(records, model, processor, fingerprint, cache)
-        store = text_store(clips, stores, noise, config.seed)
+        store = text_store(clips, stores, gap, config.seed)
     else:
         with PartialState().main_process_first():
             splits = load_splits(config)
@@ -181,7 +185,7 @@ def build_corpus(
         queries = [Query(store.read(clip.key, "embeds"), clip.clip_id, tuple(texts[clip.clip_id])) for clip in own]
         tables = [find_neighbours(each, queries, top, cache, config.retrieval_diversity) for each in datastores]
         examples[split] = config.examples(
-            split, own, processor, tables, store, noise, audio_dropout=config.audio_dropout
+            split, own, processor, tables, store, gap.noise, audio_dropout=config.audio_dropout
         )
     return examples, datastores[0] if datastores else None, summary
 

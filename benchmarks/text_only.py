@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--datastore", required=True, metavar="FILE", help="captions to retrieve from")
     parser.add_argument("--work", required=True, type=Path, metavar="DIR", help="trained captioners and figures")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--steps", type=int, default=600, metavar="N", help="of a training on text (default: 600)")
+    parser.add_argument("--steps", type=int, default=1500, metavar="N", help="of a training on text (default: 1500)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="of a training on text (default: 64)")
     parser.add_argument("--max-captions", type=int, default=0, metavar="N", help="to train on (default: all)")
     parser.add_argument("--temperature", type=float, default=0.05, metavar="X", help="of the projection (0.05)")
@@ -100,12 +100,15 @@ def train_all(args: argparse.Namespace) -> None:
 
 
 def captioners(args: argparse.Namespace) -> dict[str, Any]:
-    """The captioners that are compared, by name, all with the retrieval of the one with audio."""
+    """The captioners that are compared, by name, all with the retrieval of the one with audio, and its decoding."""
     from recap_hf import Captioner, CaptionOptions
     from recap_hf.conversion.untrained import assemble
+    from recap_hf.modeling.options_recap import DECODING, RERANKING
 
     with_audio = Captioner.from_pretrained(device="cpu")
-    retrieval = with_audio.processor.retrieval_options
+    retrieval, decoding = with_audio.processor.retrieval_options, with_audio.generation_config()
+    chosen = {name: getattr(decoding, name, None) for name in CaptionOptions.names(DECODING, RERANKING)}
+    options = retrieval.merged_with(CaptionOptions(**chosen))
     found = {"with audio": with_audio}
     for name, folder in (
         ("text only, no noise", "no-noise"),
@@ -113,7 +116,7 @@ def captioners(args: argparse.Namespace) -> dict[str, Any]:
         ("text only and 200 recordings", "fine-tuned"),
     ):
         if (args.work / folder / "report.json").exists():
-            found[name] = Captioner.from_pretrained(args.work / folder, device="cpu", options=retrieval)
+            found[name] = Captioner.from_pretrained(args.work / folder, device="cpu", options=options)
     if "text only" in found:
         projected = CaptionOptions(projection_temperature=args.temperature)
         found["text only, projected"] = found["text only"].with_options(projected)

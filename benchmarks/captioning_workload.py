@@ -16,6 +16,7 @@ from recap_hf.fast_generation import prepare_for_cpu
 from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
 from recap_hf.modeling.captioning_recap import Captioner
 from recap_hf.modeling.configuration_recap import RecapConfig
+from recap_hf.modeling.encoder_recap import RecapClapEncoder
 from recap_hf.modeling.modeling_recap import RecapForConditionalGeneration
 from recap_hf.modeling.options_recap import NO_RERANKING, CaptionOptions
 from recap_hf.modeling.processing_recap import RecapProcessor
@@ -105,13 +106,17 @@ class Workload:
 
 
 class ReferencePath:
-    """Stock transformers, one clip at a time: `ClapFeatureExtractor` and `generate` without fast generation."""
+    """Stock transformers, one clip at a time: `ClapFeatureExtractor` and `generate` without fast generation.
+
+    YAMNet's log-mel is not in transformers: a captioner with it has the package's on both sides.
+    """
 
     def __init__(self, model: Any, processor: Any, generate_kwargs: dict[str, Any]) -> None:
-        ours = processor.feature_extractor
-        names = ("feature_size", "sampling_rate", "hop_length", "max_length_s", "fft_window_size", "truncation")
-        names = (*names, "frequency_min", "frequency_max", "padding")
-        self.extractor = ClapFeatureExtractor(**{name: getattr(ours, name) for name in names})
+        self.extractor = ours = processor.feature_extractor
+        if isinstance(model.clap, RecapClapEncoder):
+            names = ("feature_size", "sampling_rate", "hop_length", "max_length_s", "fft_window_size", "truncation")
+            names = (*names, "frequency_min", "frequency_max", "padding")
+            self.extractor = ClapFeatureExtractor(**{name: getattr(ours, name) for name in names})
         self.model, self.processor, self.generate_kwargs = model, processor, generate_kwargs
 
     @torch.no_grad()
@@ -139,6 +144,8 @@ def make_workload(options: BenchmarkOptions) -> Workload:
         model, processor = _full_size(options)
     if options.datastore_size:
         processor.datastore = grown(processor.datastore, options.datastore_size, options.seed)
+    # A sweep may be like no caption: it is captioned nevertheless.
+    processor.retrieval_score_threshold = None
     model.to(options.device)
     rate = processor.feature_extractor.sampling_rate
     return Workload(model, processor, _waveforms(options, rate), options)

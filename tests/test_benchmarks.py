@@ -35,9 +35,22 @@ def model(tiny_model, tiny_processor, tmp_path):
     return str(tmp_path / "model")
 
 
-def test_captioning_speed_is_of_equal_captions(model, capsys, tmp_path):
+@pytest.mark.parametrize("name", ["tiny", "default"])
+def test_captioning_speed_is_of_equal_captions(model, name, capsys, tmp_path):
     output = tmp_path / "speed.json"
-    options = ["--model", model, "--clips", "3", "--batch-sizes", "1", "2", "--new-tokens", "4", "--device", "cpu"]
+    options = [
+        "--model",
+        model if name == "tiny" else name,
+        "--clips",
+        "3",
+        "--batch-sizes",
+        "1",
+        "2",
+        "--new-tokens",
+        "4",
+        "--device",
+        "cpu",
+    ]
     assert captioning.main([*options, "--max-minutes", "0.01", "--output", str(output)]) == 0
     report = json.loads(output.read_text(encoding="utf-8"))
     assert [row["batch"] for row in report["rows"]] == [1, 2]

@@ -332,7 +332,7 @@ class Captioner:
         """Cosines of captions and their recordings in CLAP's space, the mean over a recording's windows.
 
         Args:
-            captions (`Sequence[str]`): one for each recording.
+            captions (`Sequence[str]`): one for each recording. An empty one stands for silence.
             audio_embeds (`torch.Tensor` of shape `(len(captions), windows, dimension)`): from `encode`.
 
         Returns:
@@ -340,13 +340,13 @@ class Captioner:
         """
         if not len(captions):
             return np.empty(0, dtype=np.float32)
+        captions = [caption or SILENCE_CAPTION for caption in captions]
         # Beams of a clip often differ in nothing but their end: each text is embedded once.
         unique = sorted(set(captions))
         rows = dict(zip(unique, self.model.embed_captions(unique, self.processor), strict=True))
-        texts = np.stack([rows[caption] for caption in captions])
         audio = audio_embeds.float().cpu().numpy()
         present = np.abs(audio).sum(axis=-1) > 0
-        cosines = np.einsum("bwd,bd->bw", audio, texts)
+        cosines = np.einsum("bwd,bd->bw", audio, np.stack([rows[caption] for caption in captions]))
         return (cosines * present).sum(axis=1) / np.maximum(present.sum(axis=1), 1)
 
 

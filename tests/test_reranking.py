@@ -35,6 +35,10 @@ def test_similarities_by_hand(tiny_model, tiny_processor):
     texts = tiny_model.embed_captions(["a dog", "rain"], tiny_processor)
     found = Captioner(tiny_model, tiny_processor).similarities(["a dog", "rain"], embeds)
     np.testing.assert_allclose(found, [(texts[0, 3] + texts[0, 5]) / 2, texts[1, 0]], atol=1e-6)
+    # A caption without a word.
+    silence = tiny_model.embed_captions(["silence"], tiny_processor)[0]
+    found = Captioner(tiny_model, tiny_processor).similarities([""], embeds[1:])
+    np.testing.assert_allclose(found, [silence[0]], atol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}])

@@ -9,6 +9,7 @@ compares.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -104,13 +105,14 @@ def measure_memory(command: list[str], progress: Path, seconds: float) -> dict[s
 
 
 def _reached(progress: Path) -> float:
-    """End of the last segment that is complete in a JSONL file."""
-    if not progress.exists():
-        return 0.0
-    with progress.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - 20_000))
-        lines = file.read().split(b"\n")[:-1]
+    """End of the last segment that is complete in a JSONL file; it has another name until the end."""
+    lines: list[bytes] = []
+    for path in (progress.with_name(f"{progress.name}.partial"), progress):
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 20_000))
+            lines = file.read().split(b"\n")[:-1]
+            break
     return float(json.loads(lines[-1])["end"]) if lines and lines[-1].startswith(b"{") else 0.0
 
 

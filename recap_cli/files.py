@@ -82,7 +82,8 @@ def open_output(path: str | os.PathLike | None) -> Iterator[IO[str]]:
     special = target.exists() and not target.is_file()
     partial = target if special else target.with_name(f"{target.name}.partial")
     try:
-        with open(partial, "w", encoding="utf-8", newline="") as file:
+        # Line by line: a killed run leaves all that it had.
+        with open(partial, "w", buffering=1, encoding="utf-8", newline="") as file:
             yield file
     except BaseException:
         if not special and partial.is_file():

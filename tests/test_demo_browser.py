@@ -123,7 +123,7 @@ def test_record(page):
     page.get_by_role("button", name="Record", exact=True).click()
     page.wait_for_timeout(4_000)
     page.get_by_role("button", name="Stop").first.click()
-    assert re.search("sea|wave|ocean|surf|rain|water", caption(page))
+    assert re.search("sea|wave|ocean|surf|rain|water", caption(page), re.IGNORECASE)
 
 
 def test_what_is_refused(page, tmp_path):

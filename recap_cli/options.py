@@ -1,6 +1,7 @@
 """Flags that the commands share. Nothing here imports torch, so that a wrong call is reported at once."""
 
 import argparse
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ _SMALL_MODEL = 20_000_000
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 
 
+@functools.cache
 def _caption_options() -> ModuleType:
     """The module of `CaptionOptions`, read from its file: importing it by name imports all of recap_hf, and torch."""
     root = Path(__file__).resolve().parent.parent

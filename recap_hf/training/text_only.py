@@ -117,15 +117,9 @@ def text_store(splits: dict[str, list[Clip]], stores: dict[str, Any], gap: Gap, 
             # Several captions of a clip: their mean.
             embeds.append(clip_keys(np.asarray(stores[split].embeddings[rows], dtype=np.float32)[None])[0])
             first = rows.stop
-    embeds = shifted(np.stack(embeds), gap.shift)
+    embeds = clip_keys((np.stack(embeds) + gap.shift)[:, None])
     queries = with_noise(embeds, gap.noise, np.random.default_rng([seed, _QUERIES]))
     return TextStore(embeds, queries, stores["train"].manifest["checksum"][:16])
-
-
-def shifted(embeds: np.ndarray, shift: np.ndarray | float) -> np.ndarray:
-    """Embeddings `(n, P)` moved by a shift, as unit vectors."""
-    moved = embeds + shift
-    return (moved / np.maximum(np.linalg.norm(moved, axis=-1, keepdims=True), 1e-12)).astype(embeds.dtype)
 
 
 def measured_gap(folder: str, model: Any, processor: Any) -> Gap:
@@ -152,7 +146,7 @@ def measured_gap(folder: str, model: Any, processor: Any) -> Gap:
     if before <= 0:
         raise ValueError(f"--gap-pairs {folder}: recordings and their captions have a mean cosine of {before:.3f}")
     shift = (audio - text).mean(0)
-    after = float((audio * shifted(text, shift)).sum(1).mean())
+    after = float((audio * clip_keys((text + shift)[:, None])).sum(1).mean())
     noise = (max(0.0, 1 / after**2 - 1) / audio.shape[1]) ** 0.5
     logger.info(
         "%d pairs have a mean cosine of %.3f, shifted %.3f: noise of width %.4f", len(audio), before, after, noise

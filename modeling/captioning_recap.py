@@ -308,7 +308,7 @@ class Captioner:
 
     def generation_config(self) -> GenerationConfig:
         """The decoding of this captioner: the checkpoint's, with its `generate_kwargs` and options. A copy."""
-        config = copy.deepcopy(self.generate_kwargs.get("generation_config") or self.model.generation_config)
+        config = copy.copy(self.generate_kwargs.get("generation_config") or self.model.generation_config)
         for name, value in {**self.generate_kwargs, **self.options.generate_kwargs()}.items():
             # Not `update`, which checks the settings and warns: `generate` will do that, once.
             if hasattr(config, name):

@@ -259,7 +259,7 @@ def _take_penalties(
             # What is left out, `generate` would fill in from the model's own configuration.
             kwargs |= neutral
         else:
-            given = copy.deepcopy(given)
+            given = copy.copy(given)
             given.update(**neutral)
     if processors:
         kwargs["logits_processor"] = LogitsProcessorList([*processors, *(kwargs.get("logits_processor") or [])])

@@ -257,7 +257,7 @@ def fast_generate(model: Any, **arguments: Any) -> tuple[torch.LongTensor, list[
     """
     settings = {name: value for name, value in arguments.items() if name not in _INPUTS}
     given = settings.pop("generation_config", None)
-    config = copy.deepcopy(given or model.generation_config)
+    config = copy.copy(given or model.generation_config)
     for name, value in settings.items():
         # Whatever is no setting (a cache, processors, a streamer, an assistant) is left to transformers.
         if not hasattr(config, name) and value is not None:

@@ -1,6 +1,6 @@
 """Explanations beside shuffled ones: whether maps and weights are better than chance, on sequences of real sounds.
 
-    python -m benchmarks.explanations --sounds DIR [--fold 5] [--model DIR] [--methods gradient attention]
+    python -m benchmarks.explanations --sounds DIR [--fold 5] [--model DIR] [--methods gradient insertion]
 
 The recordings are the sequences of the project's fixed mixtures: 4.5 s of one event, a quarter of a second of nothing,
 4.5 s of another. A look is a word (all words) of a caption that names one of the two events; it lies on its event if

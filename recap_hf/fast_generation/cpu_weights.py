@@ -2,7 +2,7 @@
 
 A decode step of a few beams reads every weight of the decoder once and computes little with each, so its time is the
 time of reading them: half the bytes in bfloat16, a quarter in int8. Processors with AMX or AVX512-BF16 (bfloat16) and
-VNNI (int8) also multiply these faster than float32. Both change captions a little; `recap bench` says how many.
+VNNI (int8) also multiply these faster than float32. Both change captions a little; `python -m benchmarks.captioning default` says how many.
 """
 
 import functools

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
 from .configuration_recap import UNTRAINED, loading
-from .generation_recap import RecapEncoderOutput, until_end
+from .generation_recap import RecapEncoderOutput, complete_config, until_end
 from .index_recap import from_package
 from .modeling_recap import RecapForConditionalGeneration
 from .options_recap import NO_RERANKING, RERANKING, UNRECOGNISED_CAPTION, CaptionOptions
@@ -261,15 +261,17 @@ class Captioner:
         kwargs = {**self.generate_kwargs, **self.options.generate_kwargs()}
         if rerank is not None:
             kwargs |= rerank.candidate_options(config)
-        sequences, scores = self._search(encoding, prompts, kwargs)
+        ends = self.model.config.eos_token_id if config.eos_token_id is None else config.eos_token_id
+        sequences, scores = self._search(encoding, prompts, kwargs, ends)
         untrained = self.model.config.conditioning == UNTRAINED or None
         count = len(sequences) // len(retrieved)
         captions = self.processor.batch_decode(sequences)
         targets = sequences[:, prompts["decoder_input_ids"].shape[1] :]
+        counted = until_end(targets, ends)
         similarities = values = None
         if rerank is not None:
             similarities = self.similarities(captions, encoding.audio_embeds.repeat_interleave(count, dim=0))
-            values = rerank.values(scores, similarities, targets, self.model.config.eos_token_id, config)
+            values = rerank.values(scores, similarities, counted.sum(dim=1).cpu().numpy(), config)
         asked = self.options.rerank or self.options.candidates or self.generate_kwargs.get("num_return_sequences")
         results = []
         for row, hits in enumerate(retrieved):
@@ -278,7 +280,7 @@ class Captioner:
             order = list(own) if values is None else sorted(own, key=lambda one: (-values[one], one))
             best = order[0]
             hits = [{"caption": hit} if isinstance(hit, str) else hit for hit in hits]
-            found = {"token_ids": targets[best].tolist(), "untrained": untrained}
+            found = {"token_ids": targets[best][counted[best]].tolist(), "untrained": untrained}
             found["similarity"] = None if similarities is None else float(similarities[best])
             found["candidates"] = _candidates(order, captions, scores, similarities) if count > 1 and asked else None
             results.append(CaptionResult(captions[best], scores[best], hits, **found))
@@ -308,7 +310,7 @@ class Captioner:
 
     def generation_config(self) -> GenerationConfig:
         """The decoding of this captioner: the checkpoint's, with its `generate_kwargs` and options. A copy."""
-        config = copy.copy(self.generate_kwargs.get("generation_config") or self.model.generation_config)
+        config = complete_config(self.generate_kwargs.get("generation_config"), self.model.generation_config)
         for name, value in {**self.generate_kwargs, **self.options.generate_kwargs()}.items():
             # Not `update`, which checks the settings and warns: `generate` will do that, once.
             if hasattr(config, name):
@@ -316,7 +318,7 @@ class Captioner:
         return config
 
     def _search(
-        self, encoding: RecapEncoderOutput, prompts: Any, kwargs: dict[str, Any]
+        self, encoding: RecapEncoderOutput, prompts: Any, kwargs: dict[str, Any], ends: int | list[int]
     ) -> tuple[torch.LongTensor, list[float]]:
         """Sequences, those of a recording together and the best first, and their scores."""
         arguments = {"encoder_outputs": encoding, **prompts, **kwargs}
@@ -326,7 +328,7 @@ class Captioner:
                 return found
         sequences = self.model.generate(**arguments)
         sequences = getattr(sequences, "sequences", sequences)
-        return sequences, self.model.score_captions(encoding, sequences, prompts)
+        return sequences, self.model.score_captions(encoding, sequences, prompts, ends)
 
     def similarities(self, captions: Sequence[str], audio_embeds: torch.Tensor) -> np.ndarray:
         """Cosines of captions and their recordings in CLAP's space, the mean over a recording's windows.
@@ -381,18 +383,12 @@ class _Reranking:
         return {"num_return_sequences": count, "num_beams": beams}
 
     def values(
-        self,
-        scores: Sequence[float],
-        similarities: np.ndarray,
-        targets: torch.LongTensor,
-        eos_token_id: int,
-        config: GenerationConfig,
+        self, scores: Sequence[float], similarities: np.ndarray, lengths: np.ndarray, config: GenerationConfig
     ) -> np.ndarray:
         """What candidates are ranked by. The score of the search is the log-probability over
         `length ** length_penalty`."""
         if self.weight is None or np.isinf(self.weight):
             return similarities
-        lengths = until_end(targets, eos_token_id).sum(dim=1).cpu().numpy()
         penalty = 1.0 if config.length_penalty is None else config.length_penalty
         with np.errstate(divide="ignore"):
             searched = np.log(np.asarray(scores)) * lengths ** (1.0 - penalty)

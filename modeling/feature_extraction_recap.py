@@ -42,7 +42,6 @@ _YAMNET_SETTINGS = {
     "frequency_max": 7_500,
     "max_length_s": 10.08,
     "padding": "pad",
-    "truncation": "fusion",
 }
 _YAMNET_FRAME, _YAMNET_OFFSET = 400, 1e-3
 
@@ -63,7 +62,7 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
             `"clap"`, or `"yamnet"`: the features of a [`MobileNetClapModel`], `log(mel + 0.001)` of 64 bins from 125
             to 7,500 Hz at 16 kHz, 25 ms each 10 ms, in windows of 10.08 s that are padded with silence.
         max_length_s (`int`, *optional*, defaults to 10): length of a window in seconds.
-        truncation (`str`, *optional*, defaults to `"rand_trunc"`):
+        truncation (`str`, *optional*, defaults to `"rand_trunc"`, and to `"fusion"` with `"yamnet"`):
             Named so because CLAP's own configurations say which mel filters they go with in this field: the Slaney
             filters with `"rand_trunc"` (unfused checkpoints), the HTK filters with `"fusion"` (fused ones). Nothing
             is truncated here.
@@ -78,7 +77,7 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
 
     def __init__(
         self,
-        truncation: str = "rand_trunc",
+        truncation: str | None = None,
         compute_dtype: str = "float32",
         spectrogram: str = CLAP_SPECTROGRAM,
         **kwargs: Any,
@@ -87,7 +86,8 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
             raise ValueError(f"`spectrogram` must be 'clap' or 'yamnet', got {spectrogram!r}.")
         if spectrogram == YAMNET_SPECTROGRAM:
             kwargs = {**_YAMNET_SETTINGS, **kwargs}
-            truncation = kwargs.pop("truncation")
+        if truncation is None:
+            truncation = "fusion" if spectrogram == YAMNET_SPECTROGRAM else "rand_trunc"
         # `top_db` is read by nobody in CLAP; `nb_max_samples` and the like are derived and come back from JSON.
         super().__init__(truncation=truncation, **kwargs)
         if truncation not in ("rand_trunc", "fusion"):
@@ -267,10 +267,8 @@ def _as_clips(audio: Any) -> list[Any]:
     if isinstance(audio, (np.ndarray, torch.Tensor)):
         return [audio] if audio.ndim == 1 else list(audio)
     if not isinstance(audio, (list, tuple)):
-        raise TypeError(
-            f"`audio` must be an array, a tensor or a list of these, got {type(audio).__name__}. To read a file use "
-            "`load_audio`."
-        )
+        hint = "To read a file use `load_audio`."
+        raise TypeError(f"`audio` must be an array, a tensor or a list of these, got {type(audio).__name__}. {hint}")
     if not audio:
         raise ValueError("`audio` is an empty list: there is no clip to describe.")
     return [np.asarray(audio)] if np.isscalar(audio[0]) else list(audio)
@@ -278,10 +276,7 @@ def _as_clips(audio: Any) -> list[Any]:
 
 def _rates(sampling_rate: int | Sequence[int] | None, num_clips: int) -> list[int]:
     if sampling_rate is None:
-        raise ValueError(
-            "`sampling_rate` is missing: give the rate of `audio` in Hz. Features of another rate would be wrong "
-            "without an error."
-        )
+        raise ValueError("`sampling_rate` is missing: give the rate of `audio` in Hz. Features depend on it.")
     rates = list(sampling_rate) if isinstance(sampling_rate, (list, tuple)) else [sampling_rate] * num_clips
     if len(rates) != num_clips:
         raise ValueError(f"`sampling_rate` has {len(rates)} entries for {num_clips} clips: give one, or one per clip.")

@@ -62,10 +62,19 @@ def position_ids_of(attention_mask: torch.Tensor) -> torch.LongTensor:
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def until_end(tokens: torch.LongTensor, eos_token_id: int) -> torch.BoolTensor:
+def until_end(tokens: torch.LongTensor, eos_token_id: int | list[int]) -> torch.BoolTensor:
     """Which tokens of each row come before its first end token or are that one."""
-    ends = (tokens == eos_token_id).int()
+    ends = torch.isin(tokens, torch.as_tensor(eos_token_id, device=tokens.device)).int()
     return ends.cumsum(dim=1) - ends == 0
+
+
+def complete_config(given: GenerationConfig | None, default: GenerationConfig) -> GenerationConfig:
+    """A copy of `given`, or of `default`. What `given` leaves open is that of `default`, as in `generate`."""
+    config = copy.copy(given or default)
+    for name, value in vars(default).items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    return config
 
 
 def one_cache(cache: Any, past_key_values: Any) -> Any:
@@ -153,9 +162,14 @@ class RecapGenerationMixin(GenerationMixin):
         if kwargs.get("attention_mask") is None and encoder_outputs.attention_mask is not None:
             # Where transformers looks for it: without one it warns that batches of clips may go wrong.
             kwargs["attention_mask"] = encoder_outputs.attention_mask
+        config = complete_config(generation_config, self.generation_config)
         if self.config.conditioning == PREFIX:
-            _check_prefix(generation_config or self.generation_config, kwargs)
-        generation_config = _take_penalties(generation_config, self.generation_config, kwargs)
+            _check_prefix(config, kwargs)
+        # A caption that runs on must not leave the decoder's positions, which breaks a GPU's process.
+        room = self.config.decoder.n_positions - self.config.prefix_places - kwargs["decoder_input_ids"].shape[1]
+        if room < (kwargs.get("max_new_tokens", config.max_new_tokens) or 0):
+            kwargs["max_new_tokens"] = max(room, 1)
+        generation_config = _take_penalties(generation_config, config, kwargs)
         return super().generate(generation_config=generation_config, encoder_outputs=encoder_outputs, **kwargs)
 
     def encoding_of(
@@ -182,7 +196,11 @@ class RecapGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def score_captions(
-        self, encoder_outputs: RecapEncoderOutput, sequences: torch.LongTensor, prompts: Mapping[str, torch.Tensor]
+        self,
+        encoder_outputs: RecapEncoderOutput,
+        sequences: torch.LongTensor,
+        prompts: Mapping[str, torch.Tensor],
+        eos_token_id: int | list[int] | None = None,
     ) -> list[float]:
         """The exponential of the mean log-probability of each caption's tokens, its end token included.
 
@@ -191,6 +209,7 @@ class RecapGenerationMixin(GenerationMixin):
             sequences (`torch.LongTensor` of shape `(num_sequences, length)`): what `generate` returned, prompts
                 included; the same number for each clip, those of a clip together.
             prompts (`Mapping`): the `decoder_input_ids` and `decoder_attention_mask` of each clip.
+            eos_token_id (`int` or list, *optional*): that ended them; default: the model's.
 
         Returns:
             `list[float]`: probabilities between 0 and 1, comparable between captions of different lengths; 0.0 for
@@ -203,7 +222,7 @@ class RecapGenerationMixin(GenerationMixin):
         targets = sequences[:, start:]
         if not targets.shape[1]:
             return [0.0] * len(sequences)
-        counted = until_end(targets, self.config.eos_token_id)
+        counted = until_end(targets, self.config.eos_token_id if eos_token_id is None else eos_token_id)
         logits = self(
             encoder_outputs=encoder_outputs.rows(rows),
             decoder_input_ids=sequences,
@@ -240,26 +259,26 @@ _PENALTIES = {
 
 
 def _take_penalties(
-    given: GenerationConfig | None, default: GenerationConfig, kwargs: dict[str, Any]
+    given: GenerationConfig | None, config: GenerationConfig, kwargs: dict[str, Any]
 ) -> GenerationConfig | None:
     """Replaces the penalties on repetition of one call by processors that leave the prompt out, in `kwargs`.
 
-    Returns the configuration to generate with: `given`, copied where it has such a penalty.
+    Returns the configuration to generate with: `given`, or its complete copy `config` without them.
     """
     length, processors, configured = kwargs["decoder_input_ids"].shape[1], [], False
     for name, (neutral, processor) in _PENALTIES.items():
-        in_config, value = getattr(given or default, name, None), kwargs.pop(name, None)
+        in_config, value = getattr(config, name, None), kwargs.pop(name, None)
         value = in_config if value is None else value
         configured = configured or in_config not in (None, neutral)
         if value not in (None, neutral):
             processors.append(AfterPrompt(processor(value), length))
     if configured:
-        neutral = {name: value for name, (value, _) in _PENALTIES.items() if hasattr(given or default, name)}
+        neutral = {name: value for name, (value, _) in _PENALTIES.items() if hasattr(config, name)}
         if given is None:
             # What is left out, `generate` would fill in from the model's own configuration.
             kwargs |= neutral
         else:
-            given = copy.copy(given)
+            given = config
             given.update(**neutral)
     if processors:
         kwargs["logits_processor"] = LogitsProcessorList([*processors, *(kwargs.get("logits_processor") or [])])

@@ -157,10 +157,10 @@ class FaissIndex:
     def set_effort(self, effort: int, num_candidates: int) -> None:
         """A query visits `effort` lists, or nodes of HNSW's graph; `num_candidates` are scored again."""
         index = faiss.downcast_index(self.index)
-        if hasattr(index, "nprobe"):
-            index.nprobe = effort
-        elif hasattr(index, "hnsw"):
+        if hasattr(index, "hnsw"):
             index.hnsw.efSearch = effort
+        elif (lists := faiss.try_extract_index_ivf(self.index)) is not None:
+            lists.nprobe = effort
         self.description |= {"effort": effort, "num_candidates": num_candidates}
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

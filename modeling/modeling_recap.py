@@ -118,10 +118,7 @@ class PrefixMapper(nn.Module):
         """What the language model is called with: the prefix, then padding and prompt, whose positions follow. The
         other arguments are of the tokens alone. `prefix` is `None` where the decoder's cache has it already."""
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                "A captioner with a prefix takes a mask of shape (batch_size, length), got one of shape "
-                f"{tuple(attention_mask.shape)}."
-            )
+            raise ValueError(f"With a prefix a mask has the shape (batch_size, length), got {attention_mask.shape}.")
         if attention_mask is not None:
             own = attention_mask.new_ones(len(attention_mask), self.length)
             attention_mask = torch.cat([own, attention_mask], dim=1)
@@ -465,9 +462,7 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
     ) -> None:
         """As in transformers; the code is saved, too, so that `trust_remote_code=True` can load the folder."""
         if push_to_hub and state_dict is not None:
-            raise ValueError(
-                "`push_to_hub=True` pushes the model's own weights, expected no `state_dict`: load it first."
-            )
+            raise ValueError("`push_to_hub=True` pushes the model's own weights: load the `state_dict` first.")
         os.makedirs(save_directory, exist_ok=True)
         copy_remote_code(save_directory)
         push = push_arguments(save_directory, kwargs) if push_to_hub else {}

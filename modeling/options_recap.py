@@ -181,8 +181,8 @@ class PromptTemplate:
         target_prefix (`str`): what joins prompt and caption when the target of the training is tokenized.
 
     Raises:
-        `ValueError`: if the template has no place for the captions, no words after them (they tell the caption from
-            the prompt in a generated text), or another ending than `without_captions`.
+        `ValueError`: if the template has no place for the captions, no words of their own after them (they tell the
+            caption from the prompt in a generated text), or another ending than `without_captions`.
     """
 
     template: str
@@ -195,16 +195,14 @@ class PromptTemplate:
             raise ValueError(f"Template, separator and prefix of a prompt must be texts, got {vars(self)}.")
         if self.template.count(PLACEHOLDER) != 1:
             raise ValueError(f"`prompt_template` must contain {PLACEHOLDER!r} exactly once, got {self.template!r}.")
-        if not self.ending:
+        before = f"{self.template.partition(PLACEHOLDER)[0]} {self.separator}"
+        if not self.ending or self.ending in before:
             raise ValueError(
-                f"`prompt_template` needs words after {PLACEHOLDER!r}, which tell the caption from the prompt; got "
-                f"{self.template!r}."
+                f"`prompt_template` needs words after {PLACEHOLDER!r}, which tell the caption from the prompt, and "
+                f"neither stand before it nor in `caption_separator`; got {self.template!r} and {self.separator!r}."
             )
         if not self.without_captions.rstrip().endswith(self.ending):
-            raise ValueError(
-                f"`prompt_without_captions` must end as `prompt_template` does, in {self.ending!r}; got "
-                f"{self.without_captions!r}."
-            )
+            raise ValueError(f"`prompt_without_captions` must end in {self.ending!r}; got {self.without_captions!r}.")
 
     @classmethod
     def of(cls, settings: Any) -> PromptTemplate:

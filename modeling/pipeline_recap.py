@@ -15,6 +15,7 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .audio_recap import is_clip_and_rate
 from .captioning_recap import READ_ERRORS, Captioner
+from .configuration_recap import HUB_ARGUMENTS
 from .index_recap import from_package
 from .options_recap import RETRIEVAL, CaptionOptions
 
@@ -92,7 +93,7 @@ class AudioCaptioningPipeline(Pipeline):
             raise ValueError(f"`on_error` must be 'raise' or 'skip', got {on_error!r}.")
         preprocess_params = {"return_timestamps": return_timestamps, "on_error": on_error}
         names = ("timeline", "segment_batch_size", "decoding_batch_size")
-        forward_params = {"return_timestamps": return_timestamps, **{name: kwargs.pop(name, None) for name in names}}
+        forward_params = {name: kwargs.pop(name, None) for name in names} | preprocess_params
         preprocess_params, forward_params = (
             {name: value for name, value in params.items() if value is not None}
             for params in (preprocess_params, forward_params)
@@ -126,11 +127,12 @@ class AudioCaptioningPipeline(Pipeline):
         generate_kwargs: dict[str, Any] | None = None,
         return_timestamps: bool = False,
         decoding_batch_size: int | None = None,
+        on_error: str = "raise",
         **timeline: Any,
     ) -> dict[str, list[Any]]:
-        captioner = self.captioner_for(options, generate_kwargs)
+        captioner, skipped = self.captioner_for(options, generate_kwargs), READ_ERRORS if on_error == "skip" else ()
         if return_timestamps:
-            return {"result": [self._timeline(captioner, source, **timeline) for source in model_inputs["source"]]}
+            return {"result": [self._timeline(captioner, one, skipped, **timeline) for one in model_inputs["source"]]}
         waveforms = model_inputs["waveform"]
         readable = [one for one in waveforms if not isinstance(one, Exception)]
         found = iter(captioner.caption(readable, decoding_batch_size))
@@ -151,15 +153,19 @@ class AudioCaptioningPipeline(Pipeline):
         self,
         captioner: Captioner,
         source: Any,
+        skipped: tuple[type[Exception], ...],
         timeline: dict[str, Any] | None = None,
         segment_batch_size: int | None = None,
     ) -> dict[str, Any]:
         module = from_package("audio.timeline", "`return_timestamps=True`")
-        settings, summary = module.TimelineSettings(**(timeline or {})), module.TimelineSummary()
+        settings = module.TimelineSettings(**(timeline or {}))
+        summary = module.TimelineSummary(settings.same_caption)
         batch_size = segment_batch_size or self._batch_size or module.DEFAULT_SEGMENT_BATCH
-        segments = list(
-            module.caption_timeline(captioner, source, settings=settings, summary=summary, batch_size=batch_size)
-        )
+        given = {"settings": settings, "summary": summary, "batch_size": batch_size}
+        try:
+            segments = list(module.caption_timeline(captioner, source, **given))
+        except skipped as error:
+            return {"error": str(error)}
         return {**summary.result(), "segments": segments}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +201,7 @@ class AudioCaptioningPipeline(Pipeline):
         for name in CaptionOptions.names(RETRIEVAL):
             if getattr(options, name) is not None:
                 setattr(processor, "num_retrieved_captions" if name == "k" else name, getattr(options, name))
-        processor.save_pretrained(save_directory)
+        processor.save_pretrained(save_directory, **{n: kwargs[n] for n in HUB_ARGUMENTS if n in kwargs})
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -159,8 +159,6 @@ class RecapProcessor(ProcessorMixin):
             raise TypeError(f"`datastore` must be a CaptionDatastore, got {type(datastore).__name__}: {hint}")
         self._datastore = datastore
 
-    # -------------------------------------------------------------- audio in
-
     def __call__(
         self,
         audio: Any = None,
@@ -183,14 +181,13 @@ class RecapProcessor(ProcessorMixin):
             hint = "To train, encode the audio and call `processor.build_training_inputs(retrieved, captions)`."
             raise ValueError(f"Give `audio` or `text`, {found} given. {hint}")
         if text is not None:
-            return self.tokenizer(text, return_tensors=return_tensors, padding=return_tensors is not None)
+            kwargs = {"padding": return_tensors is not None, **kwargs}
+            return self.tokenizer(text, return_tensors=return_tensors, **kwargs)
         return self.feature_extractor(audio, sampling_rate=sampling_rate, return_tensors=return_tensors, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
         return [*self.feature_extractor.model_input_names, "decoder_input_ids", "decoder_attention_mask"]
-
-    # --------------------------------------------------------------- prompts
 
     def retrieve(
         self,
@@ -322,8 +319,6 @@ class RecapProcessor(ProcessorMixin):
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
         return ids.to(device), mask.to(device)
 
-    # ----------------------------------------------------------- captions out
-
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = True, **kwargs: Any) -> list[str]:
         """Captions out of generated sequences, without the prompts that they begin with."""
         options = {"clean_up_tokenization_spaces": False, "skip_special_tokens": skip_special_tokens, **kwargs}
@@ -332,8 +327,6 @@ class RecapProcessor(ProcessorMixin):
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:
         """The caption of one sequence, without the prompt."""
         return self.batch_decode([token_ids], skip_special_tokens=skip_special_tokens, **kwargs)[0]
-
-    # ---------------------------------------------------------- check, files
 
     def check_model(self, model: Any, check_datastore: bool = True) -> None:
         """Refuses a model that this processor or its datastore does not belong to.

@@ -70,7 +70,8 @@ class CaptionDatastore:
         fingerprint: np.ndarray | None = None,
         keys: str = TEXT_KEYS,
     ) -> None:
-        embeddings = np.asanyarray(embeddings)
+        # A view of a memory map would be pickled as all of its file.
+        embeddings = np.asarray(embeddings)
         if embeddings.ndim != 2 or len(embeddings) != len(records):
             raise ValueError(
                 f"A datastore needs one embedding per caption: got {len(records)} captions and embeddings of shape "
@@ -99,8 +100,6 @@ class CaptionDatastore:
         self._exact: ExactIndex | None = None
         # Rows of a plain array are taken in half the time of those of a memory map, whose memory it shares.
         self._vectors = np.asarray(embeddings) if isinstance(embeddings, np.ndarray) else embeddings
-
-    # ---------------------------------------------------------- construction
 
     @classmethod
     def from_captions(
@@ -153,8 +152,6 @@ class CaptionDatastore:
         if isinstance(state["embeddings"], Path):
             state = {**state, "embeddings": open_embeddings(state["embeddings"])}
         self._set(**state)
-
-    # ------------------------------------------------------------ properties
 
     def __len__(self) -> int:
         return len(self.records)
@@ -223,8 +220,6 @@ class CaptionDatastore:
             "CaptionDatastore.from_captions(store.records, model, processor), or `recap datastore reembed`."
         )
 
-    # ---------------------------------------------------------------- search
-
     def search(
         self,
         queries: Any,
@@ -249,7 +244,7 @@ class CaptionDatastore:
 
         Returns:
             `list[list[dict]]`: for each clip `{"caption", "score", "row", ...metadata}`; `score` is the cosine. With
-                keys of audio no clip comes twice either.
+                keys of audio no clip comes twice for a window either.
 
         Raises:
             `ValueError`: for queries of another shape, and for values out of their range.
@@ -341,7 +336,8 @@ class CaptionDatastore:
         kept, seen, clips = [], set(texts), set()
         for row, score in scored:
             # Captions of one clip have the same key of audio: the first of them is taken.
-            clip = (self.records[row].get("clip_id") or row) if self.keys == AUDIO_KEYS else row
+            clip = self.records[row].get("clip_id") if self.keys == AUDIO_KEYS else None
+            clip = (row,) if clip is None else clip
             if row in rows or clip in clips or self._text(row) in seen:
                 continue
             seen.add(self._text(row))
@@ -356,8 +352,6 @@ class CaptionDatastore:
         # Columns of a record that have these names do not replace the result.
         found = {"caption": record["caption"], "score": score, "row": row}
         return found | {key: value for key, value in record.items() if key not in found}
-
-    # ------------------------------------------------------------ files, Hub
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes the datastore into a folder. The manifest comes last and at once: a reader sees all or nothing, also

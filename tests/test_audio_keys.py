@@ -86,6 +86,23 @@ def test_similar_audio_is_found(tiny_model, tiny_processor):
     assert {hit["caption"] for hit in others} == {"a tone rises", "noise fades"}
 
 
+def test_clip_ids_may_be_numbers(tiny_model, tiny_processor):
+    clips = [{**clip, "clip_id": number} for number, clip in enumerate(made_clips())]
+    store = datastore_from_clips(clips, tiny_model, tiny_processor)
+    for query in store.embeddings[::2]:
+        (hits,) = store.search(query[None], k=6)
+        assert sorted(hit["clip_id"] for hit in hits) == [0, 1, 2]
+
+
+def test_keys_do_not_depend_on_training_mode(tiny_model, tiny_processor):
+    expected = datastore_from_clips(made_clips(), tiny_model, tiny_processor).embeddings
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    tiny_model.train()
+    np.testing.assert_array_equal(datastore_from_clips(made_clips(), tiny_model, tiny_processor).embeddings, expected)
+    assert tiny_model.training and tiny_model.clap.training
+    assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
+
+
 def test_captioner_takes_it(tiny_model, tiny_processor):
     from recap_hf import AudioCaptioningPipeline
 

@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 from conftest import TINY_CAPTIONS, same_results, synthetic_clip
+from transformers import GenerationConfig
 
 from recap_hf import (
     AudioCaptioningPipeline,
@@ -54,7 +55,9 @@ def test_the_steps_by_hand(captioner, clips):
     assert [result.score for result in results] == pytest.approx(scores, rel=1e-4)
     assert [result.retrieved for result in results] == retrieved
     start = prompts["decoder_input_ids"].shape[1]
-    assert [result.token_ids for result in results] == ids[:, start:].tolist()
+    end = model.config.eos_token_id
+    for result, tokens in zip(results, ids[:, start:].tolist(), strict=True):
+        assert result.token_ids == tokens[: tokens.index(end) + 1 if end in tokens else None]
     assert "token_ids" not in results[0].to_dict()
 
 
@@ -245,6 +248,57 @@ def test_a_caption_holds_one_token_of_a_group(tiny_model, tiny_processor, clips)
     assert torch.equal(tiny_model.generate(**arguments), expected)
     assert torch.equal(tiny_model.generate(**arguments, custom_generate=SharedPromptSearch()), expected)
     assert tiny_model.generation_config.no_repeat_token_groups == groups
+
+
+def test_a_generation_config_of_the_caller_leaves_the_rest_to_the_checkpoint(tiny_model, tiny_processor, clips):
+    """Whatever the caller's configuration does not set is that of the checkpoint, as in transformers."""
+    groups = [token % 30 for token in range(tiny_model.config.decoder.vocab_size)]
+    for settings in (
+        {"rerank": "clap", "rerank_weight": 1.0, "num_beams": 4, "no_repeat_token_groups": groups},
+        {"num_beams": 2, "repetition_penalty": 3.0},
+        {"num_beams": 1, "no_repeat_ngram_size": 1},
+    ):
+        for name, value in settings.items():
+            setattr(tiny_model.generation_config, name, value)
+        captioner = Captioner(tiny_model, tiny_processor)
+        expected = as_dicts(
+            Captioner(tiny_model, tiny_processor, generate_kwargs={"max_new_tokens": 9}).caption(clips)
+        )
+        given = GenerationConfig(max_new_tokens=9)
+        captioner.generate_kwargs = {"generation_config": given}
+        assert same_results(as_dicts(captioner.caption(clips)), expected)
+        assert given.num_beams is None and given.max_new_tokens == 9
+        encoding = captioner.encode(clips)
+        prompts = tiny_processor.build_prompts(encoding.audio_embeds)
+        ids = tiny_model.generate(encoder_outputs=encoding, **prompts, generation_config=given)
+        assert torch.equal(ids, tiny_model.generate(encoder_outputs=encoding, **prompts, max_new_tokens=9))
+        for name in settings:
+            setattr(tiny_model.generation_config, name, None)
+
+
+def test_a_caption_ends_where_the_positions_do(tiny_model, tiny_processor, clips):
+    positions = tiny_model.config.decoder.n_positions
+    for settings in ({}, {"do_sample": True}, {"num_beams": 2}):
+        options = CaptionOptions(max_new_tokens=10 * positions, **settings)
+        given = {"min_new_tokens": positions, "suppress_tokens": [tiny_model.config.eos_token_id]}
+        captioner = Captioner(tiny_model, tiny_processor, options=options, generate_kwargs=given)
+        (result,) = captioner.caption(clips[:1])
+        prompt = tiny_processor.build_prompts(retrieved=[result.retrieved])["decoder_input_ids"]
+        assert prompt.shape[1] + len(result.token_ids) == positions
+
+
+def test_every_end_token_ends_a_caption(tiny_model, tiny_processor, clips):
+    """Two end tokens, through transformers' search: what lies behind the first of them is not counted."""
+    plain = Captioner(tiny_model, tiny_processor, options=CaptionOptions(max_new_tokens=8, num_beams=1))
+    other = plain.caption(clips[:1])[0].token_ids[2]
+    ends = [tiny_model.config.eos_token_id, other]
+    given = {"eos_token_id": ends, "num_beam_groups": 1, "repetition_penalty": 1.0001}
+    captioner = Captioner(tiny_model, tiny_processor, options=plain.options, generate_kwargs=given)
+    alone = [captioner.caption([clip])[0] for clip in clips]
+    assert alone[0].token_ids[-1] == other and len(alone[0].token_ids) <= 3
+    together = captioner.caption(clips)
+    assert [result.token_ids for result in together] == [result.token_ids for result in alone]
+    assert [result.score for result in together] == pytest.approx([result.score for result in alone], rel=1e-4)
 
 
 def test_several_sequences_are_returned_as_candidates(tiny_model, tiny_processor, clips):

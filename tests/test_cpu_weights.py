@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from recap_hf import examples_path
 from recap_hf.fast_generation import cpu_weights, fast_generate
 from recap_hf.fast_generation.cpu_weights import Int8Linear, PackedLinear, cpu_capabilities, prepare_for_cpu
 
@@ -90,6 +91,16 @@ def test_a_whole_captioner_with_int8_weights(tiny_model, tiny_processor, clips):
     )
     results = captioner(clips[:2], batch_size=2)
     assert all(isinstance(result["caption"], str) and 0 < result["score"] <= 1 for result in results)
+
+
+@needs_int8
+def test_tags_with_int8_weights():
+    from recap_hf import Captioner, Tagger
+
+    captioner = Captioner.from_pretrained()
+    prepare_for_cpu(captioner.model, "int8")
+    tagger = Tagger(captioner.model.clap, captioner.processor.feature_extractor)
+    assert tagger.tag([examples_path() / "rain.flac"])[0][0].name in ("Rain", "Water", "Raindrop")
 
 
 def test_bad_arguments(tiny_model):

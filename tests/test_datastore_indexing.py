@@ -68,6 +68,14 @@ def test_every_kind_reaches_its_target(store, kind):
             assert hit["score"] == pytest.approx(exact, abs=1e-8)
 
 
+@pytest.mark.parametrize("kind", ["OPQ8,IVF32,PQ8x4fs", "IVF32,PQ8x4fs,RFlat"])
+def test_an_index_inside_another_one_is_tuned(embeddings, kind):
+    index = build_index(embeddings, kind, recall=0.9)
+    assert index.description["recall"]["text"] > 0.87
+    faiss = pytest.importorskip("faiss")
+    assert faiss.extract_index_ivf(index.index).nprobe == index.description["effort"] > 1
+
+
 def test_a_higher_target_costs_more_effort(embeddings):
     low, high = (build_index(embeddings, "ivf_flat", recall=recall).description for recall in (0.5, 0.99))
     assert low["effort"] < high["effort"]
@@ -184,7 +192,8 @@ def test_codes_too_coarse_for_the_embeddings_give_way_to_finer_ones(embeddings, 
     monkeypatch.setattr("recap_hf.datastore.indexing.EXACT_UP_TO", 100)
     monkeypatch.setattr("recap_hf.datastore.indexing.PQ_FROM", 200)
     monkeypatch.setattr("recap_hf.datastore.indexing._CANDIDATES", (4,))
-    index = build_index(embeddings[:2000], "auto", recall=0.9)
+    with pytest.warns(UserWarning, match="An index of the kind .*SQ8 reaches a recall of 0.*, not 0.9: try another"):
+        index = build_index(embeddings[:2000], "auto", recall=0.9)
     assert index.description["kind"].endswith("SQ8")
     assert index.description["wanted_kind"] == "auto"
 

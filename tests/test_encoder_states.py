@@ -78,9 +78,7 @@ def test_the_states_are_the_embeddings(captioner, recordings):
 def test_captions_depend_on_the_audio_and_not_on_the_batch(captioner, recordings):
     together = captioner.caption(recordings)
     alone = [captioner.caption([recording])[0] for recording in recordings]
-    assert [result.token_ids for result in together] == [
-        result.token_ids + together[row].token_ids[len(result.token_ids) :] for row, result in enumerate(alone)
-    ]
+    assert [result.token_ids for result in together] == [result.token_ids for result in alone]
     assert [result.score for result in together] == pytest.approx([result.score for result in alone], rel=1e-4)
     encoding = captioner.encode(recordings[:1])
     prompts = captioner.processor.build_prompts(encoding.audio_embeds)

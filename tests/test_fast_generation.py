@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MaxTimeCriteria, NoBadWordsLogitsProcessor
 
 from recap_hf import Captioner, CaptionOptions
 from recap_hf.fast_generation import SharedPromptSearch, fast_generate, search
@@ -137,6 +137,16 @@ def test_processors_and_streamers_are_left_to_transformers(tiny_model, arguments
 def test_called_where_it_cannot_generate_it_says_why(tiny_model, arguments):
     with pytest.raises(ValueError, match="`do_sample` is True"):
         tiny_model.generate(**arguments, do_sample=True, custom_generate=SharedPromptSearch(), max_new_tokens=2)
+    for wanted, name in (
+        ({"logits_processor": [NoBadWordsLogitsProcessor([[5]], eos_token_id=0)]}, "NoBadWordsLogitsProcessor"),
+        ({"stopping_criteria": [MaxTimeCriteria(9.0)]}, "MaxTimeCriteria"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+    ):
+        with pytest.raises(ValueError, match=f"does not know .*{name}"):
+            tiny_model.generate(**arguments, **wanted, custom_generate=SharedPromptSearch(), max_new_tokens=2)
+    settings = {"min_new_tokens": 2, "max_new_tokens": 3}
+    found = tiny_model.generate(**arguments, **settings, custom_generate=SharedPromptSearch())
+    assert torch.equal(found, tiny_model.generate(**arguments, **settings))
 
 
 def captions_of(captioner, clips, monkeypatch, fast):

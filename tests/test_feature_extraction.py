@@ -49,6 +49,12 @@ def test_mel_filters_follow_the_checkpoint_family(truncation):
     np.testing.assert_allclose(features, stock_features(clip, truncation), atol=1e-4)
 
 
+def test_yamnets_filters_are_those_of_htk():
+    assert RecapFeatureExtractor(spectrogram="yamnet").truncation == "fusion"
+    with pytest.raises(ValueError, match="`truncation` must be 'rand_trunc' or 'fusion'"):
+        RecapFeatureExtractor(spectrogram="yamnet", truncation="none")
+
+
 def test_windows_of_a_long_clip_are_its_parts():
     extractor = RecapFeatureExtractor(compute_dtype="float64")
     clip = synthetic_clip(24.3, 2)

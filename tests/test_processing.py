@@ -48,7 +48,8 @@ def test_clean_caption():
         ("no place. End:", "End:", "exactly once"),
         ("{captions} {captions} End:", "End:", "exactly once"),
         ("Like {captions}.", "Like.", "needs words after"),
-        ("Like {captions}. End:", "Other:", "must end as"),
+        ("Like {captions}. End:", "Other:", "must end in"),
+        ("End: {captions}. End:", "End:", "neither stand before it nor in `caption_separator`"),
     ],
 )
 def test_bad_templates_are_refused(template, without, message):

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from recap_cli import main
 from recap_hf import AudioCaptioningPipeline, Captioner, CaptionOptions
 from recap_hf.modeling.captioning_recap import _Reranking
+from recap_hf.modeling.generation_recap import until_end
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:
@@ -118,9 +119,11 @@ def test_command_line(tmp_path, capsys):
 def test_scores_of_the_search_by_hand():
     """log p over length ** penalty: two captions of 2 and 4 tokens, the end counted, and one that never ended."""
     targets = torch.tensor([[5, 9, 9, 9], [5, 6, 7, 9], [5, 6, 7, 8]])
+    lengths = until_end(targets, 9).sum(dim=1).numpy()
+    assert lengths.tolist() == [2, 4, 4] and until_end(targets, [9, 6]).sum(dim=1).tolist() == [2, 2, 2]
     config = GenerationConfig(length_penalty=0.5)
     rerank = _Reranking.of(CaptionOptions(rerank="clap", rerank_weight=2.0), config)
-    found = rerank.values([0.5, 0.25, 0.25], np.array([0.1, 0.2, 0.3]), targets, 9, config)
+    found = rerank.values([0.5, 0.25, 0.25], np.array([0.1, 0.2, 0.3]), lengths, config)
     searched = [2 * np.log(0.5) / 2**0.5, 4 * np.log(0.25) / 2, 4 * np.log(0.25) / 2]
     np.testing.assert_allclose(found, np.add(searched, [0.2, 0.4, 0.6]))
 

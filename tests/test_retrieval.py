@@ -240,6 +240,18 @@ def test_copies_find_the_same(tmp_path, store):
     assert len(pickle.dumps(CaptionDatastore.from_pretrained(tmp_path))) < 3000
 
 
+def test_a_part_of_a_memory_map_is_pickled_as_that_part(tmp_path):
+    CaptionDatastore.from_embeddings([f"caption {n}" for n in range(300)], on_circle(*range(300))).save_pretrained(
+        tmp_path
+    )
+    whole = CaptionDatastore.from_pretrained(tmp_path)
+    for part in (slice(100, 200), slice(None, None, -1)):
+        store = CaptionDatastore(whole.captions[part], whole.embeddings[part])
+        twins = [pickle.loads(pickle.dumps(store)), copy.copy(store), copy.deepcopy(store)]
+        for each in (store, *twins):
+            assert each.search(on_circle(150), k=1)[0][0]["caption"] == "caption 150"
+
+
 def test_own_columns_do_not_replace_the_result(backend):
     records = [{"caption": "rain", "score": 99, "row": -5, "year": 1999}]
     (hit,) = CaptionDatastore.from_embeddings(records, on_circle(60)).search(on_circle(0))[0]

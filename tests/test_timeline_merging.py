@@ -127,3 +127,5 @@ def test_the_summary_forgets_the_rarest():
     captions = {sound["caption"] for sound in summary.result()["sounds"]}
     assert len(captions) == 256
     assert "sound 7" not in captions
+    # What was forgotten counts in the mean.
+    assert summary.result()["score"] == pytest.approx(0.5)

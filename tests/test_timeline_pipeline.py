@@ -75,6 +75,21 @@ def test_settings_and_parameters(captioner, recording):
     assert set(captioner(recording)) == {"caption", "score", "retrieved"}
 
 
+def test_a_recording_that_cannot_be_read_is_skipped(captioner, recording, tmp_path):
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    names = [str(tmp_path / "broken.wav"), recording]
+    broken, whole = captioner(names, return_timestamps=True, on_error="skip")
+    assert set(broken) == {"error"} and "not a recording" in broken["error"]
+    assert same_results([whole], [captioner(recording, return_timestamps=True)])
+    with pytest.raises(ValueError, match="not a recording"):
+        captioner(names, return_timestamps=True)
+
+
+def test_the_summary_merges_as_the_segments_do(captioner, recording):
+    result = captioner(recording, return_timestamps=True, timeline={"same_caption": -1.0})
+    assert len([sound for sound in result["sounds"] if sound["caption"] != "silence"]) == 1
+
+
 def test_caption_timeline_equals_the_pipeline(captioner, recording):
     summary, options = TimelineSummary(), CaptionOptions(max_new_tokens=6, num_beams=1)
     own = Captioner(captioner.model, captioner.processor, options=options)

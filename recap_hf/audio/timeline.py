@@ -226,7 +226,7 @@ class TimelineSummary:
         self.silence = 0.0
         self._groups: list[dict[str, Any]] = []
         self._embeddings: list[np.ndarray] = []
-        self._score = 0.0
+        self._score = self._sounding = 0.0
 
     def add(self, segment: dict[str, Any], embedding: np.ndarray) -> None:
         """Adds a segment and the text embedding of its caption."""
@@ -236,8 +236,9 @@ class TimelineSummary:
             self.silence += length
             return
         self._score += length * segment["score"]
+        self._sounding += length
         similarities = np.stack(self._embeddings) @ embedding if self._groups else np.zeros(0)
-        if similarities.max(initial=-1.0) >= self.same_caption:
+        if similarities.max(initial=-2.0) >= self.same_caption:
             group = self._groups[int(similarities.argmax())]
         else:
             group = {"seconds": 0.0, "segments": 0, "longest": 0.0}
@@ -260,8 +261,7 @@ class TimelineSummary:
             seconds, and `sounds` lists `{"caption", "seconds", "segments"}` of all kinds, silence included.
         """
         groups = sorted(self._groups, key=lambda group: -group["seconds"])
-        sounding = sum(group["seconds"] for group in groups)
-        chosen = [group for group in groups if group["seconds"] >= _SUMMARY_SHARE * sounding][:_SUMMARY_GROUPS]
+        chosen = [group for group in groups if group["seconds"] >= _SUMMARY_SHARE * self._sounding][:_SUMMARY_GROUPS]
         chosen = chosen or groups[:1]
         sounds = [{name: group[name] for name in ("caption", "seconds", "segments")} for group in groups]
         if self.silence:
@@ -270,7 +270,7 @@ class TimelineSummary:
             sound["seconds"] = round(sound["seconds"], 3)
         return {
             "caption": _enumerate([group["caption"] for group in chosen]) or SILENCE_CAPTION,
-            "score": self._score / sounding if sounding else 1.0,
+            "score": self._score / self._sounding if self._sounding else 1.0,
             "retrieved": chosen[0]["retrieved"] if chosen else [],
             "duration": round(self.duration, 3),
             "sounds": sounds,

@@ -16,6 +16,7 @@ import torch
 from recap_hf.data import load_captions
 from recap_hf.data.loading import NAMED_DATASETS
 from recap_hf.modeling.audio_recap import load_audio, resample, to_mono
+from recap_hf.modeling.captioning_recap import evaluation_mode
 from recap_hf.modeling.datastore_files_recap import AUDIO_KEYS
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
@@ -54,7 +55,7 @@ def encode_recordings(recordings: Sequence[Any], model: Any, processor: Any) -> 
         waveform, own_rate = recording if isinstance(recording, tuple) else load_audio(recording)
         waveforms.append(resample(to_mono(waveform), own_rate, rate))
     inputs = processor(audio=waveforms, sampling_rate=rate, return_tensors="pt")
-    with torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         return model.encode_audio(**inputs.to(model.device)).audio_embeds.float().cpu().numpy()
 
 

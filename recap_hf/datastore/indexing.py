@@ -8,6 +8,7 @@ inverted-file index recall that text queries do not show: these queries are shif
 import bisect
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -123,6 +124,13 @@ def build_index(embeddings: Any, kind: str = "auto", recall: float = DEFAULT_REC
     if kind == "auto" and chosen == "ivf_pq" and not index.description.get("reached", True):
         # Codes too coarse for these embeddings: 8 bits a dimension.
         index = FaissIndex.build(embeddings, "ivf_sq8", recall)
+    if not index.description.get("reached", True):
+        found = min(value for name, value in index.description["recall"].items() if name != "k")
+        hint = "try another kind of index, or `exact`"
+        warnings.warn(
+            f"An index of the kind {index.description['kind']} reaches a recall of {found}, not {recall}: {hint}.",
+            stacklevel=2,
+        )
     index.description |= {"wanted_kind": kind, "wanted_recall": recall, "trained_rows": len(embeddings)}
     return index
 

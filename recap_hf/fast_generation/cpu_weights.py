@@ -2,7 +2,8 @@
 
 A decode step of a few beams reads every weight of the decoder once and computes little with each, so its time is the
 time of reading them: half the bytes in bfloat16, a quarter in int8. Processors with AMX or AVX512-BF16 (bfloat16) and
-VNNI (int8) also multiply these faster than float32. Both change captions a little; `python -m benchmarks.captioning default` says how many.
+VNNI (int8) also multiply these faster than float32. Both change captions a little: `python -m
+benchmarks.captioning default` says how many.
 """
 
 import functools
@@ -145,6 +146,8 @@ def prepare_for_cpu(model: Any, weights: str = "float32") -> Any:
     elif weights == "int8" and capable["bfloat16"]:
         model.clap.audio_model.to(torch.bfloat16)
         model.clap.audio_projection.to(torch.bfloat16)
+        if hasattr(model.clap, "classifier"):
+            model.clap.classifier.to(torch.bfloat16)
     _replace_linear_layers(model.decoder, PackedLinear if weights == "bfloat16" else Int8Linear)
     return model
 

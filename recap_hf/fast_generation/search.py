@@ -5,17 +5,23 @@ copies whole sequences at every step, and forgets the log-probabilities. [`fast_
 search on an unchanged decoder and leaves everything else to transformers.
 """
 
-import copy
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GPT2LMHeadModel
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    GPT2LMHeadModel,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 from recap_hf.fast_generation.cpu_weights import Int8Linear, PackedLinear
 from recap_hf.fast_generation.shared_prompt import SharedPromptCache, decode_prompt, decode_token
-from recap_hf.modeling.generation_recap import AfterPrompt
+from recap_hf.modeling.generation_recap import AfterPrompt, complete_config
 
 # The score of what is not there; transformers adds and compares the same number.
 _NEVER = -1e9
@@ -39,6 +45,9 @@ _NEUTRAL |= dict.fromkeys(("typical_p", "repetition_penalty", "encoder_repetitio
 # Arguments of `generate` that are tensors of the model, and no settings.
 _INPUTS = frozenset(("encoder_outputs", "attention_mask", "decoder_input_ids", "decoder_attention_mask"))
 _LAYERS = (Conv1D, torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.Dropout, PackedLinear, Int8Linear)
+# What `generate` makes of settings that the search here understands.
+_OWN_PROCESSORS = (AfterPrompt, MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
+_OWN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
 
 
 class _Search:
@@ -180,6 +189,7 @@ class SharedPromptSearch:
         reason = why_not(model, generation_config)
         if reason is not None:
             raise ValueError(f"SharedPromptSearch cannot generate here: {reason}. Leave `custom_generate` out.")
+        _check_arguments(logits_processor, stopping_criteria, generation_config)
         beams, sequences = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
         cache = SharedPromptCache(len(input_ids) // max(beams, sequences))
         positions = model_kwargs["decoder_position_ids"]
@@ -203,6 +213,15 @@ class SharedPromptSearch:
         tokens, log_probs = state.results()
         self.sequence_scores = log_probs.exp().tolist()
         return torch.cat([prompts.repeat_interleave(sequences, dim=0), tokens], dim=1)
+
+
+def _check_arguments(logits_processor: Any, stopping_criteria: Any, config: GenerationConfig) -> None:
+    """Raises `ValueError` for what a caller of `generate` asks for and the search here does not do."""
+    other = [one for one in logits_processor if not isinstance(one, _OWN_PROCESSORS)]
+    other += [one for one in stopping_criteria if not isinstance(one, _OWN_CRITERIA)]
+    if other or config.return_dict_in_generate:
+        what = f"the {type(other[0]).__name__}" if other else "`return_dict_in_generate`"
+        raise ValueError(f"SharedPromptSearch does not know {what}. Leave one of the two out.")
 
 
 def why_not(model: Any, config: GenerationConfig) -> str | None:
@@ -257,7 +276,7 @@ def fast_generate(model: Any, **arguments: Any) -> tuple[torch.LongTensor, list[
     """
     settings = {name: value for name, value in arguments.items() if name not in _INPUTS}
     given = settings.pop("generation_config", None)
-    config = copy.copy(given or model.generation_config)
+    config = complete_config(given, model.generation_config)
     for name, value in settings.items():
         # Whatever is no setting (a cache, processors, a streamer, an assistant) is left to transformers.
         if not hasattr(config, name) and value is not None:

@@ -94,14 +94,19 @@ class _CaptionResults(Results):
             raise ValueError("--columns are of text and CSV; JSON has all of them")
         if (args.overwrite_metadata or args.dry_run) and not args.write_metadata:
             raise ValueError("--overwrite-metadata and --dry-run are about --write-metadata: give that, too")
+        if args.dry_run and resume:
+            raise ValueError("--dry-run writes nothing that --resume could go on from: leave one of them out")
+        hint = "for the rows of a file there is --resume"
         if args.skip_existing and not args.sidecar:
-            hint = "for the rows of a file there is --resume"
             raise ValueError(f"--skip-existing leaves out recordings with a --sidecar: give one; {hint}")
+        if args.skip_existing and args.output:
+            raise ValueError(f"--skip-existing would replace {args.output} by the new rows alone; {hint}")
 
     def settings(self) -> dict[str, Any]:
-        settings = {"recap_hf": metadata.version("recap-hf"), **_settings(self.args, _dated)}
+        settings = _settings(self.args)
         # What is done already would not be written.
-        return settings | ({"write_metadata": True} if self.args.write_metadata else {})
+        asked = {name: True for name in ("write_metadata", "overwrite_metadata") if getattr(self.args, name)}
+        return settings | asked
 
     def choose(self, names: list[str]) -> list[str]:
         flag = "--sidecar" if self.args.sidecar else "--write-metadata" if self.args.write_metadata else None
@@ -178,12 +183,13 @@ class _CaptionResults(Results):
             yield [(name, result) for name, (_, result) in zip(group_names, group, strict=True)]
 
 
-def _settings(args: argparse.Namespace, described: Any) -> dict[str, Any]:
-    """What changes captions: `model` and `datastore` as `described`, if given, `dtype`, and the caption options."""
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What changes captions: the version, `model` and `datastore` if given, `dtype`, and the caption options."""
     from recap_hf.modeling.options_recap import CaptionOptions
 
-    named = {name: described(value) for name in ("model", "datastore") if (value := getattr(args, name)) is not None}
-    return {**named, "dtype": args.dtype, **CaptionOptions(**caption_values(args)).to_dict()}
+    named = {name: _dated(value) for name in ("model", "datastore") if (value := getattr(args, name)) is not None}
+    options = CaptionOptions(**caption_values(args)).to_dict()
+    return {"recap_hf": metadata.version("recap-hf"), **named, "dtype": args.dtype, **options}
 
 
 def _dated(name: str) -> str:
@@ -206,5 +212,5 @@ def _captioned_by_ray(args: argparse.Namespace, names: list[str]) -> Any:
     work = Path(args.work_dir or f"{args.output}.parts").resolve()
     options = RayOptions(args.num_workers, args.ray_address, args.batch_size, args.part_size)
     note = functools.partial(print, file=sys.stderr)
-    settings = _settings(args, str)
-    yield from caption_files_with_ray(functools.partial(load_captioner, args), names, work, settings, options, note)
+    load = functools.partial(load_captioner, args)
+    yield from caption_files_with_ray(load, names, work, _settings(args), options, note)

@@ -62,12 +62,17 @@ def format_of(output: str | None, given: str | None, formats: Collection[str]) -
     return given or inferred or "text"
 
 
+class NoResult(Exception):
+    """Raised in the block of `open_output`, which ends then without an error: no recording gave a result."""
+
+
 @contextlib.contextmanager
 def open_output(path: str | os.PathLike | None) -> Iterator[IO[str]]:
     """A text file for results, UTF-8; standard output if `path` is `None`.
 
     The results are written to `PATH.partial`, which becomes `PATH` at the end. After Ctrl-C or an error an older
-    file is as it was, and the results so far, if there are any, stay in `PATH.partial`.
+    file is as it was, and the results so far, if there are any, stay in `PATH.partial`. After [`NoResult`] an older
+    file is as it was, too.
 
     Raises:
         `OSError`: if standard output is closed, or the file cannot be written.
@@ -75,7 +80,8 @@ def open_output(path: str | os.PathLike | None) -> Iterator[IO[str]]:
     if path is None:
         if sys.stdout is None:
             raise OSError("standard output is closed: give --output FILE")
-        yield sys.stdout
+        with contextlib.suppress(NoResult):
+            yield sys.stdout
         return
     # A link stays a link, and a device or a pipe is written to directly.
     target = Path(path).resolve()
@@ -85,6 +91,11 @@ def open_output(path: str | os.PathLike | None) -> Iterator[IO[str]]:
         # Line by line: a killed run leaves all that it had.
         with open(partial, "w", buffering=1, encoding="utf-8", newline="") as file:
             yield file
+    except NoResult:
+        if target.is_file() and not special:
+            partial.unlink()
+            print(f"{printable(str(target))} stays as it was: there is no result to write", file=sys.stderr)
+            return
     except BaseException:
         if not special and partial.is_file():
             if partial.stat().st_size:

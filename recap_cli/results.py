@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from recap_cli.files import check_output, format_of, open_output, printable, standard_input
+from recap_cli.files import NoResult, check_output, format_of, open_output, printable, standard_input
 from recap_cli.journal import Journal
 
 # As in recap_cli.formats, which needs recap_hf.
@@ -111,7 +111,7 @@ class Results:
     def _write(self, file: Any, form: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
         from recap_cli.formats import RESULT_WRITERS
 
-        columns, writer = getattr(self.args, "columns", None), None
+        columns, writer, num_rows, num_results = getattr(self.args, "columns", None), None, 0, 0
 
         def opened() -> Any:
             kind = RESULT_WRITERS[self.verb][form]
@@ -122,6 +122,7 @@ class Results:
                 writer = opened()
                 writer.begin(name)
                 writer.write(row)
+                num_rows, num_results = num_rows + 1, num_results + (set(row) != {"error"})
         except KeyboardInterrupt:
             # The results so far are a valid file.
             opened().close()
@@ -134,6 +135,8 @@ class Results:
             raise
         # Of no recording that was left out before there is a file, too.
         opened().close()
+        if num_rows and not num_results:
+            raise NoResult
 
     def _rows(self, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         for group in self._row_groups(names):

@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", metavar="FOLDER... TEXT", help=text)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--audio", metavar="FILE", help="find what sounds like this recording, instead of a TEXT")
-    kind.add_argument("--duplicates", action="store_true", help="list recordings that hold the same sound")
-    parser.add_argument("--top", type=positive, default=10, metavar="N", help="results (default: 10)")
+    kind.add_argument("--duplicates", action="store_true", help="list recordings of a folder that hold the same sound")
+    parser.add_argument("--top", type=positive, metavar="N", help="results (default: 10)")
     text = "results of one recording at the most, which do not overlap (default: 1)"
-    parser.add_argument("--places", type=positive, default=1, metavar="N", help=text)
+    parser.add_argument("--places", type=positive, metavar="N", help=text)
     text = "smallest score of a result (default: none; of --duplicates 0.85)"
     parser.add_argument("--threshold", type=float, metavar="X", help=text)
     text = "m3u: a playlist with start and stop times (VLC); edl: a list of parts (mpv) (default: that of --output)"
@@ -73,6 +73,8 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError("the TEXT is empty: give the words to search for")
     if args.duplicates and (form in PLAYER_FORMATS):
         raise ValueError(f"--format {form} lists places to play; give text, json, jsonl or csv with --duplicates")
+    if args.duplicates and (args.top or args.places):
+        raise ValueError("--duplicates lists all pairs: leave out --top and --places")
     if args.audio is not None and not os.path.exists(args.audio) and "://" not in args.audio:
         raise ValueError(f"--audio {args.audio}: no such file")
     checked = argparse.Namespace(**{**vars(args), "folders": folders, "text": text, "format": form})
@@ -90,9 +92,10 @@ def _indexes(args: argparse.Namespace) -> list[Any]:
 
 def _results(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The best of all folders."""
-    each = [index.search(args.text, args.audio, args.top, args.places) for index in _indexes(args)]
+    top, places = args.top or 10, args.places or 1
+    each = [index.search(args.text, args.audio, top, places) for index in _indexes(args)]
     rows = sorted((row for rows in each for row in rows), key=lambda row: -row["score"])
-    return [row for row in rows if args.threshold is None or row["score"] >= args.threshold][: args.top]
+    return [row for row in rows if args.threshold is None or row["score"] >= args.threshold][:top]
 
 
 def _duplicates(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -100,11 +103,16 @@ def _duplicates(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from tqdm import tqdm
 
     threshold = {} if args.threshold is None else {"threshold": args.threshold}
+    largest = 0
     for index in _indexes(args):
+        before = largest
         with tqdm(unit="pair", disable=None, file=sys.stderr, leave=False) as bar:
 
             def update(done: int, total: int, bar: Any = bar) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            yield from index.duplicates(progress=update, **threshold)
+            for row in index.duplicates(progress=update, **threshold):
+                row["group"] += before
+                largest = max(largest, row["group"])
+                yield row

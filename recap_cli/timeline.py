@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlparse
 
-from recap_cli.files import check_output, format_of, open_output, printable, standard_input
+from recap_cli.files import NoResult, check_output, format_of, open_output, printable, standard_input
 from recap_cli.numbers import positive
 from recap_cli.options import add_captioner_arguments, check_caption_options, load_captioner
 from recap_cli.results import add_result_arguments
@@ -67,9 +67,13 @@ def run(args: argparse.Namespace) -> int:
     for path, group in targets.items():
         with open_output(path) as file:
             writer = TIMELINE_WRITERS[args.format](file, args.accessible)
+            num_segments = 0
             for name in group:
-                failed += not _caption(args, captioner, settings, name, writer)
+                complete, written = _caption(args, captioner, settings, name, writer)
+                failed, num_segments = failed + (not complete), num_segments + written
             writer.close()
+            if failed and not num_segments:
+                raise NoResult
     if failed:
         message = f"{failed} of {len(names)} recordings could not be captioned to the end."
         print(f"recap timeline: {message}", file=sys.stderr)
@@ -86,8 +90,8 @@ def check_usage(args: argparse.Namespace, num_recordings: int) -> None:
         raise ValueError("--accessible needs --format srt or vtt")
 
 
-def _caption(args: argparse.Namespace, captioner: Any, settings: Any, name: str, writer: Any) -> bool:
-    """Writes one recording; returns whether it was read to its end."""
+def _caption(args: argparse.Namespace, captioner: Any, settings: Any, name: str, writer: Any) -> tuple[bool, int]:
+    """Writes one recording; returns whether it was read to its end, and the number of its segments."""
     from tqdm import tqdm
 
     from recap_hf.audio.timeline import TimelineSummary, caption_timeline
@@ -99,7 +103,7 @@ def _caption(args: argparse.Namespace, captioner: Any, settings: Any, name: str,
     writer.begin(name)
     # Without a total: many formats do not say how long a recording is.
     bar = tqdm(unit="s", disable=None, file=sys.stderr, leave=False, desc=printable(Path(name).name))
-    result = None
+    result, num_segments = None, 0
     with bar, _source(name) as source:
         segments = caption_timeline(captioner, source, settings=settings, summary=summary, batch_size=args.batch_size)
         # Errors of reading only: one of writing, such as a full disk or a closed pipe, ends the run.
@@ -112,11 +116,12 @@ def _caption(args: argparse.Namespace, captioner: Any, settings: Any, name: str,
             except READ_ERRORS as error:
                 bar.write(f"recap timeline: {printable(f'{name}: {reason_of(name, error)}')}", file=sys.stderr)
                 break
+            num_segments += 1
             bar.update(round(segment["end"]) - bar.n)
             if not (args.skip_silence and segment["caption"] == SILENCE_CAPTION):
                 writer.write(segment)
     writer.end(result)
-    return result is not None
+    return result is not None, num_segments
 
 
 def _targets(args: argparse.Namespace, names: Sequence[str]) -> dict[Path, list[str]]:

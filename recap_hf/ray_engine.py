@@ -9,11 +9,11 @@ folder must be on a file system that all of them share.
 import hashlib
 import json
 import os
-import shutil
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -166,7 +166,10 @@ def caption_files_with_ray(
             for name, line in zip(part, file, strict=True):
                 row = json.loads(line)
                 yield name, ValueError(row["error"]) if "error" in row else CaptionResult(**row)
-    shutil.rmtree(work)
+    _clear(work)
+    with suppress(OSError):
+        # It holds files of others.
+        work.rmdir()
 
 
 def _make_caption_worker(
@@ -196,18 +199,27 @@ def _recordings(names: Sequence[str]) -> str:
     return f"{len(names)} ({hashlib.sha256(json.dumps(files).encode()).hexdigest()[:8]})"
 
 
+def _clear(work: Path) -> None:
+    """Deletes what this module wrote into a folder."""
+    for path in (*work.glob("part-*"), work / LOG_NAME, work / "plan.json"):
+        path.unlink(missing_ok=True)
+
+
 def resume(work: Path, settings: dict[str, Any], note: Note) -> None:
     """Prepares a work folder. The parts of a run with the same settings stay, those of another run are deleted, and
     `note` receives the settings that differ. Raises `ValueError` if the folder has other files."""
     plan = work / "plan.json"
     if plan.is_file():
-        earlier = json.loads(plan.read_text(encoding="utf-8")).get("settings", {})
+        try:
+            earlier = dict(json.loads(plan.read_text(encoding="utf-8"))["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{plan} is not of an earlier run: give another --work-dir") from error
         names = [name for name in {**settings, **earlier} if settings.get(name) != earlier.get(name)]
         if not names:
             return
         changes = (f"{n} was {earlier.get(n, 'the default')}, is {settings.get(n, 'the default')}" for n in names)
         note(f"Starting over: {work} holds a run with other settings ({'; '.join(changes)})")
-        shutil.rmtree(work)
+        _clear(work)
     elif work.is_dir() and any(work.iterdir()):
         raise ValueError(f"{work} is not empty and not of an earlier run: give another --work-dir")
     work.mkdir(parents=True, exist_ok=True)

@@ -189,6 +189,8 @@ def test_progress(archive, run, monkeypatch):
         (["--columns", "caption", "--format", "json"], "--columns are of text and CSV"),
         (["--columns", "captions"], "expected different ones of file,caption"),
         (["--skip-existing"], "leaves out recordings with a --sidecar"),
+        (["--skip-existing", "--sidecar", "txt", "--output", "a.csv"], "would replace a.csv by the new rows alone"),
+        (["--dry-run", "--write-metadata", "--resume", "--output", "a.csv"], "--dry-run writes nothing that --resume"),
         (["https://example.org/a.wav", "--sidecar", "txt"], "is no file on this machine"),
     ],
 )

@@ -99,6 +99,22 @@ def test_broken_recordings_are_named_and_the_others_captioned(capsys, recordings
     assert f"{len(bad)} of {len(bad) + 3} recordings could not be captioned" in err
 
 
+@pytest.mark.parametrize("suffix", ["txt", "json", "jsonl", "csv"])
+def test_a_run_without_any_caption_leaves_the_older_output(capsys, recordings, model_folder, tmp_path, suffix):
+    output = tmp_path / f"captions.{suffix}"
+    (recordings / "bad.wav").write_bytes(b"RIFF")
+    arguments = (recordings / "bad.wav", "--model", model_folder, "--output", output)
+    # What was not there is written.
+    assert run(capsys, *arguments)[0] == 1
+    assert output.is_file()
+    output.write_text("of yesterday")
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert f"{output} stays as it was" in err and "1 of 1 recordings could not be captioned" in err
+    assert output.read_text() == "of yesterday"
+    assert not output.with_name(f"{output.name}.partial").exists()
+
+
 def test_standard_input(capsys, model_folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(encode("flac"))))
     status, out, _ = run(capsys, "-", "--model", model_folder, "--max-new-tokens", 3)

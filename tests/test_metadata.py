@@ -165,6 +165,12 @@ def test_other_tags_are_kept(tmp_path):
     tag = TinyTag.get(path)
     assert (tag.title, tag.year, tag.comment) == ("Title", "1999", DESCRIPTION.caption)
     assert [frame.text for frame in mutagen.id3.ID3(path).getall("COMM:iTunNORM")] == [["00A"]]
+    # A comment of another description with the same words.
+    tags = mutagen.id3.ID3(path)
+    tags.add(mutagen.id3.COMM(encoding=3, lang="eng", desc="mine", text=DESCRIPTION.caption))
+    tags.save(path)
+    write_metadata(path, DESCRIPTION, overwrite=True)
+    assert {frame.desc for frame in mutagen.id3.ID3(path).getall("COMM")} == {"", "mine", "iTunNORM"}
 
 
 @pytest.mark.parametrize(

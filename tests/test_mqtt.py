@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -161,8 +162,11 @@ def test_a_broker_that_wants_a_password(tmp_path, port, monkeypatch):
             MqttPublisher(f"127.0.0.1:{port}/t", print)
         with MqttPublisher(f"me:s3%3Acret%40@127.0.0.1:{port}/t", print):
             pass
-        monkeypatch.setenv("RECAP_MQTT_PASSWORD", "s3:cret@")
-        with MqttPublisher(f"me@127.0.0.1:{port}/t", print):
+        # A URL has percent signs of its own, a variable none.
+        subprocess.run(["mosquitto_passwd", "-b", str(passwords), "you", "p%41ss"], check=True)
+        process.send_signal(signal.SIGHUP)
+        monkeypatch.setenv("RECAP_MQTT_PASSWORD", "p%41ss")
+        with MqttPublisher(f"you@127.0.0.1:{port}/t", print):
             pass
     finally:
         end(process)
@@ -177,3 +181,14 @@ def test_wrong_addresses(address):
 def test_no_broker(capsys, port):
     assert main(["live", "--mqtt", f"127.0.0.1:{port}/t"]) == 1
     assert f"recap live: error: The MQTT broker 127.0.0.1:{port} cannot be reached" in capsys.readouterr().err
+
+
+def test_topics_have_ids_of_their_own(monkeypatch):
+    topics = ("home/kitchen", "home/a_b", "home/a/b", "home/a-b", "дом/кухня", "дом/зал")
+    found = []
+    for topic in topics:
+        publisher = MqttPublisher.__new__(MqttPublisher)
+        publisher.topic = topic
+        found.append(publisher._id)
+    assert found[0] == "recap_home_kitchen"
+    assert len(set(found)) == len(topics) and all(name.isascii() for name in found)

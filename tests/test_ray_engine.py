@@ -143,6 +143,13 @@ def test_a_run_with_other_settings_names_them_and_starts_over(tmp_path):
     with pytest.raises(ValueError, match="not empty"):
         resume(tmp_path / "letters", settings, notes.append)
     assert (tmp_path / "letters" / "dear.txt").read_text() == "mine"
+    for text in ('{"tracks": 3}', "no JSON"):
+        (tmp_path / "letters" / "plan.json").write_text(text)
+        with pytest.raises(ValueError, match="not of an earlier run"):
+            resume(tmp_path / "letters", settings, notes.append)
+    (work / "mine.txt").write_text("mine")
+    resume(work, settings, notes.append)
+    assert (work / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import pytest
 
@@ -13,6 +15,14 @@ from recipes.recap_tiny.synthetic import KINDS, make
 def burst(frequency: float, seconds: float = 1.0, peak: float = 0.5) -> np.ndarray:
     time = np.arange(int(seconds * RATE)) / RATE
     return (peak * np.sin(2 * np.pi * frequency * time)).astype(np.float32)
+
+
+def test_files_of_other_arguments_are_not_taken(tmp_path):
+    arguments = argparse.Namespace(out=str(tmp_path), folds=[1, 2], seed=0)
+    prepare.keep_plan(tmp_path, arguments)
+    prepare.keep_plan(tmp_path, arguments)
+    with pytest.raises(ValueError, match="is of other arguments"):
+        prepare.keep_plan(tmp_path, argparse.Namespace(out=str(tmp_path), folds=[1, 2, 3], seed=0))
 
 
 def test_mixtures_join_different_groups_and_labels():

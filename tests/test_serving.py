@@ -258,6 +258,28 @@ def test_a_worker_that_hangs_is_killed_and_started_again(worker, client, monkeyp
     assert "the process of the model ended (-9), requests lost: 1" in worker.notes
 
 
+def test_requests_one_after_the_other_do_not_hide_a_worker_that_hangs(worker, monkeypatch):
+    monkeypatch.setattr(worker, "stalled_s", 1.5)
+    lost = worker.pid
+    with served(worker, timeout_s=0.4) as client:
+        assert caption(client, encode("wav")).status_code == 200
+        os.kill(lost, signal.SIGSTOP)
+        wait_until(lambda: caption(client, encode("wav")).status_code == 503)
+        wait_until(lambda: client.get("/health").status_code == 200)
+    assert worker.pid != lost
+
+
+def test_a_request_that_timed_out_and_was_left_out_is_no_hanging_worker(worker, monkeypatch):
+    with served(worker, timeout_s=0.3) as client, stopped(worker):
+        assert [caption(client, encode("wav")).status_code for _ in range(3)] == [504, 504, 504]
+    monkeypatch.setattr(worker, "stalled_s", 60.0)
+    pid = worker.pid
+    with served(worker) as client:
+        assert caption(client, encode("wav")).status_code == 200
+        wait_until(lambda: not worker._unanswered)
+    assert worker.pid == pid
+
+
 def test_a_model_that_is_not_there(capsys):
     assert main(["serve", "--model", "/no/such/folder", "--port", "0"]) == 1
     assert "/no/such/folder" in capsys.readouterr().err

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import tiny_mobilenet_config
+from conftest import synthetic_clip, tiny_mobilenet_config
 from training_parts import make_tokenizer
 
 from recap_cli import main
+from recap_hf import CaptionDatastore
 from recap_hf.archive import INDEX_NAME, SoundEncoder, SoundIndex, updating
 from recap_hf.datastore import verify_datastore
 from recap_hf.modeling.mobilenet_clap_recap import MobileNetClapModel
@@ -346,6 +347,7 @@ def test_wrong_calls_are_told(capsys, archive, clap_folder, tmp_path):
         (["search", archive, "--audio", "/nowhere.wav"], 2, "no such file"),
         (["search", archive, "rain", "--output", "x.srt"], 2, "no format has the suffix .srt"),
         (["search", archive, "--duplicates", "--format", "edl"], 2, "lists places to play"),
+        (["search", archive, "--duplicates", "--top", 3], 2, "leave out --top and --places"),
         (["search", archive, other, "rain", "--index", tmp_path / "x"], 2, "is of one folder, got 2"),
         (["search", other, "rain"], 1, "make one: recap index"),
         (["index", other], 1, "no recordings in this folder"),
@@ -354,6 +356,42 @@ def test_wrong_calls_are_told(capsys, archive, clap_folder, tmp_path):
         found, out, err = run(capsys, *words)
         assert (found, out) == (status, "")
         assert message in err
+
+
+def test_an_index_that_is_made_anew_keeps_its_model(capsys, archive, clap_folder):
+    run(capsys, "index", archive, "--model", clap_folder)
+    assert run(capsys, "index", archive, "--overwrite")[1].endswith(
+        "encoded 6, reused 0, unchanged 0, removed 0, unreadable 1\n"
+    )
+    store = CaptionDatastore.open_folder(archive / INDEX_NAME)
+    assert Path(updating.encoder_of(archive / INDEX_NAME, store)) == Path(clap_folder)
+
+
+def test_captions_are_no_index(capsys, archive, model_folder, tmp_path):
+    (tmp_path / "captions.txt").write_text("rain\n", encoding="utf-8")
+    run(
+        capsys,
+        "datastore",
+        "build",
+        tmp_path / "captions.txt",
+        "--output",
+        tmp_path / "store",
+        "--model",
+        model_folder,
+    )
+    status, out, err = run(capsys, "search", archive, "rain", "--index", tmp_path / "store")
+    assert (status, out) == (1, "")
+    assert "holds a datastore of captions, not a sound index" in err
+
+
+def test_groups_of_two_folders_differ(capsys, clap_folder, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for copy in ("1", "2"):
+            soundfile.write(tmp_path / name / f"{copy}.wav", synthetic_clip(3.0, ord(name)), 48_000)
+        run(capsys, "index", tmp_path / name, "--model", clap_folder)
+    _, out, _ = run(capsys, "search", tmp_path / "a", tmp_path / "b", "--duplicates", "--format", "json")
+    assert [(Path(row["file"]).parent.name, row["group"]) for row in json.loads(out)] == [("a", 1), ("b", 2)]
 
 
 def test_a_captioner_and_its_checkpoint_are_the_same_encoder(archive):

@@ -78,6 +78,16 @@ def test_several_recordings_standard_input_and_broken_ones(run, recording, tmp_p
     assert "1 of 4 recordings could not be captioned to the end" in errors
 
 
+def test_subtitles_stay_where_a_recording_cannot_be_read(run, tmp_path):
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    output = tmp_path / "broken.srt"
+    output.write_text("of yesterday")
+    for where in (("--output", output), ("--format", "srt", "--output-dir", tmp_path)):
+        status, _, errors = run(tmp_path / "broken.wav", *where)
+        assert (status, output.read_text()) == (1, "of yesterday")
+        assert "broken.srt stays as it was" in errors
+
+
 def test_the_suffix_of_the_file_is_its_format(run, recording, tmp_path):
     for suffix, head in {".srt": "1\n00:00:00,000 --> ", ".vtt": "WEBVTT\n\n", ".csv": "file,start,end,"}.items():
         assert run(recording, "--output", tmp_path / f"out{suffix}")[0] == 0

@@ -31,7 +31,7 @@ def test_what_is_saved_comes_back(tmp_path: Path):
 
 def test_only_the_last_ones_are_kept(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save_best({"w": torch.zeros(1)})
+    checkpoints.save_best(1, {"w": torch.zeros(1)})
     for step in (3, 9, 27, 100):
         save(checkpoints, step)
     assert checkpoints.steps() == [27, 100]
@@ -50,11 +50,12 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path):
 def test_what_a_kill_leaves_is_no_checkpoint(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 5)
-    checkpoints.save_best({"w": torch.ones(1)})
+    checkpoints.save_best(4, {"w": torch.ones(1)})
     for name in (".checkpoint-8.pt.1.tmp", ".best.pt.1.tmp"):
         (tmp_path / name).write_bytes(b"half")
     assert checkpoints.steps() == [5]
-    assert torch.equal(checkpoints.load_best()["w"], torch.ones(1))
+    assert torch.equal(checkpoints.load_best(4)["w"], torch.ones(1))
+    assert checkpoints.load_best(3) is None
     # The next checkpoint clears them away.
     save(checkpoints, 6)
     assert sorted(os.listdir(tmp_path)) == ["best.pt", "checkpoint-5.pt", "checkpoint-6.pt"]
@@ -64,7 +65,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} is no checkpoint: expected a file")):
         load_checkpoint(tmp_path)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save_best({"w": torch.ones(1)})
+    checkpoints.save_best(4, {"w": torch.ones(1)})
     with pytest.raises(ValueError, match="no checkpoint of a training run: it holds no optimizer"):
         load_checkpoint(tmp_path / "best.pt")
 

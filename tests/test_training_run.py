@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from training_parts import SHORT_RUN, make_captioner, write_clotho
 
 from recap_hf import RecapForConditionalGeneration, RecapProcessor
+from recap_hf.training.checkpoints import Checkpoints, load_checkpoint
 from recap_hf.training.collator import PromptOptions
 from recap_hf.training.plans import Row
 from recap_hf.training.run import train
@@ -173,6 +175,42 @@ def test_a_checkpoint_of_another_run_is_refused(start: Path, finished, tmp_path:
     checkpoint = str(finished[0] / "checkpoints" / "checkpoint-6.pt")
     with pytest.raises(ValueError, match="was written by a run that trained other parts of the model"):
         train(config(start, tmp_path, resume_from_checkpoint=checkpoint, train_decoder=True))
+
+
+def test_going_back_to_a_checkpoint(start: Path, finished, tmp_path: Path):
+    """Not in a folder with later ones, and with the best weights of the steps before it."""
+    source = finished[0] / "checkpoints"
+    with pytest.raises(ValueError, match=re.escape("(up to step 10): delete those, or give another --output-dir")):
+        train(config(start, finished[0], resume_from_checkpoint=str(source / "checkpoint-6.pt")))
+    states = {step: load_checkpoint(source / f"checkpoint-{step}.pt") for step in (5, 6)}
+    assert states[6]["progress"]["best_step"] == 5
+    other = Checkpoints(tmp_path / "other")
+    other.save(6, states[6])
+
+    def trained_by(output: Path) -> list[int]:
+        """The steps whose weights a run saves that goes on from there, and has nothing left to do."""
+        train(config(start, output, resume_from_checkpoint=str(other.latest()), max_steps=6))
+        saved = weights(output)
+        return [
+            step
+            for step, state in states.items()
+            if all(torch.equal(saved[n], w) for n, w in state["weights"].items())
+        ]
+
+    other.save_best(5, states[5]["weights"])
+    assert trained_by(tmp_path / "with best") == [5]
+    assert Checkpoints(tmp_path / "with best" / "checkpoints").load_best(5) is not None
+    # That of a later step is not the best up to this one.
+    other.save_best(10, states[5]["weights"])
+    assert trained_by(tmp_path / "without") == [6]
+
+
+def test_a_wrong_call_deletes_no_checkpoint(start: Path, finished, tmp_path: Path):
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    before = sorted(os.listdir(tmp_path / "checkpoints"))
+    with pytest.raises(OSError, match="nowhere"):
+        train(config(start, tmp_path, data_dir=[str(tmp_path / "nowhere")], overwrite_output_dir=True))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == before
 
 
 def test_accumulated_passes_give_the_same_losses(start: Path, finished, tmp_path: Path):

@@ -20,7 +20,7 @@ from recap_hf.modeling.index_recap import ExactIndex, score_again
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 from .encoder import SoundEncoder
-from .updating import Loader, Progress, check_encoder, update_index
+from .updating import Loader, Progress, check_encoder, encoder_of, update_index
 
 INDEX_NAME = ".recap-index"
 # Places that a search looks at first, for each recording that it shall find.
@@ -119,7 +119,8 @@ class SoundIndex:
         if not (path / MANIFEST_NAME).is_file():
             raise FileNotFoundError(f"{folder}: has no sound index at {path}; make one: recap index {folder}")
         store = CaptionDatastore.open_folder(path)
-        source = store.manifest["report"]["model"] if encoder is None else encoder
+        made_by = encoder_of(path, store)
+        source = made_by if encoder is None else encoder
         return cls(folder, store, source, loader)
 
     @property

@@ -53,14 +53,13 @@ def update_index(
         raise NotADirectoryError(f"{root}: no such folder; a sound index is one of a folder of recordings")
     found = {Path(name).relative_to(root).as_posix(): _stat(name) for name in expand_inputs([str(root)])}
     exists = (path / MANIFEST_NAME).is_file()
-    if exists and "left_out" not in (CaptionDatastore.open_folder(path, verify=False).manifest["report"] or {}):
-        raise ValueError(f"{path}: holds a datastore of captions, not a sound index; give another folder")
+    made_by = encoder_of(path, CaptionDatastore.open_folder(path, verify=False)) if exists else None
     if overwrite or not exists:
-        source = loader(source)
+        source = loader(made_by if source is None else source)
         _create(path, source)
     with editing(path) as edit:
         update = _Update(root, edit, found)
-        source = edit.store.manifest["report"]["model"] if source is None else source
+        source = made_by if source is None else source
         pending = update.reuse()
         if pending:
             source = loader(source)
@@ -69,6 +68,14 @@ def update_index(
         done = update.report()
     _index_if_large(path, done["places"])
     return done, source
+
+
+def encoder_of(path: Path, store: CaptionDatastore) -> str:
+    """The model that made the index at `path`. Raises `ValueError` for a datastore that is none."""
+    report = store.manifest["report"]
+    if not isinstance(report, dict) or not {"left_out", "model"} <= set(report):
+        raise ValueError(f"{path}: holds a datastore of captions, not a sound index; give another folder")
+    return report["model"]
 
 
 def _stat(name: str) -> Stat:

@@ -173,7 +173,7 @@ class _TagEditor:
         tags, options = self.file.tags, {}
         for key, value in self._values.items():
             if key == "COMM":
-                others = [frame for frame in tags.getall(key) if frame not in self._id3(key)]
+                others = [frame for frame in tags.getall(key) if frame.desc]
                 tags.setall(key, [*others, COMM(encoding=3, lang="eng", desc="", text=value)])
             elif self.id3:
                 tags.setall(key, [TXXX(encoding=3, desc=key.partition(":")[2], text=value)])

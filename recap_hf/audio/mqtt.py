@@ -6,6 +6,7 @@ import json
 import os
 import re
 import threading
+import zlib
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -67,8 +68,8 @@ class MqttPublisher(contextlib.AbstractContextManager):
         client.on_connect, client.on_disconnect = self._connected, self._disconnected
         client.on_publish = lambda *_: self._count(-1)
         if url.username:
-            password = url.password or os.environ.get(_PASSWORD_VARIABLE) or None
-            client.username_pw_set(unquote(url.username), password and unquote(password))
+            password = unquote(url.password or "") or os.environ.get(_PASSWORD_VARIABLE) or None
+            client.username_pw_set(unquote(url.username), password)
         if url.scheme == "mqtts":
             client.tls_set()
         try:
@@ -96,7 +97,10 @@ class MqttPublisher(contextlib.AbstractContextManager):
 
     @property
     def _id(self) -> str:
-        return "recap_" + re.sub(r"\W+", "_", self.topic, flags=re.ASCII)
+        name = "recap_" + re.sub(r"\W+", "_", self.topic, flags=re.ASCII)
+        # Other topics may have the same letters: `home/a_b`, `home/a/b`.
+        plain = re.fullmatch("[A-Za-z0-9/]+", self.topic)
+        return name if plain else f"{name}_{zlib.crc32(self.topic.encode()):08x}"
 
     @property
     def _discovery_topic(self) -> str:

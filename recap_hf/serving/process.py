@@ -36,6 +36,8 @@ class WorkerProcess:
         self.seconds_per_answer = 1.0
         self._numbers = itertools.count()
         self._waiting: dict[int, Future] = {}
+        # What the worker has not answered yet, also to requests that have timed out.
+        self._unanswered: set[int] = set()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._answered = time.monotonic()
@@ -73,8 +75,9 @@ class WorkerProcess:
         with self._lock:
             if not self.ready:
                 raise worker_lost()
-            if not self._waiting:
+            if not self._unanswered:
                 self._answered = time.monotonic()
+            self._unanswered.add(number)
             self._waiting[number] = future
             self._send(Job(number, kind, path, name, fields))
         return number, future
@@ -93,16 +96,20 @@ class WorkerProcess:
     def _launch(self) -> str | None:
         """Starts a process; the reason why its models cannot be loaded, if so."""
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, self.models), daemon=True)
-        self._process.start()
-        theirs.close()
         try:
-            state, self.facts = self._connection.recv()
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=work, args=(theirs, self.models), daemon=True)
+            self._process.start()
+            theirs.close()
+        except OSError as error:
+            return f"no process can be started: {error}"
+        try:
+            state, said = self._connection.recv()
         except (EOFError, OSError):
             return "the process of the model ended before the model was loaded"
         if state == "failed":
-            return self.facts
+            return said
+        self.facts = said
         self._answered = time.monotonic()
         self.ready = True
         return None
@@ -116,6 +123,7 @@ class WorkerProcess:
             with self._lock:
                 self.ready = False
                 lost, self._waiting = self._waiting, {}
+                self._unanswered.clear()
             for future in lost.values():
                 _settle(future, worker_lost())
             if self._stopped.is_set():
@@ -134,6 +142,7 @@ class WorkerProcess:
         now = time.monotonic()
         with self._lock:
             future = self._waiting.pop(number, None)
+            self._unanswered.discard(number)
             self.seconds_per_answer += 0.1 * (now - self._answered - self.seconds_per_answer)
             self._answered = now
         if future is not None:
@@ -143,7 +152,7 @@ class WorkerProcess:
         """Kills a process that no longer answers, such as one with a decoder that does not end."""
         while not self._stopped.wait(min(1.0, self.stalled_s / 4)):
             with self._lock:
-                stalled = self.ready and self._waiting and time.monotonic() - self._answered > self.stalled_s
+                stalled = self.ready and self._unanswered and time.monotonic() - self._answered > self.stalled_s
             if stalled:
                 self.note(f"no answer for {self.stalled_s:g} s: the process of the model is killed")
                 self._process.kill()

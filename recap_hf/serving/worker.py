@@ -78,7 +78,8 @@ def work(connection: Connection, models: Models) -> None:
     """Runs a worker until the server closes the connection.
 
     It receives a [`Job`], or the number of one that nobody waits for any more. It sends `("ready", facts)` or
-    `("failed", reason)` once, and `(number, answer)`, where an answer is plain data or a [`RequestError`].
+    `("failed", reason)` once, and `(number, answer)` for each job, where an answer is plain data or a
+    [`RequestError`], and `None` for a job that it left out.
     """
     # Ctrl-C ends the server, which closes the connection.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -125,8 +126,11 @@ def work(connection: Connection, models: Models) -> None:
         with suppress(Empty):
             while len(jobs) < _BATCHES_TOGETHER * models.batch_size:
                 jobs.append(ready.get_nowait())
-        wanted = [job for job in jobs if job.number not in unwanted]
+        left_out = {job.number for job in jobs} & unwanted
         unwanted.difference_update(job.number for job in jobs)
+        for number in left_out:
+            send(number, None)
+        wanted = [job for job in jobs if job.number not in left_out]
         for group in _groups(wanted):
             for job, answer in zip(group, answers.of(group), strict=True):
                 send(job.number, answer)
@@ -204,6 +208,8 @@ class _Answers:
             found = {CAPTIONS: self._captions, TAGS: self._tags, SEARCH: self._search}[jobs[0].kind](jobs)
         except RequestError as error:
             return [error] * len(jobs)
+        except ValueError as error:
+            return [RequestError(422, "invalid_field", str(error))] * len(jobs)
         except Exception as error:
             # The others are answered.
             traceback.print_exc()

@@ -45,13 +45,14 @@ class Checkpoints:
             path.unlink()
         return self._path(step)
 
-    def save_best(self, weights: dict[str, torch.Tensor]) -> None:
-        """Replace the best weights."""
-        _write(self._best, {"weights": weights})
+    def save_best(self, step: int, weights: dict[str, torch.Tensor]) -> None:
+        """Replace the best weights by those of `step`."""
+        _write(self._best, {"step": step, "weights": weights})
 
-    def load_best(self) -> dict[str, torch.Tensor] | None:
-        """The best weights, if there are any."""
-        return load_checkpoint(self._best, ("weights",))["weights"] if self._best.is_file() else None
+    def load_best(self, step: int) -> dict[str, torch.Tensor] | None:
+        """The best weights, if they are there and of `step`."""
+        state = load_checkpoint(self._best, ("step", "weights")) if self._best.is_file() else {}
+        return state["weights"] if state.get("step") == step else None
 
     def remove_all(self) -> None:
         """Delete every checkpoint, the best included."""

@@ -104,7 +104,7 @@ class TrainingLoop:
             # Steps of several epochs may share a log line: only the time between the epochs does not count.
             self._since += time.monotonic() - trained
         self.accelerator.wait_for_everyone()
-        best = self.checkpoints.load_best() if progress.best_value is not None else None
+        best = self.checkpoints.load_best(progress.best_step) if progress.best_value is not None else None
         self.task.model.load_state_dict(best or {}, strict=False)
         self.task.model.eval()
         return progress
@@ -172,7 +172,7 @@ class TrainingLoop:
         if gained:
             progress.best_value, progress.best_step = value, progress.step
             if self.accelerator.is_main_process:
-                self.checkpoints.save_best(self._weights())
+                self.checkpoints.save_best(progress.step, self._weights())
         shown = "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         logger.info("validation after step %d: %s%s", progress.step, shown, "  (best)" if gained else "")
         if progress.stopped_early:
@@ -196,9 +196,15 @@ class TrainingLoop:
         """Continue from a checkpoint.
 
         Raises:
-            FileNotFoundError, ValueError: if it is none, or not one of this run.
+            FileNotFoundError, ValueError: if it is none, or not one of this run, or the output folder has later ones.
         """
         state = load_checkpoint(path)
+        later = [step for step in self.checkpoints.steps() if step > state["progress"]["step"]]
+        if later:
+            hint = "delete those, or give another --output-dir"
+            raise ValueError(
+                f"{self.checkpoints.folder} has checkpoints after {path} (up to step {later[-1]}): {hint}"
+            )
         if set(state["weights"]) != set(self.trained):
             raise ValueError(f"{path} was written by a run that trained other parts of the model")
         self.task.model.load_state_dict(state["weights"], strict=False)
@@ -216,7 +222,21 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             # The sum of all processes.
             self._loss += loss
+        self._take_best(Path(path).parent)
         logger.info("Continuing from %s (step %d)", path, self.progress.step)
+
+    def _take_best(self, folder: Path) -> None:
+        """Takes the best weights of the run so far from the folder of its checkpoint."""
+        progress = self.progress
+        if progress.best_value is None:
+            return
+        best = Checkpoints(folder).load_best(progress.best_step)
+        if best is None:
+            text = "The best weights so far (step %d) are not in %s: the best of the steps from here on counts"
+            logger.warning(text, progress.best_step, folder)
+            progress.best_value, progress.best_step = None, 0
+        elif folder.resolve() != self.checkpoints.folder.resolve() and self.accelerator.is_main_process:
+            self.checkpoints.save_best(progress.best_step, best)
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig, device: Any) -> torch.optim.Optimizer:

@@ -53,7 +53,7 @@ def _train(config: TrainingConfig) -> dict[str, Any]:
         "World size %d, %d torch threads each, on %s, mixed precision %s",
         accelerator.num_processes, torch.get_num_threads(), accelerator.device, accelerator.mixed_precision,
     )  # fmt: skip
-    checkpoint = _checkpoint_to_resume(config, accelerator)
+    checkpoint = _checkpoint_to_resume(config)
     task = config.build_task(accelerator)
     task.data.log()
     loop = TrainingLoop(config, task, accelerator)
@@ -62,6 +62,9 @@ def _train(config: TrainingConfig) -> dict[str, Any]:
         accelerator.init_trackers("recap", config={name: str(value) for name, value in vars(config).items()})
     if checkpoint is not None:
         loop.resume(checkpoint)
+    elif accelerator.is_main_process:
+        # Of an earlier run, once nothing speaks against this one.
+        loop.checkpoints.remove_all()
     loop.run()
     report = {**task.report(), **_report(loop, prepared)}
     if accelerator.is_main_process:
@@ -84,7 +87,7 @@ def _trackers(names: list[str]) -> list[str]:
     return [name for name in names if name != "none"]
 
 
-def _checkpoint_to_resume(config: TrainingConfig, accelerator: Any) -> Path | None:
+def _checkpoint_to_resume(config: TrainingConfig) -> Path | None:
     """The checkpoint to continue from; a `ValueError` if the settings do not say what to do with those there are."""
     checkpoints = Checkpoints(Path(config.output_dir) / "checkpoints", config.save_total_limit)
     latest, wanted = checkpoints.latest(), config.resume_from_checkpoint or ("latest" if config.resume else "")
@@ -95,9 +98,6 @@ def _checkpoint_to_resume(config: TrainingConfig, accelerator: Any) -> Path | No
     if latest is not None and not config.overwrite_output_dir:
         hint = "continue with --resume, start again with --overwrite-output-dir, or give another --output-dir"
         raise ValueError(f"{config.output_dir} holds checkpoints of a run (up to {latest.name}): {hint}")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        checkpoints.remove_all()
     return None
 
 

@@ -7,39 +7,9 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["base_form", "gerund", "past_form", "plural", "third_person", "with_article"]
+__all__ = ["base_form", "gerund", "plural", "with_article"]
 
-_THIRD_PERSON = {"be": "is", "have": "has", "do": "does", "go": "goes"}
 _BASE = {"is": "be", "are": "be", "has": "have", "have": "have", "does": "do", "goes": "go"}
-_PAST = {
-    "blow": "blew",
-    "break": "broke",
-    "burst": "burst",
-    "cut": "cut",
-    "deal": "dealt",
-    "drink": "drank",
-    "eat": "ate",
-    "fly": "flew",
-    "give": "gave",
-    "go": "went",
-    "hit": "hit",
-    "make": "made",
-    "ring": "rang",
-    "run": "ran",
-    "say": "said",
-    "shoot": "shot",
-    "shut": "shut",
-    "sing": "sang",
-    "slide": "slid",
-    "speak": "spoke",
-    "split": "split",
-    "strike": "struck",
-    "take": "took",
-    "tear": "tore",
-    "weep": "wept",
-    "wind": "wound",
-    "write": "wrote",
-}
 _PLURALS = {
     "child": "children",
     "foot": "feet",
@@ -76,17 +46,6 @@ def base_form(verb: str) -> str:
     return verb[:-1]
 
 
-def third_person(base: str) -> str:
-    """Third person singular of the present tense."""
-    if base in _THIRD_PERSON:
-        return _THIRD_PERSON[base]
-    if re.search(r"(?:s|sh|ch|x|z|[^o]o)$", base):
-        return base + "es"
-    if re.search(r"[^aeiou]y$", base):
-        return base[:-1] + "ies"
-    return base + "s"
-
-
 def _doubles(base: str) -> bool:
     if base in _DOUBLED:
         return _DOUBLED[base]
@@ -105,19 +64,6 @@ def gerund(base: str) -> str:
     if _doubles(base):
         return base + base[-1] + "ing"
     return base + "ing"
-
-
-def past_form(base: str) -> str:
-    """The simple past."""
-    if base in _PAST:
-        return _PAST[base]
-    if base.endswith("e"):
-        return base + "d"
-    if re.search(r"[^aeiou]y$", base):
-        return base[:-1] + "ied"
-    if _doubles(base):
-        return base + base[-1] + "ed"
-    return base + "ed"
 
 
 def plural(noun: str) -> str:

@@ -266,7 +266,7 @@ def build(arguments: argparse.Namespace) -> list[Example]:
         for copy in range(_DEGRADED if recording.label else 0):
             path = audio / f"degraded-{copy}-{number:05d}.flac"
             changed = np.random.default_rng([arguments.seed, 7, number, copy])
-            write_once(path, lambda rng=changed, number=number: degrade(waveforms[number], rng))
+            write_once(path, degrade(waveforms[number], changed))
             examples.append(Example(f"degraded/{copy}/{recording.clip_id}", str(path.resolve()), *same))
     # Labelled recordings take part three times as often.
     usable = [
@@ -283,7 +283,7 @@ def build(arguments: argparse.Namespace) -> list[Example]:
     for number, mixture in enumerate(planned):
         rng = np.random.default_rng([arguments.seed, 3, number])
         path = audio / f"{mixture.clip_id}.flac"
-        write_once(path, lambda rng=rng, mixture=mixture: render(mixture, waveforms, rng))
+        write_once(path, render(mixture, waveforms, rng))
         parts = [
             Sound(sounds[part], **attributes(rng, gain - max(mixture.gains)), **course(waveforms[part][: 5 * RATE]))
             for part, gain in zip(mixture.parts, mixture.gains, strict=True)
@@ -317,15 +317,25 @@ def write_datastore(path: Path, corpora: Path, without: Sequence[str]) -> int:
     return len(texts)
 
 
-def write_once(path: Path, make: object) -> None:
-    """Write what `make` returns as 16 kHz FLAC, unless it is there."""
+def write_once(path: Path, waveform: np.ndarray) -> None:
+    """Write a waveform as 16 kHz FLAC, unless it is there."""
     if path.exists():
         return
     import soundfile
 
     scratch = path.with_suffix(".part")
-    soundfile.write(scratch, make(), RATE, format="FLAC")
+    soundfile.write(scratch, waveform, RATE, format="FLAC")
     scratch.rename(path)
+
+
+def keep_plan(out: Path, arguments: argparse.Namespace) -> None:
+    """Write the arguments to `out`. Raises `ValueError` if it holds those of other ones."""
+    plan = {name: value for name, value in vars(arguments).items() if name != "out"}
+    path = out / "plan.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
+        raise ValueError(f"{path} is of other arguments: give another folder, or delete it with all it holds")
+    path.write_text(json.dumps(plan) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -341,6 +351,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
+    try:
+        keep_plan(out, arguments)
+    except ValueError as error:
+        parser.error(str(error))
     examples = build(arguments)
     (out / "train").mkdir(exist_ok=True)
     with open(out / "train" / "metadata.jsonl", "w", encoding="utf-8") as handle:

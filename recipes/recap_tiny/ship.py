@@ -48,7 +48,7 @@ def ship(captioner: str, out: Path, threshold: float) -> None:
     # Stored in half precision, loaded in single: most CPUs compute faster in it.
     _replace(settings, "dtype", "float32")
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    for path in [*out.rglob("*.py"), *out.glob("README.md")]:
+    for path in [*out.glob("*_recap.py"), *out.glob("README.md")]:
         path.unlink()
 
 
@@ -99,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], help="that the training used (1 2 3)")
     arguments = parser.parse_args(argv)
     out = Path(arguments.out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "processor_config.json").is_file():
+        parser.error(f"{out} is neither empty nor a folder of a captioner: give another one")
     with torch.no_grad():
         ship(arguments.captioner, out, arguments.threshold)
     count = write_recordings(Path(arguments.data), arguments.folds, out / "RECORDINGS.csv")

@@ -291,7 +291,8 @@ second = model.push_to_hub("user/recap", max_shard_size="300KB", tags=["whales"]
 third = processor.datastore.push_to_hub("user/captions", revision="v1")
 model.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="user/again", max_shard_size="300KB")
 processor.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="user/again", commit_message="its processor")
-pipeline("audio-captioning", model=sys.argv[1]).save_pretrained(sys.argv[2], push_to_hub=True, repo_id="user/whole")
+whole = pipeline("audio-captioning", model=sys.argv[1])
+whole.save_pretrained(sys.argv[2] + "-whole", push_to_hub=True, repo_id="user/whole")
 assert pipeline("audio-captioning", model="user/whole").captioner.datastore.captions == processor.datastore.captions
 store = CaptionDatastore.from_pretrained("user/captions", revision="v1")
 pulled = RecapForConditionalGeneration.from_pretrained("user/recap", revision=second.oid).state_dict()

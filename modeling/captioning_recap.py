@@ -134,9 +134,10 @@ class Captioner:
             return cls(*loaded, datastore, options)
 
     def with_options(self, options: CaptionOptions) -> Captioner:
-        """The same captioner, with those options changed that `options` sets."""
+        """The same captioner, with those options changed that `options` sets; a `ValueError` if it cannot be so."""
         other = copy.copy(self)
         other.options = self.options.merged_with(options)
+        _Reranking.of(other.options, other.generation_config())
         return other
 
     def with_datastore(self, datastore: Any) -> Captioner:

@@ -219,7 +219,9 @@ def _sub_config(name: str, value: Any, config_class: type[PretrainedConfig]) -> 
     if isinstance(value, dict):
         found = value.get("model_type", config_class.model_type)
         if found != config_class.model_type:
-            raise ValueError(f"`{name}` must be of a {config_class.model_type!r} model, got one of {found!r}.")
+            raise ValueError(
+                f"`{name}` must be the configuration of a {config_class.model_type!r} model, got one of {found!r}."
+            )
         return config_class(**{key: item for key, item in value.items() if key != "model_type"})
     raise TypeError(f"`{name}` must be a {config_class.__name__}, a dict or None, got {type(value).__name__}.")
 
@@ -236,17 +238,14 @@ def loading(name: Any, files: str) -> Iterator[None]:
         raise ValueError(f"{name}: {files} cannot be loaded: {text}") from error
 
 
-HUB_ARGUMENTS = ("push_to_hub", "token", "repo_id", "commit_message", "commit_description")
-HUB_ARGUMENTS += ("private", "revision", "create_pr", "tags")
-
-
 def push_arguments(folder: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Takes the arguments of `push_to_hub` out of those of `save_pretrained(folder, push_to_hub=True)`.
 
     With that argument transformers pushes only the files that its own `save_pretrained` writes, neither code nor
     datastore. So the classes here save first and then call their `push_to_hub`.
     """
-    taken = {name: kwargs.pop(name) for name in HUB_ARGUMENTS[2:] if name in kwargs}
+    names = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags")
+    taken = {name: kwargs.pop(name) for name in names if name in kwargs}
     shared = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
     return {"repo_id": Path(folder).name, **taken, **shared}
 

@@ -118,7 +118,7 @@ class PrefixMapper(nn.Module):
         """What the language model is called with: the prefix, then padding and prompt, whose positions follow. The
         other arguments are of the tokens alone. `prefix` is `None` where the decoder's cache has it already."""
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"With a prefix a mask has the shape (batch_size, length), got {attention_mask.shape}.")
+            raise ValueError(f"A prefix takes a mask of shape (batch_size, length), got {attention_mask.shape}.")
         if attention_mask is not None:
             own = attention_mask.new_ones(len(attention_mask), self.length)
             attention_mask = torch.cat([own, attention_mask], dim=1)

@@ -202,7 +202,10 @@ class PromptTemplate:
                 f"neither stand before it nor in `caption_separator`; got {self.template!r} and {self.separator!r}."
             )
         if not self.without_captions.rstrip().endswith(self.ending):
-            raise ValueError(f"`prompt_without_captions` must end in {self.ending!r}; got {self.without_captions!r}.")
+            raise ValueError(
+                f"`prompt_without_captions` must end as `prompt_template` does, in {self.ending!r}; got "
+                f"{self.without_captions!r}."
+            )
 
     @classmethod
     def of(cls, settings: Any) -> PromptTemplate:

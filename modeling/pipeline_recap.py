@@ -15,7 +15,6 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .audio_recap import is_clip_and_rate
 from .captioning_recap import READ_ERRORS, Captioner
-from .configuration_recap import HUB_ARGUMENTS
 from .index_recap import from_package
 from .options_recap import RETRIEVAL, CaptionOptions
 
@@ -201,7 +200,7 @@ class AudioCaptioningPipeline(Pipeline):
         for name in CaptionOptions.names(RETRIEVAL):
             if getattr(options, name) is not None:
                 setattr(processor, "num_retrieved_captions" if name == "k" else name, getattr(options, name))
-        processor.save_pretrained(save_directory, **{n: kwargs[n] for n in HUB_ARGUMENTS if n in kwargs})
+        processor.save_pretrained(save_directory, **kwargs)
 
 
 def _collate(items: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -111,7 +111,7 @@ class Results:
     def _write(self, file: Any, form: str, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
         from recap_cli.formats import RESULT_WRITERS
 
-        columns, writer, num_rows, num_results = getattr(self.args, "columns", None), None, 0, 0
+        columns, writer, has_result = getattr(self.args, "columns", None), None, set()
 
         def opened() -> Any:
             kind = RESULT_WRITERS[self.verb][form]
@@ -122,7 +122,7 @@ class Results:
                 writer = opened()
                 writer.begin(name)
                 writer.write(row)
-                num_rows, num_results = num_rows + 1, num_results + (set(row) != {"error"})
+                has_result.add(set(row) != {"error"})
         except KeyboardInterrupt:
             # The results so far are a valid file.
             opened().close()
@@ -135,7 +135,7 @@ class Results:
             raise
         # Of no recording that was left out before there is a file, too.
         opened().close()
-        if num_rows and not num_results:
+        if has_result == {False}:
             raise NoResult
 
     def _rows(self, names: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

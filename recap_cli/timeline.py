@@ -67,12 +67,10 @@ def run(args: argparse.Namespace) -> int:
     for path, group in targets.items():
         with open_output(path) as file:
             writer = TIMELINE_WRITERS[args.format](file, args.accessible)
-            num_segments = 0
-            for name in group:
-                complete, written = _caption(args, captioner, settings, name, writer)
-                failed, num_segments = failed + (not complete), num_segments + written
+            outcomes = [_caption(args, captioner, settings, name, writer) for name in group]
             writer.close()
-            if failed and not num_segments:
+            failed += sum(not complete for complete, _ in outcomes)
+            if not any(complete or num_segments for complete, num_segments in outcomes):
                 raise NoResult
     if failed:
         message = f"{failed} of {len(names)} recordings could not be captioned to the end."

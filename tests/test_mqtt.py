@@ -162,6 +162,9 @@ def test_a_broker_that_wants_a_password(tmp_path, port, monkeypatch):
             MqttPublisher(f"127.0.0.1:{port}/t", print)
         with MqttPublisher(f"me:s3%3Acret%40@127.0.0.1:{port}/t", print):
             pass
+        monkeypatch.setenv("RECAP_MQTT_PASSWORD", "s3:cret@")
+        with MqttPublisher(f"me@127.0.0.1:{port}/t", print):
+            pass
         # A URL has percent signs of its own, a variable none.
         subprocess.run(["mosquitto_passwd", "-b", str(passwords), "you", "p%41ss"], check=True)
         process.send_signal(signal.SIGHUP)
@@ -183,7 +186,7 @@ def test_no_broker(capsys, port):
     assert f"recap live: error: The MQTT broker 127.0.0.1:{port} cannot be reached" in capsys.readouterr().err
 
 
-def test_topics_have_ids_of_their_own(monkeypatch):
+def test_topics_have_ids_of_their_own():
     topics = ("home/kitchen", "home/a_b", "home/a/b", "home/a-b", "дом/кухня", "дом/зал")
     found = []
     for topic in topics:

@@ -269,7 +269,7 @@ def test_other_caches_are_refused(model, processor, clips, setting):
 def test_masks_of_four_dimensions_are_refused(model, processor, clips):
     encoding = encode(model, processor, clips[:1])
     mask = torch.ones(1, 1, 2, 2)
-    with pytest.raises(ValueError, match="With a prefix a mask has the shape"):
+    with pytest.raises(ValueError, match="takes a mask of shape"):
         model(encoder_outputs=encoding, decoder_input_ids=torch.tensor([[1, 2]]), decoder_attention_mask=mask)
 
 

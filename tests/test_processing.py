@@ -48,7 +48,7 @@ def test_clean_caption():
         ("no place. End:", "End:", "exactly once"),
         ("{captions} {captions} End:", "End:", "exactly once"),
         ("Like {captions}.", "Like.", "needs words after"),
-        ("Like {captions}. End:", "Other:", "must end in"),
+        ("Like {captions}. End:", "Other:", "must end as"),
         ("End: {captions}. End:", "End:", "neither stand before it nor in `caption_separator`"),
     ],
 )

@@ -77,6 +77,7 @@ def test_inflection():
         ["dripping", "revving", "whistling", "opening", "dying", "humming", "echoing", "clip-clopping"]
     )
     verbs = {"crashes": "crash", "cries": "cry", "whistles": "whistle", "hisses": "hiss", "coos": "coo", "is": "be"}
+    verbs |= {"echoes": "echo", "buzzes": "buzz", "has": "have"}
     assert {verb: base_form(verb) for verb in verbs} == verbs
     assert [plural(noun) for noun in ("small dog", "goose", "baby", "bus", "sheep")] == (
         ["small dogs", "geese", "babies", "buses", "sheep"]

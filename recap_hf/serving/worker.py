@@ -208,8 +208,6 @@ class _Answers:
             found = {CAPTIONS: self._captions, TAGS: self._tags, SEARCH: self._search}[jobs[0].kind](jobs)
         except RequestError as error:
             return [error] * len(jobs)
-        except ValueError as error:
-            return [RequestError(422, "invalid_field", str(error))] * len(jobs)
         except Exception as error:
             # The others are answered.
             traceback.print_exc()
@@ -219,7 +217,10 @@ class _Answers:
         ]
 
     def _captions(self, jobs: Sequence[Job]) -> list[Mapping[str, Any]]:
-        captioner = self.captioner.with_options(CaptionOptions(**dict(jobs[0].fields["options"])))
+        try:
+            captioner = self.captioner.with_options(CaptionOptions(**dict(jobs[0].fields["options"])))
+        except ValueError as error:
+            raise RequestError(422, "invalid_field", str(error)) from error
         if not jobs[0].fields["timestamps"]:
             results = captioner.caption([job.waveform for job in jobs], self.models.batch_size)
             return [result.to_dict() for result in results]

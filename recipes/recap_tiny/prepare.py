@@ -12,7 +12,7 @@ import collections
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -266,7 +266,7 @@ def build(arguments: argparse.Namespace) -> list[Example]:
         for copy in range(_DEGRADED if recording.label else 0):
             path = audio / f"degraded-{copy}-{number:05d}.flac"
             changed = np.random.default_rng([arguments.seed, 7, number, copy])
-            write_once(path, degrade(waveforms[number], changed))
+            write_once(path, lambda rng=changed, number=number: degrade(waveforms[number], rng))
             examples.append(Example(f"degraded/{copy}/{recording.clip_id}", str(path.resolve()), *same))
     # Labelled recordings take part three times as often.
     usable = [
@@ -283,7 +283,9 @@ def build(arguments: argparse.Namespace) -> list[Example]:
     for number, mixture in enumerate(planned):
         rng = np.random.default_rng([arguments.seed, 3, number])
         path = audio / f"{mixture.clip_id}.flac"
-        write_once(path, render(mixture, waveforms, rng))
+        # Also where the file is there: the captions go on with its generator.
+        mixed = render(mixture, waveforms, rng)
+        write_once(path, lambda mixed=mixed: mixed)
         parts = [
             Sound(sounds[part], **attributes(rng, gain - max(mixture.gains)), **course(waveforms[part][: 5 * RATE]))
             for part, gain in zip(mixture.parts, mixture.gains, strict=True)
@@ -317,14 +319,14 @@ def write_datastore(path: Path, corpora: Path, without: Sequence[str]) -> int:
     return len(texts)
 
 
-def write_once(path: Path, waveform: np.ndarray) -> None:
-    """Write a waveform as 16 kHz FLAC, unless it is there."""
+def write_once(path: Path, make: Callable[[], np.ndarray]) -> None:
+    """Write what `make` returns as 16 kHz FLAC, unless it is there."""
     if path.exists():
         return
     import soundfile
 
     scratch = path.with_suffix(".part")
-    soundfile.write(scratch, waveform, RATE, format="FLAC")
+    soundfile.write(scratch, make(), RATE, format="FLAC")
     scratch.rename(path)
 
 

@@ -63,7 +63,7 @@ def synthetic_examples(folder: Path, seed: int) -> list:
         for number in range(_CLIPS_PER_KIND):
             rng = np.random.default_rng([seed, 4, place, number])
             path = folder / f"{kind}-{number:02d}.flac"
-            write_once(path, make(kind, rng))
+            write_once(path, lambda kind=kind, rng=rng: make(kind, rng))
             known = (f"synthetic/{kind}-{number:02d}", str(path.resolve()), "recap_hf recipe", "Apache-2.0")
             examples.append(Example(*known, dict(classes), list(captions)))
     return examples

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from recipes.recap_tiny import datastore
+from recipes.recap_tiny import circumstances, datastore
 from recipes.recap_tiny.grammar import Sound, describe, inflect, merge, repeated_words, word_clause
 from recipes.recap_tiny.inflection import base_form, gerund, plural, with_article
 from recipes.recap_tiny.lexicon import (
@@ -217,3 +217,20 @@ def test_forms_of_a_word_are_a_group_of_tokens(decoder_tokenizer):
     assert word_groups(Tokenizer()) == [1, 1, 0, 0, 2, 2, 0, 0, 1]
     groups = word_groups(decoder_tokenizer)
     assert len(groups) == len(decoder_tokenizer)
+
+
+def test_circumstances_name_no_sound():
+    lists = (circumstances.PLACES, circumstances.TIMES, circumstances.PERSONS, circumstances.OWNERS)
+    entries = [entry for text in lists for entry in circumstances.listed(text)]
+    assert len(entries) > 90
+    assert [entry for entry in entries if _names(entry.lower())] == []
+
+
+def test_captions_with_circumstances_name_the_same_sounds():
+    rng, captions = random.Random(5), ("A dog barks", "Someone snores", "An engine idles, then a horn honks twice")
+    found = [(text, circumstances.with_circumstance(text, rng)) for text in captions for _ in range(200)]
+    assert all(_names(text) == _names(other) for text, other in found)
+    # In two of five something is added, unless its draws add nothing (0.5 * 0.3 * 0.7 of them).
+    assert 0.28 < sum(text != other for text, other in found) / len(found) < 0.45
+    endings = circumstances.listed(circumstances.PLACES) + circumstances.listed(circumstances.TIMES)
+    assert any(other.endswith(tuple(endings)) for _, other in found)

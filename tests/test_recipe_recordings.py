@@ -81,7 +81,8 @@ def test_captions_of_a_corpus_to_learn_from(tmp_path):
     spare = [f"The {what} number {n}" for what in ("cat", "bird", "car", "man", "horse") for n in range(5)]
     path = tmp_path / "captions.csv"
     path.write_text("caption\n" + "".join(f"{text}\n" for text in kept + kept[:2] + others + spare), encoding="utf-8")
-    assert prepare.read_corpus(path) == kept
+    assert prepare.read_corpus(path) == kept + others + spare
+    assert prepare.well_written(prepare.read_corpus(path)) == kept
 
 
 def test_the_level_of_loud_parts():

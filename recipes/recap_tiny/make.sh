@@ -24,7 +24,7 @@ recap() { python -m recap_cli "$@"; }
 clap() { # NAME START OPTION...
   local name=$1 start=$2
   shift 2
-  recap pretrain clap --dataset audiofolder --data-dir "$work/train" --clap "$start" \
+  recap pretrain clap --dataset audiofolder --data-dir "$work/pairs" --clap "$start" \
     --caption-classes "$work/caption_classes.csv" --validation-split none --dropout 0.1 \
     --feature-cache "$work/features" --output-dir "$work/$name" --resume "${threads[@]}" "$@"
 }

@@ -1,8 +1,9 @@
 """Recordings, mixtures and captions for the trainings: `python -m recipes.recap_tiny.prepare DATA OUT --teacher DIR`.
 
-Writes `OUT/train/metadata.jsonl` (an `audiofolder` with captions, classes and class scores), `OUT/audio/` (mixtures
-and degraded recordings), `OUT/caption_classes.csv`, `OUT/corpus.txt` (captions of AudioCaps) and `OUT/datastore.txt`
-(captions of ours). What is there already is not made again.
+Writes `OUT/train/metadata.jsonl` (an `audiofolder` with captions, classes and class scores), `OUT/pairs/` (the same
+with more captions, for the CLAP), `OUT/audio/` (mixtures and degraded recordings), `OUT/caption_classes.csv`,
+`OUT/corpus.txt` (captions of AudioCaps) and `OUT/datastore.txt` (captions of ours). What is there already is not made
+again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from recap_hf.training.tasks.caption_classes import CaptionClasses, agreement
 
 from . import lexicon
+from .circumstances import with_circumstance
 from .grammar import Sound, describe, repeated_words
 from .recordings import (
     RATE,
@@ -59,7 +61,9 @@ class Example:
     Args:
         clip_id, path, source, licence: of the audio.
         classes: names and scores.
-        captions: the texts.
+        captions: the texts, those by the grammar last.
+        own: how many of them are by the grammar.
+        pairs: the texts for the CLAP.
     """
 
     clip_id: str
@@ -68,14 +72,16 @@ class Example:
     licence: str
     classes: dict[str, float]
     captions: list[str] = field(default_factory=list)
+    own: int = 0
+    pairs: list[str] = field(default_factory=list)
 
-    def row(self) -> dict[str, object]:
-        """The line of `metadata.jsonl`."""
+    def row(self, captions: Sequence[str]) -> dict[str, object]:
+        """The line of `metadata.jsonl` with these captions."""
         names = sorted(self.classes, key=self.classes.get, reverse=True)
         return {
             "file_name": self.path,
             "clip_id": self.clip_id,
-            "captions": self.captions,
+            "captions": list(captions),
             "classes": names,
             "class_scores": [round(self.classes[name], 3) for name in names],
             "source": self.source,
@@ -171,10 +177,14 @@ def silenced(captions: Sequence[str], without: Sequence[str]) -> list[str]:
 
 
 def read_corpus(path: Path) -> list[str]:
-    """The different captions of a CSV file with the column `caption`, without those that say a word twice ("a man
-    speaks as a man speaks"), have a rare word, the wrong article ("a music is played"), or fewer than five words."""
+    """The different captions of a CSV file with the column `caption`."""
     with open(path, encoding="utf-8", newline="") as handle:
-        texts = list(dict.fromkeys(row["caption"].strip() for row in csv.DictReader(handle)))
+        return list(dict.fromkeys(row["caption"].strip() for row in csv.DictReader(handle)))
+
+
+def well_written(texts: Sequence[str]) -> list[str]:
+    """Captions to learn writing from: without those that say a word twice ("a man speaks as a man speaks"), have a
+    rare word, the wrong article ("a music is played"), or fewer than five words."""
     words = [set(re.findall(r"[a-z']+", text.lower())) for text in texts]
     counts = collections.Counter(word for found in words for word in found)
     return [
@@ -247,21 +257,22 @@ def build(arguments: argparse.Namespace) -> list[Example]:
     waveforms = [read(recording.path) for recording in recordings]
     scores = load_scores(recordings, waveforms, arguments.teacher, out / "teacher.npz")
     texts = silenced(read_corpus(Path(arguments.data) / "captions" / "audiocaps_train.csv"), arguments.without)
-    write_lines(out / "corpus.txt", texts)
-    corpus = Corpus(caption_classes(), texts)
+    write_lines(out / "corpus.txt", well_written(texts))
+    corpus = Corpus(caption_classes(), well_written(texts))
     heard = [class_scores(row, recording.label) for row, recording in zip(scores, recordings, strict=True)]
     sounds = [sound_of(row, recording.label) for row, recording in zip(scores, recordings, strict=True)]
     seeds = [[arguments.seed, 5, number] for number in range(len(recordings))]
     fitting = corpus.fitting(heard, _CORPUS_CAPTIONS, seeds)
     examples = []
     for number, recording in enumerate(recordings):
-        rng, captions = np.random.default_rng([arguments.seed, 2, number]), fitting[number]
+        rng, own = np.random.default_rng([arguments.seed, 2, number]), []
         if sounds[number] is not None:
             sound = Sound(sounds[number], **course(waveforms[number]))
-            captions += own_captions([sound], "overlap", _OWN_CAPTIONS, rng)
+            own = own_captions([sound], "overlap", _OWN_CAPTIONS, rng)
+        captions = fitting[number] + own
         if not captions:
             continue
-        same = (recording.source, recording.licence, heard[number], captions)
+        same = (recording.source, recording.licence, heard[number], captions, len(own))
         examples.append(Example(recording.clip_id, str(Path(recording.path).resolve()), *same))
         for copy in range(_DEGRADED if recording.label else 0):
             path = audio / f"degraded-{copy}-{number:05d}.flac"
@@ -290,17 +301,34 @@ def build(arguments: argparse.Namespace) -> list[Example]:
             Sound(sounds[part], **attributes(rng, gain - max(mixture.gains)), **course(waveforms[part][: 5 * RATE]))
             for part, gain in zip(mixture.parts, mixture.gains, strict=True)
         ]
-        captions = own_captions(parts, "sequence" if mixture.in_sequence else "overlap", _OWN_CAPTIONS, rng)
+        own = own_captions(parts, "sequence" if mixture.in_sequence else "overlap", _OWN_CAPTIONS, rng)
         # A caption of the corpus says little of an order, and that may be the wrong one.
-        captions += [] if mixture.in_sequence else fitting[number]
+        captions = ([] if mixture.in_sequence else fitting[number]) + own
         sources = " + ".join(dict.fromkeys(recordings[part].source for part in mixture.parts))
         licences = " + ".join(dict.fromkeys(recordings[part].licence for part in mixture.parts))
-        known = (mixture.clip_id, str(path.resolve()), sources, licences, together[number], captions)
+        known = (mixture.clip_id, str(path.resolve()), sources, licences, together[number], captions, len(own))
         examples.append(Example(*known))
     examples += synthetic_examples(audio, arguments.seed)
+    pair(examples, Corpus(caption_classes(), texts), arguments.seed)
     for example in examples:
-        example.captions = silenced(example.captions, arguments.without)
-    return [example for example in examples if example.captions]
+        example.captions, example.pairs = (silenced(t, arguments.without) for t in (example.captions, example.pairs))
+    return [example for example in examples if example.captions and example.pairs]
+
+
+def pair(examples: Sequence[Example], corpus: Corpus, seed: int) -> None:
+    """Gives examples their texts for the CLAP: as many captions of the corpus as they have, drawn for each copy of a
+    recording anew and from all, also short ones and with rare words; those by the grammar, some with circumstances.
+
+    Args:
+        examples: to complete.
+        corpus: all captions.
+        seed: of the draws.
+    """
+    seeds = [[seed, 8, number] for number in range(len(examples))]
+    fitting = corpus.fitting([example.classes for example in examples], _CORPUS_CAPTIONS, seeds)
+    for number, (example, found) in enumerate(zip(examples, fitting, strict=True)):
+        rng, others = np.random.default_rng([seed, 9, number]), len(example.captions) - example.own
+        example.pairs = found[:others] + [with_circumstance(text, rng) for text in example.captions[others:]]
 
 
 def write_lines(path: Path, texts: Sequence[str]) -> None:
@@ -358,10 +386,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     examples = build(arguments)
-    (out / "train").mkdir(exist_ok=True)
-    with open(out / "train" / "metadata.jsonl", "w", encoding="utf-8") as handle:
-        for example in examples:
-            handle.write(json.dumps(example.row()) + "\n")
+    for name in ("train", "pairs"):
+        rows = [example.row(example.captions if name == "train" else example.pairs) for example in examples]
+        (out / name).mkdir(exist_ok=True)
+        write_lines(out / name / "metadata.jsonl", [json.dumps(row) for row in rows])
     write_caption_classes(out / "caption_classes.csv")
     corpora = Path(arguments.data) / "captions"
     print(f"{write_datastore(out / 'datastore.txt', corpora, arguments.without)} captions in the datastore")

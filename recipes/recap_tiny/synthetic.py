@@ -65,7 +65,7 @@ def synthetic_examples(folder: Path, seed: int) -> list:
             path = folder / f"{kind}-{number:02d}.flac"
             write_once(path, lambda kind=kind, rng=rng: make(kind, rng))
             known = (f"synthetic/{kind}-{number:02d}", str(path.resolve()), "recap_hf recipe", "Apache-2.0")
-            examples.append(Example(*known, dict(classes), list(captions)))
+            examples.append(Example(*known, dict(classes), list(captions), len(captions)))
     return examples
 
 

@@ -194,11 +194,21 @@ def test_a_trained_tokenizer_writes_any_text(kind: str, tmp_path):
     tokenizer = train_tokenizer(texts, kind, 380, 60, tmp_path, Accelerator(cpu=True))
     for text in (" a dog barks twice", " Gewitter über Zürich 雷"):
         ids = tokenizer(text)["input_ids"]
-        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text.strip()
+        written = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert written == (text.strip().lower() if kind == "clap" else text.strip())
     assert len(tokenizer) <= 380
     assert tokenizer.pad_token_id is not None
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id] if kind == "clap" else []
     assert [ids[0], ids[-1]] == ends or kind == "gpt2"
+
+
+def test_a_word_is_the_same_first_in_a_caption(tmp_path):
+    """No caption of the training begins with "barks": a new CLAP must know it there all the same."""
+    texts = ["A dog barks", "A cat purrs", "The dog barks twice"] * 5
+    tokenizer = train_tokenizer(texts, "clap", 400, 60, tmp_path, Accelerator(cpu=True))
+    assert tokenizer.unk_token_id not in tokenizer("Barks")["input_ids"]
+    assert tokenizer("Barks")["input_ids"] == tokenizer("barks")["input_ids"]
+    assert len(tokenizer("Barks")["input_ids"]) == 3
 
 
 def test_sizes(tmp_path):

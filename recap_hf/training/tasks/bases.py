@@ -84,11 +84,12 @@ def new_clap_config(size: str, path: str, tokenizer: PreTrainedTokenizerBase) ->
 def train_tokenizer(
     texts: Iterable[str], kind: str, vocab_size: int, max_length: int, folder: Path, accelerator: Any
 ) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer, which can write any text; trained by the main process for all.
+    """A byte-level BPE tokenizer; trained by the main process for all.
 
     Args:
         texts: the text to train on.
-        kind: `gpt2` (an end token, for the decoder) or `clap` (RoBERTa's special tokens, for the text tower).
+        kind: `gpt2` (an end token, for the decoder) or `clap` (RoBERTa's special tokens, for the text tower). `clap`
+            reads lower case: else a word that its captions never begin with would be unknown as the first one.
         vocab_size: tokens, the special ones included.
         max_length: longest text in tokens.
         folder: the tokenizer is written to it.
@@ -100,7 +101,7 @@ def train_tokenizer(
         tokens = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
         tokens |= {"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>"}
     if accelerator.is_main_process:
-        trained = ByteLevelBPETokenizer(add_prefix_space=kind == "clap")
+        trained = ByteLevelBPETokenizer(add_prefix_space=kind == "clap", lowercase=kind == "clap")
         special = list(dict.fromkeys(tokens.values()))
         trained.train_from_iterator(texts, vocab_size, special_tokens=special, show_progress=False)
         tokenizer = Tokenizer.from_str(trained.to_str())

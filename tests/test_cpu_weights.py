@@ -95,7 +95,8 @@ def test_a_whole_captioner_with_int8_weights(tiny_model, tiny_processor, clips):
 
 @needs_int8
 def test_tags_with_int8_weights():
-    from recap_hf import Captioner, Tagger
+    from recap_hf import Captioner
+    from recap_hf.tagging import Tagger
 
     captioner = Captioner.from_pretrained()
     prepare_for_cpu(captioner.model, "int8")

@@ -190,7 +190,9 @@ def test_a_recording_that_no_caption_fits_is_unrecognised(model_folder, clips, t
     assert {name: results[far][name] for name in ("caption", "score", "retrieved", "fits")} == {
         "caption": "an unrecognised sound", "score": 0.0, "retrieved": [], "fits": False
     }  # fmt: skip
-    assert results[near] == run("--k", "1")[0][near] | {"fits": True}
+    expected = run("--k", "1")[0][near]
+    # The other recording beside it in the batch moves the score by a rounding on some processors.
+    assert results[near] == expected | {"fits": True, "score": pytest.approx(expected["score"], rel=1e-5)}
     assert warnings.splitlines() == [f"recap caption: {names[far]}: no caption of the datastore fits"]
     # Without retrieval nothing can be missing.
     assert "fits" not in run("--retrieval-score-threshold", "1", "--k", "0")[0][0]

@@ -68,7 +68,7 @@ def test_it_hears(default_model, default_processor, sound_files, waveforms, shar
 
 
 def test_it_names_everyday_sounds(default_model, default_processor, shared_dir):
-    """Two thirds of one recording of each of 40 further kinds, none of them in the training."""
+    """Two thirds of one recording of each of 40 further kinds, which the training read."""
     import csv
     import re
 

@@ -206,6 +206,8 @@ def test_forms_of_a_word_are_a_group_of_tokens(decoder_tokenizer):
             "\u0120ab",
             ",",
             "\u0120dogs",
+            "\u0120hi",
+            "\u0120sh",
         )
 
         def __len__(self):
@@ -214,7 +216,7 @@ def test_forms_of_a_word_are_a_group_of_tokens(decoder_tokenizer):
         def convert_ids_to_tokens(self, ids):
             return [self.tokens[token] for token in ids]
 
-    assert word_groups(Tokenizer()) == [1, 1, 0, 0, 2, 2, 0, 0, 1]
+    assert word_groups(Tokenizer()) == [1, 1, 0, 0, 2, 2, 0, 0, 1, 3, 0]
     groups = word_groups(decoder_tokenizer)
     assert len(groups) == len(decoder_tokenizer)
 

@@ -55,6 +55,6 @@ stage language-model language_model language-model --decoder "$work/language-mod
 stage captioner recap train --dataset audiofolder --data-dir "$work/train" --clap "$work/clap" \
   --decoder "$work/language-model" --datastore "$work/datastore.txt" --audio-position-embedding sinusoidal \
   --validation-split none --num-retrieved 5 --draw-from 8 --vary-num-retrieved --retrieval-diversity 0.7 \
-  --audio-dropout 0.1 --prompt-dropout 0.1 --share-prompts --batch-size 160 --max-steps 900 --learning-rate 1e-3 \
+  --audio-dropout 0.1 --prompt-dropout 0.1 --share-prompts --batch-size 160 --max-steps 2500 --learning-rate 1e-3 \
   --warmup-steps 50 --lr-scheduler-type cosine --feature-cache "$work/states" --save-steps 100 \
   --output-dir "$work/captioner" --resume "${threads[@]}"

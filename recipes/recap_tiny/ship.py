@@ -58,7 +58,8 @@ def word_groups(tokenizer: Any) -> list[int]:
     stems: dict[str, int] = {}
     groups = []
     for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer))):
-        word = re.fullmatch("\u0120([A-Za-z]{3,})", token)
+        # Shorter ones begin rare words of any kind, but for the hi-hat.
+        word = re.fullmatch("\u0120([A-Za-z]{3,}|[Hh]i)", token)
         stem = word_stem(word[1].lower()) if word else None
         # What two sounds may have in common, but for this: "Music plays, then music plays".
         stem = "music" if word and word[1].lower() == "music" else stem

@@ -18,7 +18,6 @@ KINDS: dict[str, tuple[dict[str, float], tuple[str, ...]]] = {
             "Steady white noise",
             "Static hisses continuously",
             "Constant hissing noise",
-            "Only static can be heard",
         ),
     ),
     "pink_noise": (
@@ -48,7 +47,7 @@ KINDS: dict[str, tuple[dict[str, float], tuple[str, ...]]] = {
     ),
     "near_silence": (
         {"Silence": 1.0},
-        ("Silence", "Almost complete silence", "Nothing can be heard", "A nearly silent recording"),
+        ("Silence", "Almost complete silence", "A nearly silent recording"),
     ),
 }
 _CLIPS_PER_KIND = 90

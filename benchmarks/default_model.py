@@ -128,9 +128,9 @@ def own(captioner: Any, data: Path) -> dict[str, Any]:
         for name, file in files.items()
     }
     report = {}
-    for name, file in files.items():
-        users = captioner.with_datastore(list(file.values()))
-        [described], [others] = [[four_each[key] for key in files if (key == name) is same] for same in (True, False)]
+    for name, other in (tuple(files), tuple(reversed(files))):
+        users = captioner.with_datastore(list(files[name].values()))
+        described, others = four_each[name], four_each[other]
         found, strangers = (captions_of(users, [row["path"] for row in part]) for part in (described, others))
         right = [row["label"] in rules.named(result.caption) for row, result in zip(described, found, strict=True)]
         figure(f"{name}, named right", sum(right), len(right))

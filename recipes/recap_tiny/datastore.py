@@ -226,7 +226,8 @@ def captions() -> tuple[str, ...]:
     _singles(found, rng)
     _scene_captions(found, rng)
     _chain_captions(found, rng)
-    return tuple(found.texts)
+    # A noun with "can be heard" tells nothing more, and of faint noise the language model makes "A can be heard".
+    return tuple(text for text in found.texts if not text.endswith("can be heard"))
 
 
 def special_captions() -> dict[str, tuple[str, ...]]:

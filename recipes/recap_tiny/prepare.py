@@ -257,8 +257,9 @@ def build(arguments: argparse.Namespace) -> list[Example]:
     waveforms = [read(recording.path) for recording in recordings]
     scores = load_scores(recordings, waveforms, arguments.teacher, out / "teacher.npz")
     texts = silenced(read_corpus(Path(arguments.data) / "captions" / "audiocaps_train.csv"), arguments.without)
-    write_lines(out / "corpus.txt", well_written(texts))
-    corpus = Corpus(caption_classes(), well_written(texts))
+    to_write = well_written(texts)
+    write_lines(out / "corpus.txt", to_write)
+    corpus = Corpus(caption_classes(), to_write)
     heard = [class_scores(row, recording.label) for row, recording in zip(scores, recordings, strict=True)]
     sounds = [sound_of(row, recording.label) for row, recording in zip(scores, recordings, strict=True)]
     seeds = [[arguments.seed, 5, number] for number in range(len(recordings))]
@@ -342,8 +343,7 @@ def write_datastore(path: Path, corpora: Path, without: Sequence[str]) -> int:
 
     texts = without_copies(captions(), corpus_captions(corpora))
     texts += [text for group in special_captions().values() for text in group]
-    # "Nothing can be heard" tells no more than "It is silent", and the language model makes "A can be heard" of it.
-    texts = [text for text in silenced(texts, without) if "can be heard" not in text]
+    texts = silenced(texts, without)
     write_lines(path, texts)
     return len(texts)
 

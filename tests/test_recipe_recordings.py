@@ -139,3 +139,11 @@ def test_captions_that_name_a_label_are_left_out():
     assert "A dog barks" not in kept and "A puppy yelps" not in kept
     assert "Rain falls on a roof" in kept
     assert prepare.silenced(["A steady drizzle", "A cat meows"], ["rain"]) == ["A cat meows"]
+
+
+def test_the_clap_keeps_captions_that_the_captioner_must_not_write():
+    texts = ["A dog barks", "Rain falls"]
+    example = prepare.Example("1", "1.wav", "", "", {"Dog": 1.0}, captions=list(texts), pairs=list(texts))
+    [silent] = prepare.silence([example], ["dog_bark"])
+    assert silent.captions == ["Rain falls"]
+    assert silent.pairs == texts

@@ -256,8 +256,8 @@ def build(arguments: argparse.Namespace) -> list[Example]:
     recordings = labelled_recordings(Path(arguments.data), arguments.folds, "train", arguments.hidden)
     waveforms = [read(recording.path) for recording in recordings]
     scores = load_scores(recordings, waveforms, arguments.teacher, out / "teacher.npz")
-    texts = silenced(read_corpus(Path(arguments.data) / "captions" / "audiocaps_train.csv"), arguments.without)
-    to_write = well_written(texts)
+    texts = read_corpus(Path(arguments.data) / "captions" / "audiocaps_train.csv")
+    to_write = silenced(well_written(texts), arguments.without)
     write_lines(out / "corpus.txt", to_write)
     corpus = Corpus(caption_classes(), to_write)
     heard = [class_scores(row, recording.label) for row, recording in zip(scores, recordings, strict=True)]
@@ -311,9 +311,17 @@ def build(arguments: argparse.Namespace) -> list[Example]:
         examples.append(Example(*known))
     examples += synthetic_examples(audio, arguments.seed)
     pair(examples, Corpus(caption_classes(), texts), arguments.seed)
+    return [example for example in silence(examples, arguments.without) if example.captions and example.pairs]
+
+
+def silence(examples: Sequence[Example], without: Sequence[str]) -> Sequence[Example]:
+    """Takes the captions that name some labels from what the captioner learns to write.
+
+    The CLAP keeps them: it must know a sound to find captions of it, which a user's datastore brings.
+    """
     for example in examples:
-        example.captions, example.pairs = (silenced(t, arguments.without) for t in (example.captions, example.pairs))
-    return [example for example in examples if example.captions and example.pairs]
+        example.captions = silenced(example.captions, without)
+    return examples
 
 
 def pair(examples: Sequence[Example], corpus: Corpus, seed: int) -> None:
@@ -377,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", required=True, help="folder of `recap convert yamnet`")
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], help="of the labelled collections (1 2 3)")
     parser.add_argument("--hidden", nargs="*", default=[], help="labels that are not told")
-    parser.add_argument("--without", nargs="*", default=[], help="labels that no caption may name (for tests)")
+    parser.add_argument("--without", nargs="*", default=[], help="labels that GPT-2 and the captioner never read of")
     parser.add_argument("--mixtures", type=int, default=5000, help="mixtures of two recordings (5000)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)

@@ -11,7 +11,7 @@ from recap_hf.hub.prepare import prepare_folder
 from recap_hf.modeling.configuration_recap import UNTRAINED
 from recap_hf.training.tasks.bases import load_clap, load_gpt2
 
-from .output import finished_folder
+from .output import check_replaceable, finished_folder
 
 SUMMARY = (
     "An untrained assembly of a CLAP and a GPT-2. The language model continues a prompt of retrieved captions; CLAP "
@@ -39,6 +39,8 @@ def assemble(
     Raises:
         OSError, ValueError: if a part cannot be loaded or does not fit; nothing is written.
     """
+    # Before the captions are embedded, not after it.
+    check_replaceable(output, overwrite, [FACTS_FILE])
     encoder, clap_tokenizer, extractor = load_clap(clap, with_texts=True)
     gpt2, tokenizer = load_gpt2(decoder)
     model = RecapForConditionalGeneration.from_clap_gpt2_pretrained(encoder, gpt2, conditioning=UNTRAINED)
@@ -48,7 +50,7 @@ def assemble(
     processor.check_model(model)
     model.generation_config.num_beams, model.generation_config.rerank = 4, "clap"
     model.generation_config.copy_margin = 0.0
-    with finished_folder(output, overwrite) as folder:
+    with finished_folder(output, overwrite, [FACTS_FILE]) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         facts = {

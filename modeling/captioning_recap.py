@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
-from .configuration_recap import UNTRAINED, loading
+from .configuration_recap import EMBEDDING, UNTRAINED, loading
 from .generation_recap import RecapEncoderOutput, complete_config, until_end
 from .index_recap import from_package
 from .modeling_recap import RecapForConditionalGeneration
@@ -138,6 +138,10 @@ class Captioner:
         other = copy.copy(self)
         other.options = self.options.merged_with(options)
         _Reranking.of(other.options, other.generation_config())
+        states = self.model.config.encoder_states
+        if other.options.projection_temperature and states != EMBEDDING:
+            wanted = "needs a captioner that is conditioned on embeddings (encoder_states='embedding')"
+            raise ValueError(f"`projection_temperature` {wanted}, this one is on {states!r} states")
         return other
 
     def with_datastore(self, datastore: Any) -> Captioner:
@@ -420,8 +424,9 @@ def chosen_device(device: Any = None) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"The device must be one of torch, such as 'cpu' or 'cuda:0', got {device!r}.") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"The device {str(device)!r} is not there: torch finds no GPU on this machine. Use 'cpu'.")
+    backend = torch.backends.mps if found.type == "mps" else getattr(torch, found.type, None)
+    if found.type != "cpu" and not (hasattr(backend, "is_available") and backend.is_available()):
+        raise ValueError(f"The device {str(device)!r} is not there: torch finds none on this machine. Use 'cpu'.")
     return found
 
 

@@ -60,9 +60,12 @@ class CaptionOptions:
     )
     num_beams: int | None = _option(DECODING, int, "number of beams", minimum=1)
     max_new_tokens: int | None = _option(DECODING, int, "longest caption in tokens", minimum=1)
-    length_penalty: float | None = _option(DECODING, float, "above 0 favours long captions, below 0 short ones")
+    # Beyond these limits a power of the length or a quotient of logits is infinite.
+    length_penalty: float | None = _option(
+        DECODING, float, "above 0 favours long captions, below 0 short ones", minimum=-100, maximum=100
+    )
     do_sample: bool | None = _option(DECODING, bool, "sample instead of searching with beams")
-    temperature: float | None = _option(DECODING, float, "of sampling", above=0)
+    temperature: float | None = _option(DECODING, float, "of sampling", minimum=0.001)
     top_p: float | None = _option(DECODING, float, "share of probability to sample from", above=0, maximum=1)
     rerank: str | None = _option(
         RERANKING, str, "clap: the candidate nearest to the recording; none: the search's first", choices=RERANKERS

@@ -46,7 +46,9 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        args = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), arg) for arg in args]
+        # After a bare `--` come no flags, but names.
+        end = args.index("--") if "--" in args else len(args)
+        args = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), arg) for arg in args[:end]] + args[end:]
         return super().parse_known_args(args, namespace)
 
 

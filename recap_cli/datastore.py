@@ -235,7 +235,7 @@ def _search(args: argparse.Namespace, api: Any) -> int:
 
 def _add(args: argparse.Namespace, api: Any) -> None:
     options, filters = _source_options(args, api), _filter_options(args, api)
-    records = chain.from_iterable(api.read_source(name, options) for name in args.files)
+    records = chain.from_iterable(found for _, found in api.read_sources(args.files, options))
     _show(api.add_captions(args.folder, records, _embedder(args, api), filters, args.index), args.format)
 
 

@@ -57,7 +57,10 @@ class _TagResults(Results):
         args, labels = self.args, None
         be_quiet()
         if args.labels is not None:
-            lines = Path(args.labels).read_text(encoding="utf-8-sig").splitlines()
+            try:
+                lines = Path(args.labels).read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{args.labels}: expected labels in UTF-8, one a line: {error}") from error
             labels = [line.strip() for line in lines if line.strip()]
         tagger = Tagger.from_pretrained(args.model, device=args.device, labels=labels, template=args.template)
         set_threads(args, tagger.clap)

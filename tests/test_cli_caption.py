@@ -147,6 +147,10 @@ def test_another_datastore(capsys, recordings, model_folder, tmp_path):
         (["a.wav", "--output", "/no/folder/a.csv"], 2, "there is no folder /no/folder"),
         (["a.wav", "--format", "xml"], 2, "invalid choice: 'xml'"),
         (["a.wav", "--model", "/no/such/folder"], 1, "/no/such/folder"),
+        (["a.wav", "--device", "meta"], 1, "The device 'meta' is not there: torch finds none on this machine"),
+        (["a.wav", "--length-penalty", "300"], 2, "expected a number from -100 to 100, got '300'"),
+        (["a.wav", "--temperature", "1e-300"], 2, "expected a number of at least 0.001"),
+        (["--", "--no_such_file.wav"], 1, "--no_such_file.wav"),
         (["a.wav", "--device", "tpu"], 1, "The device must be one of torch, such as 'cpu' or 'cuda:0', got 'tpu'"),
     ],
 )
@@ -162,10 +166,11 @@ def test_wrong_calls(capsys, arguments, status, message):
 
 
 def test_a_bad_datastore_is_a_message(capsys, recordings, model_folder, tmp_path):
-    (tmp_path / "empty.txt").write_text("\n")
-    status, _, err = run(capsys, recordings / "b.wav", "--model", model_folder, "--datastore", tmp_path / "empty.txt")
-    assert status == 1
-    assert "holds no captions" in err
+    for name, text in (("empty.txt", "\n"), ("empty.json", '{"data": []}')):
+        (tmp_path / name).write_text(text)
+        status, _, err = run(capsys, recordings / "b.wav", "--model", model_folder, "--datastore", tmp_path / name)
+        assert status == 1
+        assert "holds no captions" in err
 
 
 def test_expansion(recordings):

@@ -146,6 +146,25 @@ def test_recall_counts_ties():
     assert own.recall(np.array([[0, 3, 5]]), k=2) == 0.5
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_exact_search_of_few_rows_finds_all_that_there_is(rows):
+    stored = clustered(rows)
+    queries = tuning_queries(stored, 10)
+    answer(queries, stored, 4)
+    found = index_recap.ExactIndex(stored).search(queries[0].vectors, rows)[0]
+    assert [each.recall(found, 4) for each in queries] == [1.0, 1.0]
+    if rows == 4:
+        # Each has three others, of which the rows 0 and 1 are two or one.
+        assert queries[0].recall(found[:, :0], 4) == 0.0
+        assert queries[0].recall([np.array([0, 1])] * 4, 4) == (1 + 1 + 2 + 2) / 12
+
+
+def test_a_kind_that_needs_more_rows_is_refused_in_a_sentence(store, embeddings):
+    with pytest.raises(ValueError, match=r"FAISS cannot train .* on 10 captions: take `exact`"):
+        build_index(embeddings[:10], "ivf_pq")
+    assert build_index(embeddings[:0], "hnsw") is None
+
+
 def test_exact_rows_are_those_of_a_sorted_list(embeddings):
     rows, scores = exact_rows(embeddings[:7], embeddings, 5)
     np.testing.assert_array_equal(rows, np.argsort(-(embeddings[:7] @ embeddings.T), axis=1)[:, :5])

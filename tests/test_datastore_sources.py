@@ -19,6 +19,7 @@ from recap_hf.datastore import (
     export_datastore,
     read_blacklist,
     read_source,
+    read_sources,
 )
 from recap_hf.datastore.filters import CaptionFilter, text_problem
 
@@ -147,6 +148,41 @@ def test_sources_that_cannot_be_read_say_why(tmp_path):
 )
 def test_unreadable_captions(text, problem):
     assert text_problem(text) == problem
+
+
+def test_a_block_of_which_nothing_stays_is_not_tokenized():
+    def refuses_nothing(captions: list[str]) -> list[int]:
+        # As the fast tokenizers of transformers.
+        return [len(text.split()) for text in captions] if captions[0] else []
+
+    left_out = CaptionFilter(FilterOptions(), refuses_nothing)
+    assert list(left_out.filter([{"caption": "--"}, {"caption": "!!!"}])) == []
+    assert left_out.report()["dropped"] == {"empty": 2}
+
+
+def test_a_mapping_of_a_column_that_no_source_has_is_refused(tmp_path):
+    """A mistyped `clip_id` would leave the captions of test clips in a datastore."""
+    (tmp_path / "own.csv").write_text("clipname,sentence\nt1.wav,a cat meows\n")
+    (tmp_path / "other.csv").write_text("clip_id,caption\n2,rain\n")
+    names = [tmp_path / "own.csv", tmp_path / "other.csv"]
+
+    def read(columns):
+        return [record for _, records in read_sources(names, SourceOptions(columns=columns)) for record in records]
+
+    found = read({"caption": "sentence", "clip_id": "clipname"})
+    assert [(record["caption"], record["clip_id"]) for record in found] == [("a cat meows", "t1.wav"), ("rain", "2")]
+    with pytest.raises(ValueError, match="No source has the column that a mapping names: clip_id=clip_nam"):
+        read({"caption": "sentence", "clip_id": "clip_nam"})
+    with pytest.raises(ValueError, match="captoin=sentence names no column of ours: expected one of caption"):
+        SourceOptions(columns={"captoin": "sentence"})
+    with pytest.raises(ValueError, match="No source has the column"):
+        build_datastore(
+            names[:1],
+            tmp_path / "s",
+            WordEmbedder(),
+            source_options=SourceOptions(columns={"caption": "sentence", "clip_id": "x"}),
+        )
+    assert not (tmp_path / "s").exists()
 
 
 def test_filters_count_what_they_drop():

@@ -108,6 +108,7 @@ def test_the_prompt_is_kept_once_for_each_clip(tiny_model, arguments, monkeypatc
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
         ({"output_logits": True, "return_dict_in_generate": True}, "output_logits"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
         ({"max_time": 60.0}, "max_time"),
         ({"use_cache": False}, "use_cache"),
         ({"cache_implementation": "static"}, "cache_implementation"),
@@ -140,7 +141,6 @@ def test_called_where_it_cannot_generate_it_says_why(tiny_model, arguments):
     for wanted, name in (
         ({"logits_processor": [NoBadWordsLogitsProcessor([[5]], eos_token_id=0)]}, "NoBadWordsLogitsProcessor"),
         ({"stopping_criteria": [MaxTimeCriteria(9.0)]}, "MaxTimeCriteria"),
-        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
     ):
         with pytest.raises(ValueError, match=f"does not know .*{name}"):
             tiny_model.generate(**arguments, **wanted, custom_generate=SharedPromptSearch(), max_new_tokens=2)

@@ -123,6 +123,11 @@ def test_parameters(captioner, clips):
         captioner(clips[0], beams=2)
 
 
+def test_dictionaries_of_generate_change_nothing(captioner, clips):
+    found = captioner(clips[0], max_new_tokens=5)
+    assert captioner(clips[0], max_new_tokens=5, return_dict_in_generate=True) == found
+
+
 def test_another_datastore_changes_the_prompt(tiny_model, tiny_processor, clips, tmp_path):
     (tmp_path / "captions.txt").write_text("church bells ring\n\nglass breaks\n")
     store = CaptionDatastore.from_captions(["church bells ring", "glass breaks"], tiny_model, tiny_processor)

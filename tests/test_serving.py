@@ -163,6 +163,8 @@ def test_no_audio_at_all(client):
     [
         ("captions", {"num_beams": "0"}, 422, "`num_beams` must be an integer of at least 1, got 0"),
         ("captions", {"num_beams": "many"}, 422, "num_beams: "),
+        ("captions", {"length_penalty": "300"}, 422, "`length_penalty` must be a number from -100 to 100, got 300"),
+        ("captions", {"projection_temperature": "0.1"}, 422, "this one is on 'hidden' states"),
         ("captions", {"num_beams": "33"}, 422, "num_beams: Input should be less than or equal to 32"),
         ("captions", {"beams": "2"}, 422, "Unknown fields: beams. Known: candidates, copy_margin, do_sample, file"),
         ("captions", {"rerank": "none", "candidates": "3"}, 422, "Without reranking `candidates`"),

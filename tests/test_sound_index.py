@@ -367,6 +367,23 @@ def test_an_index_that_is_made_anew_keeps_its_model(capsys, archive, clap_folder
     assert Path(updating.encoder_of(archive / INDEX_NAME, store)) == Path(clap_folder)
 
 
+def test_an_index_of_another_folder_is_refused_and_that_of_a_moved_one_is_not(capsys, archive, clap_folder, tmp_path):
+    other, away = tmp_path / "other", tmp_path / "index"
+    other.mkdir()
+    soundfile.write(other / "sea.wav", noise(3, 77), RATE)
+    run(capsys, "index", archive, "--model", clap_folder, "--index", away)
+    before = state(SoundIndex.load(archive, index=away))
+    for words in (["index", other], ["search", other, "rain"]):
+        status, out, err = run(capsys, *words, "--index", away)
+        assert (status, out) == (1, "")
+        assert f"is the sound index of {archive.resolve()}, whose recordings are not in {other}" in err
+    assert state(SoundIndex.load(archive, index=away)) == before
+    moved = archive.rename(tmp_path / "moved")
+    assert state(SoundIndex.load(moved, index=away)) == before
+    assert "encoded 0, reused 0, unchanged 6, removed 0" in run(capsys, "index", moved, "--index", away)[1]
+    assert "encoded 1" in run(capsys, "index", other, "--index", away, "--overwrite")[1]
+
+
 def test_captions_are_no_index(capsys, archive, model_folder, tmp_path):
     (tmp_path / "captions.txt").write_text("rain\n", encoding="utf-8")
     run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,21 @@ def test_the_folder_is_complete_and_says_untrained(parts, assembled):
     assert "untrained" in (assembled / "README.md").read_text().lower()
     result = pipeline("audio-captioning", model=str(assembled))(synthetic_clip(2.0, 1), max_new_tokens=4)
     assert result["untrained"] is True and len(result["retrieved"]) == 4
+
+
+def test_an_assembly_is_replaced_unless_somebody_edited_its_card(parts, assembled, capsys):
+    out = parts / "again"
+    shutil.copytree(assembled, out)
+    given = ["--clap", parts / "clap", "--decoder", parts / "gpt2", "--datastore", parts / "captions.txt"]
+    command = ["assemble", *map(str, given), "--output", str(out), "--overwrite", "--k", "2"]
+    assert main(command) == 0
+    assert RecapProcessor.from_pretrained(out).num_retrieved_captions == 2
+    with open(out / "README.md", "a", encoding="utf-8") as card:
+        card.write("Our limits.\n")
+    capsys.readouterr()
+    assert main(command) == 1
+    assert f"{out / 'README.md'} is not a file of a conversion and would be lost" in capsys.readouterr().err
+    assert "Our limits." in (out / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_command_line_says_untrained(assembled, tmp_path, capsys):

@@ -20,7 +20,7 @@ from recap_hf.modeling.index_recap import ExactIndex, score_again
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 
 from .encoder import SoundEncoder
-from .updating import Loader, Progress, check_encoder, encoder_of, update_index
+from .updating import Loader, Progress, check_encoder, check_folder, encoder_of, update_index
 
 INDEX_NAME = ".recap-index"
 # Places that a search looks at first, for each recording that it shall find.
@@ -89,7 +89,7 @@ class SoundIndex:
 
         Raises:
             `OSError`: if there is no such folder, it cannot be written, or another process is updating the index.
-            `ValueError`: if the folder has no recordings, or another encoder made the index.
+            `ValueError`: if the folder has no recordings, another encoder made the index, or it is of another folder.
         """
         path = index_path(folder, index)
         report, used = update_index(Path(folder), path, encoder, overwrite, progress, loader)
@@ -113,13 +113,14 @@ class SoundIndex:
             encoder (*optional*): what [`SoundEncoder.of`] takes; default: the one that made the index.
 
         Raises:
-            `OSError`: if there is none. `ValueError`: if it is damaged.
+            `OSError`: if there is none. `ValueError`: if it is damaged, or of another folder.
         """
         path = index_path(folder, index)
         if not (path / MANIFEST_NAME).is_file():
             raise FileNotFoundError(f"{folder}: has no sound index at {path}; make one: recap index {folder}")
         store = CaptionDatastore.open_folder(path)
         made_by = encoder_of(path, store)
+        check_folder(store, path, Path(folder))
         source = made_by if encoder is None else encoder
         return cls(folder, store, source, loader)
 

@@ -54,7 +54,9 @@ def update_index(
     found = {Path(name).relative_to(root).as_posix(): _stat(name) for name in expand_inputs([str(root)])}
     exists = (path / MANIFEST_NAME).is_file()
     made_by = encoder_of(path, CaptionDatastore.open_folder(path, verify=False)) if exists else None
-    if overwrite or not exists:
+    if exists and not overwrite:
+        check_folder(CaptionDatastore.open_folder(path, verify=False), path, root)
+    else:
         source = loader(made_by if source is None else source)
         _create(path, source)
     with editing(path) as edit:
@@ -76,6 +78,23 @@ def encoder_of(path: Path, store: CaptionDatastore) -> str:
     if not isinstance(report, dict) or not {"left_out", "model"} <= set(report):
         raise ValueError(f"{path}: holds a datastore of captions, not a sound index; give another folder")
     return report["model"]
+
+
+def check_folder(store: CaptionDatastore, path: Path, root: Path) -> None:
+    """Refuses an index that another folder has: an update would drop its recordings, a search name files that are not
+    there. A folder that was moved has most of them, and one that holds its index is the index's.
+
+    Raises:
+        `ValueError`
+    """
+    made_of = store.manifest["report"].get("folder")
+    inside = path.resolve().is_relative_to(root.resolve())
+    if inside or made_of in (None, str(root.resolve())):
+        return
+    names = {record["caption"] for record in store.records}
+    if 2 * sum((root / name).is_file() for name in names) < len(names):
+        hint = f"Give {root} an --index of its own, or --overwrite this one"
+        raise ValueError(f"{path}: is the sound index of {made_of}, whose recordings are not in {root}. {hint}")
 
 
 def _stat(name: str) -> Stat:
@@ -209,7 +228,7 @@ class _Update:
         before = self.edit.store.manifest["report"]
         if kept is None and not lines and self.left_out == before["left_out"]:
             return
-        report = {**before, "left_out": self.left_out}
+        report = {**before, "left_out": self.left_out, "folder": str(self.root.resolve())}
         self.edit.commit(kept, [(lines, vectors)], "keep", report=report)
         self.edit.store = CaptionDatastore.open_folder(self.edit.folder, verify=False)
 

@@ -102,7 +102,7 @@ def _json_rows(content: Any, path: Path) -> list[Any]:
         keys = ("rows", "predictions", "clips")
         tables = [lists[key] for key in keys if isinstance((lists.get(key) or [""])[0], Mapping)]
         if "data" in lists or tables:
-            return lists.get("data") or tables[0]
+            return lists.get("data") or (tables[0] if tables else [])
         if content and len(lists) == len(content):
             lengths = {name: len(column) for name, column in lists.items()}
             if len(set(lengths.values())) > 1:

@@ -18,7 +18,7 @@ from .exporting import export_datastore
 from .filters import FilterOptions, LeakGuard, read_blacklist
 from .indexing import StoredIndex, build_index
 from .milvus import MilvusCaptionDatastore
-from .sources import SourceOptions, read_source
+from .sources import SourceOptions, read_source, read_sources
 from .summary import describe, verify_datastore
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "merge_datastores",
     "read_blacklist",
     "read_source",
+    "read_sources",
     "reembed_datastore",
     "remove_captions",
     "verify_datastore",

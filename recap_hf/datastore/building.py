@@ -28,7 +28,7 @@ from recap_hf.modeling.retrieval_recap import CaptionDatastore
 from .files import LOCK_NAME, fingerprint_entry, locked, publish, write_captions, write_new
 from .filters import CaptionFilter, FilterOptions
 from .indexing import DEFAULT_RECALL, build_index, check_index
-from .sources import SourceOptions, read_source
+from .sources import SourceOptions, read_sources
 
 WORK_NAME = ".building"
 CHUNK_CAPTIONS = 8192
@@ -81,7 +81,7 @@ def build_datastore(
     (except for about 16 bytes each that tell duplicates). A build that was cut off is continued by the same call.
 
     Args:
-        sources: see [`read_source`].
+        sources: see [`read_sources`].
         output: folder, made if need be. It holds no datastore until all of it is there.
         embedder ([`CaptionEmbedder`]): embeds, and counts decoder tokens.
         source_options, filter_options: what is known of the captions, and which are left out.
@@ -98,9 +98,9 @@ def build_datastore(
     caption_filter = CaptionFilter(filter_options or FilterOptions(), embedder.count_tokens)
 
     def kept() -> Iterator[dict[str, Any]]:
-        for source in sources:
+        for source, records in read_sources(sources, source_options):
             options.progress(f"Reading {source}")
-            yield from caption_filter.filter(read_source(source, source_options), Path(str(source)).name)
+            yield from caption_filter.filter(records, Path(str(source)).name)
 
     with build_folder(folder, options, embedder.fingerprint.shape[1]) as work:
         write_captions(work / "captions.jsonl", kept())

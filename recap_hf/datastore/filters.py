@@ -202,7 +202,9 @@ class CaptionFilter:
             reasons = [self._reason(record) for record in block]
             left = [record for record, reason in zip(block, reasons, strict=True) if reason is None]
             limit = self.options.max_tokens
-            lengths = iter(self._count_tokens([record["caption"] for record in left]) if limit is not None else ())
+            # A fast tokenizer refuses an empty batch.
+            counted = left if limit is not None else []
+            lengths = iter(self._count_tokens([record["caption"] for record in counted]) if counted else ())
             for record, reason in zip(block, reasons, strict=True):
                 if reason is None and limit is not None and next(lengths) > limit:
                     reason = "too_long"

@@ -111,10 +111,12 @@ def build_index(embeddings: Any, kind: str = "auto", recall: float = DEFAULT_REC
         The index with its settings and measurements, `None` for exact search.
 
     Raises:
-        ValueError: for an unknown kind, or a target that is not above 0 and at most 1. ImportError: without FAISS.
+        ValueError: for an unknown kind, a target that is not above 0 and at most 1, or too few rows for the kind.
+        ImportError: without FAISS.
     """
     check_index(kind, recall, embeddings.shape[1])
-    chosen = kind
+    # There is nothing to train on.
+    chosen = kind if len(embeddings) else "exact"
     if kind == "auto":
         rows = len(embeddings)
         chosen = "exact" if rows <= EXACT_UP_TO else "ivf_sq8" if rows < PQ_FROM else "ivf_pq"
@@ -178,7 +180,11 @@ def build_faiss(embeddings: Any, kind: str, recall: float, seed: int = 0) -> Fai
     rows = np.arange(num_rows)
     if num_rows > wanted:
         rows = np.sort(np.random.default_rng(seed).choice(num_rows, wanted, replace=False))
-    index.train(np.ascontiguousarray(embeddings[rows], dtype=np.float32))
+    try:
+        index.train(np.ascontiguousarray(embeddings[rows], dtype=np.float32))
+    except RuntimeError as error:
+        hint = "take `exact`, which is fast up to 20,000 captions"
+        raise ValueError(f"FAISS cannot train {string} on {num_rows} captions: {hint}") from error
     coarse = faiss.downcast_index(index.quantizer) if hasattr(index, "quantizer") else None
     if hasattr(coarse, "k_factor"):
         coarse.k_factor = _COARSE_REFINED
@@ -260,9 +266,12 @@ class Queries:
         return Queries(self.name, self.vectors[first::2], self.own[first::2], self.right[first::2])
 
     def recall(self, found: Sequence[np.ndarray], k: int) -> float:
-        """Tie-aware recall@k of the rows that were found for each query."""
+        """Tie-aware recall@k of the rows that were found for each query; 1.0 where there is no row to find."""
         pairs = zip(found, self.right, strict=True)
-        return sum(min(k, len(np.intersect1d(rows, right))) for rows, right in pairs) / (k * len(self.vectors))
+        hits = sum(min(k, len(np.intersect1d(rows, right))) for rows, right in pairs)
+        # A small datastore has fewer than k rows to find.
+        wanted = sum(min(k, len(right)) for right in self.right)
+        return hits / wanted if wanted else 1.0
 
 
 def answer(queries: Sequence[Queries], embeddings: Any, k: int) -> None:
@@ -273,7 +282,8 @@ def answer(queries: Sequence[Queries], embeddings: Any, k: int) -> None:
     for each, own, cosines in zip(queries, np.split(rows, ends), np.split(scores, ends), strict=True):
         cosines = np.where(own == each.own[:, None], -np.inf, cosines)
         kth = -np.sort(-cosines, axis=1)[:, min(k, cosines.shape[1]) - 1]
-        each.right = [row[cosine >= least - _TIE] for row, cosine, least in zip(own, cosines, kth, strict=True)]
+        near = (cosines >= kth[:, None] - _TIE) & np.isfinite(cosines)
+        each.right = [row[fits] for row, fits in zip(own, near, strict=True)]
 
 
 def exact_rows(queries: np.ndarray, embeddings: Any, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ CAPTION_CHOICES = ("all", "published", "weak")
 WEAK_PREFIX = "recap-weak"
 # Where files of the published datasets and of their followers keep the clip, the surest first.
 _CLIP_COLUMNS = ("clip_id", "youtube_id", "file_name", "file_path", "audio_path", "fname", "audio", "id")
+_MAPPED_COLUMNS = frozenset({"clip_id", "audio", "source", "licence", "split"})
 _USED_COLUMNS = RESULT_COLUMNS | {"abstract_captions", "source", "licence", "license", "split", "weak"}
 
 
@@ -38,9 +39,31 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if self.captions not in CAPTION_CHOICES:
             raise ValueError(f"`captions` must be one of {', '.join(CAPTION_CHOICES)}, got {self.captions!r}")
+        for ours, theirs in self.columns.items():
+            if not caption_columns([ours]) and ours not in _MAPPED_COLUMNS:
+                known = ", ".join(("caption", "caption_1", *sorted(_MAPPED_COLUMNS)))
+                raise ValueError(f"The mapping {ours}={theirs} names no column of ours: expected one of {known}")
 
 
-def read_source(name: str | Path, options: SourceOptions | None = None) -> Iterator[dict[str, Any]]:
+def read_sources(
+    names: Iterable[str | Path], options: SourceOptions | None = None
+) -> Iterator[tuple[str | Path, Iterator[dict[str, Any]]]]:
+    """The name and the records of each source in turn; see [`read_source`].
+
+    Raises:
+        ValueError: after the last source, if none had a column that `options.columns` maps.
+    """
+    options, used = options or SourceOptions(), set()
+    for name in names:
+        yield name, read_source(name, options, used)
+    missing = [f"{ours}={theirs}" for ours, theirs in options.columns.items() if theirs not in used]
+    if missing:
+        raise ValueError(f"No source has the column that a mapping names: {', '.join(missing)}")
+
+
+def read_source(
+    name: str | Path, options: SourceOptions | None = None, used: set[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """The captions of one source, one record each, streamed where the format can be.
 
     Args:
@@ -48,24 +71,29 @@ def read_source(name: str | Path, options: SourceOptions | None = None) -> Itera
             dataset, `NAME:FOLDER` of a dataset as published (clotho, audiocaps, recap, wavcaps, audiofolder), or
             `hub:USER/NAME` of a `datasets` dataset.
         options: what is known beyond the files.
+        used: the mapped columns that are met are added to it.
 
     Raises:
         OSError: there is no such source. ValueError: it does not read, or has no captions.
     """
-    options = options or SourceOptions()
+    options, used = options or SourceOptions(), set() if used is None else used
     kind, _, rest = str(name).partition(":")
     if rest and (kind in NAMED_DATASETS or kind == "hub"):
+        # Its loader refuses a mapping of a column that it has not.
+        used.update(options.columns.values())
         return _read_named(rest if kind == "hub" else kind, None if kind == "hub" else rest, options)
     path = Path(name)
     if path.is_dir():
-        return _read_folder(path, options)
+        return _read_folder(path, options, used)
     if not path.is_file():
         kinds = f"a {', '.join(CAPTION_SUFFIXES)} file, a datastore, or a dataset such as {NAMED_DATASETS[0]}:FOLDER"
         raise FileNotFoundError(f"{name}: no such file of captions. Expected {kinds} or hub:USER/NAME")
-    return records_of_rows(read_rows(path), path.name, options)
+    return records_of_rows(read_rows(path), path.name, options, used)
 
 
-def records_of_rows(rows: Iterable[Mapping[str, Any]], name: str, options: SourceOptions) -> Iterator[dict[str, Any]]:
+def records_of_rows(
+    rows: Iterable[Mapping[str, Any]], name: str, options: SourceOptions, used: set[str]
+) -> Iterator[dict[str, Any]]:
     """Records of a table's rows; a row with several captions gives several.
 
     Captions that the authors of RECAP labelled weakly (`abstract_captions`, repeated on each row of a clip) come once
@@ -78,6 +106,7 @@ def records_of_rows(rows: Iterable[Mapping[str, Any]], name: str, options: Sourc
     for row in rows:
         # Of several files, only some may have the mapped columns.
         mapped = {theirs: ours for ours, theirs in options.columns.items() if theirs in row}
+        used.update(mapped)
         # An underscore tells a column that has the name of a mapped one.
         names = {key: mapped.get(key) or (f"{key}_" if key in mapped.values() else key) for key in row if key}
         row = {names[key]: row[key] for key in names}
@@ -137,10 +166,10 @@ def guess_split(name: str) -> str | None:
     return next((canonical_split(word) for word in words if word in known), None)
 
 
-def _read_folder(path: Path, options: SourceOptions) -> Iterator[dict[str, Any]]:
+def _read_folder(path: Path, options: SourceOptions, used: set[str]) -> Iterator[dict[str, Any]]:
     for folder in (path, path / "datastore"):
         if (folder / MANIFEST_NAME).is_file():
-            return records_of_rows(CaptionDatastore.from_pretrained(folder).records, path.name, options)
+            return records_of_rows(CaptionDatastore.from_pretrained(folder).records, path.name, options, used)
     if not (path / "dataset_info.json").is_file():
         kinds = f"a datastore ({MANIFEST_NAME}) or a saved dataset (dataset_info.json)"
         hint = f"For a dataset as published write NAME:{path}, with NAME one of {', '.join(NAMED_DATASETS)}"
@@ -150,7 +179,7 @@ def _read_folder(path: Path, options: SourceOptions) -> Iterator[dict[str, Any]]
     table = load_from_disk(str(path))
     # Only captions are wanted: decoding audio for them would cost hours, and needs codecs.
     table = table.remove_columns([name for name, kind in table.features.items() if isinstance(kind, Audio)])
-    return records_of_rows(table, path.name, options)
+    return records_of_rows(table, path.name, options, used)
 
 
 def _read_named(name: str, folder: str | None, options: SourceOptions) -> Iterator[dict[str, Any]]:
@@ -161,7 +190,7 @@ def _read_named(name: str, folder: str | None, options: SourceOptions) -> Iterat
     if name == "recap" and options.captions != "published":
         table = find_recap_table(LoadOptions(folder, canonical_split(split), needs_audio=False))
         weak = SourceOptions(options.source, options.licence, options.split, options.columns, "weak")
-        yield from records_of_rows(read_rows(table), table.name, weak)
+        yield from records_of_rows(read_rows(table), table.name, weak, set())
 
 
 def clip_records(clip: Mapping[str, Any], options: SourceOptions) -> list[dict[str, Any]]:

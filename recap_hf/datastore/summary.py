@@ -61,7 +61,7 @@ def describe(store: CaptionDatastore, queries: int = TUNING_QUERIES, seed: int =
         "index": store.index or {"kind": "exact"},
         "memory": memory(store),
     }
-    if queries:
+    if queries and len(store):
         found |= measure(store, tuning_queries(store.embeddings, queries, seed))
     return found | {"report": manifest.get("report")}
 

@@ -34,7 +34,7 @@ _UNDERSTOOD = frozenset(
         *("max_length", "max_new_tokens", "min_length", "min_new_tokens"),
         *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
         *("rerank", "candidates", "rerank_weight", "copy_margin", "no_repeat_token_groups"),
-        *("temperature", "top_k", "top_p", "min_p", "top_h", "return_dict_in_generate", "transformers_version"),
+        *("temperature", "top_k", "top_p", "min_p", "top_h", "transformers_version"),
         *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
         *("assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size"),
     )
@@ -189,7 +189,7 @@ class SharedPromptSearch:
         reason = why_not(model, generation_config)
         if reason is not None:
             raise ValueError(f"SharedPromptSearch cannot generate here: {reason}. Leave `custom_generate` out.")
-        _check_arguments(logits_processor, stopping_criteria, generation_config)
+        _check_arguments(logits_processor, stopping_criteria)
         beams, sequences = generation_config.num_beams or 1, generation_config.num_return_sequences or 1
         cache = SharedPromptCache(len(input_ids) // max(beams, sequences))
         positions = model_kwargs["decoder_position_ids"]
@@ -215,13 +215,12 @@ class SharedPromptSearch:
         return torch.cat([prompts.repeat_interleave(sequences, dim=0), tokens], dim=1)
 
 
-def _check_arguments(logits_processor: Any, stopping_criteria: Any, config: GenerationConfig) -> None:
+def _check_arguments(logits_processor: Any, stopping_criteria: Any) -> None:
     """Raises `ValueError` for what a caller of `generate` asks for and the search here does not do."""
     other = [one for one in logits_processor if not isinstance(one, _OWN_PROCESSORS)]
     other += [one for one in stopping_criteria if not isinstance(one, _OWN_CRITERIA)]
-    if other or config.return_dict_in_generate:
-        what = f"the {type(other[0]).__name__}" if other else "`return_dict_in_generate`"
-        raise ValueError(f"SharedPromptSearch does not know {what}. Leave one of the two out.")
+    if other:
+        raise ValueError(f"SharedPromptSearch does not know the {type(other[0]).__name__}. Leave one of the two out.")
 
 
 def why_not(model: Any, config: GenerationConfig) -> str | None:

@@ -17,7 +17,7 @@ from recap_hf.data import load_captions
 from recap_hf.data.schema import column_mapping
 from recap_hf.datastore import clip_keys
 from recap_hf.datastore.audio_keys import encode_recordings
-from recap_hf.datastore.sources import SourceOptions, read_source
+from recap_hf.datastore.sources import SourceOptions, read_sources
 from recap_hf.modeling.encoder_recap import embedding_states
 
 from .collator import with_noise
@@ -71,7 +71,7 @@ def text_clips(config: TrainingConfig, sources: list[str], share_prompts: bool) 
 
     Args:
         config: settings of the run.
-        sources: see [`read_source`].
+        sources: see [`read_sources`].
         share_prompts: keep the captions of a clip together; else each one is a clip with the id of its own.
 
     Raises:
@@ -79,8 +79,8 @@ def text_clips(config: TrainingConfig, sources: list[str], share_prompts: bool) 
     """
     clips: dict[tuple[str, str], Clip] = {}
     options = SourceOptions(columns=column_mapping(config.columns))
-    for name in sources:
-        for number, record in enumerate(read_source(name, options)):
+    for name, records in read_sources(sources, options):
+        for number, record in enumerate(records):
             text, source = " ".join(record["caption"].split()), str(record.get("source") or name)
             clip_id = str(record.get("clip_id") or f"{name}-{number}")
             if text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 import numpy as np
 import pytest
@@ -141,9 +142,18 @@ def test_captions_that_name_a_label_are_left_out():
     assert prepare.silenced(["A steady drizzle", "A cat meows"], ["rain"]) == ["A cat meows"]
 
 
-def test_the_clap_keeps_captions_that_the_captioner_must_not_write():
-    texts = ["A dog barks", "Rain falls"]
-    example = prepare.Example("1", "1.wav", "", "", {"Dog": 1.0}, captions=list(texts), pairs=list(texts))
-    [silent] = prepare.silence([example], ["dog_bark"])
-    assert silent.captions == ["Rain falls"]
-    assert silent.pairs == texts
+def test_the_clap_keeps_what_the_captioner_must_not_write(tmp_path):
+    """Also a recording of which the captioner reads nothing."""
+    dog, both = ["A dog barks"], ["A dog barks", "Rain falls"]
+    examples = [
+        prepare.Example(name, f"{name}.wav", "", "", {"Dog": 1.0}, captions=list(texts), pairs=list(texts))
+        for name, texts in (("dog", dog), ("both", both), ("none", []))
+    ]
+    assert prepare.write_tables(examples, tmp_path, ["dog_bark"]) == 1
+
+    def captions(name):
+        lines = (tmp_path / name / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        return {row["clip_id"]: row["captions"] for row in map(json.loads, lines)}
+
+    assert captions("train") == {"both": ["Rain falls"]}
+    assert captions("pairs") == {"dog": dog, "both": both}

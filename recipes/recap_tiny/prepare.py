@@ -311,17 +311,21 @@ def build(arguments: argparse.Namespace) -> list[Example]:
         examples.append(Example(*known))
     examples += synthetic_examples(audio, arguments.seed)
     pair(examples, Corpus(caption_classes(), texts), arguments.seed)
-    return [example for example in silence(examples, arguments.without) if example.captions and example.pairs]
-
-
-def silence(examples: Sequence[Example], without: Sequence[str]) -> Sequence[Example]:
-    """Takes the captions that name some labels from what the captioner learns to write.
-
-    The CLAP keeps them: it must know a sound to find captions of it, which a user's datastore brings.
-    """
-    for example in examples:
-        example.captions = silenced(example.captions, without)
     return examples
+
+
+def write_tables(examples: Sequence[Example], out: Path, without: Sequence[str]) -> int:
+    """Writes `train/` and `pairs/`; returns the number of different captions in the first.
+
+    Captions that name one of the labels `without` are in the second alone: the CLAP must know a sound to find
+    captions of it, which a user's datastore brings.
+    """
+    told = [(example, silenced(example.captions, without)) for example in examples]
+    for name, rows in (("train", told), ("pairs", [(example, example.pairs) for example in examples])):
+        (out / name).mkdir(exist_ok=True)
+        lines = [json.dumps(example.row(texts)) for example, texts in rows if texts]
+        write_lines(out / name / "metadata.jsonl", lines)
+    return len({text for _, texts in told for text in texts})
 
 
 def pair(examples: Sequence[Example], corpus: Corpus, seed: int) -> None:
@@ -395,15 +399,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     examples = build(arguments)
-    for name in ("train", "pairs"):
-        rows = [example.row(example.captions if name == "train" else example.pairs) for example in examples]
-        (out / name).mkdir(exist_ok=True)
-        write_lines(out / name / "metadata.jsonl", [json.dumps(row) for row in rows])
+    count = write_tables(examples, out, arguments.without)
     write_caption_classes(out / "caption_classes.csv")
     corpora = Path(arguments.data) / "captions"
     print(f"{write_datastore(out / 'datastore.txt', corpora, arguments.without)} captions in the datastore")
-    captions = {text for example in examples for text in example.captions}
-    print(f"{len(examples)} recordings and mixtures with {len(captions)} different captions in {out}")
+    print(f"{len(examples)} recordings and mixtures with {count} different captions in {out}")
 
 
 if __name__ == "__main__":

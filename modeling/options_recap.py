@@ -49,11 +49,7 @@ class CaptionOptions:
         RETRIEVAL, float, "0: the nearest captions; to 1: captions that differ from each other", minimum=0, maximum=1
     )
     retrieval_score_threshold: float | None = _option(
-        RETRIEVAL,
-        float,
-        "leave out captions with a lower cosine; without any left: unrecognised",
-        minimum=-1,
-        maximum=1,
+        RETRIEVAL, float, "leave out captions with a lower cosine; without any: unrecognised", minimum=-1, maximum=1
     )
     projection_temperature: float | None = _option(
         RETRIEVAL, float, "of the mean of captions that replaces an embedding of audio; 0: none", minimum=0
@@ -75,10 +71,7 @@ class CaptionOptions:
         RERANKING, float, "weight of the CLAP cosine beside the score; inf: the cosine alone", minimum=0
     )
     copy_margin: float | None = _option(
-        RERANKING,
-        float,
-        "retrieved captions that cannot be written win with a cosine higher by this; inf: none",
-        minimum=0,
+        RERANKING, float, "retrieved captions that cannot be written win if nearer by this; inf: none", minimum=0
     )
 
     def __post_init__(self) -> None:

@@ -88,7 +88,7 @@ def test_errors_are_a_line(recap, checkpoint, captions_file, tmp_path, capsys):
     for options, said in (
         (("--index", "bogus"), "no kind of index"),
         (("--recall", "2"), "at most 1"),
-        (("--device", "cuda:7"), "no GPU") if not torch.cuda.is_available() else ((), ""),
+        (("--device", "cuda:7"), "'cuda:7' is not there") if not torch.cuda.is_available() else ((), ""),
     ):
         if said:
             # Before anything is embedded, and nothing is left behind.

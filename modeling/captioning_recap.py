@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from .audio_recap import SILENCE_CAPTION, is_silent, load_audio, resample, to_mono
-from .configuration_recap import EMBEDDING, UNTRAINED, loading
+from .configuration_recap import UNTRAINED, loading
 from .generation_recap import RecapEncoderOutput, complete_config, until_end
 from .index_recap import from_package
 from .modeling_recap import RecapForConditionalGeneration
@@ -138,10 +138,8 @@ class Captioner:
         other = copy.copy(self)
         other.options = self.options.merged_with(options)
         _Reranking.of(other.options, other.generation_config())
-        states = self.model.config.encoder_states
-        if other.options.projection_temperature and states != EMBEDDING:
-            wanted = "needs a captioner that is conditioned on embeddings (encoder_states='embedding')"
-            raise ValueError(f"`projection_temperature` {wanted}, this one is on {states!r} states")
+        if other.options.projection_temperature:
+            from_package("datastore.projection", "`projection_temperature`").check_states(self.model.config)
         return other
 
     def with_datastore(self, datastore: Any) -> Captioner:

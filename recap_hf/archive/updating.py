@@ -53,10 +53,13 @@ def update_index(
         raise NotADirectoryError(f"{root}: no such folder; a sound index is one of a folder of recordings")
     found = {Path(name).relative_to(root).as_posix(): _stat(name) for name in expand_inputs([str(root)])}
     exists = (path / MANIFEST_NAME).is_file()
-    made_by = encoder_of(path, CaptionDatastore.open_folder(path, verify=False)) if exists else None
-    if exists and not overwrite:
-        check_folder(CaptionDatastore.open_folder(path, verify=False), path, root)
-    else:
+    made_by = None
+    if exists:
+        store = CaptionDatastore.open_folder(path, verify=False)
+        made_by = encoder_of(path, store)
+        if not overwrite:
+            check_folder(store, path, root)
+    if overwrite or not exists:
         source = loader(made_by if source is None else source)
         _create(path, source)
     with editing(path) as edit:

@@ -58,6 +58,13 @@ def project(
     return projected.reshape(queries.shape)
 
 
+def check_states(config: Any) -> None:
+    """Refuses a model of `config` that is conditioned on hidden states, by a `ValueError`."""
+    if config.encoder_states != EMBEDDING:
+        wanted = "needs a captioner that is conditioned on embeddings (encoder_states='embedding')"
+        raise ValueError(f"`projection_temperature` {wanted}, this one is on {config.encoder_states!r} states")
+
+
 def project_encoding(
     encoding: RecapEncoderOutput, config: Any, datastore: Any, temperature: float, **excluded: Any
 ) -> RecapEncoderOutput:
@@ -66,9 +73,7 @@ def project_encoding(
     Raises:
         ValueError: if a model of `config` is conditioned on hidden states.
     """
-    if config.encoder_states != EMBEDDING:
-        wanted = "needs a captioner that is conditioned on embeddings (encoder_states='embedding')"
-        raise ValueError(f"`projection_temperature` {wanted}, this one is on {config.encoder_states!r} states")
+    check_states(config)
     projected = project(encoding.audio_embeds.float().cpu().numpy(), datastore, temperature, **excluded)
     states = embedding_states(torch.from_numpy(projected)).to(encoding.last_hidden_state)
     return RecapEncoderOutput(states, states_mask(states), encoding.audio_embeds)

@@ -37,7 +37,7 @@ stage prepare python -m recipes.recap_tiny.prepare "$data" "$work" --teacher "$w
 stage clap-text clap clap-text "$work/tower" --freeze audio_model --vocab-size 6000 --batch-size 160 --max-steps 1500 \
   --learning-rate 5e-4 --captions-per-clip 1 --save-steps 250
 stage clap clap clap "$work/clap-text" --class-loss-weight 0.1 --random-gain-db 12 --mask-bins 8 --mask-frames 60 \
-  --batch-size 64 --max-steps 250 --learning-rate 1e-4 --warmup-steps 10 --save-steps 20
+  --batch-size 64 --max-steps 750 --learning-rate 1e-4 --warmup-steps 10 --save-steps 20
 language_model() { # NAME OPTION...
   local name=$1
   shift

@@ -1,9 +1,10 @@
 """Speed of captioning beside stock transformers, and where the time is spent.
 
-    python -m benchmarks.captioning [speed|default|mel|costs|startup|steady] [--help]
+    python -m benchmarks.captioning [speed|default|beside|mel|costs|startup|steady] [--help]
 
 speed (default): clips a second of the paper's sizes with random weights, or of --model. default: the embedded default
-on --audio. mel: features alone. costs: milliseconds a clip by batch, length, beams, k and datastore. startup: the
+on --audio. beside: --model beside --beside on --audio, each as it ships: clips a second, and the first caption in a
+fresh process. mel: features alone. costs: milliseconds a clip by batch, length, beams, k and datastore. startup: the
 first caption in a fresh process. steady: memory and speed over many clips.
 """
 
@@ -19,10 +20,11 @@ from typing import Any
 from recap_cli.numbers import count, positive
 from recap_cli.options import DTYPES
 
-PARTS = ("speed", "default", "mel", "costs", "startup", "steady")
+PARTS = ("speed", "default", "beside", "mel", "costs", "startup", "steady")
 _TITLES = {
     "mel": "features, milliseconds a clip",
     "costs": "milliseconds a clip",
+    "beside": "medians of rounds in turn",
     "startup": "seconds",
     "steady": "clips of one second",
 }
@@ -33,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=PARTS, default="speed")
     parser.add_argument("--model", help="folder or Hub id; 'default': the embedded one")
+    parser.add_argument("--beside", metavar="MODEL", help="a second captioner, for 'beside'")
     parser.add_argument("--audio", nargs="+", default=[], metavar="FILE|FOLDER", help="recordings (default: sweeps)")
     parser.add_argument("--captions", metavar="FILE", help="captions of the datastore (default: the model's)")
     parser.add_argument("--datastore-size", type=count, default=0, help="rows of the datastore (default: as it is)")
@@ -82,6 +85,7 @@ def _options(args: argparse.Namespace) -> Any:
     audio = expand_inputs(args.audio)
     return BenchmarkOptions(
         model=args.model,
+        beside=args.beside,
         audio=tuple(audio[: args.clips] if args.clips else audio),
         captions=args.captions,
         datastore_size=args.datastore_size,
@@ -112,6 +116,8 @@ def format_report(part: str, report: dict[str, Any]) -> str:
         ]
     else:
         lines.append(format_rows(report["rows"], _TITLES[part]))
+    if "ratios" in report:
+        lines += [f"{name}, times as fast as --beside: {ratio:.2f}" for name, ratio in report["ratios"].items()]
     if "memory_growth_mb" in report:
         lines.append(f"memory from the second row to the last: {report['memory_growth_mb']:+.1f} MB")
     return "\n".join(lines)

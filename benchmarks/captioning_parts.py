@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,7 +20,9 @@ from transformers import ClapFeatureExtractor
 from benchmarks.captioning_workload import CLIP_SECONDS, BenchmarkOptions, Workload, grown, make_workload
 from benchmarks.machine import describe, peak_memory_gb, resident_mb, seconds_of, timed
 from benchmarks.naming import NamingRules
-from recap_hf.assets import examples_path
+from recap_hf.assets import default_model_path, examples_path
+from recap_hf.fast_generation import prepare_for_cpu
+from recap_hf.modeling.captioning_recap import Captioner
 from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
 from recap_hf.modeling.options_recap import CaptionOptions
 
@@ -33,6 +35,7 @@ _MEL_LENGTHS_S, _MEL_PASSES = (1, 5, 10), 15
 # The threads of NumPy's matrix products spin for about 20 ms after their work, on a core that the other side needs.
 _THREADS_REST_S = 0.05
 _STEADY_BLOCK = 500
+_ROUNDS_BESIDE = 5
 # One of these is varied at a time; the others stay at 10 s, 3 beams, k = 4 and the largest batch size.
 _COSTS = {
     "batch_size": (1, 2, 4, 8, 16, 32),
@@ -111,6 +114,57 @@ def run_default(options: BenchmarkOptions, note: Note) -> dict[str, Any]:
     if not options.audio:
         raise ValueError("Name recordings to caption: --audio FILE|FOLDER.")
     return run_speed(replace(options, model=options.model or "default", new_tokens=0), note)
+
+
+def run_beside(options: BenchmarkOptions, note: Note) -> dict[str, Any]:
+    """Two captioners on the same recordings, each with its own decoding, as `recap caption` runs them on a CPU.
+
+    Returns:
+        `dict`: `rows`: for each captioner the medians of `clips_per_s`, reading included, and of `first_caption_s`,
+        `recap caption` of one recording in a fresh process; `ratios`: medians over the rounds of how many times as
+        fast `model` was.
+
+    Raises:
+        ValueError: without recordings or a second captioner.
+    """
+    if not options.audio or options.beside is None:
+        raise ValueError("Name recordings and a second captioner: --audio FILE|FOLDER --beside MODEL.")
+    names = {"--model": options.model or str(default_model_path()), "--beside": options.beside}
+    captioners = {side: Captioner.from_pretrained(name, device="cpu") for side, name in names.items()}
+    command = [sys.executable, "-m", "recap_cli", "caption", options.audio[0], "--device", "cpu", "--model"]
+    for captioner in captioners.values():
+        prepare_for_cpu(captioner.model)
+        _captioned_seconds(captioner, options.audio[:1], 1)
+    warm: dict[str, list[float]] = {side: [] for side in names}
+    cold: dict[str, list[float]] = {side: [] for side in names}
+    for number in range(_ROUNDS_BESIDE):
+        for side, captioner in captioners.items():
+            warm[side].append(_captioned_seconds(captioner, options.audio, max(options.batch_sizes)))
+            cold[side].append(_run_once([*command, names[side]])[0])
+            rate = len(options.audio) / warm[side][-1]
+            note(f"round {number + 1}: {side} {rate:.1f} clips/s, {cold[side][-1]:.1f} s")
+    rows = [
+        {
+            "captioner": names[side],
+            "clips_per_s": len(options.audio) / statistics.median(warm[side]),
+            "first_caption_s": statistics.median(cold[side]),
+        }
+        for side in names
+    ]
+    ratios = {
+        what: statistics.median(b / a for a, b in zip(times["--model"], times["--beside"], strict=True))
+        for what, times in (("clips a second", warm), ("first caption", cold))
+    }
+    return {"rows": rows, "ratios": ratios, "machine": describe(torch.device("cpu"))}
+
+
+def _captioned_seconds(captioner: Captioner, audio: Sequence[str], batch: int) -> float:
+    """Seconds for captions of all recordings, reading included; the exception of one that cannot be read."""
+    started = time.perf_counter()
+    for _, result in captioner.caption_stream(audio, batch):
+        if isinstance(result, Exception):
+            raise result
+    return time.perf_counter() - started
 
 
 def _caption_all(workload: Workload, batch: int) -> list[str]:

@@ -33,6 +33,7 @@ class BenchmarkOptions:
 
     Args:
         model: folder or Hub id; None: the paper's sizes with random weights.
+        beside: folder or Hub id of a second captioner; see `run_beside`.
         audio: recordings; none: sweeps in noise.
         captions: file with the captions of the datastore; None: the model's own.
         datastore_size: rows of the datastore; 0: as it is.
@@ -44,6 +45,7 @@ class BenchmarkOptions:
     """
 
     model: str | None = None
+    beside: str | None = None
     audio: tuple[str, ...] = ()
     captions: str | None = None
     datastore_size: int = 0

@@ -294,22 +294,30 @@ class Captioner:
     def _copy_nearer(self, encoding: Any, prompts: Any, results: list[CaptionResult], margin: float) -> None:
         """A retrieved caption whose cosine is higher than the result's by `margin` takes its place, if the decoder
         cannot write it: it has no words that it never read. What it could have written, it decided against."""
-        for row, result in enumerate(results):
-            # What is not even near the window that it was found by is not embedded. Texts of the caller have no score.
-            least = result.similarity + margin
-            texts = [hit["caption"] for hit in result.retrieved if hit.get("score", 1.0) > least]
-            cosines = self.similarities(texts, encoding.audio_embeds[[row] * len(texts)])
-            if not len(texts) or cosines.max() <= least:
-                continue
-            ids = prompts["decoder_input_ids"].new_tensor([self.processor.encode_caption(texts[cosines.argmax()])])
-            own = {name: value[row : row + 1] for name, value in prompts.items()}
-            sequence = torch.cat([own["decoder_input_ids"], ids], dim=1)
-            [score] = self.model.score_captions(encoding.rows(ids.new_tensor([row])), sequence, own)
+        hits = [(row, hit) for row, result in enumerate(results) for hit in result.retrieved]
+        least = [result.similarity + margin for result in results]
+        # What is not even near the window that it was found by is not embedded. Texts of the caller have no score.
+        near = [(row, hit["caption"]) for row, hit in hits if hit.get("score", 1.0) > least[row]]
+        cosines = self.similarities([text for _, text in near], encoding.audio_embeds[[row for row, _ in near]])
+        found = sorted((cosine, row, text) for cosine, (row, text) in zip(cosines.tolist(), near, strict=True))
+        # Of a recording the last one stays, which is the nearest.
+        nearest = {row: (cosine, text) for cosine, row, text in found if cosine > least[row]}
+        if not nearest:
+            return
+        rows = prompts["decoder_input_ids"].new_tensor(list(nearest))
+        ids = [rows.new_tensor(self.processor.encode_caption(text)) for _, text in nearest.values()]
+        own = {name: value[rows] for name, value in prompts.items()}
+        # Each has its end token: what makes the shorter ones as long as the longest does not count.
+        targets = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=int(ids[0][-1]))
+        sequences = torch.cat([own["decoder_input_ids"], targets], dim=1)
+        scores = self.model.score_captions(encoding.rows(rows), sequences, own)
+        for (row, (cosine, text)), tokens, score in zip(nearest.items(), ids, scores, strict=True):
+            result = results[row]
             if score < _UNWRITABLE or result.untrained:
-                text, result.similarity = texts[cosines.argmax()], float(cosines.max())
-                result.caption, result.score, result.token_ids, result.copied = text, score, ids[0].tolist(), True
+                result.caption, result.score, result.similarity = text, score, cosine
+                result.token_ids, result.copied = tokens.tolist(), True
                 if result.candidates:
-                    result.candidates[:0] = _candidates([0], [text], [score], [result.similarity])
+                    result.candidates[:0] = _candidates([0], [text], [score], [cosine])
 
     def generation_config(self) -> GenerationConfig:
         """The decoding of this captioner: the checkpoint's, with its `generate_kwargs` and options. A copy."""

@@ -102,8 +102,11 @@ class _NoRepeatTokenGroups(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         groups = self.groups.to(scores.device)
-        said = scores.new_zeros(len(scores), self.count, dtype=torch.bool).scatter(1, groups[input_ids], True)
-        return scores.masked_fill(said[:, groups] & (groups > 0), -torch.inf)
+        # Groups along the rows: whole rows are looked up much faster than places in them.
+        said = scores.new_zeros(self.count, len(scores), dtype=torch.bool)
+        said[groups[input_ids], torch.arange(len(scores), device=scores.device)[:, None]] = True
+        said[0] = False
+        return scores.masked_fill(said.index_select(0, groups).T, -torch.inf)
 
 
 class RecapGenerationMixin(GenerationMixin):

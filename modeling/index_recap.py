@@ -29,7 +29,7 @@ Hit = tuple[int, float]
 
 # Rows that are converted to float32 at a time, where embeddings are stored in another type.
 _BLOCK_ROWS = 1 << 15
-# Rows that are fetched at least, so that repeated and excluded captions seldom need a second search.
+# Rows that are fetched beyond those asked for: repeated and excluded captions seldom need a second search.
 _MIN_CANDIDATES = 32
 # Of an index's candidates an eighth, and no fewer than 32, are scored in float64.
 _RESCORED_SHARE, _RESCORED_AT_LEAST = 8, 32
@@ -56,7 +56,7 @@ class ExactIndex:
     Attributes:
         exact: whether `search` finds the true nearest rows.
         max_k: the largest `k` that `search` takes.
-        num_candidates: rows that a search should fetch at least.
+        num_candidates: rows that a search should fetch at least; an exact one beyond those asked for.
         description: kind, settings and measurements; `None` for exact search.
     """
 
@@ -85,18 +85,16 @@ class ExactIndex:
         if faiss is not None and self.embeddings.dtype == np.float32 and len(queries) > 1:
             vectors = np.ascontiguousarray(self.embeddings)
             return faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)[::-1]
-        best_scores = np.empty((len(queries), 0), np.float32)
-        best_rows = np.empty((len(queries), 0), np.int64)
+        scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         for start in range(0, len(self.embeddings), _BLOCK_ROWS):
             block = np.asarray(self.embeddings[start : start + _BLOCK_ROWS], dtype=np.float32)
-            rows = np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))
-            scores = np.concatenate([best_scores, queries @ block.T], axis=1)
-            rows = np.concatenate([best_rows, rows], axis=1)
+            own = np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))
+            scores = np.concatenate([scores, queries @ block.T], axis=1)
+            rows = np.concatenate([rows, own], axis=1)
             if scores.shape[1] > k:
                 kept = np.argpartition(-scores, k - 1, axis=1)[:, :k]
                 scores, rows = np.take_along_axis(scores, kept, axis=1), np.take_along_axis(rows, kept, axis=1)
-            best_scores, best_rows = scores, rows
-        return best_rows, best_scores
+        return rows, scores
 
 
 class FaissIndex:

@@ -22,7 +22,7 @@ _BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1)
 # log(0.001): the log-mel of digital silence; see `RecapFeatureExtractor`. Features may have passed through fp16.
 LOG_MEL_FLOOR = math.log(0.001)
 _FLOOR_TOLERANCE = 0.01
-_PATCHES_AT_ONCE = 21
+_PATCHES_AT_ONCE = 42
 
 
 class MobileNetClapConfig(PretrainedConfig):
@@ -94,11 +94,11 @@ class _Convolution(nn.Module):
         if size == 1 and states.is_contiguous(memory_format=torch.channels_last):  # Faster on CPUs.
             states = F.linear(states.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias)
             return F.relu6(states, inplace=True).permute(0, 3, 1, 2)
-        rows, columns = (max((-(-side // stride) - 1) * stride + size - side, 0) for side in states.shape[-2:])
-        padding = (rows // 2, columns // 2)
-        if rows % 2 or columns % 2:
-            states, padding = F.pad(states, (columns // 2, -(-columns // 2), rows // 2, -(-rows // 2))), 0
-        states = F.conv2d(states, layer.weight, layer.bias, layer.stride, padding, groups=layer.groups)
+        missing = [max((-(-side // stride) - 1) * stride + size - side, 0) for side in states.shape[-2:]]
+        # Zeros before the kernel stand for the odd row or column at the end: the states need not be copied.
+        odd, padding = [number % 2 for number in missing], [-(-number // 2) for number in missing]
+        weight = F.pad(layer.weight, (odd[1], 0, odd[0], 0)) if any(odd) else layer.weight
+        states = F.conv2d(states, weight, layer.bias, layer.stride, padding, groups=layer.groups)
         return F.relu6(states, inplace=True)
 
 

@@ -180,16 +180,10 @@ class RecapForConditionalGeneration(PreTrainedModel, RecapGenerationMixin):
         for layer_idx, block in enumerate(cross_attending):
             block.crossattention = RecapCrossAttention(config, layer_idx)
         self._clap_is_frozen = False
-        self.generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
-            # The decoding of the authors' code.
-            num_beams=3,
-            max_new_tokens=60,
-            length_penalty=0.0,
-            early_stopping=True,
-        )
+        tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        # The decoding of the authors' code.
+        decoding = {"num_beams": 3, "max_new_tokens": 60, "length_penalty": 0.0, "early_stopping": True}
+        self.generation_config = GenerationConfig(**tokens, **decoding)
         self.post_init()
         for block in cross_attending:
             # `post_init` leaves new layers in an initialised decoder without GPT-2's scaling by depth.

@@ -140,12 +140,8 @@ class RecapProcessor(ProcessorMixin):
     @property
     def retrieval_options(self) -> CaptionOptions:
         """The retrieval that the checkpoint chooses: k, diversity, score threshold."""
-        return CaptionOptions(
-            k=self.num_retrieved_captions,
-            retrieval_diversity=self.retrieval_diversity,
-            retrieval_score_threshold=self.retrieval_score_threshold,
-            projection_temperature=self.projection_temperature,
-        )
+        names = ("retrieval_diversity", "retrieval_score_threshold", "projection_temperature")
+        return CaptionOptions(k=self.num_retrieved_captions, **{name: getattr(self, name) for name in names})
 
     @property
     def datastore(self) -> CaptionDatastore | None:

@@ -311,7 +311,7 @@ class CaptionDatastore:
         results: list[list[Hit]] = [[] for _ in queries]
         pending = list(range(len(queries)))
         index = self.search_index
-        fetch = min(index.max_k, max(4 * k, index.num_candidates))
+        fetch = min(index.max_k, k + index.num_candidates if index.exact else max(4 * k, index.num_candidates))
         # An index that cannot fill k places, because most of what it finds is excluded, gives way to exact search.
         limit = min(16 * fetch, index.max_k)
         while pending:

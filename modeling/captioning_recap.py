@@ -300,8 +300,7 @@ class Captioner:
         near = [(row, hit["caption"]) for row, hit in hits if hit.get("score", 1.0) > least[row]]
         cosines = self.similarities([text for _, text in near], encoding.audio_embeds[[row for row, _ in near]])
         found = sorted((cosine, row, text) for cosine, (row, text) in zip(cosines.tolist(), near, strict=True))
-        # Of a recording the last one stays, which is the nearest.
-        nearest = {row: (cosine, text) for cosine, row, text in found if cosine > least[row]}
+        nearest = {row: (cosine, text) for cosine, row, text in found if cosine > least[row]}  # The nearest is last.
         if not nearest:
             return
         rows = prompts["decoder_input_ids"].new_tensor(list(nearest))

@@ -236,8 +236,8 @@ class RecapFeatureExtractor(ClapFeatureExtractor):
         mels = torch.empty(*frames.shape[:2], filters.shape[1], dtype=windows.dtype, device=windows.device)
         at_once = _FRAMES_AT_ONCE_CPU if windows.device.type == "cpu" else frames.shape[1]
         for part, of in zip(mels.split(at_once, dim=1), frames.split(at_once, dim=1), strict=True):
-            if windows.device.type == "cpu" and not of.any():  # Behind a clip that is shorter than its window.
-                part.zero_()
+            if windows.device.type == "cpu" and not (of[:, -1].any() or of[..., : self.hop_length].any()):
+                part.zero_()  # Behind a clip that is shorter than its window.
                 continue
             spectrum = torch.fft.rfft(of * taper, n=self.fft_window_size)[..., : len(filters)]
             # Frame by frame in memory: `torch.stft` and a sum over (real, imaginary) take four times as long.

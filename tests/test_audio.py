@@ -413,3 +413,14 @@ def test_silence():
     # Triangular dither and its rounding reach two steps of 16-bit audio.
     assert is_silent(np.full(10, 2.0**-14, np.float32))
     assert not is_silent(np.full(10, 1.5 * 2.0**-14, np.float32))
+
+
+def test_an_open_file_is_read_and_not_what_has_its_name_since(tmp_path):
+    path, other = tmp_path / "a.wav", tmp_path / "b.wav"
+    path.write_bytes(encode("wav"))
+    other.write_bytes(encode("wav", CLIP[:24_000]))
+    with open(path, "rb") as file:
+        other.replace(path)
+        assert load_audio(file)[0].shape == (1, len(CLIP))
+        path.unlink()
+        assert load_audio(file)[0].shape == (1, len(CLIP))

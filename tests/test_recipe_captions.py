@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from recap_hf import Captioner
 from recipes.recap_tiny import circumstances, datastore
 from recipes.recap_tiny.grammar import Sound, describe, inflect, merge, repeated_words, word_clause
 from recipes.recap_tiny.inflection import base_form, gerund, plural, with_article
@@ -20,7 +21,7 @@ from recipes.recap_tiny.lexicon import (
     labels,
     names_person,
 )
-from recipes.recap_tiny.ship import word_groups
+from recipes.recap_tiny.ship import ship, word_groups
 
 FORMS = ("finite", "progressive", "participle")
 
@@ -236,3 +237,14 @@ def test_captions_with_circumstances_name_the_same_sounds():
     assert 0.28 < sum(text != other for text, other in found) / len(found) < 0.45
     endings = circumstances.listed(circumstances.PLACES) + circumstances.listed(circumstances.TIMES)
     assert any(other.endswith(tuple(endings)) for _, other in found)
+
+
+def test_what_ships_again_has_one_datastore(model_folder, tmp_path):
+    for _ in range(2):
+        ship(model_folder, tmp_path / "out", 0.35)
+    written = {path.name for path in (tmp_path / "out" / "datastore").iterdir()}
+    manifest = json.loads((tmp_path / "out" / "datastore" / "datastore.json").read_text(encoding="utf-8"))
+    assert written == {"datastore.json", *manifest["files"]}
+    found = Captioner.from_pretrained(tmp_path / "out")
+    assert found.processor.retrieval_score_threshold == 0.35 and found.model.generation_config.rerank == "clap"
+    assert found.datastore.captions == Captioner.from_pretrained(model_folder).datastore.captions

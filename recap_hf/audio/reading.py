@@ -130,7 +130,7 @@ def _decode(name: str, data: Any, frames: int) -> Iterator[tuple[np.ndarray, int
     data = with_length(data)
     read, damage = 0, ""
     try:
-        with soundfile.SoundFile(data) as file:
+        with soundfile.SoundFile(_path_of(data) or data) as file:
             rate, channels, announced = file.samplerate, file.channels, file.frames
             check_sampling_rate(rate, name)
             while not damage and read < announced:
@@ -154,6 +154,19 @@ def _decode(name: str, data: Any, frames: int) -> Iterator[tuple[np.ndarray, int
         warn_cut(name, read / rate, damage)
     elif damage:
         yield from read_container(name, data, damage, frames, _lacks_last_page(data))
+
+
+def _path_of(data: Any) -> str | None:
+    """The path that an open file can be read by. libsndfile asks a Python file for a few kilobytes at a time, and each
+    time waits for Python's lock, which a model in another thread holds."""
+    if not isinstance(data, io.BufferedReader) or not isinstance(data.name, str):
+        return None
+    try:
+        data.name.encode()
+        return data.name if os.path.samestat(os.stat(data.name), os.fstat(data.fileno())) else None
+    except (OSError, ValueError):
+        # Renamed since, or a name that is no text, which soundfile does not take.
+        return None
 
 
 def _reason(error: Exception) -> str:

@@ -42,6 +42,8 @@ def ship(captioner: str, out: Path, threshold: float) -> None:
     half = np.asarray(store.embeddings, dtype=np.float16)
     records = [{"caption": record["caption"]} for record in store.records]
     processor.datastore = CaptionDatastore(records, half, store.fingerprint)
+    # Of a captioner that was shipped there before: its files would stay beside the new ones.
+    shutil.rmtree(out / "datastore", ignore_errors=True)
     model.half().save_pretrained(out)
     processor.save_pretrained(out)
     settings = json.loads((out / "config.json").read_text(encoding="utf-8"))

@@ -20,8 +20,9 @@ from transformers import ClapFeatureExtractor
 from benchmarks.captioning_workload import CLIP_SECONDS, BenchmarkOptions, Workload, grown, make_workload
 from benchmarks.machine import describe, peak_memory_gb, resident_mb, seconds_of, timed
 from benchmarks.naming import NamingRules
-from recap_hf.assets import default_model_path, examples_path
-from recap_hf.fast_generation import prepare_for_cpu
+from recap_cli import build_parser
+from recap_cli.options import load_captioner
+from recap_hf.assets import examples_path
 from recap_hf.modeling.captioning_recap import Captioner
 from recap_hf.modeling.feature_extraction_recap import RecapFeatureExtractor
 from recap_hf.modeling.options_recap import CaptionOptions
@@ -129,18 +130,18 @@ def run_beside(options: BenchmarkOptions, note: Note) -> dict[str, Any]:
     """
     if not options.audio or options.beside is None:
         raise ValueError("Name recordings and a second captioner: --audio FILE|FOLDER --beside MODEL.")
-    names = {"--model": options.model or str(default_model_path()), "--beside": options.beside}
-    captioners = {side: Captioner.from_pretrained(name, device="cpu") for side, name in names.items()}
-    command = [sys.executable, "-m", "recap_cli", "caption", options.audio[0], "--device", "cpu", "--model"]
+    names = {"--model": options.model or "default", "--beside": options.beside}
+    commands = {side: _caption_command(name, options.audio[0]) for side, name in names.items()}
+    captioners = {side: load_captioner(build_parser("caption").parse_args(one)) for side, one in commands.items()}
     for captioner in captioners.values():
-        prepare_for_cpu(captioner.model)
-        _captioned_seconds(captioner, options.audio[:1], 1)
+        _caption_files(captioner, options.audio[:1], 1)
     warm: dict[str, list[float]] = {side: [] for side in names}
     cold: dict[str, list[float]] = {side: [] for side in names}
     for number in range(_ROUNDS_BESIDE):
         for side, captioner in captioners.items():
-            warm[side].append(_captioned_seconds(captioner, options.audio, max(options.batch_sizes)))
-            cold[side].append(_run_once([*command, names[side]])[0])
+            batch, device = max(options.batch_sizes), captioner.model.device
+            warm[side].append(seconds_of(lambda c=captioner, b=batch: _caption_files(c, options.audio, b), device))
+            cold[side].append(_run_once([sys.executable, "-m", "recap_cli", *commands[side]])[0])
             rate = len(options.audio) / warm[side][-1]
             note(f"round {number + 1}: {side} {rate:.1f} clips/s, {cold[side][-1]:.1f} s")
     rows = [
@@ -158,13 +159,17 @@ def run_beside(options: BenchmarkOptions, note: Note) -> dict[str, Any]:
     return {"rows": rows, "ratios": ratios, "machine": describe(torch.device("cpu"))}
 
 
-def _captioned_seconds(captioner: Captioner, audio: Sequence[str], batch: int) -> float:
-    """Seconds for captions of all recordings, reading included; the exception of one that cannot be read."""
-    started = time.perf_counter()
+def _caption_command(model: str, recording: str) -> list[str]:
+    """Arguments of `recap` that caption a recording on the CPU, with as many threads as torch has here."""
+    own = [] if model == "default" else ["--model", model]
+    return ["caption", recording, "--device", "cpu", "--threads", str(torch.get_num_threads()), *own]
+
+
+def _caption_files(captioner: Captioner, audio: Sequence[str], batch: int) -> None:
+    """Reads and captions all recordings; the exception of one that cannot be read."""
     for _, result in captioner.caption_stream(audio, batch):
         if isinstance(result, Exception):
             raise result
-    return time.perf_counter() - started
 
 
 def _caption_all(workload: Workload, batch: int) -> list[str]:

@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import synthetic_clip
 
 from benchmarks import captioning, captioning_parts, named_events, text_only
@@ -16,7 +17,6 @@ from benchmarks.naming import NamingRules, in_order, naming_scores
 from benchmarks.sound_events import Item, mixture_hash, mixture_list, mixtures
 from recap_cli import build_parser
 from recap_hf import Captioner, CaptionOptions
-from recap_hf.assets import default_model_path
 from recap_hf.modeling.retrieval_recap import CaptionDatastore
 from recap_hf.scoring.bootstrap import bootstrap_intervals
 
@@ -71,23 +71,23 @@ def test_two_captioners_are_timed_in_turn(model, tmp_path, monkeypatch, capsys):
     recording = tmp_path / "noise.wav"
     soundfile.write(recording, synthetic_clip(0.5, 3), 48_000)
     # Seconds of `recap caption` as if measured. By hand: the ratios are 1/2, 1/2, 4/2, 1/9 and 1/2.
-    seconds = {model: [2.0, 2.0, 2.0, 9.0, 2.0], str(default_model_path()): [1.0, 1.0, 4.0, 1.0, 1.0]}
-    commands = []
+    seconds = {model: [2.0, 2.0, 2.0, 9.0, 2.0], "default": [1.0, 1.0, 4.0, 1.0, 1.0]}
+    commands, parser = [], build_parser("caption")
 
     def run(command):
-        commands.append(command)
-        return seconds[command[-1]][(len(commands) - 1) // 2], ""
+        commands.append(parser.parse_args(command[3:]))
+        return seconds[commands[-1].model or "default"][(len(commands) - 1) // 2], ""
 
     monkeypatch.setattr(captioning_parts, "_run_once", run)
     options = ["--model", model, "--audio", str(recording), "--batch-sizes", "1"]
-    assert captioning.main(["beside", *options, "--beside", str(default_model_path()), "--format", "json"]) == 0
+    assert captioning.main(["beside", *options, "--beside", "default", "--format", "json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ratios"]["first caption"] == 0.5 and report["ratios"]["clips a second"] > 0
     assert [row["captioner"] for row in report["rows"]] == list(seconds)
     assert [row["first_caption_s"] for row in report["rows"]] == [2.0, 1.0]
-    assert [command[-1] for command in commands] == list(seconds) * 5
-    parsed = build_parser("caption").parse_args(commands[0][3:])
-    assert (parsed.inputs, parsed.device, parsed.model) == ([str(recording)], "cpu", model)
+    assert [command.model for command in commands] == [model, None] * 5
+    assert (commands[0].inputs, commands[0].device) == ([str(recording)], "cpu")
+    assert {command.threads for command in commands} == {torch.get_num_threads()}
     with pytest.raises(ValueError, match="Name recordings and a second captioner"):
         captioning.main(["beside", *options])
 
